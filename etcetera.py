@@ -1,0 +1,2749 @@
+#!/usr/bin/env python3
+"""etcetera: a team shares immutable datasets through cloud storage, with one file.
+
+    etc register ./digits MNIST     give a directory a name
+    etc push MNIST                  share it
+    etc pull MNIST                  get it, on any other machine
+
+    import etcetera as etc
+    ds = etc.dataset('MNIST', auto_install=True)
+    sorted(ds['train'].iterdir())
+
+A dataset is a directory: data/<partition>/..., and if you like meta.json, README.md,
+assets/ and more. Local ones live in ~/.etc, remote ones are .tgz objects in S3 or a
+shared directory, settings live in ~/.etc.yaml. Nothing but the standard library of
+Python 3.6 or later is needed. `README.md` has the reference and the archive format.
+"""
+
+import collections
+import collections.abc
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import posixpath
+import re
+import shutil
+import stat
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+
+__version__ = '1.0.0'
+__all__ = ['Config', 'Dataset', 'create', 'dataset', 'info', 'ls', 'pull', 'purge', 'push', 'register', 'verify',
+           'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
+           'UnknownPartition']
+
+_Path = Union[str, 'os.PathLike[str]']
+
+
+# ---------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------
+
+class Error(Exception):
+    """What a user can cause or meet; `str()` is one line that says what to do next."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # KeyError, in UnknownPartition, would show its repr
+
+
+class ConfigError(Error):
+    """A setting, flag or argument is missing or wrong."""
+
+
+class InvalidDataset(Error):
+    """A directory or a name that cannot be a dataset's."""
+
+
+class NotFound(Error):
+    """No dataset of that name."""
+
+
+class Exists(Error):
+    """Other contents stand under that name already, and `force` was not given."""
+
+
+class Corrupt(Error):
+    """The bytes are not those that were published."""
+
+
+class RemoteError(Error):
+    """The storage could not be reached, or refused. `status` is its HTTP status, or 0."""
+
+    def __init__(self, message: str, status: int = 0, code: str = '') -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class UnknownPartition(Error, KeyError):
+    """The dataset has no partition of that name."""
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    import difflib
+    close = difflib.get_close_matches(word, list(known), 1)
+    return "; did you mean '%s'?" % close[0] if close else ''
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, without what could steer a terminal."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def _say(message: str, *args: Any, level: int = 20) -> None:
+    import logging  # level 20 is logging.INFO
+    logging.getLogger('etcetera').log(level, message, *args)
+
+
+# ---------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------
+
+_SETTINGS = {
+    'url': str, 'home': str, 'public': bool, 'aws_access_key_id': str, 'aws_secret_access_key': str,
+    'aws_session_token': str, 'aws_profile': str, 'region': str, 'endpoint_url': str, 'google_credentials': str,
+    'ca_bundle': str, 'connections': int, 'compression_level': int,
+}  # type: Dict[str, type]
+_SECRETS = ('aws_secret_access_key', 'aws_session_token')
+_LIMITS = {'connections': (1, 256), 'compression_level': (0, 9)}
+
+# YAML 1.1 as PyYAML resolves plain scalars: https://yaml.org/type/{bool,int,null,float,timestamp}.html
+_YAML_BOOL = re.compile(r'(?:(yes|Yes|YES|true|True|TRUE|on|On|ON)|no|No|NO|false|False|FALSE|off|Off|OFF)\Z')
+_YAML_NULL = re.compile(r'(?:~|null|Null|NULL|)\Z')
+_YAML_INT = re.compile(r'[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)\Z')
+_YAML_OTHER = re.compile(r'(?:[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?'             # sexagesimal
+                         r'|[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)'
+                         r'|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?|[<=]+)\Z')
+_YAML_FORBIDDEN = re.compile('[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
+_YAML_ESCAPES = {'0': '\0', 'a': '\a', 'b': '\b', 't': '\t', 'n': '\n', 'v': '\v', 'f': '\f', 'r': '\r', 'e': '\x1b',
+                 ' ': ' ', '"': '"', '\\': '\\', '/': '/', 'N': '\x85', '_': '\xa0', 'L': '\u2028', 'P': '\u2029'}
+_YAML_ESCAPE = re.compile(r'\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))')
+
+
+class _YamlError(ValueError):
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def _parse_yaml(text: str) -> Dict[str, Any]:
+    """Read a flat map of scalars, meaning what PyYAML would; refuse everything else."""
+    return {key: value for key, (value, _) in _parse_yaml_lines(text).items()}
+
+
+def _parse_yaml_lines(text: str) -> Dict[str, Tuple[Any, int]]:
+    found = {}  # type: Dict[str, Tuple[Any, int]]
+    started = False
+    for number, line in enumerate(re.split('\r\n|\n|\r', text[1:] if text[:1] == '\ufeff' else text), 1):
+        if _YAML_FORBIDDEN.search(line):
+            raise _YamlError(number, 'a character that YAML does not allow here; remove it')
+        if line.rstrip(' ') == '---' and not started:
+            started = True
+            continue
+        if re.match(r' *(#|\Z)', line):
+            continue
+        started = True
+        match = re.match(r'''([A-Za-z_][\w-]*|"[\w-]+"|'[\w-]+') *:(?: +(.*)|\Z)''', line, re.ASCII)
+        if not match:
+            raise _YamlError(number, "not of the form 'key: value' (lists, nesting and indentation are not supported)")
+        key = match.group(1)
+        if key[0] in '"\'':
+            key = key[1:-1]
+        elif not isinstance(_yaml_plain(key, number), str):
+            raise _YamlError(number, "'%s' cannot be a key" % key)
+        if key in found:
+            raise _YamlError(number, "'%s' is set a second time; remove one of the two" % key)
+        found[key] = _yaml_scalar(match.group(2) or '', number), number
+    return found
+
+
+def _yaml_scalar(text: str, line: int) -> Any:
+    """The value of what follows `key: ` on its line."""
+    if text[:1] in ('"', "'"):
+        pattern = r'"((?:[^"\\]|\\.)*)"' if text[0] == '"' else r"'((?:[^']|'')*)'"
+        match = re.match(pattern + r' *(?: #.*)?\Z', text)
+        if not match:
+            raise _YamlError(line, 'a quoted value must end on its line, and only a comment may follow')
+        if text[0] == "'":
+            return match.group(1).replace("''", "'")
+        return _YAML_ESCAPE.sub(functools.partial(_yaml_escape, line), match.group(1))
+    if text.startswith('#'):
+        return None
+    plain = re.split(' +#', text, 1)[0].rstrip(' ')
+    if '\t' in plain or plain[:1] in set('?:,[]{}&*!|>%@`') or ': ' in plain or plain[-1:] == ':':
+        raise _YamlError(line, 'this value is beyond the YAML that etcetera reads; put it in double quotes')
+    return _yaml_plain(plain, line)
+
+
+def _yaml_escape(line: int, match: Any) -> str:
+    digits = match.group(1) or match.group(2) or match.group(3)
+    if digits:
+        code = int(digits, 16)
+        if code > 0x10ffff or 0xd800 <= code < 0xe000:
+            raise _YamlError(line, '%s is no character' % match.group())
+        return chr(code)
+    if match.group(4) not in _YAML_ESCAPES:
+        raise _YamlError(line, "unknown escape '%s'; in double quotes a backslash is written \\\\" % match.group())
+    return _YAML_ESCAPES[match.group(4)]
+
+
+def _yaml_plain(text: str, line: int) -> Any:
+    match = _YAML_BOOL.match(text)
+    if match:
+        return bool(match.group(1))
+    if _YAML_NULL.match(text):
+        return None
+    if _YAML_INT.match(text):
+        digits = text.replace('_', '')
+        sign, digits = (-1 if digits[0] == '-' else 1), digits.lstrip('+-')
+        base = 2 if digits[:2] == '0b' else 16 if digits[:2] == '0x' else 8 if digits[0] == '0' else 10
+        try:
+            return sign * int(digits[2:] if base in (2, 16) else digits, base)
+        except ValueError:
+            raise _YamlError(line, "'%s' is no number" % text) from None
+    if _YAML_OTHER.match(text) or text[:1] == '-':
+        raise _YamlError(line, "YAML may not read '%s' as text; put it in double quotes" % text)
+    return text
+
+
+class Config:
+    """Where datasets live and how to get at them; every function takes one as `config=`.
+
+    url: `s3://bucket[/prefix]` or `file:///path`; only remote work needs it.
+    home: the local store, by default $ETC_HOME or ~/.etc.
+    settings: any other key of the settings file, by its name there.
+    Raises ConfigError for an unknown key or a value of the wrong type.
+    """
+
+    url: Optional[str]
+    home: Path
+    public: bool
+    aws_access_key_id: Optional[str]
+    aws_secret_access_key: Optional[str]
+    aws_session_token: Optional[str]
+    aws_profile: Optional[str]
+    region: Optional[str]
+    endpoint_url: Optional[str]
+    google_credentials: Optional[str]
+    ca_bundle: Optional[str]
+    connections: int
+    compression_level: int
+
+    def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
+        values = dict(settings, url=url, home=None if home is None else os.fspath(home))
+        for key, value in values.items():
+            _check_setting(key, value)
+        defaults = {'public': False, 'connections': 8, 'compression_level': 6}
+        for key in _SETTINGS:
+            value = values.get(key)
+            setattr(self, key, defaults.get(key) if value is None else value)
+        self.home = _expand(values['home'] or os.environ.get('ETC_HOME') or '~/.etc')
+
+    @classmethod
+    def load(cls, path: Optional[_Path] = None, **overrides: Any) -> 'Config':
+        """Read settings from `path`, else $ETC_CONFIG, else ~/.etc.yaml if there is one.
+
+        $ETC_URL and $ETC_HOME override the file, and `overrides` that are not None override both.
+        Raises ConfigError, which names the file and the line.
+        """
+        named = path or os.environ.get('ETC_CONFIG')
+        values = _read_settings(_expand(named or '~/.etc.yaml'), bool(named))
+        for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
+            if os.environ.get(variable):
+                values[key] = os.environ[variable]
+        values.update((key, value) for key, value in overrides.items() if value is not None)
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        shown = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
+        shown.update((key, '***') for key in _SECRETS if key in shown)
+        return 'Config(%s)' % ', '.join('%s=%r' % item for item in shown.items())
+
+
+def _expand(path: _Path) -> Path:
+    expanded = os.path.expanduser(os.fspath(path))
+    if expanded.startswith('~'):
+        raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
+    return Path(os.path.abspath(expanded))
+
+
+def _check_setting(key: str, value: Any) -> None:
+    if key not in _SETTINGS:
+        raise ConfigError("unknown setting '%s'%s" % (key, _did_you_mean(key, _SETTINGS)))
+    if value is None:
+        return
+    kind = _SETTINGS[key]
+    if type(value) is not kind:
+        remedy = {str: 'text; put it in quotes', bool: 'true or false', int: 'a whole number'}[kind]
+        raise ConfigError("'%s' must be %s" % (key, remedy))
+    low, high = _LIMITS.get(key, (0, 0))
+    if kind is int and not low <= value <= high:
+        raise ConfigError("'%s' must be from %d to %d" % (key, low, high))
+
+
+def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
+    try:
+        text = path.read_bytes().decode('utf-8')
+    except FileNotFoundError:
+        if required:
+            raise ConfigError("no settings file %s; create it, or drop --config and $ETC_CONFIG" % path) from None
+        return {}
+    except UnicodeDecodeError:
+        raise ConfigError('%s: not UTF-8 text; save it as UTF-8' % path) from None
+    except OSError as e:
+        raise ConfigError('%s: cannot be read: %s' % (path, e.strerror)) from None
+    line = 0
+    try:
+        found = _parse_yaml_lines(text)
+        for key, (value, line) in found.items():
+            _check_setting(key, value)
+    except _YamlError as e:
+        raise ConfigError('%s:%d: %s' % (path, e.line, e)) from None
+    except ConfigError as e:
+        raise ConfigError('%s:%d: %s' % (path, line, e)) from None
+    if any(found.get(key, (None,))[0] for key in _SECRETS) and os.name == 'posix' and path.stat().st_mode & 0o077:
+        _say('%s holds a secret and others can read it; run: chmod 600 %s', path, path, level=30)
+    return {key: value for key, (value, _) in found.items()}
+
+
+# ---------------------------------------------------------------------------------------
+# Threads
+# ---------------------------------------------------------------------------------------
+
+_T = TypeVar('_T')
+_R = TypeVar('_R')
+
+
+def _cores() -> int:
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads(count: int) -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+    return ThreadPoolExecutor(count)
+
+
+def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
+    """Yield function(item) for every item, in order, while up to `ahead` of them are under way."""
+    pending = collections.deque()  # type: Any
+    try:
+        for item in items:
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+# ---------------------------------------------------------------------------------------
+# Contents: a directory as a canonical stream of tar bytes, and its digest
+# ---------------------------------------------------------------------------------------
+
+_BLOCK = 1 << 20  # bytes of tar that one gzip member holds
+_MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
+_ZEROS = bytes(1024)
+_FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'
+
+_Entry = collections.namedtuple('_Entry', 'name kind mode size link source')
+
+
+class _Segment:
+    """A part of an archive that can be fetched and checked by itself."""
+
+    def __init__(self, path: str, offset: int = 0, length: int = 0, files: int = 0, size: int = 0,
+                 digest: str = '') -> None:
+        self.path = path  # '.', a top-level directory, or data/<partition>
+        self.offset = offset  # where it starts in the archive, and how many bytes it takes there
+        self.length = length
+        self.files = files  # files and links, and the bytes of all files
+        self.size = size
+        self.digest = digest
+
+    @property
+    def partition(self) -> Optional[str]:
+        return self.path[5:] if self.path.startswith('data/') else None
+
+
+def _from_os(name: str) -> str:
+    """A file name as text, whatever the locale; UnicodeError if its bytes are no UTF-8."""
+    return os.fsencode(name).decode('utf-8')
+
+
+def _to_os(name: str) -> str:
+    return os.fsdecode(name.encode('utf-8'))
+
+
+def _join(root: _Path, name: str) -> str:
+    return os.path.join(os.fspath(root), _to_os(name))
+
+
+def _scan(path: _Path, prefix: str) -> List[Tuple[str, Any]]:
+    """What a directory holds, as (prefix + name, os.DirEntry), sorted by code points."""
+    found = []
+    with os.scandir(path) as items:
+        for item in items:
+            try:
+                found.append((prefix + _from_os(item.name), item))
+            except UnicodeError:
+                raise InvalidDataset('the name %r is not valid UTF-8; rename it' % os.fsencode(item.path)) from None
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _stat(name: str, item: Any) -> os.stat_result:
+    """Follow links; what cannot be kept is an error that names it."""
+    try:
+        status = item.stat()
+    except FileNotFoundError:
+        problem = 'is a link to nothing; mend or remove it' if item.is_symlink() else 'vanished; try again'
+        raise InvalidDataset("'%s' %s" % (name, problem)) from None
+    except OSError as e:
+        if e.errno != errno.ELOOP:
+            raise
+        raise InvalidDataset("'%s' is a link that leads back to itself; mend or remove it" % name) from None
+    if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+        raise InvalidDataset("'%s' is neither a file nor a directory; remove it" % name)
+    return status  # type: ignore[no-any-return]
+
+
+def _kept_link(root: _Path, name: str, segment: str) -> str:
+    """The target of the link `name`, if it can stay a link in this segment; else ''.
+
+    It must be relative, so that copies of the dataset agree, and mean the same file in the archive.
+    """
+    path = _join(root, name)
+    try:
+        target = _from_os(os.readlink(path)).replace(os.sep, '/')
+    except UnicodeError:
+        raise InvalidDataset("the target of the link '%s' is not valid UTF-8; rename it" % name) from None
+    if os.path.isabs(target):
+        return ''
+    base = posixpath.dirname(name)
+    meant = posixpath.normpath(posixpath.join(base, target))
+    inside = '/' not in meant if segment == '.' else (meant + '/').startswith(segment + '/')
+    if not inside or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
+        return ''
+    return posixpath.relpath('/' + meant, '/' + base)
+
+
+def _entries(root: _Path, items: List[Tuple[str, Any]], segment: str) -> Iterator[_Entry]:
+    """Everything at and below `items`, a directory before its contents."""
+    levels = [iter(items)]
+    above = []  # type: List[Tuple[int, int]]
+    while levels:
+        for name, item in levels[-1]:
+            status = _stat(name, item)
+            directory = stat.S_ISDIR(status.st_mode)
+            link = ''
+            if item.is_symlink() and name != segment and not (directory and segment == '.'):
+                link = _kept_link(root, name, segment)
+            if link:
+                yield _Entry(name, _LINK, 0o644, 0, link, None)
+            elif not directory:
+                yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', item.path)
+            else:
+                yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '', None)
+                if segment == '.':
+                    continue
+                identity = status.st_dev, status.st_ino
+                if identity in above:
+                    raise InvalidDataset("'%s' is a link to a directory above it; remove it" % name)
+                above.append(identity)
+                levels.append(iter(_scan(item.path, name + '/')))
+                break
+        else:
+            levels.pop()
+            del above[-1:]
+
+
+def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> Iterator[Tuple[_Segment, Iterator[_Entry]]]:
+    """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
+    own, others = [], []
+    for name, item in _scan(root, ''):
+        if name == 'data':
+            own.append((name, item))
+        else:
+            (others if stat.S_ISDIR(_stat(name, item).st_mode) else own).append((name, item))
+    found = [('.', own)] + [(name, [(name, item)]) for name, item in others + _scan(_join(root, 'data'), 'data/')]
+    for path, items in found:
+        if only is None or path in only:
+            yield _Segment(path), _entries(root, items, path)
+
+
+def _pax_record(key: str, value: str) -> bytes:
+    """`length key=value` with its own length counted (POSIX pax, "Extended Header")."""
+    record = b' %s=%s\n' % (key.encode(), value.encode('utf-8'))
+    length = len(record) + len(str(len(record)))
+    length = len(record) + len(str(length))
+    return str(length).encode() + record
+
+
+def _ustar(name: bytes, kind: bytes, mode: int, size: int, link: bytes, mtime: int) -> bytes:
+    start = b'%s%07o\x000000000\x000000000\x00%011o\x00%011o\x00' % (name[:100].ljust(100, b'\0'), mode, size, mtime)
+    rest = kind + link[:100].ljust(100, b'\0') + b'ustar\x0000'
+    checksum = sum(start) + sum(rest) + 8 * 32
+    return (start + b'%06o\x00 ' % checksum + rest).ljust(512, b'\0')
+
+
+def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
+    """The canonical tar header, byte by byte what tarfile.PAX_FORMAT writes from Python 3.9 on.
+
+    tarfile itself will not do: up to Python 3.8 it fills devmajor and devminor otherwise.
+    """
+    raw_name, raw_link = name.encode('ascii', 'replace'), link.encode('ascii', 'replace')
+    pax = b''
+    if len(raw_name) > 100 or raw_name.decode() != name:
+        pax += _pax_record('path', name)
+    if len(raw_link) > 100 or raw_link.decode() != link:
+        pax += _pax_record('linkpath', link)
+    if size >= 8 ** 11:
+        pax += _pax_record('size', str(size))
+        size = 0
+    block = _ustar(raw_name, kind, mode, size, raw_link, _MTIME)
+    if pax:
+        block = _ustar(b'././@PaxHeader', _PAX, 0, len(pax), b'', 0) + pax + bytes(-len(pax) % 512) + block
+    return block
+
+
+_Piece = Tuple[Any, int, int]  # what to take, from where to where: of bytes, or of the file of an _Entry
+
+
+def _pieces(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[_Piece]:
+    """The segment's tar stream."""
+    for entry in entries:
+        segment.files += entry.kind != _DIRECTORY
+        segment.size += entry.size
+        header = _header(*entry[:5])
+        yield header, 0, len(header)
+        if entry.size:
+            yield entry, 0, entry.size
+            yield _ZEROS, 0, -entry.size % 512
+
+
+def _blocks(root: _Path, only: Optional[Sequence[str]] = None) -> Iterator[Tuple[_Segment, List[_Piece]]]:
+    """The dataset's tar stream, cut into blocks whose files are still to be read."""
+    for segment, entries in _segments(root, only):
+        block, room = [], _BLOCK  # type: List[_Piece], int
+        for source, start, stop in _pieces(segment, entries):
+            while stop - start > room:
+                block.append((source, start, start + room))
+                yield segment, block
+                block, start, room = [], start + room, _BLOCK
+            block.append((source, start, stop))
+            room -= stop - start
+        yield segment, block
+
+
+def _load(block: Iterable[_Piece]) -> bytes:
+    return b''.join(source[start:stop] if isinstance(source, bytes) else _read_file(source, start, stop)
+                    for source, start, stop in block if start < stop)
+
+
+def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
+    file = os.open(entry.source, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+    try:
+        if start:
+            os.lseek(file, start, os.SEEK_SET)
+        found = os.read(file, stop - start)
+        while len(found) < stop - start:
+            more = os.read(file, stop - start - len(found))
+            if not more:
+                break
+            found += more
+        if len(found) < stop - start or (stop == entry.size and os.fstat(file).st_size != stop):
+            raise InvalidDataset("'%s' changed while it was read; try again when it is complete" % entry.name)
+        return found
+    finally:
+        os.close(file)
+
+
+def _process(root: _Path, work: Callable[[bytes], _R], pool: Any, only: Optional[Sequence[str]] = None,
+             ) -> Iterator[Tuple[_Segment, _R]]:
+    """Yield (segment, work(payload)) for every block; a segment's digest is set before the next one's blocks come."""
+    def task(item: Tuple[_Segment, List[_Piece]]) -> Tuple[_Segment, bytes, _R]:
+        segment, pieces = item
+        payload = _load(pieces)
+        return segment, hashlib.sha256(payload).digest(), work(payload)
+
+    current, digests = None, hashlib.sha256()
+    for segment, digest, result in _ordered(pool, task, _blocks(root, only), 2 * _cores()):
+        if segment is not current:
+            current, digests = segment, hashlib.sha256()
+        digests.update(digest)
+        segment.digest = 'sha256:' + digests.hexdigest()
+        yield segment, result
+
+
+def _dataset_digest(segments: Iterable[_Segment]) -> str:
+    total = hashlib.sha256()
+    for segment in segments:
+        total.update(segment.path.encode('utf-8') + b'\0' + bytes.fromhex(segment.digest[7:]))
+    return 'sha256:' + total.hexdigest()
+
+
+def _digest_segments(root: _Path, only: Optional[Sequence[str]] = None) -> List[_Segment]:
+    """Hash the files of a dataset, or of some of its segments."""
+    found = []  # type: List[_Segment]
+    with _threads(_cores()) as pool:
+        for segment, _ in _process(root, len, pool, only):
+            if not found or found[-1] is not segment:
+                found.append(segment)
+    return found
+
+
+# ---------------------------------------------------------------------------------------
+# Datasets
+# ---------------------------------------------------------------------------------------
+
+class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
+    """A directory with data/<partition>/...: a read-only mapping of partition names to their pathlib.Path.
+
+    Iteration is sorted. Raises InvalidDataset if `root` is not a dataset's directory.
+    """
+
+    def __init__(self, root: _Path, name: Optional[str] = None, digest: Optional[str] = None) -> None:
+        self.root = Path(root)  #: pathlib.Path of the dataset's directory
+        self.name = name or self.root.resolve().name  #: str
+        self._digest = digest
+        self._partitions = _validate(self.root)
+
+    def __getitem__(self, partition: str) -> Path:
+        if partition not in self._partitions:
+            raise UnknownPartition("no partition '%s' in %s; it has: %s" % (partition, self.name, ', '.join(self)))
+        return self.root / 'data' / _to_os(partition)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._partitions)
+
+    def __len__(self) -> int:
+        return len(self._partitions)
+
+    def __repr__(self) -> str:
+        return '<Dataset %s: %s>' % (self.name, ', '.join(self))
+
+    def keys(self) -> 'collections.abc.KeysView[str]':
+        """The partitions' names, as a set that compares and prints like dict's."""
+        return dict.fromkeys(self._partitions).keys()
+
+    @property
+    def meta(self) -> Dict[str, Any]:
+        """The contents of meta.json; {} without one."""
+        return _read_meta(self.root)
+
+    @property
+    def digest(self) -> str:
+        """'sha256:...' of all contents; where no receipt knows it, every file is read."""
+        if self._digest is None:
+            self._digest = _dataset_digest(_digest_segments(self.root))
+        return self._digest
+
+
+def _validate(root: Path) -> List[str]:
+    """The partitions of the dataset at `root`; InvalidDataset says what is wrong with it."""
+    if not root.is_dir():
+        raise InvalidDataset('no directory %s' % root)
+    if not (root / 'data').is_dir():
+        raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition" % root)
+    partitions = []
+    for name, item in _scan(root / 'data', ''):
+        if not stat.S_ISDIR(_stat('data/' + name, item).st_mode):
+            raise InvalidDataset("%s is no dataset: 'data' may hold only directories (partitions), but 'data/%s' is a "
+                                 'file; move it' % (root, name))
+        partitions.append(name)
+    if not partitions:
+        raise InvalidDataset("%s is no dataset: 'data' is empty; make a directory in it for each partition" % root)
+    _read_meta(root)
+    return partitions
+
+
+def _read_meta(root: Path) -> Dict[str, Any]:
+    try:
+        meta = json.loads((root / 'meta.json').read_bytes().decode('utf-8-sig'))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as e:
+        raise InvalidDataset('%s is not JSON: %s' % (root / 'meta.json', e)) from None
+    if not isinstance(meta, dict):
+        raise InvalidDataset('%s must hold a JSON object, {...}' % (root / 'meta.json'))
+    return meta
+
+
+_NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z')
+_PINNED = re.compile(r'([^@]*)(?:@(sha256:[0-9a-f]{64}))?\Z')
+
+
+def _parse_name(text: str) -> Tuple[str, Optional[str]]:
+    """Split NAME[@sha256:...]; a name must be safe in any path and any key."""
+    match = _PINNED.match(text)
+    if not match:
+        raise InvalidDataset("'%s' is not NAME@sha256:... with 64 hexadecimal digits" % text)
+    if not _NAME.match(match.group(1)):
+        raise InvalidDataset("'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
+                             'the first a letter or digit' % match.group(1))
+    return match.group(1), match.group(2)
+
+
+# ---------------------------------------------------------------------------------------
+# Archives: the .tgz format, version 1 (described in README.md)
+# ---------------------------------------------------------------------------------------
+
+_GZIP = b'\x1f\x8b\x08\x04\0\0\0\0\0\xff'  # RFC 1952, 2.3: deflate, FEXTRA, no time, unknown system
+_EMPTY = b'\x03\0' + bytes(8)  # an empty deflate stream, its CRC-32 and size
+_HEADER = len(_GZIP) + 2 + 4 + 4  # bytes before a block's deflate stream
+_LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes in each 16 KiB or more
+_FOOTER = 34
+_RANGE = 4 << 20  # bytes fetched by one request
+_TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
+_INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
+_INDEX_LIMIT = 64 << 20
+
+
+def _member(tag: bytes, extra: bytes) -> bytes:
+    """The gzip header with one extra field (RFC 1952, 2.3.1.1)."""
+    return _GZIP + struct.pack('<H2sH', len(extra) + 4, tag, len(extra)) + extra
+
+
+def _compress(level: int, payload: bytes) -> bytes:
+    """One block: a gzip member that says how long it is."""
+    if level and not _shrinks(payload):
+        level = 0
+    body = _deflate(payload, level)
+    if level and len(body) > len(payload):
+        body = _deflate(payload, 0)
+    length = struct.pack('<I', _HEADER + len(body) + 8)
+    return b''.join((_member(b'et', length), body, struct.pack('<II', zlib.crc32(payload), len(payload))))
+
+
+def _deflate(payload: bytes, level: int) -> bytes:
+    deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
+    return deflate.compress(payload) + deflate.flush()
+
+
+def _shrinks(payload: bytes) -> bool:
+    """Whether compression pays, guessed from four samples: JPEG, Parquet, npz and the like do not shrink."""
+    if len(payload) <= 65536:
+        return True
+    step = len(payload) // 4
+    samples = b''.join(payload[start:start + 4096] for start in range(step // 2, len(payload), step))
+    return len(zlib.compress(samples, 1)) < 0.97 * len(samples)
+
+
+def _inflate(member: bytes) -> bytes:
+    """What a block holds; zlib checks its CRC-32 and size."""
+    inflater = zlib.decompressobj(31)
+    try:
+        payload = inflater.decompress(member, _BLOCK + 1)
+    except zlib.error as e:
+        raise Corrupt('the archive is damaged: %s' % e) from None
+    if not inflater.eof or inflater.unused_data or len(payload) > _BLOCK or len(payload) % 512:
+        raise Corrupt('the archive is damaged: a block is not as long as it says')
+    return payload
+
+
+def _index(segments: Sequence[_Segment], offset: int) -> bytes:
+    """The index and the footer, for an index that starts at `offset`."""
+    text = json.dumps({'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': [vars(s) for s in segments]},
+                      ensure_ascii=False, separators=(',', ':')).encode('utf-8')
+    steps = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
+    return b''.join([_member(b'ei', step) + _EMPTY for step in steps]
+                    + [_member(b'ef', struct.pack('<Q', offset)), _EMPTY])
+
+
+def _pack(root: _Path, level: int, pool: Any, segments: List[_Segment]) -> Iterator[bytes]:
+    """A dataset's archive, piece by piece; `segments` is filled on the way and complete before the index."""
+    offset = 0
+    for segment, block in _process(root, functools.partial(_compress, level), pool):
+        if not segments or segments[-1] is not segment:
+            segment.offset = offset
+            segments.append(segment)
+        segment.length += len(block)
+        offset += len(block)
+        yield block
+    end = _compress(level, _ZEROS)
+    yield end
+    yield _index(segments, offset + len(end))
+
+
+def _footer(tail: bytes, size: int) -> Optional[int]:
+    """Where the index of an archive of `size` bytes starts; None if it has none. `tail` is its end."""
+    start = _member(b'ef', bytes(8))[:-8]
+    footer = tail[-_FOOTER:]
+    if len(footer) < _FOOTER or not footer.startswith(start) or not footer.endswith(_EMPTY):
+        return None
+    offset = struct.unpack_from('<Q', footer, len(start))[0]  # type: int
+    if not 0 < size - _FOOTER - offset <= _INDEX_LIMIT:
+        raise Corrupt('the archive is damaged: its footer points nowhere')
+    return offset
+
+
+def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
+    """The segments that an index tells of, from its bytes with the footer; None for a version not known."""
+    text, at, end = [], 0, len(data) - _FOOTER
+    while at < end:
+        length = int.from_bytes(data[at + 14:at + 16], 'little')
+        text.append(data[at + 16:at + 16 + length])
+        if data[at:at + 16] != _member(b'ei', text[-1])[:16] or data[at + 16 + length:at + 26 + length] != _EMPTY:
+            raise Corrupt('the archive is damaged: its index is unreadable')
+        at += 26 + length
+    try:
+        index = json.loads(b''.join(text).decode('utf-8'))
+        if type(index['etcetera']) is not int:
+            raise TypeError
+        if index['etcetera'] != 1:
+            return None
+        segments = [_Segment(*(s[key] for key in ('path', 'offset', 'length', 'files', 'size', 'digest')))
+                    for s in index['segments']]
+        _check_index(segments, index['digest'], offset)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Corrupt('the archive is damaged: its index is unreadable') from None
+    if at != end:
+        raise Corrupt('the archive is damaged: its index is unreadable')
+    return segments
+
+
+def _check_index(segments: List[_Segment], digest: Any, offset: int) -> None:
+    """ValueError unless the segments are well-formed and follow one another, from 0 to before the index."""
+    at = 0
+    order = []
+    for s in segments:
+        if [type(v) for v in vars(s).values()] != [str, int, int, int, int, str] \
+                or not re.match(r'sha256:[0-9a-f]{64}\Z', s.digest) or not _is_safe(s.path) \
+                or s.offset != at or s.length <= 0 or min(s.files, s.size) < 0:
+            raise ValueError
+        at += s.length
+        parts = s.path.split('/')
+        order.append((0, '') if s.path == '.' else (len(parts), s.path))
+        if len(parts) > 2 or (len(parts) == 2) != (parts[0] == 'data'):
+            raise ValueError
+    if order[:1] != [(0, '')] or sorted(set(order)) != order or at > offset or digest != _dataset_digest(segments):
+        raise ValueError
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a name in an archive stays below where it is unpacked, on this system."""
+    if name == '.':
+        return True
+    padded = '/%s/' % name
+    if '//' in padded or '/./' in padded or '/../' in padded or '\0' in name:
+        return False
+    return os.sep == '/' or not re.search(r'[\\:]', name)
+
+
+class _Sink:
+    """Writes a dataset's entries below `root`, never through a link, and nothing anywhere else."""
+
+    def __init__(self, root: _Path) -> None:
+        self.root = os.path.join(os.fspath(root), '')
+        self.links = []  # type: List[Tuple[str, str]]
+
+    def path(self, name: str) -> str:
+        if not _is_safe(name) or name == '.':
+            raise Corrupt("the archive holds the unsafe name '%s'; do not trust it" % name)
+        try:
+            return self.root + _to_os(name)
+        except UnicodeError:
+            raise Corrupt("the archive holds the name '%s', which is not valid UTF-8" % name) from None
+
+    def directory(self, name: str, exist_ok: bool = False) -> None:
+        path = self.path(name)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not exist_ok or not os.path.isdir(path):
+                raise self.twice(name) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise self.astray(name) from None
+
+    def create(self, name: str, executable: bool) -> int:
+        """A new read-only file, as a descriptor to write to."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
+        try:
+            return os.open(self.path(name), flags, 0o555 if executable else 0o444)
+        except FileExistsError:
+            raise self.twice(name) from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise self.astray(name) from None
+
+    def astray(self, name: str) -> Error:
+        return Corrupt("the archive is damaged: it holds '%s', but not the directory around it" % name)
+
+    def twice(self, name: str) -> Error:
+        return Corrupt("the archive holds '%s' twice (or names that this disk cannot tell apart)" % name)
+
+    def link(self, name: str, target: str) -> None:
+        """Links are made at the very end, so that nothing can be written through one."""
+        self.path(name)
+        self.links.append((name, target))
+
+    def finish(self, confined: bool) -> None:
+        """Make the links; each must lead to something in the dataset or, if `confined`, in its own segment."""
+        for name, target in self.links:
+            try:
+                os.symlink(_to_os(target), self.path(name))
+            except FileExistsError:
+                raise self.twice(name) from None
+        root = os.path.realpath(self.root)
+        for name, target in self.links:
+            real = os.path.realpath(self.path(name))
+            inside = os.path.join(root, _to_os(_segment_of(name)) if confined else '', '')
+            stays = real.startswith(os.path.normpath(inside) + os.sep) or real == os.path.normpath(inside)
+            if confined and _segment_of(name) == '.':
+                stays = os.path.dirname(real) == root and os.path.isfile(real)
+            if os.path.isabs(target) or not stays or not os.path.exists(real):
+                raise Corrupt("the archive holds the link '%s' to '%s', which leads out of the dataset or nowhere"
+                              % (name, target))
+
+
+def _segment_of(name: str) -> str:
+    """The path of the segment that the entry `name` belongs to; a root file's looks like any top-level name."""
+    parts = name.split('/')
+    if parts[0] == 'data' and len(parts) > 1:
+        return 'data/' + parts[1]
+    return '.' if len(parts) == 1 else parts[0]
+
+
+def _write(file: int, data: Any) -> None:
+    written = os.write(file, data)
+    while written < len(data):
+        data = data[written:]
+        written = os.write(file, data)
+
+
+class _Extractor:
+    """Writes one segment's tar stream to a sink, and refuses whatever is not canonical.
+
+    So what is installed hashes, file by file, to the digest that the index promised.
+    """
+
+    def __init__(self, sink: _Sink, segment: _Segment) -> None:
+        self.sink = sink
+        self.segment = segment
+        self.digests = hashlib.sha256()
+        self.rest = b''  # the start of a header whose end is in the next block
+        self.file = -1  # the file being written, and the bytes that it still lacks
+        self.left = 0
+        self.last = []  # type: List[str]
+        self.files = self.size = 0
+
+    def feed(self, payload: bytes, digest: bytes) -> None:
+        self.digests.update(digest)
+        data = memoryview(self.rest + payload if self.rest else payload)
+        self.rest = b''
+        at, end = 0, len(data)
+        while at < end:
+            if self.left:
+                stop = min(at + self.left, end)
+                _write(self.file, data[at:stop])
+                self.left -= stop - at
+                at = stop
+                if self.left:
+                    break
+                self.close()
+                padding = -at % 512
+                if data[at:at + padding] != _ZEROS[:padding]:
+                    raise self.odd()
+                at += padding
+                continue
+            header = bytes(data[at:at + 512])
+            if header[156:157] == _PAX:
+                length = 1024 + _octal(header[124:135])
+                length += -length % 512
+                if length > 65536:
+                    raise self.odd()
+                header = bytes(data[at:at + length])
+                if len(header) < length:
+                    self.rest = header
+                    break
+            at += len(header)
+            self.entry(header)
+
+    def entry(self, header: bytes) -> None:
+        try:
+            name, kind, mode, size, link = _parse_header(header)
+            odd = _header(name, kind, mode, size, link) != header or (kind != _FILE and size)
+        except ValueError:
+            raise self.odd() from None
+        path = name[:-1] if kind == _DIRECTORY else name
+        parts = path.split('/')
+        root = self.segment.path == '.'
+        if odd or parts <= self.last or (kind == _DIRECTORY) != name.endswith('/') or (
+                len(parts) > 1 or kind == _DIRECTORY and name != 'data/' if root
+                else not name.startswith(self.segment.path + '/')):
+            raise self.odd()
+        self.last = parts
+        if kind == _DIRECTORY:
+            self.sink.directory(path, exist_ok=path == 'data')  # it may be there with reused partitions
+            return
+        self.files += 1
+        if kind == _LINK:
+            self.sink.link(path, link)
+        else:
+            self.file, self.left = self.sink.create(path, mode == 0o755), size
+            self.size += size
+            if not size:
+                self.close()
+
+    def finish(self) -> None:
+        s = self.segment
+        if self.left or self.rest or (self.files, self.size) != (s.files, s.size):
+            raise self.odd()
+        if 'sha256:' + self.digests.hexdigest() != s.digest:
+            raise Corrupt("the archive is damaged: '%s' is not what its digest promises" % s.path)
+
+    def close(self) -> None:
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+
+    def odd(self) -> Error:
+        return Corrupt("the archive is damaged: '%s' is not as etcetera writes it" % self.segment.path)
+
+
+def _octal(field: bytes) -> int:
+    return int(field, 8) if field.isdigit() else -1
+
+
+def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
+    """The reverse of _header(), for what it wrote: the caller compares. Raises ValueError."""
+    block = header[-512:]
+    size = _octal(block[124:135])
+    name, link = block[:100].rstrip(b'\0').decode('ascii'), block[157:257].rstrip(b'\0').decode('ascii')
+    if len(header) > 512:
+        records, at = header[512:512 + _octal(header[124:135])], 0
+        while at < len(records):
+            length = int(records[at:at + 20].split(b' ', 1)[0])
+            key, _, value = records[at:at + length].partition(b' ')[2][:-1].partition(b'=')
+            if length <= 0 or key not in (b'path', b'linkpath', b'size'):
+                raise ValueError
+            if key == b'size':
+                size = int(value)
+            elif key == b'path':
+                name = value.decode('utf-8')
+            else:
+                link = value.decode('utf-8')
+            at += length
+    return name, block[156:157], _octal(block[100:107]), size, link
+
+
+def _cut(chunks: Iterable[bytes], segments: Sequence[_Segment]) -> Iterator[Tuple[_Segment, bytes]]:
+    """The blocks of some segments, from their bytes one after the other."""
+    buffer, at = memoryview(b''), 0
+    source = iter(chunks)
+    for segment in segments:
+        left = segment.length
+        while left:
+            length = int.from_bytes(buffer[at + 16:at + 20], 'little') if len(buffer) - at >= _HEADER else _HEADER
+            if len(buffer) - at < length and length <= left:
+                chunk = next(source, b'')
+                if not chunk:
+                    raise Corrupt('the archive is damaged: it ends too early')
+                buffer, at = memoryview(b''.join((buffer[at:], chunk))), 0
+                continue
+            if buffer[at:at + 16] != _GZIP + b'\x08\0et\x04\0' or not _HEADER + 8 < length <= min(left, _LONGEST):
+                raise Corrupt('the archive is damaged: a block does not start where it should')
+            yield segment, buffer[at:at + length]  # type: ignore[misc]
+            at += length
+            left -= length
+
+
+def _unpack(chunks: Iterable[bytes], segments: Sequence[_Segment], root: _Path, pool: Any) -> None:
+    """Write segments, whose bytes come one after the other, below `root`; raises Corrupt before they end wrong."""
+    def task(item: Tuple[_Segment, bytes]) -> Tuple[_Segment, bytes, bytes]:
+        segment, block = item
+        payload = _inflate(block)
+        return segment, payload, hashlib.sha256(payload).digest()
+
+    with contextlib.closing(_ordered(pool, task, _cut(chunks, segments), 2 * _cores())) as blocks:
+        _extract(blocks, root)
+
+
+def _extract(blocks: Iterable[Tuple[_Segment, bytes, bytes]], root: _Path) -> None:
+    """Write (segment, payload, digest) blocks below `root`."""
+    sink = _Sink(root)
+    extractor = None  # type: Optional[_Extractor]
+    try:
+        for segment, payload, digest in blocks:
+            if extractor is None or extractor.segment is not segment:
+                if extractor:
+                    extractor.finish()
+                extractor = _Extractor(sink, segment)
+            extractor.feed(payload, digest)
+        if extractor:
+            extractor.finish()
+    finally:
+        if extractor:
+            extractor.close()
+    sink.finish(confined=True)
+
+
+class _Stream(io.RawIOBase):
+    """Chunks of bytes as a file that can be read."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.chunks = iter(chunks)
+        self.rest = memoryview(b'')
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            chunk = next(self.chunks, None)
+            if chunk is None:
+                return 0
+            self.rest = memoryview(chunk)
+        count = min(len(buffer), len(self.rest))
+        buffer[:count] = self.rest[:count]
+        self.rest = self.rest[count:]
+        return count
+
+
+def _unpack_foreign(chunks: Iterable[bytes], root: _Path) -> None:
+    """Write what any .tgz holds below `root`."""
+    import gzip
+    import tarfile
+    sink = _Sink(root)
+    try:
+        with gzip.GzipFile(fileobj=io.BufferedReader(_Stream(chunks), _BLOCK)) as plain:
+            with tarfile.open(fileobj=plain, mode='r|', bufsize=_BLOCK, encoding='utf-8') as tar:
+                for member in iter(tar.next, None):
+                    tar.members = []  # or they would pile up in memory
+                    _extract_member(tar, member, sink)
+            while plain.read(_BLOCK):  # up to the last CRC
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, RecursionError) as e:
+        raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
+    except OSError as e:
+        if e.errno is None:  # how gzip says that it found no gzip, or a wrong CRC
+            raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
+        raise
+    sink.finish(confined=False)
+
+
+def _plain_name(name: str) -> str:
+    """Without the ./ that tars like to put before it; an absolute name stays one, to be refused."""
+    return name if name.startswith('/') else '/'.join(part for part in name.split('/') if part not in ('', '.'))
+
+
+def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
+    name = _plain_name(member.name)
+    if not name and member.isdir():
+        return
+    sink.path(name)
+    for slash in re.finditer('/', name):
+        sink.directory(name[:slash.start()], exist_ok=True)
+    if member.isdir():
+        sink.directory(name, exist_ok=True)
+    elif member.issym():
+        sink.link(name, member.linkname)
+    elif member.islnk():
+        target = sink.path(_plain_name(member.linkname))
+        if not os.path.isfile(target) or os.path.lexists(sink.path(name)):
+            raise Corrupt("the archive holds the hard link '%s' to '%s', which is not in it" % (name, member.linkname))
+        shutil.copy(target, sink.path(name))
+    elif member.isreg() and not member.mode & 0o6000:
+        file = sink.create(name, bool(member.mode & 0o100))
+        try:
+            source = tar.extractfile(member)
+            for data in iter(lambda: source.read(_BLOCK), b''):
+                _write(file, data)
+        finally:
+            os.close(file)
+    else:
+        raise Corrupt("the archive holds '%s', a device, pipe or file with setuid bits; do not trust it" % name)
+
+
+# ---------------------------------------------------------------------------------------
+# HTTP: kept-alive connections, proxies, private CAs, retries
+# ---------------------------------------------------------------------------------------
+
+_TIMEOUT = 60  # seconds of silence after which a connection counts as broken
+_TRIES = 5
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_REPLY_LIMIT = 32 << 20  # bytes of an answer whose length nobody knows before
+
+_Reply = collections.namedtuple('_Reply', 'status headers body')
+_Signer = Callable[[str, str, Dict[str, str], Iterable[bytes]], Dict[str, str]]
+
+
+class _Http:
+    """Requests with whole answers; threads share it. It follows no redirect: what to do then, a remote knows."""
+
+    def __init__(self, ca_bundle: Optional[str]) -> None:
+        self.ca_bundle = ca_bundle or os.environ.get('AWS_CA_BUNDLE')
+        self.idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
+        self.busy = set()  # type: Any
+        self.closed = False
+        self.tls = None  # type: Any
+
+    def close(self) -> None:
+        """Close all connections; those that threads wait on fail at once."""
+        import socket
+        self.closed = True
+        for connection in [c for idle in self.idle.values() for c in idle] + list(self.busy):
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+            connection.close()
+
+    def request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
+                sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT) -> _Reply:
+        """One request, tried again while that may help. Raises RemoteError if no answer is to be had.
+
+        sign: gives the headers to send, anew for each try. limit: bytes that the answer may have.
+        """
+        import http.client
+        import random
+        for attempt in range(1, _TRIES + 1):
+            signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
+            problem = None  # type: Optional[Exception]
+            try:
+                reply = self._once(method, url, signed, body, limit)
+                if reply.status not in _TRANSIENT or attempt == _TRIES:
+                    return reply
+            except (OSError, http.client.HTTPException) as e:
+                problem = e
+                if attempt == _TRIES or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                    raise self._failure(url, e) from None
+            pause = random.uniform(0.5, 1) * 0.25 * 2 ** attempt
+            _say('%s %s: %s; trying again', method, url.partition('?')[0], problem or reply.status, level=10)
+            time.sleep(pause)
+        raise AssertionError
+
+    def _failure(self, url: str, e: Exception) -> RemoteError:
+        from urllib.parse import urlsplit
+        where = '%s://%s' % urlsplit(url)[:2]
+        if 'CERTIFICATE_VERIFY_FAILED' in str(e):
+            return RemoteError("%s shows a certificate that is not trusted; if a private CA signed it, set 'ca_bundle' "
+                               'to the file with its certificate' % where)
+        return RemoteError('cannot reach %s: %s; check the network, the proxy settings and the URL'
+                           % (where, getattr(e, 'strerror', None) or e or type(e).__name__))
+
+    def _once(self, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes], limit: int) -> _Reply:
+        import http.client
+        from urllib.parse import urlsplit
+        parts = urlsplit(url)
+        target = (parts.path or '/') + ('?' + parts.query if parts.query else '')
+        headers = dict(headers, **{'Accept-Encoding': 'identity'})
+        if body or method in ('PUT', 'POST'):
+            headers['Content-Length'] = str(sum(map(len, body)))
+        connection, kept, proxy_headers = self._connect(parts.scheme, parts.netloc)
+        if proxy_headers is not None:  # a plain request to a proxy names the whole URL
+            target, headers = url, dict(headers, **proxy_headers)
+        self.busy.add(connection)
+        reusable = False
+        try:
+            try:
+                response = _ask(connection, method, target, headers, body)
+            except (ConnectionError, http.client.BadStatusLine):
+                if not kept:
+                    raise
+                connection.close()  # the server had closed the kept connection meanwhile
+                response = _ask(connection, method, target, headers, body)
+            known = response.length is not None and response.length <= limit
+            data = response.read() if known else response.read(limit + 1)
+            if len(data) > limit:
+                raise http.client.HTTPException('the answer is longer than it may be')
+            reusable = response.isclosed() and not response.will_close
+            return _Reply(response.status, response.headers, data)
+        finally:
+            self.busy.discard(connection)
+            if reusable and not self.closed:
+                self.idle[parts.scheme, parts.netloc].append(connection)
+            else:
+                connection.close()
+
+    def _connect(self, scheme: str, netloc: str) -> Tuple[Any, bool, Optional[Dict[str, str]]]:
+        """A connection, whether it has been used before, and the headers for a proxy that forwards plain requests."""
+        import http.client
+        import urllib.request
+        from base64 import b64encode
+        from urllib.parse import unquote, urlsplit
+        if self.closed:
+            raise http.client.HTTPException('interrupted')
+        proxy = urllib.request.getproxies().get(scheme)
+        if proxy and urllib.request.proxy_bypass(netloc):
+            proxy = None
+        via = urlsplit(proxy if '://' in proxy else 'http://' + proxy) if proxy else None
+        proxy_headers = {}
+        if via and via.username:
+            user = '%s:%s' % (unquote(via.username), unquote(via.password or ''))
+            proxy_headers['Proxy-Authorization'] = 'Basic ' + b64encode(user.encode()).decode()
+        plain = proxy_headers if via and scheme == 'http' else None
+        with contextlib.suppress(IndexError):
+            return self.idle[scheme, netloc].pop(), True, plain
+        address = via.netloc.rpartition('@')[2] if via else netloc
+        if scheme == 'https':
+            if self.tls is None:
+                self.tls = _tls(self.ca_bundle)
+            connection = http.client.HTTPSConnection(address, timeout=_TIMEOUT, context=self.tls)  # type: Any
+            if via:
+                connection.set_tunnel(netloc, headers=proxy_headers)
+        else:
+            connection = http.client.HTTPConnection(address, timeout=_TIMEOUT)
+        return connection, False, plain
+
+
+def _ask(connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
+    # a server may answer, and close, before it has read all
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request(method, target, iter(body) if body else None, headers)
+    return connection.getresponse()
+
+
+def _tls(ca_bundle: Optional[str]) -> Any:
+    import ssl
+    try:
+        return ssl.create_default_context(cafile=ca_bundle and os.path.expanduser(ca_bundle))
+    except OSError as e:
+        raise ConfigError("cannot use the CA bundle '%s': %s" % (ca_bundle, e.strerror or e)) from None
+
+
+def _content_range(reply: _Reply) -> Tuple[int, int, int]:
+    """First byte, byte after the last, and size of the whole (RFC 7233, 4.2); ValueError if it does not say so."""
+    match = re.match(r'bytes (\d+)-(\d+)/(\d+)\Z', reply.headers.get('Content-Range') or '')
+    if not match:
+        raise ValueError
+    start, last, size = map(int, match.groups())
+    return start, last + 1, size
+
+
+def _xml(body: bytes) -> Any:
+    """The root element, its namespaces cut off; ValueError if it is none or could grow (entities)."""
+    from xml.etree import ElementTree
+    if b'<!' in body.replace(b'<![CDATA[', b''):
+        raise ValueError('XML with declarations')
+    try:
+        root = ElementTree.fromstring(body)
+    except ElementTree.ParseError as e:
+        raise ValueError(str(e)) from None
+    for element in root.iter():
+        element.tag = element.tag.rpartition('}')[2]
+    return root
+
+
+# ---------------------------------------------------------------------------------------
+# AWS: credentials and signatures
+# ---------------------------------------------------------------------------------------
+
+class _AwsCredentials:
+    def __init__(self, access_key: str, secret_key: str, token: Optional[str] = None) -> None:
+        self.access_key = access_key
+        self.secret_key = secret_key
+        self.token = token
+
+
+def _aws_profile(config: Config) -> Dict[str, str]:
+    """The chosen profile of ~/.aws/config and ~/.aws/credentials, which wins where both have a key."""
+    import configparser
+    name = config.aws_profile or os.environ.get('AWS_PROFILE') or 'default'
+    values = {}  # type: Dict[str, str]
+    found = False
+    for variable, default, section in (
+            ('AWS_CONFIG_FILE', '~/.aws/config', name if name == 'default' else 'profile ' + name),
+            ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials', name)):
+        path = os.path.expanduser(os.environ.get(variable) or default)
+        parser = configparser.RawConfigParser(strict=False)
+        try:
+            with open(path, encoding='utf-8') as file:
+                parser.read_file(file)
+        except OSError:
+            continue
+        except (configparser.Error, UnicodeDecodeError):
+            raise ConfigError("%s cannot be read as an AWS settings file; mend it" % path) from None
+        if parser.has_section(section):
+            found = True
+            values.update((key, value.strip()) for key, value in parser.items(section))
+    if name != 'default' and not found:
+        raise ConfigError("no AWS profile '%s' in ~/.aws/config or ~/.aws/credentials; check 'aws_profile' and "
+                          '$AWS_PROFILE' % name)
+    return values
+
+
+def _aws_credentials(config: Config, profile: Dict[str, str]) -> Optional[_AwsCredentials]:
+    """From the settings, the environment or the profile; None means unsigned requests."""
+    keys = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
+    sources = [('the settings', vars(config)), ('the AWS profile', profile)]  # type: List[Tuple[str, Any]]
+    if not config.aws_profile:  # a profile that was asked for goes before the environment
+        sources.insert(1, ('the environment', {key: os.environ.get(key.upper()) for key in keys}))
+    for where, values in sources:
+        access_key, secret_key, token = (values.get(key) for key in keys)
+        if bool(access_key) != bool(secret_key):
+            raise ConfigError('%s: aws_access_key_id and aws_secret_access_key go together; set both' % where)
+        if access_key:
+            return _AwsCredentials(access_key, secret_key, token or None)
+    return None
+
+
+def _aws_quote(text: str, safe: str = '') -> str:
+    """Percent-encode as Signature Version 4 wants it: all but A-Z a-z 0-9 - . _ ~"""
+    from urllib.parse import quote
+    return quote(text, safe=safe + '~')
+
+
+def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str, credentials: _AwsCredentials,
+              region: str, service: str, now: float) -> Dict[str, str]:
+    """`headers` with those of AWS Signature Version 4 added; `url` as it is sent, percent-encoded.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+    """
+    import hmac
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    stamp = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
+    headers = dict(headers, **{'x-amz-date': stamp, 'x-amz-content-sha256': payload_hash})
+    if credentials.token:
+        headers['x-amz-security-token'] = credentials.token
+    netloc = parts.netloc.rpartition('@')[2]
+    canonical = {key.lower(): ' '.join(value.split()) for key, value in headers.items()}
+    canonical['host'] = re.sub(':443$' if parts.scheme == 'https' else ':80$', '', netloc)
+    query = sorted((key, value) for key, _, value in (pair.partition('=') for pair in parts.query.split('&') if pair))
+    names = ';'.join(sorted(canonical))
+    request = '\n'.join([method, parts.path or '/', '&'.join('%s=%s' % pair for pair in query),
+                         ''.join('%s:%s\n' % (key, canonical[key]) for key in sorted(canonical)), names, payload_hash])
+    scope = '/'.join([stamp[:8], region, service, 'aws4_request'])
+    text = '\n'.join(['AWS4-HMAC-SHA256', stamp, scope, hashlib.sha256(request.encode()).hexdigest()])
+    key = ('AWS4' + credentials.secret_key).encode()
+    for part in scope.split('/'):
+        key = hmac.new(key, part.encode(), 'sha256').digest()
+    headers['Authorization'] = 'AWS4-HMAC-SHA256 Credential=%s/%s, SignedHeaders=%s, Signature=%s' % (
+        credentials.access_key, scope, names, hmac.new(key, text.encode(), 'sha256').hexdigest())
+    return headers
+
+
+# ---------------------------------------------------------------------------------------
+# Remotes: where archives are kept. Each kind lists, tells what is there, reads and writes.
+# ---------------------------------------------------------------------------------------
+
+_PART = 8 << 20  # bytes of a part of a multipart upload; S3 wants 5 MiB or more
+_PARTS = 10000  # S3's most
+_IN_FLIGHT = 64 << 20  # bytes of parts that may be under way at once
+
+_Object = collections.namedtuple('_Object', 'name size version modified')  # version: opaque; modified: unix time
+
+
+class _Taken(Exception):
+    """An object of that name exists, and was to be written only if absent."""
+
+
+class _FileRemote:
+    """file:///path: a shared directory."""
+
+    def __init__(self, config: Config) -> None:
+        from urllib.parse import urlsplit
+        from urllib.request import url2pathname
+        self.url = config.url or ''
+        parts = urlsplit(self.url)
+        if parts.netloc not in ('', 'localhost') or not parts.path.startswith('/'):
+            raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % self.url)
+        self.root = url2pathname(parts.path)
+
+    def close(self) -> None:
+        pass
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.root, name + '.tgz')
+
+    def _object(self, name: str, status: os.stat_result) -> _Object:
+        version = '%d-%d-%d' % (status.st_mtime_ns, status.st_size, status.st_ino)
+        return _Object(name, status.st_size, version, status.st_mtime)
+
+    def list(self) -> List[_Object]:
+        """All datasets here."""
+        try:
+            with os.scandir(self.root) as items:
+                return [self._object(item.name[:-4], os.stat(item.path)) for item in items
+                        if item.name.endswith('.tgz') and _NAME.match(item.name[:-4]) and item.is_file()]
+        except FileNotFoundError:
+            raise NotFound("no directory %s; check the url, or make it with the first push" % self.root) from None
+
+    def stat(self, name: str) -> Optional[_Object]:
+        """What is there under this name now."""
+        try:
+            return self._object(name, os.stat(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def read(self, found: _Object, start: int, stop: int) -> bytes:
+        """Bytes of this very version; RemoteError if it was replaced."""
+        with open(self._path(found.name), 'rb', buffering=0) as file:
+            if self._object(found.name, os.fstat(file.fileno())) != found:
+                raise _replaced(self, found)
+            file.seek(start)
+            data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
+        if len(data) != stop - start:
+            raise _replaced(self, found)
+        return data
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything."""
+        os.makedirs(self.root, exist_ok=True)
+        self._sweep(name)
+        path = self._path(name)
+        new = os.path.join(self.root, '.%s.tgz.%s' % (name, os.urandom(8).hex()))
+        try:
+            with open(new, 'xb') as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            if not exclusive:
+                os.replace(new, path)
+            elif os.name == 'nt':
+                os.rename(new, path)  # fails on Windows if there is one
+            else:
+                self._link(new, path)
+        except FileExistsError:
+            raise _Taken from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+
+    def _link(self, new: str, path: str) -> None:
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links on this file system: nearly as good
+            if os.path.exists(path):
+                raise FileExistsError from None
+            os.rename(new, path)
+
+    def _sweep(self, name: str) -> None:
+        """Remove what pushes that were killed left behind a day ago or more."""
+        for item in os.listdir(self.root):
+            if re.match(r'\.%s\.tgz\.[0-9a-f]{16}\Z' % re.escape(name), item):
+                path = os.path.join(self.root, item)
+                with contextlib.suppress(OSError):
+                    if time.time() - os.stat(path).st_mtime > 86400:
+                        os.unlink(path)
+
+
+class _S3Remote:
+    """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
+
+    def __init__(self, config: Config) -> None:
+        self.url = config.url or ''
+        match = re.match(r's3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?\Z', self.url)
+        if not match:
+            raise ConfigError("'%s' is not of the form s3://bucket or s3://bucket/prefix" % _printable(self.url))
+        self.bucket = match.group(1)
+        prefix = (match.group(2) or '').strip('/')
+        self.prefix = prefix + '/' if prefix else ''
+        profile = _aws_profile(config)
+        self.credentials = _aws_credentials(config, profile)
+        self.region = (config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
+                       or profile.get('region') or 'us-east-1')
+        self.endpoint = (config.endpoint_url or os.environ.get('AWS_ENDPOINT_URL_S3')
+                         or os.environ.get('AWS_ENDPOINT_URL') or profile.get('endpoint_url') or '').rstrip('/')
+        if self.endpoint and not re.match(r'https?://[^/@]+(/[^?#]*)?\Z', self.endpoint):
+            raise ConfigError("'endpoint_url' must look like https://host[:port]")
+        self.public = config.public
+        self.connections = config.connections
+        self.http = _Http(config.ca_bundle or profile.get('ca_bundle'))
+
+    def close(self) -> None:
+        self.http.close()
+
+    def _address(self, key: str, query: Dict[str, str]) -> str:
+        base = self.endpoint
+        if not base:
+            base = 'https://s3.%s.amazonaws.com%s' % (self.region, '.cn' if self.region.startswith('cn-') else '')
+        if self.endpoint or not re.match(r'[a-z0-9-]+\Z', self.bucket):  # a dot in the name would break the certificate
+            base += '/' + self.bucket
+        else:
+            base = base.replace('//', '//%s.' % self.bucket)
+        pairs = '&'.join('%s=%s' % (_aws_quote(k), _aws_quote(v)) for k, v in sorted(query.items()))
+        return '%s/%s%s' % (base, _aws_quote(key, safe='/'), '?' + pairs if pairs else '')
+
+    def _key(self, name: str) -> str:
+        return self.prefix + name + '.tgz'
+
+    def _request(self, method: str, key: str, query: Optional[Dict[str, str]] = None,
+                 headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (), accept: Sequence[int] = (),
+                 limit: int = _REPLY_LIMIT) -> _Reply:
+        """A signed request; RemoteError for any answer but 2xx and what `accept` lists."""
+        payload = hashlib.sha256()
+        for chunk in body:
+            payload.update(chunk)
+
+        def sign(method: str, url: str, headers: Dict[str, str], body: Iterable[bytes]) -> Dict[str, str]:
+            if not self.credentials:
+                return headers
+            return _aws_sign(method, url, headers, payload.hexdigest(), self.credentials, self.region, 's3',
+                             time.time())
+
+        reply = self.http.request(method, self._address(key, query or {}), headers, body, sign, limit)
+        region = reply.headers.get('x-amz-bucket-region')
+        if reply.status in (301, 307, 400, 403) and region not in (None, self.region) and not self.endpoint:
+            self.region = region
+            reply = self.http.request(method, self._address(key, query or {}), headers, body, sign, limit)
+        if 200 <= reply.status < 300 or reply.status in accept:
+            return reply
+        if method == 'HEAD':  # its answers have no body that would tell more
+            self._request('GET', key, query, dict(headers or {}, Range='bytes=0-0'))
+        raise self._error(reply)
+
+    def _error(self, reply: _Reply) -> RemoteError:
+        code, message = _s3_error(reply)
+        hint = {
+            'NoSuchBucket': 'check the bucket in the url',
+            'InvalidAccessKeyId': 'check aws_access_key_id',
+            'SignatureDoesNotMatch': 'check aws_secret_access_key and region',
+            'RequestTimeTooSkewed': "set this machine's clock",
+            'ExpiredToken': 'renew the session token',
+        }.get(code)
+        if not hint and reply.status in (401, 403):
+            hint = 'check the permissions of these credentials' if self.credentials else (
+                'no credentials were found: set aws_access_key_id and aws_secret_access_key in the settings or the '
+                "environment, or run 'aws configure'")
+        return RemoteError('%s answers %s: %s; %s' % (
+            self.url, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation',
+            hint or 'check the url, the endpoint_url and the region'), reply.status, code)
+
+    def list(self) -> List[_Object]:
+        """All datasets here (ListObjectsV2, page by page)."""
+        found = []
+        query = {'list-type': '2', 'prefix': self.prefix, 'delimiter': '/', 'encoding-type': 'url'}
+        while True:
+            reply = self._request('GET', '', query)
+            try:
+                page = _xml(reply.body)
+                if page.tag != 'ListBucketResult':
+                    raise ValueError('<%s>' % page.tag)
+                found += [item for item in map(functools.partial(self._listed, page), page.iter('Contents')) if item]
+                token = page.findtext('NextContinuationToken')
+                if page.findtext('IsTruncated') == 'true' and (not token or token == query.get('continuation-token')):
+                    raise ValueError('a page that leads nowhere')
+            except ValueError as e:
+                raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url' % (self.url, e)) from None
+            if page.findtext('IsTruncated') != 'true':
+                return found
+            query['continuation-token'] = token
+
+    def _listed(self, page: Any, item: Any) -> Optional[_Object]:
+        from urllib.parse import unquote_plus
+        key = item.findtext('Key') or ''
+        if page.findtext('EncodingType') == 'url':
+            key = unquote_plus(key)
+        name = key[len(self.prefix):-4]
+        if not key.startswith(self.prefix) or not key.endswith('.tgz') or not _NAME.match(name):
+            return None
+        return _Object(name, int(item.findtext('Size') or 0), item.findtext('ETag'),
+                       _timestamp(item.findtext('LastModified') or ''))
+
+    def stat(self, name: str) -> Optional[_Object]:
+        """What is there under this name now."""
+        reply = self._request('HEAD', self._key(name), accept=[404])
+        if reply.status == 404:
+            return None
+        return _Object(name, int(reply.headers.get('Content-Length') or 0), _version(reply),
+                       _http_time(reply.headers.get('Last-Modified') or ''))
+
+    def read(self, found: _Object, start: int, stop: int) -> bytes:
+        """Bytes of this very version; RemoteError if it was replaced. Some stores ignore If-Match, so compare, too."""
+        headers = {'Range': 'bytes=%d-%d' % (start, stop - 1)}
+        if found.version.startswith('"'):
+            headers['If-Match'] = found.version
+        reply = self._request('GET', self._key(found.name), headers=headers, accept=[404, 412, 416],
+                              limit=stop - start + 65536)
+        if reply.status in (404, 412, 416) or _version(reply) != found.version:
+            raise _replaced(self, found)
+        return _ranged(self, reply, start, stop, found.size)
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything.
+
+        limit: bytes that `chunks` will not exceed; it sets the size of parts, as S3 takes at most 10,000.
+        """
+        size = max(_PART, -(-limit // _PARTS >> 20) << 20)
+        headers = {'Content-Type': 'application/gzip'}
+        if self.public:
+            headers['x-amz-acl'] = 'public-read'
+        parts = _parts(chunks, size)
+        first, second = next(parts, []), next(parts, None)
+        if second is None:
+            self._finish('PUT', name, {}, headers, first, exclusive)
+            return
+        reply = self._request('POST', self._key(name), {'uploads': ''}, headers)
+        try:
+            upload = _xml(reply.body).findtext('UploadId')
+        except ValueError:
+            upload = None
+        if not upload:
+            raise RemoteError('%s does not answer as S3 does; check the endpoint_url' % self.url)
+        try:
+            self._upload(name, upload, itertools.chain([first, second], parts), size, exclusive)
+        except BaseException:  # parts that stay behind are paid for
+            with contextlib.suppress(RemoteError):
+                self._request('DELETE', self._key(name), {'uploadId': upload}, accept=[404])
+            raise
+
+    def _upload(self, name: str, upload: str, parts: Iterable[List[bytes]], size: int, exclusive: bool) -> None:
+        def send(item: Tuple[int, List[bytes]]) -> str:
+            query = {'partNumber': str(item[0]), 'uploadId': upload}
+            reply = self._request('PUT', self._key(name), query, body=item[1])
+            return '<Part><PartNumber>%d</PartNumber><ETag>%s</ETag></Part>' % (
+                item[0], escape(reply.headers.get('ETag') or ''))
+
+        from xml.sax.saxutils import escape
+        ahead = max(1, min(self.connections, _IN_FLIGHT // size))
+        with _threads(ahead) as pool, contextlib.closing(_ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
+            manifest = '<CompleteMultipartUpload>%s</CompleteMultipartUpload>' % ''.join(sent)
+        self._finish('POST', name, {'uploadId': upload}, {'Content-Type': 'application/xml'}, [manifest.encode()],
+                     exclusive)
+
+    def _finish(self, method: str, name: str, query: Dict[str, str], headers: Dict[str, str], body: List[bytes],
+                exclusive: bool) -> None:
+        """The request that makes the object appear.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+        """
+        conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
+        reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 409, 412, 501])
+        if exclusive and (reply.status == 501 or reply.status == 400 and _s3_error(reply)[0] != 'EntityTooSmall'):
+            if self.stat(name):  # the store does not know conditions
+                raise _Taken
+            reply = self._request(method, self._key(name), query, headers, body)
+        if exclusive and reply.status in (409, 412):
+            raise _Taken
+        if reply.status != 200 or _s3_error(reply)[0]:  # CompleteMultipartUpload can fail with status 200
+            raise self._error(reply)
+
+
+def _s3_error(reply: _Reply) -> Tuple[str, str]:
+    """The code and message of an S3 error; ('', '') if it is none."""
+    try:
+        root = _xml(reply.body)
+    except ValueError:
+        return '', ''
+    return (root.findtext('Code') or '', root.findtext('Message') or '') if root.tag == 'Error' else ('', '')
+
+
+def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
+    """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
+    part, left = [], size  # type: List[bytes], int
+    for chunk in chunks:
+        while len(chunk) >= left:
+            part.append(chunk[:left])
+            yield part
+            chunk, part, left = chunk[left:], [], size
+        if chunk:
+            part.append(chunk)
+            left -= len(chunk)
+    if part:
+        yield part
+
+
+def _version(reply: _Reply) -> str:
+    return reply.headers.get('ETag') or reply.headers.get('Last-Modified') or ''
+
+
+def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
+    """The body, if it is the very range that was asked for."""
+    try:
+        right = reply.status == 206 and _content_range(reply) == (start, stop, size)
+    except ValueError:
+        right = False
+    if not right or len(reply.body) != stop - start:
+        raise RemoteError('%s does not answer with the range that was asked for; a proxy or the endpoint_url is at '
+                          'fault' % remote.url, reply.status)
+    return reply.body  # type: ignore[no-any-return]
+
+
+def _replaced(remote: Any, found: _Object) -> RemoteError:
+    return RemoteError("'%s' in %s was replaced while it was read; run the command again"
+                       % (found.name, remote.url), 412)
+
+
+def _http_time(text: str) -> float:
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _timestamp(text: str) -> float:
+    """Unix time of an ISO 8601 UTC time, as S3 lists it; 0 if it is none."""
+    from calendar import timegm
+    try:
+        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S')))
+    except ValueError:
+        return 0.0
+
+
+_Remote = Union[_FileRemote, _S3Remote]
+
+
+def _open_remote(config: Config) -> _Remote:
+    if not config.url:
+        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or file:///path) in "
+                          '~/.etc.yaml, with $ETC_URL or with --url')
+    kinds = {'file': _FileRemote, 's3': _S3Remote}
+    kind = kinds.get(config.url.partition('://')[0])
+    if not kind:
+        raise ConfigError("cannot use the url '%s'; it must start with %s"
+                          % (_printable(config.url), ' or '.join(k + '://' for k in kinds)))
+    return kind(config)
+
+
+def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, int]]:
+    """Cut spans (start, stop) to pieces of at most `step` bytes, after joining those that touch."""
+    joined = []  # type: List[List[int]]
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1][1] = stop
+        else:
+            joined.append([start, stop])
+    for start, stop in joined:
+        for at in range(start, stop, step):
+            yield at, min(at + step, stop)
+
+
+def _fetch(remote: _Remote, found: _Object, spans: Iterable[Tuple[int, int]], pool: Any, ahead: int,
+           ) -> Iterator[bytes]:
+    """The bytes of some spans of an object, one after the other, fetched in parallel."""
+    return _ordered(pool, lambda span: remote.read(found, *span), _ranges(spans, _RANGE), ahead)
+
+
+def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
+    """The segments of a remote archive, in one or two reads; None if another tool made it."""
+    start = max(0, found.size - _TAIL)
+    tail = remote.read(found, start, found.size) if found.size else b''
+    offset = _footer(tail, found.size)
+    if offset is None:
+        head = tail if start == 0 else remote.read(found, 0, _HEADER)
+        if head[:16] == _member(b'et', bytes(4))[:16]:
+            raise Corrupt("'%s' in %s is damaged: its index is missing; push it again" % (found.name, remote.url))
+        return None
+    if offset < start:
+        tail = remote.read(found, offset, start) + tail
+        start = offset
+    return _parse_index(tail[offset - start:], offset)
+
+
+# ---------------------------------------------------------------------------------------
+# Home: the local store
+#
+# At any instant ~/.etc/NAME is absent, or a complete old, or a complete new dataset: all work happens in a staging
+# directory beside it, and installing is one rename. A receipt is bound to its directory by the inode, which survives
+# the rename, so that it too is never another's. Locks only save work; no promise rests on them.
+# ---------------------------------------------------------------------------------------
+
+_STALE = 86400  # seconds after which what another host left in staging counts as abandoned
+
+
+class _Home:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.inner = root / '.etcetera'
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def names(self) -> List[str]:
+        """What is installed, sorted."""
+        self.recover()
+        try:
+            return sorted(p.name for p in self.root.iterdir() if _NAME.match(p.name) and (p.is_symlink() or p.is_dir()))
+        except FileNotFoundError:
+            return []
+
+    def has(self, name: str) -> bool:
+        self.recover()
+        return os.path.lexists(str(self.path(name)))
+
+    def receipt(self, name: str) -> Dict[str, Any]:
+        """What is known of an installed directory; {} for a registered, created or foreign one."""
+        try:
+            status = os.lstat(str(self.path(name)))
+            receipt = json.loads(self._receipt_path(name, status).read_bytes().decode('utf-8'))
+            receipt['segments'] = [_Segment(**segment) for segment in receipt['segments']]
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+        if receipt.get('mtime') != status.st_mtime_ns:
+            receipt['digest'] = None  # something was added to the directory or taken away: do not believe it
+        return receipt  # type: ignore[no-any-return]
+
+    def _receipt_path(self, name: str, status: os.stat_result) -> Path:
+        return self.inner / 'receipts' / ('%s@%d.json' % (name, status.st_ino))
+
+    def write_receipt(self, name: str, directory: Path, segments: List[_Segment], installed: Iterable[str],
+                      source: str, version: str) -> None:
+        """For a staged directory that is about to become `name`."""
+        status = os.lstat(str(directory))
+        receipt = {'name': name, 'digest': _dataset_digest(segments), 'source': source, 'version': version,
+                   'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'mtime': status.st_mtime_ns,
+                   'installed': sorted(installed), 'segments': [vars(segment) for segment in segments]}
+        path = self._receipt_path(name, status)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name('.%s.%s' % (path.name, os.urandom(4).hex()))
+        new.write_text(json.dumps(receipt, indent=1))
+        os.replace(str(new), str(path))
+
+    def _drop_receipts(self, name: str) -> None:
+        """All of this name but the one of the directory that is installed."""
+        try:
+            keep = self._receipt_path(name, os.lstat(str(self.path(name)))).name
+        except OSError:
+            keep = ''
+        with contextlib.suppress(OSError):
+            for path in (self.inner / 'receipts').iterdir():
+                if path.name.rpartition('@')[0] == name and path.name != keep:
+                    path.unlink()
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """A new empty directory that vanishes afterwards, unless it was installed."""
+        self.sweep()
+        path = self._scratch(name)
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            _remove(path)
+
+    def _scratch(self, name: str) -> Path:
+        import platform
+        host = re.sub('[^A-Za-z0-9-]', '-', platform.node())
+        staging = self.inner / 'staging'
+        staging.mkdir(parents=True, exist_ok=True)
+        return staging / '@'.join((name, host, str(os.getpid()), os.urandom(4).hex()))
+
+    def install(self, directory: Path, name: str, replace: bool) -> None:
+        """Give a complete staged directory its name. FileExistsError if there is one already and not `replace`."""
+        new, target = str(directory), str(self.path(name))
+        while True:
+            try:
+                if not os.path.lexists(target):
+                    os.rename(new, target)
+                    break
+            except OSError:
+                if not os.path.lexists(target):
+                    raise
+            if not replace:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+            if _swap(new, target) or self._replace(new, target):
+                break
+        self._drop_receipts(name)
+
+    def _replace(self, new: str, target: str) -> bool:
+        """In two renames, where _swap() cannot; between them, and after a crash there, recover() puts the old back."""
+        aside = self.inner / 'replaced' / os.path.basename(new)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(target, str(aside))
+            os.rename(new, target)
+        except OSError:
+            if not os.path.lexists(target):
+                os.rename(str(aside), target)
+                raise
+            return False  # another process was at work here
+        finally:
+            if os.path.lexists(target):
+                _remove(aside)
+        return True
+
+    def recover(self) -> None:
+        """Put back what install() had set aside when it was killed."""
+        with contextlib.suppress(FileNotFoundError):
+            for aside in (self.inner / 'replaced').iterdir():
+                target = self.path(aside.name.partition('@')[0])
+                with contextlib.suppress(OSError):
+                    if not os.path.lexists(str(target)):
+                        os.rename(str(aside), str(target))
+                    elif not self._alive(aside):
+                        _remove(aside)
+
+    def link(self, directory: Path, name: str, replace: bool) -> None:
+        """Register: a symlink to a directory that stays where it is."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not replace:
+            os.symlink(str(directory), str(self.path(name)), target_is_directory=True)
+            return
+        new = self._scratch(name)
+        os.symlink(str(directory), str(new), target_is_directory=True)
+        try:
+            self.install(new, name, replace)
+        finally:
+            _remove(new)
+
+    def remove(self, name: str) -> None:
+        path = self.path(name)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            trash = self._scratch(name)
+            os.rename(str(path), str(trash))
+            self._drop_receipts(name)
+            _remove(trash)
+
+    def _alive(self, path: Path) -> bool:
+        """Whether the process that made this may still be at work."""
+        import platform
+        _, host, pid, _ = (path.name.split('@') + [''] * 3)[:4]
+        if os.name == 'posix' and host == re.sub('[^A-Za-z0-9-]', '-', platform.node()) and pid.isdigit():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                return False
+            except OSError:
+                pass
+        return time.time() - os.lstat(str(path)).st_mtime < _STALE
+
+    def sweep(self) -> None:
+        """Remove what processes that died left behind."""
+        with contextlib.suppress(FileNotFoundError):
+            for path in (self.inner / 'staging').iterdir():
+                with contextlib.suppress(OSError):
+                    if not self._alive(path):
+                        _remove(path)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Let one process at a time work on `name`, where the system can; only to save work."""
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
+        with open(str(self.inner / 'locks' / name), 'ab') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    _say("waiting for another process that works on '%s'", name)
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _swap(one: str, other: str) -> bool:
+    """Exchange two names in one step, where the system can (renameat2 of Linux, renamex_np of macOS)."""
+    try:
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        a, b = os.fsencode(one), os.fsencode(other)
+        if sys.platform == 'darwin':
+            return bool(libc.renamex_np(a, b, 2) == 0)  # RENAME_SWAP
+        return bool(libc.renameat2(-100, a, -100, b, 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE
+    except (ImportError, OSError, AttributeError, TypeError):
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, link or tree, if it is there."""
+    try:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(str(path))
+    except FileNotFoundError:
+        pass
+    except OSError:  # read-only directories, or on Windows files
+        for top, directories, files in os.walk(str(path)):
+            for name in directories + files:
+                if not os.path.islink(os.path.join(top, name)):
+                    os.chmod(os.path.join(top, name), 0o700)
+        shutil.rmtree(str(path), ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------
+# API
+# ---------------------------------------------------------------------------------------
+
+_F = TypeVar('_F', bound=Callable[..., Any])
+
+
+def _public(function: _F) -> _F:
+    """Let no OSError out: what the system refuses becomes an Error that says what and where."""
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except OSError as e:
+            where = ': %s' % e.filename if e.filename is not None else ''
+            raise Error('%s%s' % (e.strerror or e, where)) from e
+    return wrapper  # type: ignore[return-value]
+
+
+@_public
+def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
+    """The names of the local datasets, or of those in the remote storage, sorted. Raises Error."""
+    config = config or Config.load()
+    if not remote:
+        return _Home(config.home).names()
+    with contextlib.closing(_open_remote(config)) as store:
+        return sorted(found.name for found in store.list())
+
+
+@_public
+def info(name: str, remote: bool = False, config: Optional[Config] = None) -> Dict[str, Any]:
+    """What is known of a dataset; of a remote one without downloading its data.
+
+    Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local one also
+    root, source, when, partial; of a remote one archive_size (bytes) and when. What another tool packed has None for
+    what only a download would tell. Raises NotFound and other Errors.
+    """
+    config = config or Config.load()
+    name, pin = _parse_name(name)
+    if remote:
+        with contextlib.closing(_open_remote(config)) as store:
+            found = _describe_remote(store, _find(store, name), readme=True)
+    else:
+        home = _Home(config.home)
+        if not home.has(name):
+            raise _not_installed(home, name)
+        found = _describe_local(home, name, measure=True)
+        root = home.path(name)
+        found.update(meta=_read_meta(root), readme=_read_text(root / 'README.md'))
+    if pin and found['digest'] != pin:
+        raise _unpinned(name, pin, found['digest'])
+    return found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode('utf-8', 'replace')
+    except FileNotFoundError:
+        return ''
+
+
+def _summary(name: str, digest: Optional[str], segments: Optional[List[_Segment]], **more: Any) -> Dict[str, Any]:
+    summary = {'name': name, 'digest': digest, 'files': None, 'size': None, 'partitions': None}  # type: Dict[str, Any]
+    if segments is not None:
+        summary.update(files=sum(s.files for s in segments), size=sum(s.size for s in segments), partitions={
+            s.partition: {'files': s.files, 'size': s.size} for s in segments if s.partition})
+    summary.update(more)
+    return summary
+
+
+def _describe_local(home: _Home, name: str, measure: bool) -> Dict[str, Any]:
+    """From the receipt; without one from the files, if `measure`."""
+    receipt = home.receipt(name)
+    digest, segments = receipt.get('digest'), receipt.get('segments')
+    if segments:
+        segments = [s for s in segments if s.path in receipt['installed']]
+    if not digest and measure:
+        _validate(home.path(name))
+        segments = _digest_segments(home.path(name))
+        digest = _dataset_digest(segments)
+    return _summary(name, digest, segments, root=str(home.path(name)), source=receipt.get('source'),
+                    when=receipt.get('when'), partial=bool(receipt) and _is_partial(receipt))
+
+
+def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Dict[str, Any]:
+    when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(found.modified)) if found.modified else None
+    segments = _read_index(store, found)
+    if segments is None:
+        return _summary(found.name, None, None, archive_size=found.size, when=when)
+    summary = _summary(found.name, _dataset_digest(segments), segments, archive_size=found.size, when=when)
+    if readme:
+        import tempfile
+        with tempfile.TemporaryDirectory() as scratch:
+            _download(store, found, segments[:1], Path(scratch), 1)
+            summary.update(meta=_read_meta(Path(scratch)), readme=_read_text(Path(scratch) / 'README.md'))
+    return summary
+
+
+def _is_partial(receipt: Dict[str, Any]) -> bool:
+    return len(receipt['installed']) < len(receipt['segments'])
+
+
+def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
+    """As ls(), with what `etc ls -l` shows."""
+    if not remote:
+        home = _Home(config.home)
+        return [_describe_local(home, name, measure=False) for name in home.names()]
+
+    def describe(found: _Object) -> Dict[str, Any]:
+        try:
+            return _describe_remote(store, found)
+        except Corrupt as e:
+            _say('%s', e, level=30)
+            return _summary(found.name, None, None, archive_size=found.size, when=None)
+
+    with contextlib.closing(_open_remote(config)) as store, _threads(config.connections) as pool:
+        return list(pool.map(describe, sorted(store.list())))
+
+
+def _find(store: _Remote, name: str) -> _Object:
+    found = store.stat(name)
+    if found is None:
+        names = [other.name for other in store.list()]
+        raise NotFound("no dataset '%s' in %s%s" % (name, store.url, _did_you_mean(name, names)
+                                                    or "; 'etc ls -r' lists what is there"))
+    return found
+
+
+def _not_installed(home: _Home, name: str) -> NotFound:
+    return NotFound("no local dataset '%s'%s" % (name, _did_you_mean(name, home.names())
+                                                 or "; 'etc pull %s' would fetch it" % name))
+
+
+def _unpinned(name: str, pin: str, digest: Optional[str]) -> Corrupt:
+    return Corrupt("'%s' is %s, not %s as demanded" % (name, digest or 'of unknown digest', pin))
+
+
+@_public
+def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence[str]] = None,
+            config: Optional[Config] = None) -> Dataset:
+    """The installed dataset `name`; with `auto_install` it is pulled first if need be.
+
+    name: NAME, or NAME@sha256:... to insist on these contents.
+    partitions: those that must be there; None means all.
+    Raises NotFound, UnknownPartition, Corrupt if the digest is another, and other Errors.
+    """
+    config = config or Config.load()
+    bare, pin = _parse_name(name)
+    home = _Home(config.home)
+    installed = home.has(bare)
+    receipt = home.receipt(bare) if installed else {}
+    missing = _missing(receipt, partitions)
+    if auto_install and (not installed or missing):
+        return pull(name, partitions=partitions, config=config)
+    if not installed:
+        raise _not_installed(home, bare)
+    found = Dataset(home.path(bare), bare, receipt.get('digest'))
+    if pin and found.digest != pin:
+        raise _unpinned(bare, pin, found.digest)
+    for partition in partitions or ():
+        found[partition]  # raises UnknownPartition
+    if missing:
+        raise NotFound("'%s' is only partly installed, without %s; 'etc pull %s' fetches the rest"
+                       % (bare, ', '.join(missing), bare))
+    return found
+
+
+def _missing(receipt: Dict[str, Any], partitions: Optional[Sequence[str]]) -> List[str]:
+    """The segments that a partial install lacks of what is asked for."""
+    if not receipt:
+        return []
+    return [path for path in _wanted(receipt['name'], receipt['segments'], partitions)
+            if path not in receipt['installed']]
+
+
+def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequence[str]]) -> List[str]:
+    """The paths of the segments that make up these partitions: with some, the root's own files and theirs."""
+    if partitions is None:
+        return [segment.path for segment in segments]
+    known = [segment.partition for segment in segments if segment.partition]
+    for partition in partitions:
+        if partition not in known:
+            raise UnknownPartition("no partition '%s' in %s%s; it has: %s"
+                                   % (partition, name, _did_you_mean(partition, known), ', '.join(known)))
+    return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
+
+
+@_public
+def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = None,
+         config: Optional[Config] = None) -> Dataset:
+    """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
+
+    name: NAME, or NAME@sha256:... to insist on these contents.
+    force: replace other contents of that name.
+    What a partial install has already is not fetched again.
+    Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
+    """
+    config = config or Config.load()
+    bare, pin = _parse_name(name)
+    home = _Home(config.home)
+    with contextlib.closing(_open_remote(config)) as store, home.lock(bare):
+        found = _find(store, bare)
+        segments = _read_index(store, found)
+        if segments is None:
+            return _pull_foreign(home, store, found, pin, force, config.connections)
+        digest = _dataset_digest(segments)
+        if pin and digest != pin:
+            raise _unpinned(bare, pin, digest)
+        wanted = set(_wanted(bare, segments, partitions))
+        receipt = home.receipt(bare)
+        if home.has(bare) and not force:
+            local = Dataset(home.path(bare), bare, receipt.get('digest'))
+            if local.digest != digest:
+                raise _differs_locally(bare)
+            wanted |= set(receipt.get('installed', wanted))
+            if not _missing(receipt, partitions):
+                _say("'%s' is installed already, and identical", bare)
+                return local
+        with home.staging(bare) as staged:
+            have = _reuse(home, bare, receipt, [s for s in segments if s.path in wanted], staged)
+            _download(store, found, [s for s in segments if s.path in wanted and s.path not in have], staged,
+                      config.connections)
+            _validate(staged)
+            home.write_receipt(bare, staged, segments, wanted, store.url, found.version)
+            _settle(home, staged, bare, digest, force or bool(receipt))
+        _say("pulled '%s', %s", bare, digest)
+        return Dataset(home.path(bare), bare, digest)
+
+
+def _differs_locally(name: str) -> Exists:
+    return Exists("another '%s' is installed already; 'etc pull -f %s' replaces it" % (name, name))
+
+
+def _settle(home: _Home, staged: Path, name: str, digest: str, replace: bool) -> None:
+    """Install; if another process was faster, what it installed must be the same."""
+    try:
+        home.install(staged, name, replace)
+    except FileExistsError:
+        if Dataset(home.path(name), name, home.receipt(name).get('digest')).digest != digest:
+            raise _differs_locally(name) from None
+
+
+def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], root: Path, connections: int) -> None:
+    """Fetch segments of an indexed archive and write them below `root`."""
+    spans = [(segment.offset, segment.offset + segment.length) for segment in segments]
+    with _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store):
+        with contextlib.closing(_fetch(store, found, spans, io_pool, 2 * connections)) as chunks:
+            _unpack(chunks, segments, root, pool)
+
+
+def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segment], staged: Path) -> List[str]:
+    """Link segments into `staged` that are installed and still hash to what is wanted; their paths."""
+    digests = {s.path: s.digest for s in receipt.get('segments', ()) if s.path in receipt['installed']}
+    candidates = [s for s in wanted if digests.get(s.path) == s.digest]
+    have = []
+    if candidates:
+        with contextlib.suppress(InvalidDataset):
+            for segment in _digest_segments(home.path(name), [s.path for s in candidates]):
+                if segment.digest == digests[segment.path]:
+                    have.append(segment.path)
+    for path in have:
+        for _, entries in _segments(home.path(name), [path]):
+            for entry in entries:
+                target = _join(staged, entry.name)
+                if entry.kind == _DIRECTORY:
+                    os.makedirs(target, exist_ok=True)
+                elif entry.kind == _LINK:
+                    os.symlink(_to_os(entry.link), target)
+                else:
+                    try:
+                        os.link(entry.source, target)
+                    except OSError:  # no hard links here
+                        shutil.copy(entry.source, target)
+    return have
+
+
+def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str], force: bool,
+                  connections: int) -> Dataset:
+    """Pull a .tgz that another tool made: as a whole, and its digest is known only when it is here."""
+    name = found.name
+    receipt = home.receipt(name)
+    if not force and receipt.get('digest') and (receipt['source'], receipt['version']) == (store.url, found.version):
+        _say("'%s' is installed already, and identical", name)
+        return Dataset(home.path(name), name, receipt['digest'])
+    with home.staging(name) as staged:
+        with _threads(connections) as pool, contextlib.closing(store):
+            with contextlib.closing(_fetch(store, found, [(0, found.size)], pool, 2 * connections)) as chunks:
+                _unpack_foreign(chunks, staged)
+        _validate(staged)
+        segments = _digest_segments(staged)
+        digest = _dataset_digest(segments)
+        if pin and digest != pin:
+            raise _unpinned(name, pin, digest)
+        if home.has(name) and not force:
+            local = Dataset(home.path(name), name, receipt.get('digest'))
+            if local.digest != digest:
+                raise _differs_locally(name)
+            _say("'%s' is installed already, and identical", name)
+            return local
+        home.write_receipt(name, staged, segments, [s.path for s in segments], store.url, found.version)
+        _settle(home, staged, name, digest, force)
+    _say("pulled '%s', %s", name, digest)
+    return Dataset(home.path(name), name, digest)
+
+
+@_public
+def push(name: str, force: bool = False, config: Optional[Config] = None) -> str:
+    """Share a local dataset; its digest is returned.
+
+    name: NAME, or NAME@sha256:... to insist on these contents.
+    force: replace other contents of that name in the remote storage.
+    Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
+    """
+    config = config or Config.load()
+    name, pin = _parse_name(name)
+    home = _Home(config.home)
+    if not home.has(name):
+        raise _not_installed(home, name)
+    receipt = home.receipt(name)
+    if receipt and _is_partial(receipt):
+        raise InvalidDataset("'%s' is only partly installed, so it cannot be pushed; 'etc pull %s' fetches the rest"
+                             % (name, name))
+    local = Dataset(home.path(name), name, pin or receipt.get('digest'))
+    with contextlib.closing(_open_remote(config)) as store:
+        if not force and _is_there(store, local):
+            return local.digest
+        segments = []  # type: List[_Segment]
+        with _threads(_cores()) as pool, contextlib.closing(_pack(local.root, config.compression_level, pool, segments)
+                                                            ) as blocks:
+            try:
+                store.write(name, _checked(blocks, local, segments), _bound(local.root), not force)
+            except _Taken:
+                local = Dataset(local.root, name, _dataset_digest(segments))
+                if not _is_there(store, local):
+                    raise RemoteError("another push of '%s' to %s is under way; try again when it has ended"
+                                      % (name, store.url)) from None
+                return local.digest
+    digest = _dataset_digest(segments)
+    _say("pushed '%s' to %s, %s", name, store.url, digest)
+    return digest
+
+
+def _is_there(store: _Remote, local: Dataset) -> bool:
+    """Whether the remote has this very dataset; raises Exists if it has another of that name."""
+    found = store.stat(local.name)
+    if found is None:
+        return False
+    segments = _read_index(store, found)
+    if segments is None or _dataset_digest(segments) != local.digest:
+        raise Exists("another '%s' is in %s already; push it under another name, or 'etc push -f %s' replaces it"
+                     % (local.name, store.url, local.name))
+    _say("'%s' is in %s already, and identical", local.name, store.url)
+    return True
+
+
+def _checked(blocks: Iterable[bytes], local: Dataset, segments: List[_Segment]) -> Iterator[bytes]:
+    """The blocks; but an error instead of the last, if the contents are not those that a receipt or pin names."""
+    last = b''
+    for block in blocks:
+        yield last
+        last = block
+    digest = _dataset_digest(segments)
+    if local._digest and local._digest != digest:
+        raise Corrupt("the files of '%s' are %s, not %s; 'etc verify %s' tells more"
+                      % (local.name, digest, local._digest, local.name))
+    yield last
+
+
+def _bound(root: Path) -> int:
+    """A number of bytes that the dataset's archive will not exceed; finds what cannot be pushed before it starts."""
+    total = 1 << 20
+    for segment, entries in _segments(root):
+        total += 1 << 12
+        for entry in entries:
+            total += 4096 + len(entry.name) + entry.size
+    return total + total // 1000
+
+
+@_public
+def register(directory: _Path, name: Optional[str] = None, force: bool = False, copy: bool = False,
+             config: Optional[Config] = None) -> Dataset:
+    """Give a directory a dataset's name, by default its own; it stays where it is and must not change any more.
+
+    copy: install a private read-only copy instead of a link.
+    force: replace a local dataset of that name.
+    Raises InvalidDataset, Exists and other Errors.
+    """
+    config = config or Config.load()
+    root = Path(os.path.realpath(os.fspath(directory)))
+    name, pin = _parse_name(root.name if name is None else name)
+    local = Dataset(root, name)
+    if pin and local.digest != pin:
+        raise _unpinned(name, pin, local.digest)
+    home = _Home(config.home)
+    if home.has(name) and not force:
+        if not copy and os.path.realpath(str(home.path(name))) == str(root):
+            _say("'%s' is registered already", name)
+            return Dataset(home.path(name), name)
+        raise _taken_locally(name)
+    try:
+        if copy:
+            with home.staging(name) as staged:
+                segments = _copy(root, staged)
+                home.write_receipt(name, staged, segments, [s.path for s in segments], root.as_uri(), '')
+                home.install(staged, name, force)
+        else:
+            home.link(root, name, force)
+    except FileExistsError:
+        raise _taken_locally(name) from None
+    _say("registered '%s': %s", name, root)
+    return Dataset(home.path(name), name)
+
+
+def _taken_locally(name: str) -> Exists:
+    return Exists("a local dataset '%s' exists already; take another name, or -f (force) to replace it" % name)
+
+
+def _copy(root: Path, target: Path) -> List[_Segment]:
+    """Copy a dataset as if it had been pushed and pulled."""
+    segments = []  # type: List[_Segment]
+
+    def blocks() -> Iterator[Tuple[_Segment, bytes, bytes]]:
+        for segment, payload in source:
+            if not segments or segments[-1] is not segment:
+                segments.append(segment)
+            yield segment, payload, hashlib.sha256(payload).digest()
+
+    with _threads(_cores()) as pool, contextlib.closing(_process(root, bytes, pool)) as source:
+        _extract(blocks(), target)
+    return segments
+
+
+@_public
+def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool = False,
+           config: Optional[Config] = None) -> Dataset:
+    """A new local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
+    config = config or Config.load()
+    name, pin = _parse_name(name)
+    if pin:
+        raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
+    if isinstance(partitions, str) or not partitions:
+        raise InvalidDataset('partitions must be a list of one or more names')
+    for partition in partitions:
+        if not _is_safe(partition) or '/' in partition or partition == '.':
+            raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % partition)
+    home = _Home(config.home)
+    with home.staging(name) as staged:
+        for partition in sorted(set(partitions)):
+            os.makedirs(_join(staged, 'data/' + partition))
+        try:
+            home.install(staged, name, force)
+        except FileExistsError:
+            raise _taken_locally(name) from None
+    _say("created '%s'; now fill %s", name, home.path(name) / 'data')
+    return Dataset(home.path(name), name)
+
+
+@_public
+def verify(name: str, config: Optional[Config] = None) -> str:
+    """Read all files of an installed dataset and return their digest.
+
+    Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... demands. A registered or
+    created dataset has nothing to be compared with.
+    """
+    config = config or Config.load()
+    name, pin = _parse_name(name)
+    home = _Home(config.home)
+    if not home.has(name):
+        raise _not_installed(home, name)
+    _validate(home.path(name))
+    receipt = home.receipt(name)
+    found = _digest_segments(home.path(name))
+    if not receipt:
+        digest = _dataset_digest(found)
+        _say("'%s' is %s", name, digest)
+    else:
+        digests = {segment.path: segment.digest for segment in found}
+        promised = {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}
+        wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
+        if wrong:
+            raise Corrupt("'%s' is not what was installed: %s differ%s; 'etc pull -f %s' mends it"
+                          % (name, ', '.join(wrong), 's' * (len(wrong) == 1), name))
+        digest = _dataset_digest(receipt['segments'])
+        _say("'%s' is complete and unchanged%s, %s", name, ' as far as it is installed' * _is_partial(receipt), digest)
+    if pin and digest != pin:
+        raise _unpinned(name, pin, digest)
+    return digest
+
+
+@_public
+def purge(name: str, config: Optional[Config] = None) -> None:
+    """Remove a local dataset; a registered directory itself is not touched. Raises NotFound and other Errors."""
+    config = config or Config.load()
+    name, pin = _parse_name(name)
+    home = _Home(config.home)
+    if not home.has(name):
+        raise _not_installed(home, name)
+    if pin and dataset(name, config=config).digest != pin:
+        raise _unpinned(name, pin, dataset(name, config=config).digest)
+    home.remove(name)
+    _say("purged '%s'", name)
+
+
+# ---------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------
+
+def _parser() -> Any:
+    import argparse
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument('--config', metavar='FILE', help='settings file, instead of $ETC_CONFIG or ~/.etc.yaml')
+    common.add_argument('--url', help='where remote datasets live, instead of $ETC_URL or the settings')
+    common.add_argument('--home', metavar='DIR', help='local store, instead of $ETC_HOME, the settings or ~/.etc')
+    common.add_argument('-q', '--quiet', action='store_true', help='say nothing but errors')
+    common.add_argument('-v', '--verbose', action='store_true', help='say more, with a traceback of an error')
+    parser = argparse.ArgumentParser(prog='etc', parents=[common], description='Share immutable datasets.')
+    parser.add_argument('--version', action='version', version='etcetera ' + __version__)
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
+
+    def command(name: str, what: str, *options: str) -> Any:
+        added = commands.add_parser(name, parents=[common], help=what, description=what[0].upper() + what[1:] + '.')
+        if '-f' in options:
+            added.add_argument('-f', '--force', action='store_true', help='replace what stands under that name')
+        if '-r' in options:
+            added.add_argument('-r', '--remote', action='store_true', help='in the remote storage')
+        if '--json' in options:
+            added.add_argument('--json', action='store_true', help='as JSON')
+        return added
+
+    ls_ = command('ls', 'list datasets', '-r', '--json')
+    ls_.add_argument('-l', '--long', action='store_true', help='with size, files, digest and when')
+    command('info', 'show what is known of a dataset', '-r', '--json').add_argument('name', metavar='NAME')
+    pull_ = command('pull', 'install remote datasets', '-f')
+    pull_.add_argument('names', metavar='NAME', nargs='+', help='NAME or NAME@sha256:... to insist on these contents')
+    pull_.add_argument('-p', '--partition', action='append', dest='partitions', metavar='PARTITION',
+                       help='only this partition (can be repeated)')
+    command('push', 'share local datasets', '-f').add_argument('names', metavar='NAME', nargs='+')
+    register_ = command('register', 'give a directory a dataset name', '-f')
+    register_.add_argument('words', metavar='DIR [as] [NAME]', nargs='+')
+    register_.add_argument('--copy', action='store_true', help='install a read-only copy instead of a link')
+    create_ = command('create', 'make an empty dataset to fill', '-f')
+    create_.add_argument('name', metavar='NAME')
+    create_.add_argument('partitions', metavar='PARTITION', nargs='*', help='by default: train test')
+    command('verify', 'check installed datasets against their digests').add_argument('names', metavar='NAME', nargs='+')
+    command('purge', 'remove local datasets').add_argument('names', metavar='NAME', nargs='+')
+    return parser
+
+
+def _print(text: str = '') -> None:
+    """To stdout, whatever its encoding."""
+    encoding = sys.stdout.encoding or 'utf-8'
+    print(text.encode(encoding, 'backslashreplace').decode(encoding))
+
+
+def _complain(message: object) -> None:
+    text = _printable(str(message))
+    encoding = getattr(sys.stderr, 'encoding', None) or 'utf-8'
+    print('etc: ' + text.encode(encoding, 'backslashreplace').decode(encoding), file=sys.stderr)
+
+
+def _size(count: Optional[int]) -> str:
+    """Bytes for people, in powers of 1000."""
+    if count is None:
+        return '-'
+    value, units = float(count), ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return '%.3g %s' % (value, units[0])
+
+
+def _print_list(items: List[Dict[str, Any]]) -> None:
+    rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if sys.stdout.isatty() else []
+    for item in items:
+        rows.append((item['name'], _size(item['size']), str('-' if item['files'] is None else item['files']),
+                     item.get('when') or '-', item['digest'] or '-'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        _print('  '.join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]),
+                          row[3].ljust(widths[3]), row[4]]))
+
+
+def _print_info(found: Dict[str, Any]) -> None:
+    def line(key: str, value: Any) -> None:
+        _print('%-9s %s' % (key, _printable(str(value))))
+
+    line('name', found['name'])
+    line('digest', found['digest'] or '- (packed by another tool; pull it to learn more)')
+    if found['files'] is not None:
+        line('size', '%s in %d files%s' % (_size(found['size']), found['files'],
+                                           ' (partly installed)' if found.get('partial') else ''))
+    for key, label in (('root', 'root'), ('source', 'from'), ('when', 'when')):
+        if found.get(key):
+            line(label, found[key])
+    if 'archive_size' in found:
+        line('archive', _size(found['archive_size']))
+    for name, partition in (found['partitions'] or {}).items():
+        line('partition', '%s: %s in %d files' % (name, _size(partition['size']), partition['files']))
+    if found.get('meta'):
+        line('meta', json.dumps(found['meta'], ensure_ascii=False))
+    if found.get('readme'):
+        _print()
+        for text in found['readme'].splitlines():
+            _print(_printable(text.expandtabs()))
+
+
+def _run(args: Any, config: Config) -> None:
+    """Do what one command says, for one dataset where it takes several."""
+    if args.command == 'ls':
+        if args.long or args.json:
+            items = _list(args.remote, config)
+            _print(json.dumps(items, indent=1)) if args.json else _print_list(items)
+        else:
+            for name in ls(args.remote, config):
+                _print(name)
+    elif args.command == 'info':
+        found = info(args.name, args.remote, config)
+        _print(json.dumps(found, indent=1)) if args.json else _print_info(found)
+    elif args.command == 'pull':
+        pull(args.name, args.force, args.partitions, config)
+    elif args.command == 'push':
+        push(args.name, args.force, config)
+    elif args.command == 'register':
+        register(args.directory, args.name, args.force, args.copy, config)
+    elif args.command == 'create':
+        create(args.name, args.partitions or ('train', 'test'), args.force, config)
+    elif args.command == 'verify':
+        verify(args.name, config)
+    elif args.command == 'purge':
+        purge(args.name, config)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command `etc`; returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not args.command:
+        parser.error('say what to do; etc -h lists the commands')
+    if args.command == 'register':
+        words = [word for at, word in enumerate(args.words) if at != 1 or word != 'as' or len(args.words) != 3]
+        if len(words) > 2:
+            parser.error('register takes DIR, DIR NAME or DIR as NAME')
+        args.directory, args.name = (words + [None])[:2]
+    verbose = getattr(args, 'verbose', False)
+    _set_up_talk(verbose, getattr(args, 'quiet', False))
+    try:
+        config = Config.load(getattr(args, 'config', None), url=getattr(args, 'url', None),
+                             home=getattr(args, 'home', None))
+        failed = 0
+        for name in getattr(args, 'names', [getattr(args, 'name', None)]):
+            args.name = name
+            try:
+                _run(args, config)
+                sys.stdout.flush()
+            except Error as e:
+                failed = 1
+                _show_error(e, verbose)
+        return failed
+    except Error as e:
+        _show_error(e, verbose)
+        return 1
+    except KeyboardInterrupt:
+        _complain('interrupted')
+        return 130
+
+
+def _show_error(e: Error, verbose: bool) -> None:
+    if verbose:
+        import traceback
+        traceback.print_exception(type(e), e, e.__traceback__)
+    _complain(e)
+
+
+def _set_up_talk(verbose: bool, quiet: bool) -> None:
+    import logging
+
+    class Handler(logging.Handler):
+        def emit(self, record: Any) -> None:
+            _complain(record.getMessage())
+
+    logger = logging.getLogger('etcetera')
+    logger.handlers[:] = [Handler()]
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
