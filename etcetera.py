@@ -34,7 +34,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 __version__ = '1.0.0'
 __all__ = ['Config', 'Dataset', 'create', 'dataset', 'info', 'ls', 'pull', 'purge', 'push', 'register', 'verify',
@@ -121,9 +121,11 @@ _YAML_BOOL = re.compile(r'(?:(yes|Yes|YES|true|True|TRUE|on|On|ON)|no|No|NO|fals
 _YAML_NULL = re.compile(r'(?:~|null|Null|NULL|)\Z')
 _YAML_INT = re.compile(r'[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)\Z')
 _YAML_OTHER = re.compile(r'(?:[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?'             # sexagesimal
-                         r'|[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)'
+                         r'|[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?'
+                         r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)'
                          r'|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?|[<=]+)\Z')
-_YAML_FORBIDDEN = re.compile('[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
+_YAML_FORBIDDEN = re.compile(  # and U+2028 and U+2029, which YAML 1.1 takes for line ends
+    '[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
 _YAML_ESCAPES = {'0': '\0', 'a': '\a', 'b': '\b', 't': '\t', 'n': '\n', 'v': '\v', 'f': '\f', 'r': '\r', 'e': '\x1b',
                  ' ': ' ', '"': '"', '\\': '\\', '/': '/', 'N': '\x85', '_': '\xa0', 'L': '\u2028', 'P': '\u2029'}
 _YAML_ESCAPE = re.compile(r'\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))')
@@ -285,9 +287,8 @@ def _check_setting(key: str, value: Any) -> None:
     if type(value) is not kind:
         remedy = {str: 'text; put it in quotes', bool: 'true or false', int: 'a whole number'}[kind]
         raise ConfigError("'%s' must be %s" % (key, remedy))
-    low, high = _LIMITS.get(key, (0, 0))
-    if kind is int and not low <= value <= high:
-        raise ConfigError("'%s' must be from %d to %d" % (key, low, high))
+    if isinstance(value, int) and key in _LIMITS and not _LIMITS[key][0] <= value <= _LIMITS[key][1]:
+        raise ConfigError("'%s' must be from %d to %d" % ((key,) + _LIMITS[key]))
 
 
 def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
@@ -334,7 +335,8 @@ def _threads(count: int) -> Any:
     return ThreadPoolExecutor(count)
 
 
-def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int) -> Iterator[_R]:
+def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int,
+             ) -> Generator[_R, None, None]:
     """Yield function(item) for every item, in order, while up to `ahead` of them are under way."""
     pending = collections.deque()  # type: Any
     try:
@@ -471,7 +473,7 @@ def _entries(root: _Path, items: List[Tuple[str, Any]], segment: str) -> Iterato
 
 def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> Iterator[Tuple[_Segment, Iterator[_Entry]]]:
     """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
-    own, others = [], []
+    own, others = [], []  # type: List[Tuple[str, Any]], List[Tuple[str, Any]]
     for name, item in _scan(root, ''):
         if name == 'data':
             own.append((name, item))
@@ -571,7 +573,7 @@ def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
 
 
 def _process(root: _Path, work: Callable[[bytes], _R], pool: Any, only: Optional[Sequence[str]] = None,
-             ) -> Iterator[Tuple[_Segment, _R]]:
+             ) -> Generator[Tuple[_Segment, _R], None, None]:
     """Yield (segment, work(payload)) for every block; a segment's digest is set before the next one's blocks come."""
     def task(item: Tuple[_Segment, List[_Piece]]) -> Tuple[_Segment, bytes, _R]:
         segment, pieces = item
@@ -762,7 +764,8 @@ def _index(segments: Sequence[_Segment], offset: int) -> bytes:
                     + [_member(b'ef', struct.pack('<Q', offset)), _EMPTY])
 
 
-def _pack(root: _Path, level: int, pool: Any, segments: List[_Segment]) -> Iterator[bytes]:
+def _pack(root: _Path, level: int, pool: Any, segments: List[_Segment],
+          ) -> Generator[bytes, None, None]:
     """A dataset's archive, piece by piece; `segments` is filled on the way and complete before the index."""
     offset = 0
     for segment, block in _process(root, functools.partial(_compress, level), pool):
@@ -1120,7 +1123,7 @@ def _unpack_foreign(chunks: Iterable[bytes], root: _Path) -> None:
         with gzip.GzipFile(fileobj=io.BufferedReader(_Stream(chunks), _BLOCK)) as plain:
             with tarfile.open(fileobj=plain, mode='r|', bufsize=_BLOCK, encoding='utf-8') as tar:
                 for member in iter(tar.next, None):
-                    tar.members = []  # or they would pile up in memory
+                    tar.members = []  # type: ignore[attr-defined]  # or they would pile up in memory
                     _extract_member(tar, member, sink)
             while plain.read(_BLOCK):  # up to the last CRC
                 pass
@@ -1605,8 +1608,8 @@ class _S3Remote:
             'RequestTimeTooSkewed': "set this machine's clock",
             'ExpiredToken': 'renew the session token',
         }.get(code)
-        if not hint and reply.status in (401, 403):
-            hint = 'check the permissions of these credentials' if self.credentials else (
+        if not hint and reply.status in (400, 401, 403):
+            hint = 'check the permissions of these credentials, and the region' if self.credentials else (
                 'no credentials were found: set aws_access_key_id and aws_secret_access_key in the settings or the '
                 "environment, or run 'aws configure'")
         return RemoteError('%s answers %s: %s; %s' % (
@@ -1628,7 +1631,8 @@ class _S3Remote:
                 if page.findtext('IsTruncated') == 'true' and (not token or token == query.get('continuation-token')):
                     raise ValueError('a page that leads nowhere')
             except ValueError as e:
-                raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url' % (self.url, e)) from None
+                raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url'
+                                  % (self.url, e)) from None
             if page.findtext('IsTruncated') != 'true':
                 return found
             query['continuation-token'] = token
@@ -1641,15 +1645,16 @@ class _S3Remote:
         name = key[len(self.prefix):-4]
         if not key.startswith(self.prefix) or not key.endswith('.tgz') or not _NAME.match(name):
             return None
-        return _Object(name, int(item.findtext('Size') or 0), item.findtext('ETag'),
-                       _timestamp(item.findtext('LastModified') or ''))
+        modified = item.findtext('LastModified') or ''
+        return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified),
+                       _timestamp(modified))
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
         reply = self._request('HEAD', self._key(name), accept=[404])
         if reply.status == 404:
             return None
-        return _Object(name, int(reply.headers.get('Content-Length') or 0), _version(reply),
+        return _Object(name, int(reply.headers.get('Content-Length') or 0), _reply_version(reply),
                        _http_time(reply.headers.get('Last-Modified') or ''))
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
@@ -1659,7 +1664,7 @@ class _S3Remote:
             headers['If-Match'] = found.version
         reply = self._request('GET', self._key(found.name), headers=headers, accept=[404, 412, 416],
                               limit=stop - start + 65536)
-        if reply.status in (404, 412, 416) or _version(reply) != found.version:
+        if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
             raise _replaced(self, found)
         return _ranged(self, reply, start, stop, found.size)
 
@@ -1747,14 +1752,21 @@ def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
         yield part
 
 
-def _version(reply: _Reply) -> str:
-    return reply.headers.get('ETag') or reply.headers.get('Last-Modified') or ''
+def _version(etag: Optional[str], modified: Optional[str]) -> str:
+    """The ETag, always in quotes, as some stores list it bare; else the time of the last change."""
+    if not etag or etag.startswith('W/'):  # weak ones say nothing of bytes (RFC 7232, 2.1)
+        return modified or ''
+    return '"%s"' % etag.strip('"')
+
+
+def _reply_version(reply: _Reply) -> str:
+    return _version(reply.headers.get('ETag'), reply.headers.get('Last-Modified'))
 
 
 def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
     """The body, if it is the very range that was asked for."""
-    try:
-        right = reply.status == 206 and _content_range(reply) == (start, stop, size)
+    try:  # `rclone serve s3` says 200 instead of 206, but gives the range
+        right = reply.status in (200, 206) and _content_range(reply) == (start, stop, size)
     except ValueError:
         right = False
     if not right or len(reply.body) != stop - start:
@@ -1792,7 +1804,7 @@ def _open_remote(config: Config) -> _Remote:
     if not config.url:
         raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or file:///path) in "
                           '~/.etc.yaml, with $ETC_URL or with --url')
-    kinds = {'file': _FileRemote, 's3': _S3Remote}
+    kinds = {'file': _FileRemote, 's3': _S3Remote}  # type: Dict[str, Callable[[Config], _Remote]]
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
         raise ConfigError("cannot use the url '%s'; it must start with %s"
@@ -1814,7 +1826,7 @@ def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, 
 
 
 def _fetch(remote: _Remote, found: _Object, spans: Iterable[Tuple[int, int]], pool: Any, ahead: int,
-           ) -> Iterator[bytes]:
+           ) -> Generator[bytes, None, None]:
     """The bytes of some spans of an object, one after the other, fetched in parallel."""
     return _ordered(pool, lambda span: remote.read(found, *span), _ranges(spans, _RANGE), ahead)
 
@@ -1881,19 +1893,6 @@ class _Home:
     def _receipt_path(self, name: str, status: os.stat_result) -> Path:
         return self.inner / 'receipts' / ('%s@%d.json' % (name, status.st_ino))
 
-    def write_receipt(self, name: str, directory: Path, segments: List[_Segment], installed: Iterable[str],
-                      source: str, version: str) -> None:
-        """For a staged directory that is about to become `name`."""
-        status = os.lstat(str(directory))
-        receipt = {'name': name, 'digest': _dataset_digest(segments), 'source': source, 'version': version,
-                   'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'mtime': status.st_mtime_ns,
-                   'installed': sorted(installed), 'segments': [vars(segment) for segment in segments]}
-        path = self._receipt_path(name, status)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name('.%s.%s' % (path.name, os.urandom(4).hex()))
-        new.write_text(json.dumps(receipt, indent=1))
-        os.replace(str(new), str(path))
-
     def _drop_receipts(self, name: str) -> None:
         """All of this name but the one of the directory that is installed."""
         try:
@@ -1923,9 +1922,25 @@ class _Home:
         staging.mkdir(parents=True, exist_ok=True)
         return staging / '@'.join((name, host, str(os.getpid()), os.urandom(4).hex()))
 
-    def install(self, directory: Path, name: str, replace: bool) -> None:
+    def install(self, directory: Path, name: str, replace: bool, receipt: Optional[Dict[str, Any]] = None) -> None:
         """Give a complete staged directory its name. FileExistsError if there is one already and not `replace`."""
-        new, target = str(directory), str(self.path(name))
+        status = os.lstat(str(directory))
+        path = self._receipt_path(name, status)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if receipt:
+            scratch = path.with_name('.%s.%s' % (path.name, os.urandom(4).hex()))
+            scratch.write_text(json.dumps(dict(receipt, mtime=status.st_mtime_ns), indent=1, default=vars))
+            os.replace(str(scratch), str(path))
+        else:
+            _remove(path)  # that of an earlier directory, if this one was given its inode
+        try:
+            self._place(str(directory), str(self.path(name)), replace)
+        except BaseException:
+            _remove(path)
+            raise
+        self._drop_receipts(name)
+
+    def _place(self, new: str, target: str, replace: bool) -> None:
         while True:
             try:
                 if not os.path.lexists(target):
@@ -1938,7 +1953,6 @@ class _Home:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
             if _swap(new, target) or self._replace(new, target):
                 break
-        self._drop_receipts(name)
 
     def _replace(self, new: str, target: str) -> bool:
         """In two renames, where _swap() cannot; between them, and after a crash there, recover() puts the old back."""
@@ -2212,7 +2226,7 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     home = _Home(config.home)
     installed = home.has(bare)
     receipt = home.receipt(bare) if installed else {}
-    missing = _missing(receipt, partitions)
+    missing = _missing(bare, receipt, partitions)
     if auto_install and (not installed or missing):
         return pull(name, partitions=partitions, config=config)
     if not installed:
@@ -2228,11 +2242,11 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     return found
 
 
-def _missing(receipt: Dict[str, Any], partitions: Optional[Sequence[str]]) -> List[str]:
+def _missing(name: str, receipt: Dict[str, Any], partitions: Optional[Sequence[str]]) -> List[str]:
     """The segments that a partial install lacks of what is asked for."""
     if not receipt:
         return []
-    return [path for path in _wanted(receipt['name'], receipt['segments'], partitions)
+    return [path for path in _wanted(name, receipt['segments'], partitions)
             if path not in receipt['installed']]
 
 
@@ -2276,7 +2290,7 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
             if local.digest != digest:
                 raise _differs_locally(bare)
             wanted |= set(receipt.get('installed', wanted))
-            if not _missing(receipt, partitions):
+            if not _missing(bare, receipt, partitions):
                 _say("'%s' is installed already, and identical", bare)
                 return local
         with home.staging(bare) as staged:
@@ -2284,8 +2298,7 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
             _download(store, found, [s for s in segments if s.path in wanted and s.path not in have], staged,
                       config.connections)
             _validate(staged)
-            home.write_receipt(bare, staged, segments, wanted, store.url, found.version)
-            _settle(home, staged, bare, digest, force or bool(receipt))
+            _settle(home, staged, bare, force or bool(receipt), _receipt(segments, wanted, store.url, found.version))
         _say("pulled '%s', %s", bare, digest)
         return Dataset(home.path(bare), bare, digest)
 
@@ -2294,12 +2307,18 @@ def _differs_locally(name: str) -> Exists:
     return Exists("another '%s' is installed already; 'etc pull -f %s' replaces it" % (name, name))
 
 
-def _settle(home: _Home, staged: Path, name: str, digest: str, replace: bool) -> None:
+def _receipt(segments: List[_Segment], installed: Iterable[str], source: str, version: str) -> Dict[str, Any]:
+    return {'digest': _dataset_digest(segments), 'source': source, 'version': version,
+            'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+            'installed': sorted(installed), 'segments': segments}
+
+
+def _settle(home: _Home, staged: Path, name: str, replace: bool, receipt: Dict[str, Any]) -> None:
     """Install; if another process was faster, what it installed must be the same."""
     try:
-        home.install(staged, name, replace)
+        home.install(staged, name, replace, receipt)
     except FileExistsError:
-        if Dataset(home.path(name), name, home.receipt(name).get('digest')).digest != digest:
+        if Dataset(home.path(name), name, home.receipt(name).get('digest')).digest != receipt['digest']:
             raise _differs_locally(name) from None
 
 
@@ -2360,8 +2379,7 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
                 raise _differs_locally(name)
             _say("'%s' is installed already, and identical", name)
             return local
-        home.write_receipt(name, staged, segments, [s.path for s in segments], store.url, found.version)
-        _settle(home, staged, name, digest, force)
+        _settle(home, staged, name, force, _receipt(segments, [s.path for s in segments], store.url, found.version))
     _say("pulled '%s', %s", name, digest)
     return Dataset(home.path(name), name, digest)
 
@@ -2432,7 +2450,7 @@ def _checked(blocks: Iterable[bytes], local: Dataset, segments: List[_Segment]) 
 def _bound(root: Path) -> int:
     """A number of bytes that the dataset's archive will not exceed; finds what cannot be pushed before it starts."""
     total = 1 << 20
-    for segment, entries in _segments(root):
+    for _, entries in _segments(root):
         total += 1 << 12
         for entry in entries:
             total += 4096 + len(entry.name) + entry.size
@@ -2464,8 +2482,7 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
         if copy:
             with home.staging(name) as staged:
                 segments = _copy(root, staged)
-                home.write_receipt(name, staged, segments, [s.path for s in segments], root.as_uri(), '')
-                home.install(staged, name, force)
+                home.install(staged, name, force, _receipt(segments, [s.path for s in segments], root.as_uri(), ''))
         else:
             home.link(root, name, force)
     except FileExistsError:
