@@ -180,7 +180,7 @@ def _yaml_scalar(text: str, line: int) -> Any:
         return _YAML_ESCAPE.sub(functools.partial(_yaml_escape, line), match.group(1))
     if text.startswith('#'):
         return None
-    plain = re.split(' +#', text, 1)[0].rstrip(' ')
+    plain = re.split(' +#', text, maxsplit=1)[0].rstrip(' ')
     if '\t' in plain or plain[:1] in set('?:,[]{}&*!|>%@`') or ': ' in plain or plain[-1:] == ':':
         raise _YamlError(line, 'this value is beyond the YAML that etcetera reads; put it in double quotes')
     return _yaml_plain(plain, line)
@@ -302,15 +302,15 @@ def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
         raise ConfigError('%s: not UTF-8 text; save it as UTF-8' % path) from None
     except OSError as e:
         raise ConfigError('%s: cannot be read: %s' % (path, e.strerror)) from None
-    line = 0
     try:
         found = _parse_yaml_lines(text)
-        for key, (value, line) in found.items():
-            _check_setting(key, value)
     except _YamlError as e:
         raise ConfigError('%s:%d: %s' % (path, e.line, e)) from None
-    except ConfigError as e:
-        raise ConfigError('%s:%d: %s' % (path, line, e)) from None
+    for key, (value, line) in found.items():
+        try:
+            _check_setting(key, value)
+        except ConfigError as e:
+            raise ConfigError('%s:%d: %s' % (path, line, e)) from None
     if any(found.get(key, (None,))[0] for key in _SECRETS) and os.name == 'posix' and path.stat().st_mode & 0o077:
         _say('%s holds a secret and others can read it; run: chmod 600 %s', path, path, level=30)
     return {key: value for key, (value, _) in found.items()}
@@ -359,6 +359,7 @@ _BLOCK = 1 << 20  # bytes of tar that one gzip member holds
 _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'
+_MODES = {_FILE: (0o644, 0o755), _DIRECTORY: (0o755,), _LINK: (0o644,)}
 
 _Entry = collections.namedtuple('_Entry', 'name kind mode size link source')
 
@@ -976,7 +977,8 @@ class _Extractor:
     def entry(self, header: bytes) -> None:
         try:
             name, kind, mode, size, link = _parse_header(header)
-            odd = _header(name, kind, mode, size, link) != header or (kind != _FILE and size)
+            odd = (_header(name, kind, mode, size, link) != header or (kind != _FILE and size)
+                   or mode not in _MODES.get(kind, ()))
         except ValueError:
             raise self.odd() from None
         path = name[:-1] if kind == _DIRECTORY else name

@@ -1,0 +1,2008 @@
+#!/usr/bin/env python3
+"""Tests of etcetera: `python3 test_etcetera.py`, on any Python from 3.6 on, with nothing installed.
+
+They drive the command line and the Python API over real directories and real sockets on 127.0.0.1. Classes that need
+real peers (see [options.extras_require] test in setup.cfg) are skipped without them, and fail instead of being
+skipped where ETC_TEST_REQUIRE_PEERS=1.
+"""
+
+import collections
+import contextlib
+import glob
+import hashlib
+import hmac
+import http.server
+import io
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+import zlib
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import etcetera as etc  # noqa: E402
+
+SCRIPT = str(HERE / 'etcetera.py')
+AKID, SECRET = 'AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY'
+MIB = 1 << 20
+
+
+def needs(condition, reason):
+    """Skip a class without its peers, but fail where they are demanded."""
+    if condition or os.environ.get('ETC_TEST_REQUIRE_PEERS'):
+        return lambda cls: cls
+    return unittest.skip(reason)
+
+
+def importable(*names):
+    try:
+        for name in names:
+            __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------
+# Data, and a place for it
+# ---------------------------------------------------------------------------------------
+
+def write(root, files):
+    """Make files from {name: text or bytes}; None makes a directory, ('->', target) a link."""
+    for name, content in files.items():
+        path = Path(str(root), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir(parents=True, exist_ok=True)
+        elif isinstance(content, tuple):
+            os.symlink(content[1], str(path))
+        else:
+            path.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
+    return Path(str(root))
+
+
+def noise(size, seed=0):
+    return random.Random(seed).getrandbits(8 * size).to_bytes(size, 'little') if size else b''
+
+
+def small(root):
+    return write(root, {'data/train/a.txt': 'alpha\n', 'data/train/b.txt': 'beta\n' * 1000, 'data/test/c.txt': 'gamma',
+                        'meta.json': '{"classes": 10}', 'README.md': '# Small\n', 'assets/logo.svg': '<svg/>'})
+
+
+def odd(root, files=300):
+    """All that makes tools stumble: long paths, odd names, links, an executable, emptiness."""
+    write(root, {
+        'README.md': 'hi', 'LICENCE': ('->', 'README.md'), 'meta.json': '{}', 'a-b': 'between a and a/', 'a/x': 'x',
+        'a.b': 'after a-b', 'data/empty': None, 'data/train/empty.txt': '', 'data/train/hollow/hole': None,
+        'data/train/white space': ' ', 'data/train/quo"te\'s': 'q', 'data/train/new\nline': 'n',
+        'data/train/na\u00efve/\u65e5\u672c\u8a9e/\U0001f600': 'u', 'data/train/' + '\u00e9' * 60: 'e',
+        'data/train/' + '/'.join(['d' * 60] * 5): 'deep', 'data/train/' + 'x' * 89: 'exactly a hundred',
+        'data/train/' + 'y' * 90: 'one more', 'data/train/' + 'z' * 88 + '/f': 'directory of a hundred',
+        'data/train/run.sh': '#!/bin/sh\n', 'data/train/in': ('->', 'white space'),
+        'data/train/sub/up': ('->', '../run.sh'), 'data/train/self': ('->', '.'), 'data/train/dir': ('->', 'sub'),
+        'data/test/big': noise(2 * MIB + 12345), 'data/test/zeros': bytes(MIB), 'data/test/block': noise(MIB - 1024, 1),
+        'assets/deep/er/file': 'f',
+    })
+    for number in range(files):
+        write(root, {'data/test/many/%05d.txt' % number: 'number %d\n' % number * (number % 7)})
+    os.chmod(str(root / 'data/train/run.sh'), 0o755)
+    return root
+
+
+def tree(root):
+    """All that is below a directory, as {name: content}."""
+    found = {}
+    for top, directories, files in os.walk(str(root)):
+        for name in directories + files:
+            path = os.path.join(top, name)
+            key = os.path.relpath(path, str(root))
+            if os.path.islink(path):
+                found[key] = ('->', os.readlink(path))
+            elif os.path.isdir(path):
+                found[key] = None
+            else:
+                with open(path, 'rb') as file:
+                    found[key] = (file.read(), bool(os.stat(path).st_mode & 0o100))
+    return found
+
+
+class Case(unittest.TestCase):
+    maxDiff = 2000
+
+    def setUp(self):
+        self.tmp = Path(os.path.realpath(tempfile.mkdtemp(prefix='etc-test-')))
+        self.addCleanup(self.clean)
+        saved = dict(os.environ)
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(saved)))
+        for key in list(os.environ):
+            if key.startswith(('ETC_', 'AWS_', 'GOOGLE_', 'CLOUDSDK_', 'STORAGE_')) or key.lower().endswith('_proxy'):
+                del os.environ[key]
+        os.environ.update(HOME=str(self.tmp), USERPROFILE=str(self.tmp), AWS_EC2_METADATA_DISABLED='true',
+                          no_proxy='127.0.0.1')
+        logging.getLogger('etcetera').handlers[:] = []  # those of a command line before
+        self.url = (self.tmp / 'share').as_uri()
+        self.settings = {}
+
+    def clean(self):
+        etc._remove(self.tmp)
+        self.assertFalse(self.tmp.exists())
+
+    def config(self, home='home', **more):
+        return etc.Config(**dict(dict(self.settings, url=self.url, home=self.tmp / home), **more))
+
+    def etc(self, *args, home='home', url=None, status=0):
+        """Run the command line in this process; returns (stdout, stderr)."""
+        settings = self.tmp / 'settings.yaml'
+        settings.write_text(''.join('%s: %s\n' % (k, json.dumps(v)) for k, v in self.settings.items()))
+        settings.chmod(0o600)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = etc.main(['--config', str(settings), '--url', url or self.url, '--home', str(self.tmp / home)]
+                                + [str(arg) for arg in args])
+            except SystemExit as e:
+                code = e.code
+        self.assertEqual(code, status, out.getvalue() + err.getvalue())
+        if status == 1:
+            last = err.getvalue().splitlines()[-1]
+            self.assertTrue(last.startswith('etc: ') and 'Traceback' not in err.getvalue(), err.getvalue())
+        return out.getvalue(), err.getvalue()
+
+    def spawn(self, *args, home='home', url=None, python=(), **kwargs):
+        command = [sys.executable] + list(python) + [SCRIPT, '--url', url or self.url, '--home', str(self.tmp / home)]
+        env = dict(os.environ, **{'AWS_' + k[4:].upper(): v for k, v in self.settings.items() if k.startswith('aws_')})
+        if self.settings.get('endpoint_url'):
+            env['AWS_ENDPOINT_URL'] = self.settings['endpoint_url']
+        return subprocess.Popen(command + [str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=env, **kwargs)
+
+    def installed(self, home='home'):
+        return etc.ls(config=self.config(home))
+
+    def leftovers(self, home='home'):
+        """What is in staging and the like."""
+        inner = self.tmp / home / '.etcetera'
+        return [p for kind in ('staging', 'replaced') if (inner / kind).is_dir() for p in (inner / kind).iterdir()]
+
+
+# ---------------------------------------------------------------------------------------
+# An S3 server that checks signatures and knows conditions
+# ---------------------------------------------------------------------------------------
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Counts, and lets a test misbehave: `fault(handler)` may answer itself and return True."""
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, handler):
+        super().__init__(('127.0.0.1', 0), handler)
+        self.url = 'http://127.0.0.1:%d' % self.server_port
+        self.lock = threading.RLock()
+        self.objects = {}  # path -> (bytes, etag, headers)
+        self.uploads = {}
+        self.log = []  # (method, path with query, headers)
+        self.connections = set()
+        self.sent = 0
+        self.fault = None
+        self.page = 1000
+        self.conditions = True
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
+
+class S3Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, body=b'', headers=(), length=None):
+        self.send_response(status)
+        for key, value in dict(headers).items():
+            self.send_header(key, value)
+        self.send_header('Content-Length', str(len(body) if length is None else length))
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(body)
+            self.server.sent += len(body)
+
+    def error(self, status, code, headers=()):
+        xml = '<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about %s</Message></Error>' % (code, code)
+        self.answer(status, xml.encode(), headers)
+
+    def handle_one(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        self.server.log.append((self.command, self.path, self.headers))
+        self.server.connections.add(self.client_address)
+        if self.server.fault and self.server.fault(self):
+            return
+        problem = self.unsigned(body)
+        if problem:
+            return self.error(403, problem)
+        path, _, query = self.path.partition('?')
+        self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        parts = urllib.parse.unquote(path).split('/', 2)
+        if parts[1] != 'bucket':
+            return self.error(404, 'NoSuchBucket')
+        self.key = parts[2] if len(parts) > 2 else ''
+        with self.server.lock:
+            if self.command in ('GET', 'HEAD') and not self.key:
+                return self.list()
+            getattr(self, 's3_' + self.command.lower())(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
+
+    def unsigned(self, body):
+        """What is wrong with the signature; written from AWS's description, not from etcetera."""
+        match = re.match(r'AWS4-HMAC-SHA256 Credential=([^/]+)/(\d{8})/([^/]+)/s3/aws4_request, ?SignedHeaders=([^,]+), '
+                         r'?Signature=([0-9a-f]{64})$', self.headers.get('Authorization', ''))
+        if not match:
+            return 'AccessDenied'
+        akid, day, region, names, signature = match.groups()
+        if akid != AKID:
+            return 'InvalidAccessKeyId'
+        digest = hashlib.sha256(body).hexdigest()
+        if self.headers['x-amz-content-sha256'] != digest:
+            return 'XAmzContentSHA256Mismatch'
+        for name in self.headers:
+            if name.lower().startswith('x-amz-') and name.lower() not in names.split(';'):
+                return 'AccessDenied'
+        path, _, query = self.path.partition('?')
+        pairs = sorted(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        quote = urllib.parse.quote
+        canonical = '\n'.join([
+            self.command, quote(urllib.parse.unquote(path), safe='/~'),
+            '&'.join(quote(k, safe='~') + '=' + quote(v, safe='~') for k, v in pairs),
+            ''.join('%s:%s\n' % (name, self.headers[name].strip()) for name in names.split(';')), names, digest])
+        stamp = self.headers['x-amz-date']
+        text = '\n'.join(['AWS4-HMAC-SHA256', stamp, '%s/%s/s3/aws4_request' % (day, region),
+                          hashlib.sha256(canonical.encode()).hexdigest()])
+        key = b'AWS4' + SECRET.encode()
+        for part in (day, region, 's3', 'aws4_request'):
+            key = hmac.new(key, part.encode(), 'sha256').digest()
+        right = hmac.new(key, text.encode(), 'sha256').hexdigest()
+        return None if right == signature and stamp[:8] == day else 'SignatureDoesNotMatch'
+
+    def list(self):
+        prefix, after = self.query.get('prefix', ''), self.query.get('continuation-token', '')
+        keys = sorted(k for k in self.server.objects if k.startswith(prefix) and k > after
+                      and '/' not in k[len(prefix):])
+        page, more = keys[:self.server.page], len(keys) > self.server.page
+        encode = urllib.parse.quote_plus if self.query.get('encoding-type') == 'url' else escape
+        items = ''.join('<Contents><Key>%s</Key><LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>%s</ETag>'
+                        '<Size>%d</Size></Contents>' % (encode(k), escape(self.server.objects[k][1]),
+                                                        len(self.server.objects[k][0])) for k in page)
+        xml = ('<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+               '<EncodingType>url</EncodingType><IsTruncated>%s</IsTruncated>%s%s</ListBucketResult>' % (
+                   str(more).lower(), '<NextContinuationToken>%s</NextContinuationToken>' % escape(''.join(page[-1:])) * more,
+                   items))
+        self.answer(200, xml.encode(), {'Content-Type': 'application/xml'})
+
+    def s3_head(self, body):
+        self.s3_get(body)
+
+    def s3_get(self, body):
+        if self.key not in self.server.objects:
+            return self.error(404, 'NoSuchKey')
+        data, etag, _ = self.server.objects[self.key]
+        headers = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}
+        if self.server.conditions and self.headers.get('If-Match', etag) != etag:
+            return self.error(412, 'PreconditionFailed')
+        match = re.match(r'bytes=(\d+)-(\d+)$', self.headers.get('Range', ''))
+        if not match:
+            return self.answer(200, b'' if self.command == 'HEAD' else data, headers, len(data))
+        start, stop = int(match.group(1)), min(int(match.group(2)) + 1, len(data))
+        headers['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
+        self.answer(206, data[start:stop], headers)
+
+    def s3_put(self, body):
+        if 'partNumber' in self.query:
+            if self.query['uploadId'] not in self.server.uploads:
+                return self.error(404, 'NoSuchUpload')
+            self.server.uploads[self.query['uploadId']][1][int(self.query['partNumber'])] = body
+            return self.answer(200, b'', {'ETag': '"%s"' % hashlib.sha1(body).hexdigest()})
+        self.store(body, self.headers)
+
+    def store(self, data, headers):
+        if self.server.conditions and self.headers.get('If-None-Match') == '*' and self.key in self.server.objects:
+            return self.error(412, 'PreconditionFailed')
+        etag = '"%s-x"' % hashlib.sha1(data).hexdigest()
+        self.server.objects[self.key] = data, etag, headers
+        self.answer(200, b'<R/>' if self.command == 'POST' else b'', {'ETag': etag})
+
+    def s3_post(self, body):
+        if 'uploads' in self.query:
+            upload = os.urandom(8).hex()
+            self.server.uploads[upload] = self.headers, {}
+            xml = '<InitiateMultipartUploadResult><UploadId>%s</UploadId></InitiateMultipartUploadResult>' % upload
+            return self.answer(200, xml.encode())
+        upload = self.server.uploads.get(self.query['uploadId'])
+        if upload is None:
+            return self.error(404, 'NoSuchUpload')
+        headers, parts = upload
+        listed = re.findall(r'<PartNumber>(\d+)</PartNumber><ETag>([^<]*)</ETag>', body.decode())
+        if [int(n) for n, _ in listed] != sorted(parts) or any(
+                etag.replace('&quot;', '"') != '"%s"' % hashlib.sha1(parts[int(n)]).hexdigest() for n, etag in listed):
+            return self.error(400, 'InvalidPart')
+        if any(len(parts[n]) < 5 * MIB for n in sorted(parts)[:-1]):
+            return self.error(400, 'EntityTooSmall')
+        if not (self.server.conditions and self.headers.get('If-None-Match') and self.key in self.server.objects):
+            del self.server.uploads[self.query['uploadId']]
+        self.store(b''.join(parts[n] for n in sorted(parts)), headers)
+
+    def s3_delete(self, body):
+        self.server.uploads.pop(self.query['uploadId'], None)
+        self.answer(204)
+
+
+class S3Case(Case):
+    def setUp(self):
+        super().setUp()
+        self.server = Server(S3Handler)
+        self.addCleanup(self.server.stop)
+        self.url = 's3://bucket/some/prefix'
+        self.settings = {'endpoint_url': self.server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
+
+    def requests(self, method=None):
+        return [path for m, path, _ in self.server.log if method in (None, m)]
+
+
+# ---------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------
+
+class Settings(Case):
+    def parse(self, text):
+        try:
+            return etc._parse_yaml(text)
+        except ValueError as e:
+            return e
+
+    def test_what_is_read(self):
+        self.assertEqual(self.parse(
+            '\ufeff# comment\n---\nurl: s3://bucket/x#y  # why\nhome:   ~/data \npublic: yes\nregion: "a\\tb\\u00e9"\n'
+            "endpoint_url: 'it''s'\nconnections: 0x10\ncompression_level: 0\nca_bundle:\n\naws_profile: null\r\n"
+            "aws_access_key_id: a:b\n'google_credentials': x y\n"),
+            {'url': 's3://bucket/x#y', 'home': None if False else '~/data', 'public': True, 'region': 'a\tb\u00e9',
+             'endpoint_url': "it's", 'connections': 16, 'compression_level': 0, 'ca_bundle': None,
+             'aws_profile': None, 'aws_access_key_id': 'a:b', 'google_credentials': 'x y'})
+
+    def test_what_is_refused(self):
+        for line in ('url', 'url:x', ' url: x', '\turl: x', '- x', 'url: [a]', 'url: {a: b}', 'url: |', 'url: >', 'url: &a b',
+                     'url: *a', 'url: !!str x', 'url: "a', "url: 'a' b", 'url: "a\\q"', 'url: a: b', 'url: 1.5',
+                     'url: 2001-01-01', 'url: 1:30', 'url: -x', 'url: @x', 'url: `x`', 'url: %x', 'yes: x', '? a',
+                     'url: a\x07b', 'url: a\u2028b', 'url: a\tb', 'url: "a"#b', '...', '%YAML 1.1', 'url: .inf'):
+            error = self.parse('home: x\n' + line + '\n')
+            self.assertIsInstance(error, ValueError, (line, error))
+            self.assertEqual(error.line, 2, line)
+        self.assertEqual(self.parse('url: a\nurl: b').line, 2)
+
+    def load(self, text, mode=0o600):
+        path = self.tmp / '.etc.yaml'
+        path.write_bytes(text.encode('utf-8') if isinstance(text, str) else text)
+        path.chmod(mode)
+        return etc.Config.load()
+
+    def fails(self, text, *words):
+        with self.assertRaises(etc.ConfigError) as caught:
+            self.load(text)
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+        self.assertNotIn('\n', str(caught.exception))
+
+    def test_errors_name_file_line_and_remedy(self):
+        file = str(self.tmp / '.etc.yaml')
+        self.fails('url: s3://b\nendpont_url: x', file + ':2', "did you mean 'endpoint_url'")
+        self.fails('public: 1', file + ':1', 'true or false')
+        self.fails('\nconnections: many', file + ':2', 'whole number')
+        self.fails('aws_access_key_id: 1234', file + ':1', 'quotes')
+        self.fails('connections: 0', 'from 1 to 256')
+        self.fails('compression_level: 10', 'from 0 to 9')
+        self.fails('url: [x]', file + ':1', 'quotes')
+        self.fails(b'url: \xff', file, 'UTF-8')
+
+    def test_precedence(self):
+        self.load('url: file:///a\nhome: /h/a')
+        self.assertEqual(etc.Config.load().url, 'file:///a')
+        self.assertEqual(str(etc.Config.load().home), os.path.abspath('/h/a'))
+        os.environ.update(ETC_URL='file:///b', ETC_HOME='/h/b')
+        self.assertEqual((etc.Config.load().url, etc.Config.load().home), ('file:///b', Path(os.path.abspath('/h/b'))))
+        self.assertEqual(etc.Config.load(url='file:///c').url, 'file:///c')
+        other = self.tmp / 'other.yaml'
+        other.write_text('region: x\n')
+        os.environ['ETC_CONFIG'] = str(other)
+        self.assertEqual(etc.Config.load().region, 'x')
+        os.environ['ETC_CONFIG'] = str(self.tmp / 'missing')
+        with self.assertRaises(etc.ConfigError):
+            etc.Config.load()
+
+    def test_nothing_is_needed_for_local_work(self):
+        config = etc.Config.load()
+        self.assertEqual((config.url, config.home), (None, self.tmp / '.etc'))
+        self.assertEqual(etc.ls(), [])
+        with self.assertRaises(etc.ConfigError) as caught:
+            etc.ls(remote=True)
+        self.assertIn('.etc.yaml', str(caught.exception))
+        self.assertFalse((self.tmp / '.etc').exists())
+
+    def test_secrets(self):
+        config = etc.Config('s3://b', aws_secret_access_key='hush', aws_session_token='hush')
+        self.assertNotIn('hush', repr(config))
+        with self.assertLogs('etcetera', 'WARNING') as logs:
+            self.load('aws_secret_access_key: x', 0o644)
+        self.assertIn('chmod 600', logs.output[0])
+        logger = logging.getLogger('etcetera')
+        handler = logging.Handler()
+        handler.emit = self.fail
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        self.load('aws_secret_access_key: x', 0o600)
+        self.load('region: x', 0o644)
+
+    def test_config_in_python(self):
+        with self.assertRaises(etc.ConfigError):
+            etc.Config('s3://b', nonsense=1)
+        with self.assertRaises(etc.ConfigError):
+            etc.Config('s3://b', public='yes')
+        self.assertEqual(etc.Config('file:///x', self.tmp).home, self.tmp)
+
+
+@needs(importable('yaml'), 'PyYAML is not installed')
+class SettingsOracle(unittest.TestCase):
+    def test_generated_documents(self):
+        import yaml
+        rng = random.Random(7)
+        atoms = ['yes', 'No', 'true', 'off', 'null', '~', '', '0', '7', '-3', '+4', '0x1F', '0b101', '017', '08', '1_000', '1.5',
+                 '1e3', '.5', '1:30', '2001-01-01', 's3://b/c', 'a b', 'a#b', 'a #b', '# c', '"q"', "'q'", '"a\\nb"',
+                 '"\\x41\\u00e9\\U0001F600"', "'it''s'", '"a" # c', "'a'  # c", '"', "'", 'a: b', 'a:', ':a', '-', '- a', '-a', '?',
+                 '? a', '[a]', '{a: b}', ',', '&a', '*a', '!a', '|', '>', '%a', '@a', '`a', '\u00e9', '\u65e5', 'a\tb', '\ta',
+                 'a\u00a0', 'a\u2028b', 'a\x85b', '<<', '=', '.', '..', '.inf', '.NaN', '0o7', '0_', '_1', '1_', '"\\/"', '"\\ "',
+                 '"\\\t"', 'a\\nb', "a'b", 'a"b', '~x', 'nullx', 'Yes!', 'y', 'N', '---', '--- a', '...', 'a  ', '12e03', '1.',
+                 '685.230_15e+03', '190:20:30', '-0', '+0x_1', '1__0', 'a]', 'a}', 'a,b', 'a,', 'http://x:1/', '::', 'a::b', 'a :b']
+        shapes = ['%s: %s', '%s:  %s', '%s : %s', '%s:%s', ' %s: %s', '"%s": %s', "'%s': %s", '%s:\t%s', '%s: %s ', '%s: %s # c',
+                  '# %s%s', '%s', '- %s: %s', '%s: %s\n  more', '%s:\n- %s', '%s:\n %s']
+        read = 0
+        for _ in range(30000):
+            lines = []
+            for _ in range(rng.randrange(1, 4)):
+                shape = rng.choice(shapes) if rng.random() < .4 else shapes[0]
+                key = rng.choice(['url', 'k', 'a-b', 'yes', 'null', 'x1', '_', '<<', 'n'])
+                value = ''.join(rng.choice(atoms) for _ in range(1 if rng.random() < .7 else 2))
+                lines.append(shape % ((key, value)[:shape.count('%s')]))
+            text = rng.choice(['', '---\n', '\n', '# c\n', '\ufeff']) + rng.choice(['\n', '\n', '\r\n', '\n\n']).join(lines)
+            try:
+                found = etc._parse_yaml(text)
+            except ValueError:
+                continue
+            read += 1
+            expected = yaml.safe_load(text)
+            self.assertEqual(found, {} if expected is None else expected, repr(text))
+            self.assertEqual(list(map(type, found.values())), list(map(type, (expected or {}).values())), repr(text))
+        self.assertGreater(read, 4000)
+
+
+# ---------------------------------------------------------------------------------------
+# Datasets and local commands
+# ---------------------------------------------------------------------------------------
+
+class Datasets(Case):
+    def test_mapping(self):
+        ds = etc.register(small(self.tmp / 'ds'), 'Small', config=self.config())
+        self.assertEqual(ds.keys(), {'test', 'train'})
+        self.assertEqual(list(ds), ['test', 'train'])
+        self.assertEqual(len(ds), 2)
+        self.assertEqual(ds['train'], self.tmp / 'home/Small/data/train')
+        self.assertEqual(ds.meta, {'classes': 10})
+        self.assertEqual((ds.name, ds.root), ('Small', self.tmp / 'home/Small'))
+        self.assertEqual(dict(ds), {'train': ds['train'], 'test': ds['test']})
+        self.assertIn('Small', repr(ds))
+        self.assertRegex(ds.digest, r'^sha256:[0-9a-f]{64}$')
+        with self.assertRaises(KeyError) as caught:
+            ds['val']
+        self.assertIsInstance(caught.exception, etc.Error)
+        self.assertEqual(str(caught.exception), "no partition 'val' in Small; it has: test, train")
+        with self.assertRaises(TypeError):
+            ds['val'] = 1
+        self.assertNotIn('val', ds)
+        self.assertIsNone(ds.get('val'))
+
+    def invalid(self, files, *words):
+        root = write(self.tmp / 'bad', files)
+        _, err = self.etc('register', root, 'Bad', status=1)
+        for word in words:
+            self.assertIn(word, err)
+        self.assertEqual(self.installed(), [])
+        shutil.rmtree(str(root))
+
+    def test_validation(self):
+        self.invalid({'x': 'y'}, "needs a directory 'data'")
+        self.invalid({'data': 'y'}, "needs a directory 'data'")
+        self.invalid({'data': None}, 'empty')
+        self.invalid({'data/train/x': 'y', 'data/stray': 'z'}, 'data/stray')
+        self.invalid({'data/train/x': 'y', 'meta.json': '[1]'}, 'JSON object')
+        self.invalid({'data/train/x': 'y', 'meta.json': '{'}, 'meta.json', 'not JSON')
+        self.invalid({'data/train/x': 'y', 'meta.json': b'\xff'}, 'meta.json', 'not JSON')
+        self.invalid({'data/train/x': 'y', 'data/link': ('->', 'nowhere')}, 'data/link', 'link to nothing')
+        _, err = self.etc('register', self.tmp / 'absent', status=1)
+        self.assertIn('no directory', err)
+
+    def test_names(self):
+        root = small(self.tmp / 'ds')
+        for name in ('', '.', '..', '.x', '-x', '_x', 'a/b', 'a\\b', 'a b', '\u00e9', 'x' * 129, 'a\n', 'a@b', '../x', '/x',
+                     'a@sha256:12', 'CON\0'):
+            for call in (lambda n: etc.register(root, n, config=self.config()),
+                         lambda n: etc.pull(n, config=self.config()), lambda n: etc.push(n, config=self.config()),
+                         lambda n: etc.create(n, config=self.config()), lambda n: etc.purge(n, config=self.config()),
+                         lambda n: etc.verify(n, config=self.config()), lambda n: etc.dataset(n, config=self.config()),
+                         lambda n: etc.info(n, config=self.config())):
+                with self.assertRaises(etc.InvalidDataset, msg=name):
+                    call(name)
+        self.assertFalse((self.tmp / 'home').exists())
+        for name in ('a', '0', 'A.b-c_d', 'x' * 128):
+            etc.register(root, name, config=self.config())
+        self.assertEqual(len(self.installed()), 4)
+
+    def test_register(self):
+        root = small(self.tmp / 'ds')
+        self.etc('register', root)
+        self.etc('register', root, 'as', 'Two')
+        self.etc('register', root, 'Three')
+        self.assertEqual(self.etc('ls')[0], 'Three\nTwo\nds\n')
+        self.assertTrue((self.tmp / 'home/Two').is_symlink())
+        self.assertIn('registered already', self.etc('register', root, 'Two')[1])
+        other = small(self.tmp / 'other')
+        self.assertIn('exists already', self.etc('register', other, 'Two', status=1)[1])
+        self.etc('register', '-f', other, 'Two')
+        self.assertEqual(os.path.realpath(str(self.tmp / 'home/Two')), str(other))
+        self.etc('register', 'a', 'b', 'c', status=2)
+        self.etc('register', 'a', 'as', 'b', 'c', status=2)
+        self.etc('purge', 'Two', 'Three')
+        self.assertEqual(self.installed(), ['ds'])
+        self.assertTrue((other / 'data').is_dir())
+        cwd = os.getcwd()
+        os.chdir(str(self.tmp))
+        try:
+            self.etc('register', './ds', 'as', 'Relative')
+        finally:
+            os.chdir(cwd)
+        self.assertEqual(etc.dataset('Relative', config=self.config()).keys(), {'train', 'test'})
+
+    def test_register_copy(self):
+        root = odd(self.tmp / 'ds', 10)
+        self.etc('register', '--copy', root, 'Copy')
+        copy = self.tmp / 'home/Copy'
+        self.assertFalse(copy.is_symlink())
+        self.assertEqual(tree(copy), tree(root))
+        self.assertEqual(etc.Dataset(root).digest, etc.dataset('Copy', config=self.config()).digest)
+        for path in copy.rglob('*'):
+            if path.is_file() and not path.is_symlink():
+                self.assertFalse(path.stat().st_mode & 0o222, path)
+        self.etc('verify', 'Copy')
+        self.etc('register', '--copy', root, 'Copy', status=1)
+        self.etc('register', '--copy', '-f', small(self.tmp / 'new'), 'Copy')
+        self.assertEqual(tree(copy), tree(self.tmp / 'new'))
+        self.etc('register', '-f', root, 'Copy')  # a directory makes room for a link
+        self.assertTrue(copy.is_symlink())
+        self.etc('register', '-f', '--copy', self.tmp / 'new', 'Copy')  # and a link for a directory
+        self.assertEqual(tree(copy), tree(self.tmp / 'new'))
+        self.assertEqual(self.leftovers(), [])
+
+    def test_create(self):
+        self.etc('create', 'New')
+        self.assertEqual(etc.dataset('New', config=self.config()).keys(), {'train', 'test'})
+        self.etc('create', 'New', status=1)
+        self.etc('create', 'Other', 'val', 'dev set')
+        self.assertEqual(etc.dataset('Other', config=self.config()).keys(), {'val', 'dev set'})
+        (self.tmp / 'home/New/data/train/x').write_text('x')
+        self.etc('create', '-f', 'New', 'one')
+        self.assertEqual(tree(self.tmp / 'home/New'), {'data': None, os.path.join('data', 'one'): None})
+        for bad in ('..', 'a/b', '.', ''):
+            self.etc('create', 'Bad', bad, status=1)
+        with self.assertRaises(etc.InvalidDataset):
+            etc.create('Bad', 'train', config=self.config())
+
+    def test_purge_and_info_and_ls(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'Small')
+        out = self.etc('info', 'Small')[0]
+        for word in ('sha256:', 'train', 'test', '"classes": 10', '# Small'):
+            self.assertIn(word, out)
+        found = json.loads(self.etc('info', '--json', 'Small')[0])
+        self.assertEqual((found['files'], found['meta'], found['readme']), (6, {'classes': 10}, '# Small\n'))
+        self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
+        self.assertEqual(json.loads(self.etc('ls', '--json')[0])[0]['digest'], found['digest'])
+        self.assertIn(found['digest'], self.etc('ls', '-l')[0])
+        self.assertIn("did you mean 'Small'", self.etc('info', 'Smal', status=1)[1])
+        out, err = self.etc('purge', 'Nope', 'Small', 'Nada', status=1)
+        self.assertEqual(err.count('etc: no local dataset'), 2)
+        self.assertEqual(self.installed(), [])
+        self.assertEqual(self.leftovers(), [])
+
+    def test_verify(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'Small')
+        digest = etc.verify('Small', config=self.config())
+        self.etc('verify', 'Small@' + digest)
+        self.etc('verify', 'Small@sha256:' + '0' * 64, status=1)
+        victim = self.tmp / 'home/Small/data/train/a.txt'
+        victim.chmod(0o644)
+        victim.write_text('alphA\n')
+        err = self.etc('verify', 'Small', status=1)[1]
+        self.assertIn('data/train differs', err)
+        self.assertNotIn('data/test', err)
+        self.etc('push', 'Small', status=1)
+        self.assertEqual(glob.glob(str(self.tmp / 'share/*')) + glob.glob(str(self.tmp / 'share/.*.tgz*')), [])
+
+    def test_usage(self):
+        self.etc(status=2)
+        self.etc('nonsense', status=2)
+        self.etc('pull', status=2)
+        self.assertIn('register', self.etc('-h')[0])
+        self.assertIn(etc.__version__, self.etc('--version')[0])
+        self.etc('ls', '-v')
+        self.etc('-q', 'create', 'X')
+        self.assertEqual(self.etc('-q', 'verify', 'X')[1], '')
+        self.assertIn('Traceback', ''.join(self.failing('-v', 'info', 'Nope')))
+
+    def failing(self, *args):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            self.assertEqual(etc.main(list(args)), 1)
+        return err.getvalue()
+
+
+# ---------------------------------------------------------------------------------------
+# The archive format, read here by an independent reader
+# ---------------------------------------------------------------------------------------
+
+PINNED = 'sha256:04a28282072296f3cbbc2ea22b5cc10bb832a4bcc56f36ef05975be6684a31ae'
+
+
+def members(archive):
+    """All gzip members as (offset, length, tag, extra, payload)."""
+    found, at = [], 0
+    while at < len(archive):
+        assert archive[at:at + 4] == b'\x1f\x8b\x08\x04', at
+        total, tag, length = struct.unpack_from('<H2sH', archive, at + 10)
+        assert total == length + 4
+        extra = archive[at + 16:at + 16 + length]
+        inflater = zlib.decompressobj(31)
+        payload = inflater.decompress(archive[at:])
+        assert inflater.eof
+        size = len(archive) - at - len(inflater.unused_data)
+        found.append((at, size, tag, extra, payload))
+        at += size
+    return found
+
+
+def canonical(root, names):
+    """The canonical tar bytes of some names, by tarfile (which agrees from Python 3.9 on)."""
+    out = b''
+    for name in names:
+        path = Path(str(root), name)
+        info = tarfile.TarInfo(name)
+        info.mtime, info.mode = 315532800, 0o644
+        data = b''
+        if path.is_symlink():
+            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(str(path))
+        elif path.is_dir():
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+        else:
+            data = path.read_bytes()
+            info.size = len(data)
+            info.mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
+        out += info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512)
+    return out
+
+
+class Format(Case):
+    def push(self, root, **settings):
+        etc.register(root, 'X', config=self.config())
+        etc.push('X', force=True, config=self.config(**settings))
+        return (self.tmp / 'share/X.tgz').read_bytes()
+
+    def test_structure(self):
+        root = odd(self.tmp / 'ds')
+        archive = self.push(root)
+        found = members(archive)
+        footer = found[-1]
+        self.assertEqual((footer[1], footer[2], footer[4]), (34, b'ef', b''))
+        start = struct.unpack('<Q', footer[3])[0]
+        index = [m for m in found if m[2] == b'ei']
+        self.assertEqual(index[0][0], start)
+        self.assertTrue(all(len(m[3]) <= 8000 and m[4] == b'' for m in index))
+        text = json.loads(b''.join(m[3] for m in index).decode('utf-8'))
+        self.assertEqual(text['etcetera'], 1)
+        blocks = [m for m in found if m[2] == b'et']
+        self.assertTrue(all(struct.unpack('<I', m[3])[0] == m[1] for m in blocks))
+        self.assertEqual(blocks[-1][4], bytes(1024))
+        self.assertEqual([s['path'] for s in text['segments']],
+                         ['.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'])
+        total = hashlib.sha256()
+        names = tree(root)
+        for s in text['segments']:
+            own = [m for m in blocks if s['offset'] <= m[0] < s['offset'] + s['length']]
+            self.assertEqual(sum(m[1] for m in own), s['length'])
+            self.assertTrue(all(len(m[4]) == MIB for m in own[:-1]) and 0 < len(own[-1][4]) <= MIB)
+            digest = hashlib.sha256(b''.join(hashlib.sha256(m[4]).digest() for m in own)).digest()
+            self.assertEqual(s['digest'], 'sha256:' + digest.hex())
+            total.update(s['path'].encode() + b'\0' + digest)
+            if s['path'] == '.':
+                inside = [n for n in names if os.sep not in n and (n == 'data' or not (root / n).is_dir())]
+            else:
+                inside = [n for n in names if (n + os.sep).startswith(s['path'].replace('/', os.sep) + os.sep)]
+            inside = sorted((n.replace(os.sep, '/') for n in inside), key=lambda n: n.split('/'))
+            if sys.version_info >= (3, 9):
+                self.assertEqual(b''.join(m[4] for m in own), canonical(root, inside), s['path'])
+            files = [n for n in inside if not (root / n).is_dir() or (root / n).is_symlink()]
+            self.assertEqual(s['files'], len(files))
+            self.assertEqual(s['size'], sum((root / n).stat().st_size for n in files if not (root / n).is_symlink()))
+        self.assertEqual(text['digest'], 'sha256:' + total.hexdigest())
+        self.assertEqual(len(blocks) + len(index) + 1, len(found))
+
+    def test_blocks(self):
+        root = write(self.tmp / 'ds', {'data/a/noise': noise(3 * MIB), 'data/b/text': 'some text, again and again\n' * 120000})
+        archive = self.push(root)
+        blocks = [m for m in members(archive) if m[2] == b'et']
+        kinds = [archive[m[0] + 20] & 7 for m in blocks if len(m[4]) == MIB]
+        self.assertTrue(all(kind & 6 == 0 for kind in kinds[:3]), 'incompressible blocks are stored')
+        self.assertTrue(all(m[1] < MIB / 10 for m in blocks[-4:-1]), 'text is compressed')
+        self.assertLess(len(archive), 3.4 * MIB)
+        self.assertGreater(len(self.push(root, compression_level=0)), 6 * MIB)
+
+    def test_digest_is_pinned(self):
+        root = write(self.tmp / 'ds', {
+            'README.md': 'pinned\n', 'assets/a': b'\0\1\2', 'data/train/\u00e9/x': 'x' * 3000, 'data/train/' + 'n' * 120: 'long',
+            'data/train/link': ('->', '\u00e9/x'), 'data/test': None, 'data/train/big': bytes(range(256)) * 8192})
+        os.chmod(str(root / 'assets/a'), 0o700)
+        self.assertEqual(etc.Dataset(root).digest, PINNED)
+
+    def test_digest_depends_on_contents_alone(self):
+        one, two = odd(self.tmp / 'one', 5), self.tmp / 'two'
+        shutil.copytree(str(one), str(two), symlinks=True)
+        for path in two.rglob('*'):
+            if not path.is_symlink():
+                path.chmod(0o700 if path.is_dir() or path.name == 'run.sh' else 0o600)
+                os.utime(str(path), (1e9, 1e9))
+        self.assertEqual(etc.Dataset(one).digest, etc.Dataset(two).digest)
+        digest = etc.Dataset(two).digest
+        changes = [lambda: (two / 'data/train/white space').write_text('!'), lambda: (two / 'data/train/run.sh').chmod(0o644),
+                   lambda: (two / 'data/new').mkdir(), lambda: (two / 'data/train/sub/x').mkdir(),
+                   lambda: (two / 'a/x').rename(two / 'a/y')]
+        for change in changes:
+            change()
+            self.assertNotEqual(etc.Dataset(two).digest, digest)
+            digest = etc.Dataset(two).digest
+
+    def test_links(self):
+        root = write(self.tmp / 'ds', {
+            'outside/f': 'f', 'ds/data/train/real/f': 'real', 'ds/data/train/kept': ('->', 'real/f'),
+            'ds/data/train/round': ('->', 'real/../real/f'), 'ds/data/train/out': ('->', '../../../outside'),
+            'ds/data/train/other': ('->', '../test/t'), 'ds/data/test/t': 't', 'ds/notes': ('->', 'data/test/t'),
+            'ds/data/val': ('->', 'test'), 'ds/extra': ('->', '../outside'),
+            'ds/data/train/back': ('->', '../../../ds/data/train/real/f'),
+            'ds/data/train/absolute': ('->', str(self.tmp / 'ds/ds/data/train/real/f'))}) / 'ds'
+        self.push(root)
+        etc.pull('X', config=self.config('two'))
+        pulled = tree(self.tmp / 'two/X')
+        self.assertEqual(pulled['data/train/kept'], ('->', 'real/f'))
+        self.assertEqual(pulled['data/train/round'], ('->', 'real/f'))
+        for name in ('data/train/back', 'data/train/absolute'):
+            self.assertEqual(pulled[name][0], b'real')
+        for name in ('data/train/other', 'notes', 'data/val/t'):
+            self.assertEqual(pulled[name][0], b't')
+        self.assertEqual((pulled['data/train/out/f'][0], pulled['extra/f'][0]), (b'f', b'f'))
+        etc.verify('X', config=self.config('two'))
+
+    def refused(self, files, *words):
+        root = write(self.tmp / 'bad', dict(files, **{'data/train/ok': 'ok'}))
+        etc.register(root, 'Bad', force=True, config=self.config())
+        err = self.etc('push', 'Bad', status=1)[1]
+        for word in words:
+            self.assertIn(word, err)
+        self.assertEqual(list((self.tmp / 'share').glob('*')) if (self.tmp / 'share').exists() else [], [])
+        shutil.rmtree(str(root))
+
+    def test_what_cannot_be_packed(self):
+        self.refused({'data/train/x': ('->', 'gone')}, 'data/train/x', 'link to nothing')
+        self.refused({'data/train/x': ('->', 'y'), 'data/train/y': ('->', 'x')}, 'data/train/x', 'back to itself')
+        self.refused({'assets/up': ('->', '../..')}, 'directory above')
+        if hasattr(os, 'mkfifo'):
+            root = write(self.tmp / 'fifo', {'data/train/ok': 'ok'})
+            os.mkfifo(str(root / 'data/train/pipe'))
+            etc.register(root, 'Bad', force=True, config=self.config())
+            self.assertIn('data/train/pipe', self.etc('push', 'Bad', status=1)[1])
+        if sys.platform.startswith('linux'):
+            root = write(self.tmp / 'latin', {'data/train/ok': 'ok'})
+            with open(os.fsencode(str(root)) + b'/data/train/caf\xe9', 'wb'):
+                pass
+            etc.register(root, 'Bad', force=True, config=self.config())
+            err = self.etc('push', 'Bad', status=1)[1]
+            self.assertIn('UTF-8', err)
+            self.assertIn('caf\\xe9', err)
+
+    def test_file_that_grows(self):
+        root = write(self.tmp / 'ds', {'data/train/log': b'x' * (8 * MIB)})
+        etc.register(root, 'X', config=self.config())
+        stop = threading.Event()
+
+        def grow():
+            with open(str(root / 'data/train/log'), 'ab') as file:
+                while not stop.is_set():
+                    file.write(b'y' * 100)
+                    file.flush()
+        thread = threading.Thread(target=grow)
+        thread.start()
+        try:
+            err = self.etc('push', 'X', status=1)[1]
+        finally:
+            stop.set()
+            thread.join()
+        self.assertIn("'data/train/log' changed", err)
+        self.assertEqual(os.listdir(str(self.tmp / 'share')), [])
+
+    @unittest.skipUnless(shutil.which('tar'), 'no tar here')
+    def test_other_tools_unpack_it(self):
+        root = odd(self.tmp / 'ds')
+        archive = self.push(root)
+        gz = str(self.tmp / 'share/X.tgz')
+        tools = [['tar', 'xzf', gz, '-C'], ['bsdtar', 'xzf', gz, '-C'], ['busybox', 'tar', 'xzf', gz, '-C']]
+        for tool in tools:
+            if not shutil.which(tool[0]):
+                if os.environ.get('ETC_TEST_REQUIRE_PEERS'):
+                    self.fail('no %s here' % tool[0])
+                continue
+            target = self.tmp / ('by-' + tool[0])
+            target.mkdir()
+            done = subprocess.Popen(tool + [str(target)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                    env=dict(os.environ, LC_ALL='C.UTF-8'))
+            self.assertEqual((done.communicate()[0], done.returncode), (b'', 0), tool)
+            self.assertEqual(tree(target), tree(root), tool)
+        with tarfile.open(gz) as tar:
+            tar.extractall(str(self.tmp / 'by-tarfile'), **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+        self.assertEqual(tree(self.tmp / 'by-tarfile'), tree(root))
+        self.assertEqual(len(archive), os.path.getsize(gz))
+
+    def test_many_partitions_make_a_long_index(self):
+        root = write(self.tmp / 'ds', {'data/partition %04d/x' % n: str(n) for n in range(500)})
+        archive = self.push(root)
+        self.assertGreater(sum(m[1] for m in members(archive) if m[2] == b'ei'), etc._TAIL)
+        etc.pull('X', config=self.config('two'))
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+        self.assertEqual(len(etc.info('X', remote=True, config=self.config())['partitions']), 500)
+
+    def test_unknown_version_is_still_a_tgz(self):
+        root = small(self.tmp / 'ds')
+        archive = self.push(root)
+        (self.tmp / 'share/X.tgz').write_bytes(archive.replace(b'{"etcetera":1,', b'{"etcetera":2,'))
+        etc.pull('X', config=self.config('two'))
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+
+
+class Foreign(Case):
+    """Archives that other tools made."""
+
+    def pull(self, root, name='X'):
+        ds = etc.pull(name, config=self.config())
+        self.assertEqual(tree(ds.root), tree(root))
+        self.assertEqual(ds.digest, etc.Dataset(root).digest)
+        etc.verify(name, config=self.config())
+        self.assertIn('identical', self.etc('pull', name)[1])
+        etc.purge(name, config=self.config())
+
+    def test_tarfile(self):
+        root = odd(self.tmp / 'ds', 20)
+        share = write(self.tmp / 'share', {'.': None})
+        for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+            for top in ('', './'):
+                with tarfile.open(str(share / 'X.tgz'), 'w:gz', format=form, encoding='utf-8') as tar:
+                    for item in root.iterdir() if not top else [root]:
+                        tar.add(str(item), top or item.name)
+                self.pull(root)
+
+    @unittest.skipUnless(shutil.which('tar'), 'no tar here')
+    def test_tools(self):
+        root, short = odd(self.tmp / 'ds', 20), small(self.tmp / 'short')
+        os.link(str(short / 'data/train/a.txt'), str(short / 'data/train/hard'))
+        gz = str(write(self.tmp / 'share', {'.': None}) / 'X.tgz')
+        for tool, options, source in (
+                ('tar', ['--format=gnu'], root), ('tar', ['--format=pax'], root), ('tar', ['--format=ustar'], short),
+                ('tar', ['--sparse'], short), ('bsdtar', [], root), ('bsdtar', ['--format=ustar'], short), ('busybox', [], short)):
+            if not shutil.which(tool):
+                if os.environ.get('ETC_TEST_REQUIRE_PEERS'):
+                    self.fail('no %s here' % tool)
+                continue
+            command = [tool] + ['tar'] * (tool == 'busybox') + options
+            subprocess.check_call(command + ['-czf', gz, '-C', str(source), '.'], env=dict(os.environ, LC_ALL='C.UTF-8'))
+            self.pull(source)
+            subprocess.check_call(command + ['-czf', gz, '-C', str(source)] + os.listdir(str(source)),
+                                  env=dict(os.environ, LC_ALL='C.UTF-8'))
+            self.pull(source)
+
+    def test_members_and_missing_directories(self):
+        root = small(self.tmp / 'ds')
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode='w') as tar:
+            for path in sorted(root.rglob('*')):
+                if path.is_file():
+                    tar.add(str(path), str(path.relative_to(root)))
+        raw = out.getvalue()
+        import gzip
+        write(self.tmp / 'share', {'X.tgz': gzip.compress(raw[:1000]) + gzip.compress(raw[1000:]) + bytes(512)})
+        self.pull(root)
+
+    def test_not_an_archive(self):
+        for content in (b'', b'hello', b'\x1f\x8b', noise(1000)):
+            write(self.tmp / 'share', {'X.tgz': content})
+            self.etc('pull', 'X', status=1)
+        self.assertEqual((self.installed(), self.leftovers()), ([], []))
+        with tarfile.open(str(self.tmp / 'share/X.tgz'), 'w:gz') as tar:
+            tar.add(SCRIPT, 'X/data/train/x')
+        self.assertIn("needs a directory 'data'", self.etc('pull', 'X', status=1)[1])
+
+
+class Hostile(Case):
+    def entry(self, name, data=b'', kind=tarfile.REGTYPE, link='', mode=0o644, **more):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.mode, info.size = kind, link, mode, len(data)
+        for key, value in more.items():
+            setattr(info, key, value)
+        return info, data
+
+    def attack(self, *entries):
+        """Pull a dataset with these entries in it; it must fail and leave nothing anywhere."""
+        write(self.tmp / 'victim', {'file': 'precious'})
+        share = write(self.tmp / 'share', {'.': None})
+        ok = [self.entry('data/train/ok', b'ok')]
+        for order in (ok + list(entries), list(entries) + ok):
+            with tarfile.open(str(share / 'X.tgz'), 'w:gz', format=tarfile.PAX_FORMAT) as tar:
+                for info, data in order:
+                    tar.addfile(info, io.BytesIO(data))
+            before = {k: v for k, v in tree(self.tmp).items() if not k.startswith('home')}
+            err = self.etc('pull', 'X', status=1)[1]
+            after = {k: v for k, v in tree(self.tmp).items() if not k.startswith('home')}
+            before.update({'settings.yaml': after.get('settings.yaml')})
+            self.assertEqual(before, after)
+            self.assertEqual((self.installed(), self.leftovers()), ([], []), err)
+        return err
+
+    def test_names(self):
+        for name in ('/etc/passwd', str(self.tmp / 'victim/new'), '../victim/new', 'data/../../../victim/new', '..', 'data/train/..',
+                     '../../../../../../../../tmp/etc-evil'):
+            self.attack(self.entry(name, b'evil'))
+            self.attack(self.entry(name, kind=tarfile.DIRTYPE))
+        for name in ('data/train/a\0b', '/etc/x', '../x'):
+            self.attack(self.entry('data/train/x', b'evil', pax_headers={'path': name}))
+
+    def test_links(self):
+        S, H = tarfile.SYMTYPE, tarfile.LNKTYPE
+        for target in ('/etc/passwd', '../../../victim/file', '..' + '/..' * 20, str(self.tmp / 'victim'), 'gone', 'l',
+                       '../../../../X/../victim'):
+            self.attack(self.entry('data/train/l', kind=S, link=target))
+        self.attack(self.entry('data/train/l', kind=S, link='../../..'), self.entry('data/train/l/victim', b'evil'))
+        self.attack(self.entry('data/train/d/e/up', kind=S, link='../..'), self.entry('data/train/x', kind=S, link='d/e/up/../../../..'))
+        self.attack(self.entry('data/train/a', kind=S, link='../..'), self.entry('data/train/b', kind=S, link='a/../../victim'))
+        for target in ('/etc/passwd', '../../../victim/file', str(self.tmp / 'victim/file'), 'data/train/none'):
+            self.attack(self.entry('data/train/h', kind=H, link=target))
+        self.attack(self.entry('data/train/s', kind=S, link='ok'), self.entry('data/train/h', kind=H, link='data/train/s'))
+
+    def test_kinds_and_duplicates(self):
+        for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+            self.assertIn('do not trust', self.attack(self.entry('data/train/dev', kind=kind)))
+        for mode in (0o4755, 0o2755, 0o6644):
+            self.attack(self.entry('data/train/su', b'x', mode=mode))
+        self.attack(self.entry('data/train/ok', b'again'))
+        self.attack(self.entry('data/train/ok', kind=tarfile.DIRTYPE))
+        self.attack(self.entry('data/train/ok/below', b'x'))
+        self.attack(self.entry('data/train', kind=tarfile.SYMTYPE, link='../../../victim'))
+        self.attack(self.entry('data', kind=tarfile.SYMTYPE, link='.'))
+        self.attack(self.entry('data', b'a file'))
+
+    def indexed(self, payload, path='data/train', **lies):
+        """An archive with a right index whose data/train segment holds `payload`."""
+        first = etc._header('data/', b'5', 0o755, 0, '')
+        segments, blocks = [], b''
+        for name, data in (('.', first), (path, payload)):
+            block = etc._compress(6, data)
+            digest = hashlib.sha256(hashlib.sha256(data).digest()).hexdigest()
+            segments.append(etc._Segment(name, len(blocks), len(block), 0, 0, 'sha256:' + digest))
+            blocks += block
+        segments[1].files, segments[1].size = lies.pop('files', 1), lies.pop('size', 0)
+        for key, value in lies.items():
+            setattr(segments[1], key, value)
+        return blocks + etc._compress(6, bytes(1024)) + etc._index(segments, len(blocks) + len(etc._compress(6, bytes(1024))))
+
+    def pull_indexed(self, archive, status=1):
+        write(self.tmp / 'share', {'X.tgz': archive})
+        err = self.etc('pull', 'X', status=status)[1]
+        if status:
+            self.assertEqual((self.installed(), self.leftovers()), ([], []))
+        return err
+
+    def test_indexed_archives_are_canonical_or_refused(self):
+        top = etc._header('data/train/', b'5', 0o755, 0, '')
+
+        def file(name, kind=b'0', mode=0o644, size=0, link=''):
+            return etc._header(name, kind, mode, size, link)
+        self.pull_indexed(self.indexed(top + file('data/train/x')), status=0)
+        self.etc('verify', 'X')
+        self.etc('purge', 'X')
+        plain = tarfile.TarInfo('data/train/x').tobuf(tarfile.PAX_FORMAT)  # other mtime
+        for payload in (
+                top + file('data/train/x', mode=0o4755), top + file('data/train/x', mode=0o600), top + plain,
+                top + file('data/test/x'), top + file('x'), top + file('/data/train/x'), top + file('data/train/../x'),
+                top + file('data/train//x'), top + file('data/train/./x'), top + file('data/train/x', b'3'),
+                top + file('data/train/x', b'6'), top + file('data/train/x', b'1', link='data/train/y'),
+                top + file('data/train/x') * 2, top + file('data/train/y') + file('data/train/x'), file('data/train/x'),
+                top + file('data/train/x', size=5), top + file('data/train/x', size=5) + b'abcdefgh'.ljust(512, b'\1'),
+                top + file('data/train/x', b'2', link='../../../victim'), top + file('data/train/x', b'2', link='/etc/passwd'),
+                top + file('data/train/x', b'2', link='gone'), top + file('data/train/x', b'2', link='../../data'),
+                top + file('data/train/d/', b'0'), top + file('data/train/d', b'5', 0o755),
+                top + bytes(512), top + noise(512), top + file('data/train/' + 'p' * 200)[:-512],
+                top + b'x'.join([file('data/train/' + 'p' * 200)[:600], file('data/train/' + 'p' * 200)[601:]])):
+            self.pull_indexed(self.indexed(payload))
+        for lies in ({'files': 2}, {'size': 1}, {'files': 0}, {'digest': 'sha256:' + '0' * 64}, {'offset': 7}, {'length': 10 ** 12},
+                     {'length': 0}, {'length': -5}, {'files': -1}, {'path': '../x'}, {'path': 'data'}, {'path': 'data/a/b'},
+                     {'path': '.'}, {'path': '/x'}, {'path': 'a/b'}, {'path': ''}, {'digest': 'md5:0'}, {'digest': None}):
+            if lies.get('digest', '') is None or not str(lies.get('digest', 'sha256:')).startswith('sha256:'):
+                archive = self.indexed(top + file('data/train/x'))
+                digest = re.findall(rb'"digest":"(sha256:[0-9a-f]{64})"', archive)[-1]
+                archive = archive.replace(digest, str(lies['digest']).encode().ljust(len(digest)))
+            else:
+                archive = self.indexed(top + file('data/train/x'), **lies)
+            self.pull_indexed(archive)
+
+    def test_blocks_that_lie(self):
+        top = etc._header('data/train/', b'5', 0o755, 0, '')
+        good = self.indexed(top, files=0)
+        self.pull_indexed(good, 0)
+        self.etc('purge', 'X')
+        bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+        body = bomb.compress(bytes(64 * MIB)) + bomb.flush()
+        block = etc._member(b'et', struct.pack('<I', 28 + len(body))) + body + struct.pack('<II', zlib.crc32(bytes(64 * MIB)), 64 * MIB)
+        first = etc._compress(6, etc._header('data/', b'5', 0o755, 0, ''))
+        digest = 'sha256:' + '0' * 64
+        segments = [etc._Segment('.', 0, len(first), 0, 0, 'sha256:' + hashlib.sha256(hashlib.sha256(
+            etc._header('data/', b'5', 0o755, 0, '')).digest()).hexdigest()), etc._Segment('data/x', len(first), len(block), 1, 1, digest)]
+        self.assertIn('not as long', self.pull_indexed(first + block + etc._index(segments, len(first + block))))
+
+    def test_one_flipped_byte(self):
+        root = write(self.tmp / 'ds', {'data/train/a': 'text ' * 3000, 'data/train/n': noise(70000), 'data/test/b': 'b' * 500, 'README.md': 'r'})
+        etc.register(root, 'X', config=self.config('pub'))
+        etc.push('X', config=self.config('pub'))
+        archive = (self.tmp / 'share/X.tgz').read_bytes()
+        expected, rng, silent = tree(root), random.Random(3), 0
+        tail = len(archive) - 1500
+        positions = sorted(set(rng.randrange(len(archive)) for _ in range(250)) | set(range(0, 60))
+                           | set(rng.randrange(tail, len(archive)) for _ in range(150)))
+        for position in positions:
+            bad = bytearray(archive)
+            bad[position] ^= 1 << rng.randrange(8)
+            write(self.tmp / 'share', {'X.tgz': bytes(bad)})
+            try:
+                etc.pull('X', config=self.config())
+            except etc.Error:
+                self.assertEqual((self.installed(), self.leftovers()), ([], []))
+            else:
+                silent += 1  # a byte that means nothing, such as the time in a gzip header
+                self.assertEqual(tree(self.tmp / 'home/X'), expected, position)
+                etc.purge('X', config=self.config())
+        self.assertLess(silent, 60)
+
+    def test_truncated(self):
+        etc.register(small(self.tmp / 'ds'), 'X', config=self.config('pub'))
+        etc.push('X', config=self.config('pub'))
+        archive = (self.tmp / 'share/X.tgz').read_bytes()
+        for length in list(range(0, len(archive), 37)) + [len(archive) - 1, len(archive) - 34]:
+            write(self.tmp / 'share', {'X.tgz': archive[:length]})
+            self.etc('pull', 'X', status=1)
+        self.assertEqual((self.installed(), self.leftovers()), ([], []))
+
+
+
+# ---------------------------------------------------------------------------------------
+# Remotes: one suite for all of them
+# ---------------------------------------------------------------------------------------
+
+class RemoteSuite:
+    """What push, pull, ls and info do, wherever the datasets live. Subclasses set `url` and `settings`."""
+
+    racy = False  # whether the store knows no conditions
+
+    def put(self, name, data):
+        """Store an object behind etcetera's back."""
+        raise NotImplementedError
+
+    def test_round_trip(self):
+        root = odd(self.tmp / 'ds')
+        self.etc('register', root, 'Odd')
+        self.assertIn('pushed', self.etc('push', 'Odd')[1])
+        self.assertIn('pulled', self.etc('pull', 'Odd', home='two')[1])
+        self.assertEqual(tree(self.tmp / 'two/Odd'), tree(root))
+        self.etc('verify', 'Odd', home='two')
+        self.etc('purge', 'Odd', home='two')
+        ds = etc.dataset('Odd', auto_install=True, config=self.config('two'))
+        self.assertEqual(ds.digest, etc.Dataset(root).digest)
+        self.assertEqual(tree(ds.root), tree(root))
+
+    def test_listing(self):
+        self.etc('register', small(self.tmp / 'ds'), 'One')
+        self.etc('push', 'One')
+        self.etc('register', self.tmp / 'ds', 'a.b-c_d')
+        self.etc('push', 'a.b-c_d')
+        self.put('not a dataset.tgz', b'x')
+        self.put('other.txt', b'x')
+        self.put('sub/Inner.tgz', b'x')
+        self.assertEqual(self.etc('ls', '-r')[0], 'One\na.b-c_d\n')
+        self.assertEqual(etc.ls(remote=True, config=self.config()), ['One', 'a.b-c_d'])
+        digest = etc.Dataset(self.tmp / 'ds').digest
+        for item in json.loads(self.etc('ls', '-r', '--json')[0]):
+            self.assertEqual((item['digest'], item['files']), (digest, 6))
+            self.assertRegex(item['when'], r'^20\d\d-')
+        self.assertIn(digest, self.etc('ls', '-r', '-l')[0])
+        found = etc.info('One', remote=True, config=self.config('fresh'))
+        self.assertEqual((found['meta'], found['readme']), ({'classes': 10}, '# Small\n'))
+        self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
+        self.assertFalse((self.tmp / 'fresh').exists())
+        self.assertIn("did you mean 'One'", self.etc('pull', 'Onne', status=1)[1])
+        self.etc('info', '-r', 'Nope', status=1)
+
+    def test_push_again(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        self.assertIn('identical', self.etc('push', 'X')[1])
+        write(self.tmp / 'ds', {'data/train/new': 'new'})
+        self.assertIn('push -f', self.etc('push', 'X', status=1)[1])
+        self.etc('push', 'X@sha256:' + '1' * 64, '-f', status=1)
+        self.etc('push', '-f', 'X@' + etc.Dataset(self.tmp / 'ds').digest)
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.etc('push', 'Gone', 'X', status=1)
+
+    def test_pull_again(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        digest = etc.push('X', config=self.config())
+        self.etc('pull', 'X@' + digest, home='two')
+        self.assertIn('identical', self.etc('pull', 'X', home='two')[1])
+        self.assertIn('identical', self.etc('pull', 'X')[1])  # what is registered is compared, too
+        write(self.tmp / 'ds', {'data/train/new': 'new'})
+        newer = etc.push('X', force=True, config=self.config())
+        self.assertIn('pull -f', self.etc('pull', 'X', home='two', status=1)[1])
+        self.assertIn('not sha256', self.etc('pull', '-f', 'X@' + digest, home='two', status=1)[1])
+        self.assertEqual(etc.dataset('X@' + digest, config=self.config('two')).digest, digest)
+        self.etc('pull', '-f', 'X@' + newer, home='two')
+        with self.assertRaises(etc.Corrupt):
+            etc.dataset('X@' + digest, auto_install=True, config=self.config('two'))
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertEqual(self.leftovers('two'), [])
+        self.etc('pull', 'Nope', 'X', home='three', status=1)
+        self.assertEqual(self.installed('three'), ['X'])
+
+    def test_partitions(self):
+        root = write(small(self.tmp / 'ds'), {'data/train/large': noise(3 * MIB), 'data/val/v': 'v'})
+        self.etc('register', root, 'X')
+        self.etc('push', 'X')
+        self.etc('pull', '-p', 'test', 'X', home='two')
+        ds = etc.dataset('X', partitions=['test'], config=self.config('two'))
+        self.assertEqual((ds.keys(), ds.meta), ({'test'}, {'classes': 10}))
+        self.assertEqual(ds.digest, etc.Dataset(root).digest)
+        self.assertIn('partly', self.etc('push', 'X', home='two', status=1)[1])
+        self.assertIn('partly', self.etc('info', 'X', home='two')[0])
+        self.etc('verify', 'X', home='two')
+        with self.assertRaises(etc.NotFound):
+            etc.dataset('X', config=self.config('two'))
+        with self.assertRaises(KeyError):
+            etc.dataset('X', partitions=['nope'], config=self.config('two'))
+        self.assertIn("did you mean 'train'", self.etc('pull', '-p', 'trian', 'X', home='two', status=1)[1])
+        self.assertIn('identical', self.etc('pull', '-p', 'test', 'X', home='two')[1])
+        self.etc('pull', '-p', 'val', 'X', home='two')
+        self.assertEqual(etc.Dataset(self.tmp / 'two/X').keys(), {'test', 'val'})
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+        self.etc('verify', 'X', home='two')
+        self.etc('push', 'X', home='two')
+        self.assertEqual(etc.dataset('X', True, ['val', 'train'], self.config('three')).keys(), {'train', 'val'})
+        self.assertEqual(etc.dataset('X', True, config=self.config('three')).keys(), {'train', 'test', 'val'})
+
+    def test_pull_mends(self):
+        root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
+        self.etc('register', root, 'X')
+        self.etc('push', 'X')
+        self.etc('pull', 'X', home='two')
+        victim = self.tmp / 'two/X/data/train/a.txt'
+        victim.chmod(0o644)
+        victim.write_text('broken')
+        (self.tmp / 'two/X/data/val/v').unlink()
+        self.etc('verify', 'X', home='two', status=1)
+        self.etc('pull', '-f', 'X', home='two')
+        self.etc('verify', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+
+    def test_races(self):
+        if self.racy:
+            return
+        for number in range(4):
+            write(self.tmp / ('ds%d' % number), {'data/train/x': 'content %d' % number, 'data/train/big': noise(9 * MIB, number)})
+            self.etc('register', self.tmp / ('ds%d' % number), 'X', home='home%d' % number)
+        results, barrier = [], threading.Barrier(4)
+
+        def push(number):
+            barrier.wait()
+            try:
+                results.append(('won', etc.push('X', config=self.config('home%d' % number))))
+            except etc.Exists:
+                results.append(('lost', None))
+            except etc.Error as e:
+                results.append(('error', str(e)))
+        threads = [threading.Thread(target=push, args=[number]) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(kind for kind, _ in results), ['lost', 'lost', 'lost', 'won'], results)
+        self.assertEqual(etc.pull('X', config=self.config('two')).digest, dict(results)['won'])
+
+    def test_replaced_while_read(self):
+        write(self.tmp / 'one', {'data/train/x': noise(9 * MIB, 1)})
+        write(self.tmp / 'two', {'data/train/x': noise(9 * MIB, 2)})
+        self.etc('register', self.tmp / 'one', 'X')
+        self.etc('push', 'X')
+        with etc.contextlib.closing(etc._open_remote(self.config())) as store:
+            found = store.stat('X')
+            self.assertEqual(len(store.read(found, 5, 50)), 45)
+            self.etc('register', '-f', self.tmp / 'two', 'X')
+            self.etc('push', '-f', 'X')
+            with self.assertRaises(etc.RemoteError) as caught:
+                store.read(found, 5, 50)
+            self.assertIn('replaced', str(caught.exception))
+
+    def test_foreign(self):
+        root = odd(self.tmp / 'ds', 5)
+        write(root, {'data/test/large': noise(6 * MIB)})
+        with tarfile.open(str(self.tmp / 'X.tgz'), 'w:gz', format=tarfile.PAX_FORMAT) as tar:
+            tar.add(str(root), '.')
+        self.put('X.tgz', (self.tmp / 'X.tgz').read_bytes())
+        self.assertIsNone(etc.info('X', remote=True, config=self.config())['digest'])
+        self.assertEqual(tree(etc.pull('X', partitions=['test'], config=self.config()).root), tree(root))
+        self.assertIn('identical', self.etc('pull', 'X')[1])
+        self.etc('pull', '-f', 'X@' + etc.Dataset(root).digest)
+        self.etc('pull', '-f', 'X@sha256:' + '2' * 64, status=1)
+        self.etc('verify', 'X')
+        self.assertIn('push -f', self.etc('push', 'X', status=1)[1])
+        self.etc('push', '-f', 'X')
+        self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], etc.Dataset(root).digest)
+
+    def test_killed_push(self):
+        root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(12)})
+        self.etc('register', root, 'X')
+        rng = random.Random(5)
+        for _ in range(4):
+            process = self.spawn('push', 'X')
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.15, 0.5))
+            process.kill()
+            process.communicate()
+            if self.etc('ls', '-r')[0]:  # it was faster than we
+                self.etc('push', 'X')
+                break
+        self.etc('push', '-f', 'X')
+        self.assertEqual(etc.pull('X', config=self.config('two')).digest, etc.Dataset(root).digest)
+
+
+class FileRemote(RemoteSuite, Case):
+    def put(self, name, data):
+        write(self.tmp / 'share', {name: data})
+
+    def test_urls(self):
+        for url in ('file://host/x', 'file:x', 'nonsense', 'ftp://x/y', 's3:/x', 's3://', 's3://a b', 'S3://x'):
+            self.etc('ls', '-r', url=url, status=1)
+        (self.tmp / 'with space').mkdir()
+        self.assertEqual(self.etc('ls', '-r', url=(self.tmp / 'with space').as_uri()), ('', ''))
+        self.assertIn('no directory', self.etc('ls', '-r', url=(self.tmp / 'nowhere').as_uri(), status=1)[1])
+
+    def test_killed_push_leaves_nothing_under_the_name(self):
+        root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(20)})
+        self.etc('register', root, 'X')
+        process = self.spawn('push', 'X')
+        while not glob.glob(str(self.tmp / 'share/.X.tgz.*')):
+            self.assertIsNone(process.poll())
+        process.kill()
+        process.communicate()
+        self.assertFalse((self.tmp / 'share/X.tgz').exists())
+        rest = glob.glob(str(self.tmp / 'share/.X.tgz.*'))
+        self.assertEqual(len(rest), 1)
+        self.assertEqual(etc.ls(True, self.config()), [])
+        os.utime(rest[0], (1, 1))
+        self.etc('push', 'X')
+        self.assertEqual(os.listdir(str(self.tmp / 'share')), ['X.tgz'])
+
+    def test_no_hard_links(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        link = os.link
+        self.addCleanup(setattr, os, 'link', link)
+
+        def no_link(*args, **kwargs):
+            raise PermissionError(1, 'Operation not permitted')
+        os.link = no_link
+        self.etc('push', 'X')
+        self.assertIn('identical', self.etc('push', 'X')[1])
+        self.etc('pull', '-p', 'test', 'X', home='two')
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
+
+class S3Remote(RemoteSuite, S3Case):
+    def put(self, name, data):
+        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
+
+    def test_pages(self):
+        for number in range(25):
+            self.put('D%02d.tgz' % number, b'x')
+        self.server.page = 10
+        self.assertEqual(etc.ls(True, self.config()), ['D%02d' % n for n in range(25)])
+        self.assertEqual(len(self.requests('GET')), 3)
+
+    def test_partial_pull_reads_little(self):
+        root = write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB), 'data/test/x': noise(100000), 'README.md': 'r'})
+        self.etc('register', root, 'X')
+        self.etc('push', 'X')
+        self.server.sent = 0
+        self.etc('pull', '-p', 'test', 'X', home='two')
+        self.assertLess(self.server.sent, 100000 + 2 * 65536 + 10000)
+        self.server.sent = 0
+        self.etc('info', '-r', 'X')
+        self.assertLess(self.server.sent, 2 * 65536)
+        self.server.sent = 0
+        self.etc('pull', 'X', home='two')  # what is there is not fetched again
+        self.assertLess(self.server.sent, 20 * MIB + 2 * 65536)
+
+    def test_connections_are_kept(self):
+        write(self.tmp / 'ds', {'data/train/large': noise(40 * MIB)})
+        self.etc('register', self.tmp / 'ds', 'X')
+        self.etc('push', 'X')
+        self.server.connections.clear()
+        self.server.log.clear()
+        self.etc('pull', 'X', home='two')
+        self.assertGreater(len(self.server.log), 10)
+        self.assertLessEqual(len(self.server.connections), 8)
+        self.server.connections.clear()
+        self.etc('ls', '-r', '-l')
+        self.assertEqual(len(self.server.connections), 1)
+
+    def test_multipart(self):
+        write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)})
+        self.etc('register', self.tmp / 'ds', 'X')
+        self.settings['public'] = True
+        self.etc('push', 'X')
+        self.assertEqual([h.get('x-amz-acl') for m, p, h in self.server.log if m == 'POST'], ['public-read', None])
+        self.assertEqual(self.server.uploads, {})
+        write(self.tmp / 'tiny', {'data/train/x': 'x'})
+        self.etc('register', self.tmp / 'tiny', 'T')
+        self.server.log.clear()
+        self.etc('push', 'T')
+        self.assertEqual([(m, h.get('x-amz-acl'), h.get('If-None-Match')) for m, p, h in self.server.log if m != 'HEAD'],
+                         [('PUT', 'public-read', '*')])
+
+    def test_parts_are_sent_while_packing_goes_on(self):
+        write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(8)})
+        fifo = self.tmp / 'ds/data/train/9'
+        fifo.write_bytes(noise(20 * MIB))
+        self.etc('register', self.tmp / 'ds', 'X')
+        seen = []
+        original = etc._read_file
+
+        def slow(entry, start, stop):
+            if entry.name.endswith('/9') and start > 15 * MIB and not seen:
+                deadline = time.time() + 20
+                while not any('partNumber' in p for p in self.requests('PUT')) and time.time() < deadline:
+                    time.sleep(0.01)
+                seen.append(len([p for p in self.requests('PUT') if 'partNumber' in p]))
+            return original(entry, start, stop)
+        etc._read_file = slow
+        self.addCleanup(setattr, etc, '_read_file', original)
+        self.etc('push', 'X')
+        self.assertGreater(seen[0], 0)
+
+    def test_failed_upload_is_aborted(self):
+        write(self.tmp / 'ds', {'data/train/large': noise(30 * MIB)})
+        self.etc('register', self.tmp / 'ds', 'X')
+
+        def fault(handler):
+            if 'partNumber=3' in handler.path:
+                handler.error(403, 'AccessDenied')
+                return True
+        self.server.fault = fault
+        self.assertIn('AccessDenied', self.etc('push', 'X', status=1)[1])
+        self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
+        self.assertIn('DELETE', [m for m, _, _ in self.server.log])
+
+    def test_store_without_conditions(self):
+        write(self.tmp / 'ds', {'data/train/x': 'x'})
+        write(self.tmp / 'big', {'data/train/x': noise(20 * MIB)})
+        self.etc('register', self.tmp / 'ds', 'X')
+        self.etc('register', self.tmp / 'big', 'Y')
+
+        def fault(handler):
+            if handler.headers.get('If-None-Match'):
+                handler.error(501, 'NotImplemented')
+                return True
+        self.server.fault = fault
+        self.etc('push', 'X', 'Y')
+        self.etc('push', 'X', 'Y')
+        self.assertEqual(len(self.server.objects), 2)
+        write(self.tmp / 'ds', {'data/train/x': 'changed'})
+        self.etc('push', 'X', status=1)
+
+    def test_errors_of_complete(self):
+        write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)})
+        self.etc('register', self.tmp / 'ds', 'X')
+
+        def fault(handler):
+            if handler.command == 'POST' and 'uploadId' in handler.path:
+                handler.error(200, 'InternalError')
+                return True
+        self.server.fault = fault
+        self.assertIn('InternalError', self.etc('push', 'X', status=1)[1])
+        self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
+
+    def test_wrong_answers(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        faults = {
+            'no range': lambda h: h.answer(200, b'x' * 500, {'ETag': self.server.objects['some/prefix/X.tgz'][1]}),
+            'wrong range': lambda h: h.answer(206, b'x' * 10, {'ETag': self.server.objects['some/prefix/X.tgz'][1],
+                                                               'Content-Range': 'bytes 0-9/10'}),
+            'other etag': lambda h: h.answer(206, b'x' * 10, {'ETag': '"other"', 'Content-Range': 'bytes 0-9/10'}),
+            'short': lambda h: (h.answer(206, b'x' * 10, {}, 1000), setattr(h, 'close_connection', True)),
+            'endless': lambda h: h.answer(206, b'x' * 3 * MIB),
+        }
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = lambda seconds: None
+        for name, answer in faults.items():
+            def fault(handler, answer=answer):
+                if handler.headers.get('Range'):
+                    answer(handler)
+                    return True
+            self.server.fault = fault
+            self.etc('pull', 'X', home='two', status=1)
+            self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []), name)
+
+    def test_ignored_if_match(self):
+        self.server.conditions = False
+        self.test_replaced_while_read()
+
+    def test_credentials(self):
+        self.assertEqual(self.etc('ls', '-r')[0], '')
+        secret, akid = self.settings.pop('aws_secret_access_key'), self.settings.pop('aws_access_key_id')
+        self.assertIn('no credentials were found', self.etc('ls', '-r', status=1)[1])
+        os.environ.update(AWS_ACCESS_KEY_ID=akid)
+        self.assertIn('set both', self.etc('ls', '-r', status=1)[1])
+        os.environ.update(AWS_SECRET_ACCESS_KEY=secret)
+        self.etc('ls', '-r')
+        del os.environ['AWS_ACCESS_KEY_ID'], os.environ['AWS_SECRET_ACCESS_KEY']
+        write(self.tmp, {'.aws/credentials': '[default]\naws_access_key_id=x\naws_secret_access_key=y\n[work]\n'
+                         'aws_access_key_id = %s\naws_secret_access_key = %s\n' % (akid, secret),
+                         '.aws/config': '[default]\nregion = eu-west-1\n[profile work]\nregion = eu-north-1\n'})
+        self.assertIn('InvalidAccessKeyId', self.etc('ls', '-r', status=1)[1])
+        os.environ['AWS_PROFILE'] = 'work'
+        self.etc('ls', '-r')
+        self.assertIn('/eu-north-1/s3/', self.server.log[-1][2]['Authorization'])
+        os.environ.update(AWS_ACCESS_KEY_ID='x', AWS_SECRET_ACCESS_KEY='y', AWS_PROFILE='default')
+        self.settings.update(aws_profile='work', region='ap-south-1')
+        self.etc('ls', '-r')
+        self.assertIn('/ap-south-1/s3/', self.server.log[-1][2]['Authorization'])
+        self.settings['aws_profile'] = 'nope'
+        self.assertIn("no AWS profile 'nope'", self.etc('ls', '-r', status=1)[1])
+        self.settings.update(aws_access_key_id=akid, aws_secret_access_key='wrong' + secret[5:])
+        self.settings['aws_profile'] = 'work'
+        err = self.etc('ls', '-r', status=1)[1]
+        self.assertIn('SignatureDoesNotMatch', err)
+        self.assertNotIn(secret, err)
+
+    def test_session_token(self):
+        self.settings['aws_session_token'] = 'a/token+=='
+        self.etc('ls', '-r')
+        self.assertEqual(self.server.log[-1][2]['x-amz-security-token'], 'a/token+==')
+
+    def test_odd_prefix(self):
+        self.url = 's3://bucket/a b/+~\u00e9/(x)'
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        self.assertEqual(list(self.server.objects), ['a b/+~\u00e9/(x)/X.tgz'])
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.etc('pull', 'X', home='two')
+
+    def test_unreachable(self):
+        self.server.stop()
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = lambda seconds: None
+        self.assertIn('cannot reach http://127.0.0.1', self.etc('ls', '-r', status=1)[1])
+
+    def test_addresses(self):
+        def address(url='s3://bucket', **settings):
+            remote = etc._open_remote(etc.Config(url, **settings))
+            return remote._address('k e+y', {'a': 'b c'})
+        self.assertEqual(address(), 'https://bucket.s3.us-east-1.amazonaws.com/k%20e%2By?a=b%20c')
+        self.assertEqual(address(region='cn-north-1'), 'https://bucket.s3.cn-north-1.amazonaws.com.cn/k%20e%2By?a=b%20c')
+        self.assertEqual(address('s3://my.bucket'), 'https://s3.us-east-1.amazonaws.com/my.bucket/k%20e%2By?a=b%20c')
+        self.assertEqual(address(endpoint_url='http://h:1/'), 'http://h:1/bucket/k%20e%2By?a=b%20c')
+        for bad in ('h:1', 'ftp://h', 'http://user:pw@h', 'http://h/?q'):
+            with self.assertRaises(etc.ConfigError):
+                address(endpoint_url=bad)
+
+    def test_part_sizes_reach_5_tib(self):
+        for limit in (0, 1 << 30, 1 << 36, 5 << 40):
+            size = max(etc._PART, -(-limit // etc._PARTS >> 20) << 20)
+            self.assertGreaterEqual(size * etc._PARTS, limit)
+            self.assertLessEqual(size, 5 << 30)
+        chunks = [noise(n) for n in (0, 3, 10, 25, 1, 1, 9, 10)]
+        parts = [b''.join(part) for part in etc._parts(chunks, 10)]
+        self.assertEqual(b''.join(parts), b''.join(chunks))
+        self.assertEqual({len(part) for part in parts[:-1]}, {10})
+
+
+def serve(*command, **env):
+    """Start a peer's server with a free port in place of PORT; its process and URL, when it answers."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    command = [str(part).replace('PORT', str(port)) for part in command]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, **env))
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        try:
+            socket.create_connection(('127.0.0.1', port), 1).close()
+            return process, 'http://127.0.0.1:%d' % port
+        except OSError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+    process.kill()
+    raise AssertionError('%s does not start' % command[0])
+
+
+def tool(name):
+    beside = os.path.join(os.path.dirname(sys.executable), name)
+    return beside if os.path.exists(beside) else shutil.which(name)
+
+
+@needs(tool('rclone') and importable('boto3'), 'rclone and boto3 are not installed')
+class Rclone(RemoteSuite, Case):
+    """rclone serve s3: checks signatures, ignores conditions, answers 200 to ranges."""
+    racy = True
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = tempfile.mkdtemp(prefix='etc-rclone-')
+        os.mkdir(os.path.join(cls.root, 'bucket'))
+        cls.process, cls.endpoint = serve(tool('rclone'), 'serve', 's3', '--addr', '127.0.0.1:PORT', '--auth-key',
+                                          AKID + ',' + SECRET, '--config', os.devnull, cls.root)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.process.kill()
+        cls.process.wait()
+        shutil.rmtree(cls.root)
+
+    def setUp(self):
+        super().setUp()
+        self.prefix = os.urandom(4).hex()
+        self.url = 's3://bucket/' + self.prefix
+        self.settings = {'endpoint_url': self.endpoint, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
+
+    def client(self):
+        import boto3
+        import botocore.config
+        return boto3.client('s3', endpoint_url=self.endpoint, aws_access_key_id=AKID, aws_secret_access_key=SECRET,
+                            region_name='us-east-1', config=botocore.config.Config(
+                                s3={'addressing_style': 'path'}, request_checksum_calculation='when_required'))
+
+    def put(self, name, data):
+        self.client().put_object(Bucket='bucket', Key=self.prefix + '/' + name, Body=data)
+
+    def test_boto3_reads_what_we_push(self):
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}), 'X')
+        self.etc('push', 'X')
+        body = self.client().get_object(Bucket='bucket', Key=self.prefix + '/X.tgz')['Body'].read()
+        with tarfile.open(fileobj=io.BytesIO(body)) as tar:
+            self.assertEqual(tar.extractfile('data/train/x').read(), noise(20 * MIB))
+
+    def test_wrong_secret(self):
+        self.settings['aws_secret_access_key'] = 'wrong'
+        self.assertIn('SignatureDoesNotMatch', self.etc('ls', '-r', status=1)[1])
+
+
+@needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
+class Moto(Rclone):
+    """moto_server: knows conditions, checks no signature."""
+    racy = False
+
+    @classmethod
+    def setUpClass(cls):
+        cls.process, cls.endpoint = serve(tool('moto_server'), '-H', '127.0.0.1', '-p', 'PORT')
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.process.kill()
+        cls.process.wait()
+
+    def setUp(self):
+        super().setUp()
+        self.client().create_bucket(Bucket='bucket')
+
+    def test_wrong_secret(self):
+        pass
+
+    def test_no_upload_is_left(self):
+        root = write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)})
+        self.etc('register', '--copy', root, 'X')
+        self.etc('push', 'X')
+        self.etc('push', '-f', 'X@sha256:' + '3' * 64, status=1)
+        uploads = self.client().list_multipart_uploads(Bucket='bucket', Prefix=self.prefix).get('Uploads', [])
+        self.assertEqual(uploads, [])
+
+    def test_public(self):
+        self.settings['public'] = True
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        grants = self.client().get_object_acl(Bucket='bucket', Key=self.prefix + '/X.tgz')['Grants']
+        self.assertIn('http://acs.amazonaws.com/groups/global/AllUsers', [g['Grantee'].get('URI') for g in grants])
+
+
+class Signature(unittest.TestCase):
+    def test_published_examples(self):
+        """https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html"""
+        credentials = etc._AwsCredentials('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY')
+        empty, base = hashlib.sha256().hexdigest(), 'https://examplebucket.s3.amazonaws.com'
+        for method, path, headers, digest, signature in (
+                ('GET', '/test.txt', {'Range': 'bytes=0-9'}, empty,
+                 'f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41'),
+                ('PUT', '/test%24file.text', {'Date': 'Fri, 24 May 2013 00:00:00 GMT', 'x-amz-storage-class': 'REDUCED_REDUNDANCY'},
+                 '44ce7dd67c959e0d3524ffac1771dfbba87d2b6b4b4e99e42034a8b803f8b072',
+                 '98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd'),
+                ('GET', '/?lifecycle', {}, empty, 'fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543'),
+                ('GET', '/?max-keys=2&prefix=J', {}, empty, '34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7')):
+            signed = etc._aws_sign(method, base + path, headers, digest, credentials, 'us-east-1', 's3', 1369353600)
+            self.assertTrue(signed['Authorization'].endswith('Signature=' + signature), path)
+
+
+@needs(importable('botocore'), 'botocore is not installed')
+class SignatureOracle(unittest.TestCase):
+    def test_against_botocore(self):
+        import datetime
+        from unittest import mock
+
+        import botocore.auth
+        import botocore.awsrequest
+        import botocore.credentials
+        rng = random.Random(11)
+        words = ['a', 'b c', '+', '~', '\u00e9', '/', '//', '.', '=', '&', '%', '$', "'", '(', '*', ':', '@', 'Z', '-', '_', '\u65e5']
+        for number in range(600):
+            path = '/bucket/' + ''.join(rng.choice(words) for _ in range(rng.randrange(8)))
+            query = {''.join(rng.choice(words) for _ in range(1, 4)): ''.join(rng.choice(words) for _ in range(rng.randrange(3)))
+                     for _ in range(rng.randrange(4))}
+            host = rng.choice(['http://127.0.0.1:9000', 'https://h.example', 'https://h.example:8443', 'http://h.example:80'])
+            url = host + etc._aws_quote(path, safe='/')
+            if query:
+                url += '?' + '&'.join(etc._aws_quote(k) + '=' + etc._aws_quote(v) for k, v in query.items())
+            headers = {key: value for key, value in {
+                'Range': 'bytes=%d-%d' % (number, 2 * number), 'If-Match': '"x"', 'x-amz-acl': 'public-read',
+                'Content-Type': 'application/gzip', 'X-Amz-Meta-Odd': ' two  spaces '}.items() if rng.random() < .5}
+            method, body = rng.choice(['GET', 'PUT', 'POST', 'HEAD', 'DELETE']), rng.choice([b'', b'body'])
+            region, token = rng.choice(['us-east-1', 'eu-west-3']), rng.choice([None, 'to/ken+='])
+            now = datetime.datetime(2024, 5, 6, 7, 8, 9, tzinfo=datetime.timezone.utc)
+            ours = etc._aws_sign(method, url, headers, hashlib.sha256(body).hexdigest(),
+                                 etc._AwsCredentials(AKID, SECRET, token), region, 's3', now.timestamp())
+            request = botocore.awsrequest.AWSRequest(method, url, headers=dict(headers), data=body)
+            request.context['payload_signing_enabled'] = True
+            signer = botocore.auth.S3SigV4Auth(botocore.credentials.Credentials(AKID, SECRET, token), 's3', region)
+            with mock.patch('botocore.auth.get_current_datetime', lambda *a, **k: now.replace(tzinfo=None), create=True):
+                signer.add_auth(request)
+            self.assertEqual(ours['Authorization'].replace(' ', ''), request.headers['Authorization'].replace(' ', ''), url)
+
+
+# ---------------------------------------------------------------------------------------
+# Installing
+# ---------------------------------------------------------------------------------------
+
+class Install(S3Case):
+    def publish(self, size=20 * MIB):
+        self.root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(size // 10, n) for n in range(10)})
+        self.etc('register', self.root, 'X', home='pub')
+        self.etc('push', 'X', home='pub')
+
+    def test_read_only(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X', home='pub')
+        os.chmod(str(self.tmp / 'ds/data/train/a.txt'), 0o755)
+        self.etc('push', 'X', home='pub')
+        umask = os.umask(0o022)
+        try:
+            self.etc('pull', 'X')
+        finally:
+            os.umask(umask)
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (self.tmp / 'home/X').rglob('*')}
+        self.assertEqual((modes['a.txt'], modes['b.txt'], modes['train']), (0o555, 0o444, 0o755))
+
+    def test_killed_pull(self):
+        self.publish()
+        started = threading.Event()
+
+        def fault(handler):
+            if handler.headers.get('Range') and 'home' not in handler.path and len(self.requests('GET')) > 3:
+                started.set()
+                time.sleep(30)
+        self.server.fault = fault
+        process = self.spawn('pull', 'X')
+        self.assertTrue(started.wait(20))
+        process.kill()
+        process.communicate()
+        self.server.fault = None
+        self.assertEqual(self.installed(), [])
+        self.assertEqual(len(self.leftovers()), 1)
+        self.etc('pull', 'X')
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+        self.assertEqual(self.leftovers(), [])
+
+    @unittest.skipIf(os.name == 'nt', 'no SIGINT to send')
+    def test_interrupt(self):
+        self.publish()
+        started = threading.Event()
+
+        def fault(handler):
+            if len(self.requests('GET')) > 3:
+                started.set()
+                time.sleep(30)
+        self.server.fault = fault
+        process = self.spawn('pull', 'X')
+        self.assertTrue(started.wait(20))
+        begin = time.time()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        self.assertEqual((process.returncode, err.decode()), (130, 'etc: interrupted\n'))
+        self.assertLess(time.time() - begin, 15, 'it waits for no answer')
+        self.assertEqual((self.installed(), self.leftovers()), ([], []))
+
+    def test_interrupted_push(self):
+        self.publish()
+        write(self.root, {'data/train/new': noise(30 * MIB)})
+        started = threading.Event()
+
+        def fault(handler):
+            if 'partNumber=3' in handler.path:
+                started.set()
+                time.sleep(1)
+        self.server.fault = fault
+        process = self.spawn('push', '-f', 'X', home='pub')
+        self.assertTrue(started.wait(20))
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        self.assertEqual(process.returncode, 130)
+        self.assertEqual(self.server.uploads, {})
+
+    def swaps(self):
+        """Replace a dataset many times; how often its name was seen to be absent."""
+        self.publish(MIB)
+        write(self.tmp / 'new', {'data/train/x': 'new'})
+        self.etc('pull', 'X')
+        self.etc('register', '-f', self.tmp / 'new', 'X', home='pub')
+        self.etc('push', '-f', 'X', home='pub')
+        absent, stop = [], threading.Event()
+
+        def watch():
+            while not stop.is_set():
+                if not os.path.lexists(str(self.tmp / 'home/X')):
+                    absent.append(1)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        for _ in range(10):
+            self.etc('pull', '-f', 'X')
+            self.etc('register', '--copy', '-f', self.root, 'X')
+        stop.set()
+        thread.join()
+        self.assertEqual(self.leftovers(), [])
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+        return len(absent)
+
+    def test_replacing_is_atomic(self):
+        one, other = write(self.tmp, {'swap/one/1': '1', 'swap/other/2': '2'}) / 'swap/one', self.tmp / 'swap/other'
+        if etc._swap(str(one), str(other)):  # else this system cannot
+            self.assertEqual((os.listdir(str(one)), os.listdir(str(other))), (['2'], ['1']))
+            self.assertEqual(self.swaps(), 0)
+        elif sys.platform.startswith('linux'):
+            self.fail('renameat2 does not work')
+
+    def test_replacing_where_names_cannot_be_swapped(self):
+        swap = etc._swap
+        self.addCleanup(setattr, etc, '_swap', swap)
+        etc._swap = lambda one, other: False
+        self.swaps()
+
+    def test_killed_between_two_renames(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
+        digest = etc.verify('X', config=self.config())
+        aside = self.tmp / 'home/.etcetera/replaced/X@host@1@00'
+        aside.parent.mkdir()
+        os.rename(str(self.tmp / 'home/X'), str(aside))
+        self.assertEqual(self.installed(), ['X'])
+        self.assertEqual(etc.verify('X', config=self.config()), digest)
+        self.assertEqual(self.leftovers(), [])
+
+    def test_many_at_once(self):
+        self.publish()
+        self.server.sent = 0
+        code = 'import sys; sys.path.insert(0, %r); import etcetera as e; print(e.dataset("X", auto_install=True, ' \
+               'config=e.Config(%r, home=%r, **%r)).digest)' % (str(HERE), self.url, str(self.tmp / 'home'), self.settings)
+        processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                     for _ in range(8)]
+        results = [process.communicate() for process in processes]
+        self.assertEqual({out.decode().strip() for out, _ in results}, {etc.Dataset(self.root).digest}, results)
+        self.assertEqual(self.leftovers(), [])
+        self.assertLess(self.server.sent, 1.5 * 20 * MIB)
+
+    def test_many_at_once_without_locks(self):
+        self.publish(4 * MIB)
+        lock = etc._Home.lock
+        self.addCleanup(setattr, etc._Home, 'lock', lock)
+        etc._Home.lock = lambda home, name: contextlib.suppress()
+        results = []
+
+        def pull():
+            results.append(etc.pull('X', config=self.config()).digest)
+        threads = [threading.Thread(target=pull) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(results, [etc.Dataset(self.root).digest] * 6)
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+        self.assertEqual(self.leftovers(), [])
+        self.etc('verify', 'X')
+
+    def test_receipts_follow_their_directories(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
+        old = self.tmp / 'home/X'
+        digest = etc.dataset('X', config=self.config())._digest
+        self.assertIsNotNone(digest)
+        write(old, {'extra': 'something'})
+        self.assertNotEqual(etc.dataset('X', config=self.config()).digest, digest)
+        shutil.rmtree(str(old))
+        shutil.copytree(str(self.tmp / 'ds'), str(old))
+        self.assertEqual(etc.dataset('X', config=self.config()).digest, digest)
+        self.etc('purge', 'X')
+        self.assertEqual(list((self.tmp / 'home/.etcetera/receipts').iterdir()), [])
+
+    def test_stale_staging_goes_and_live_staging_stays(self):
+        import platform
+        staging = self.tmp / 'home/.etcetera/staging'
+        host = re.sub('[^A-Za-z0-9-]', '-', platform.node())
+        dead = subprocess.Popen([sys.executable, '-c', ''])
+        dead.wait()
+        names = ['X@%s@%d@aa' % (host, os.getpid()), 'X@%s@%d@bb' % (host, dead.pid), 'X@elsewhere@1@cc', 'X@elsewhere@1@dd']
+        for name in names:
+            (staging / name / 'data').mkdir(parents=True)
+        os.utime(str(staging / names[3]), (1, 1))
+        self.etc('create', 'Y')
+        self.assertEqual(sorted(os.listdir(str(staging))), sorted([names[0], names[2]]))
+
+    def test_home_that_cannot_be_written(self):
+        self.publish(MIB)
+        write(self.tmp, {'file': 'x', 'locked': None})
+        self.assertIn('file', self.etc('pull', 'X', home='file/home', status=1)[1])
+        if os.name == 'posix' and os.geteuid() != 0:  # root may write anywhere
+            (self.tmp / 'locked').chmod(0o555)
+            self.assertIn('Permission denied', self.etc('pull', 'X', home='locked', status=1)[1])
+
+
+# ---------------------------------------------------------------------------------------
+# As a file to copy, pipe, vendor and import
+# ---------------------------------------------------------------------------------------
+
+class Program(Case):
+    def run_(self, *command, **kwargs):
+        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+        out, err = process.communicate()
+        self.assertEqual((process.returncode, err.decode()), (0, ''), command)
+        return out.decode()
+
+    def test_ways_to_start(self):
+        etc.create('X', config=etc.Config(home=self.tmp / '.etc'))
+        write(self.tmp / 'vendored', {'__init__.py': ''})
+        shutil.copy(SCRIPT, str(self.tmp / 'vendored'))
+        self.assertEqual(self.run_(sys.executable, SCRIPT, 'ls'), 'X\n')
+        self.assertEqual(self.run_(sys.executable, '-m', 'etcetera', 'ls', cwd=str(HERE)), 'X\n')
+        self.assertEqual(self.run_(sys.executable, '-m', 'vendored.etcetera', 'ls', cwd=str(self.tmp)), 'X\n')
+        with open(SCRIPT, 'rb') as script:
+            self.assertEqual(self.run_(sys.executable, '-', 'ls', stdin=script), 'X\n')
+        code = 'import pickle, vendored.etcetera as e; d = e.dataset("X"); print(pickle.loads(pickle.dumps(d))["train"].name)'
+        self.assertEqual(self.run_(sys.executable, '-c', code, cwd=str(self.tmp)), 'train\n')
+
+    def test_import_is_light(self):
+        heavy = ('ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
+                 'logging', 'socket', 'email', 'configparser', 'ctypes')
+        code = 'import sys; before = set(sys.modules); import etcetera; print(sorted(set(%r) & (set(sys.modules) - before)))'
+        self.assertEqual(self.run_(sys.executable, '-c', code % (heavy,), cwd=str(HERE)), '[]\n')
+
+    def test_public_names(self):
+        for name in etc.__all__:
+            self.assertTrue(getattr(etc, name).__doc__, name)
+
+    def test_warnings_are_errors(self):
+        small(self.tmp / 'ds')
+        url = (self.tmp / 'share').as_uri()
+        run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)) + [SCRIPT, '-q', '--url', url]
+        for args in (['register', self.tmp / 'ds', 'X'], ['push', 'X'], ['--home', self.tmp / 'two', 'pull', 'X'],
+                     ['--home', self.tmp / 'two', 'pull', '-f', 'X'], ['--home', self.tmp / 'two', 'verify', 'X'],
+                     ['info', '-r', 'X'], ['--home', self.tmp / 'two', 'purge', 'X']):
+            self.run_(*(run + args))
+
+    @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux does it')
+    def test_plain_locale(self):
+        root = odd(self.tmp / 'ds', 3)
+        url = (self.tmp / 'share').as_uri()
+        env = dict(os.environ, LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+        run = [sys.executable, SCRIPT, '-q', '--url', url]
+        for args in (['register', root, 'X'], ['push', 'X'], ['--home', self.tmp / 'two', 'pull', 'X'],
+                     ['--home', self.tmp / 'two', 'verify', 'X']):
+            self.run_(*(run + args), env=env)
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+        self.assertEqual(etc.info('X', True, etc.Config(url))['digest'], etc.Dataset(root).digest)
+
+    @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux measures it')
+    def test_memory_is_flat(self):
+        root = write(self.tmp / 'ds', {'data/train/x': None})
+        with open(str(root / 'data/train/x/zeros'), 'wb') as file:
+            file.truncate(600 * MIB)
+        url = (self.tmp / 'share').as_uri()
+        code = 'import sys; sys.path.insert(0, %r); import etcetera; status = etcetera.main(sys.argv[1:]); ' \
+               'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]); sys.exit(status)' % str(HERE)
+        for args in (['register', root, 'X'], ['push', 'X'], ['--home', self.tmp / 'two', 'pull', 'X']):
+            peak = int(self.run_(sys.executable, '-c', code, '-q', '--url', url, *args))
+            self.assertLess(peak, 200 * 1024, args)
+
+    def test_readme_quick_start(self):
+        text = (HERE / 'README.md').read_text(encoding='utf-8')
+        block = re.search(r'```(?:sh|bash)\n(.*?)```', text, re.S).group(1)
+        home = self.tmp / 'new user'
+        home.mkdir()
+        shutil.copy(SCRIPT, str(home))
+        bin_ = write(self.tmp / 'bin', {'python3': '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable})
+        (bin_ / 'python3').chmod(0o755)
+        env = dict(os.environ, HOME=str(home), PATH='%s:%s' % (bin_, os.environ['PATH']))
+        process = subprocess.Popen(['sh', '-e', '-c', block], cwd=str(home), env=env, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+        out = process.communicate()[0].decode()
+        self.assertEqual(process.returncode, 0, out)
+        self.assertIn('digits', out)
+        self.assertTrue(list(home.rglob('digits.tgz')), out)
+
+
+if __name__ == '__main__':
+    done = unittest.main(exit=False).result
+    if done.skipped and os.environ.get('ETC_TEST_REQUIRE_PEERS'):
+        sys.exit('skipped, though all peers are demanded: %s' % done.skipped)
+    sys.exit(not done.wasSuccessful())
