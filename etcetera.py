@@ -1253,7 +1253,7 @@ class _Http:
             try:
                 response = _ask(connection, method, target, headers, body)
             except (ConnectionError, http.client.BadStatusLine):
-                if not kept:
+                if not kept or self.closed:
                     raise
                 connection.close()  # the server had closed the kept connection meanwhile
                 response = _ask(connection, method, target, headers, body)
