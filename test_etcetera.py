@@ -1132,7 +1132,8 @@ class Hostile(Case):
 class RemoteSuite:
     """What push, pull, ls and info do, wherever the datasets live. Subclasses set `url` and `settings`."""
 
-    racy = False  # whether the store knows no conditions
+    conditions = True  # whether the store decides which of two pushes wins
+    atomic = True  # and does so when both end at the same instant
 
     def put(self, name, data):
         """Store an object behind etcetera's back."""
@@ -1243,8 +1244,27 @@ class RemoteSuite:
         self.etc('verify', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
 
+    def test_overtaken_push(self):
+        original = etc._read_file
+        self.addCleanup(setattr, etc, '_read_file', original)
+        for name, size in (('Small', 1000), ('Large', 9 * MIB)):  # a single request, and a multipart upload
+            self.etc('register', write(self.tmp / name / 'slow', {'data/train/x': noise(size, 1)}), name, home='one')
+            self.etc('register', write(self.tmp / name / 'fast', {'data/train/x': noise(size, 2)}), name, home='two')
+            overtaken = []
+
+            def read(entry, start, stop, name=name, overtaken=overtaken):
+                if not overtaken:
+                    overtaken.append(None)
+                    overtaken[0] = etc.push(name, config=self.config('two'))
+                return original(entry, start, stop)
+            etc._read_file = read
+            self.etc('push', name, home='one', status=1 if self.conditions else 0)
+            etc._read_file = original
+            if self.conditions:
+                self.assertEqual(etc.info(name, remote=True, config=self.config())['digest'], overtaken[0])
+
     def test_races(self):
-        if self.racy:
+        if not (self.conditions and self.atomic):
             return
         for number in range(4):
             write(self.tmp / ('ds%d' % number), {'data/train/x': 'content %d' % number, 'data/train/big': noise(9 * MIB, number)})
@@ -1594,7 +1614,7 @@ def tool(name):
 @needs(tool('rclone') and importable('boto3'), 'rclone and boto3 are not installed')
 class Rclone(RemoteSuite, Case):
     """rclone serve s3: checks signatures, ignores conditions, answers 200 to ranges."""
-    racy = True
+    conditions = False
 
     @classmethod
     def setUpClass(cls):
@@ -1640,7 +1660,7 @@ class Rclone(RemoteSuite, Case):
 @needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
 class Moto(Rclone):
     """moto_server: knows conditions, checks no signature."""
-    racy = False
+    conditions, atomic = True, False
 
     @classmethod
     def setUpClass(cls):
