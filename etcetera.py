@@ -1187,8 +1187,11 @@ _Signer = Callable[[str, str, Dict[str, str], Iterable[bytes]], Dict[str, str]]
 class _Http:
     """Requests with whole answers; threads share it. It follows no redirect: what to do then, a remote knows."""
 
-    def __init__(self, ca_bundle: Optional[str]) -> None:
-        self.ca_bundle = ca_bundle or os.environ.get('AWS_CA_BUNDLE')
+    def __init__(self, ca_bundle: Optional[str], direct: bool = False, timeout: float = _TIMEOUT) -> None:
+        """direct: past any proxy."""
+        self.ca_bundle = ca_bundle
+        self.direct = direct
+        self.timeout = timeout
         self.idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
         self.busy = set()  # type: Any
         self.closed = False
@@ -1204,27 +1207,25 @@ class _Http:
             connection.close()
 
     def request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
-                sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT) -> _Reply:
+                sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT, tries: int = _TRIES) -> _Reply:
         """One request, tried again while that may help. Raises RemoteError if no answer is to be had.
 
         sign: gives the headers to send, anew for each try. limit: bytes that the answer may have.
         """
         import http.client
-        import random
-        for attempt in range(1, _TRIES + 1):
+        for attempt in range(1, tries + 1):
             signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
             problem = None  # type: Optional[Exception]
             try:
                 reply = self._once(method, url, signed, body, limit)
-                if reply.status not in _TRANSIENT or attempt == _TRIES:
+                if reply.status not in _TRANSIENT or attempt == tries:
                     return reply
             except (OSError, http.client.HTTPException) as e:
                 problem = e
-                if attempt == _TRIES or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                if attempt == tries or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise self._failure(url, e) from None
-            pause = random.uniform(0.5, 1) * 0.25 * 2 ** attempt
             _say('%s %s: %s; trying again', method, url.partition('?')[0], problem or reply.status, level=10)
-            time.sleep(pause)
+            _pause(attempt)
         raise AssertionError
 
     def _failure(self, url: str, e: Exception) -> RemoteError:
@@ -1241,7 +1242,7 @@ class _Http:
         from urllib.parse import urlsplit
         parts = urlsplit(url)
         target = (parts.path or '/') + ('?' + parts.query if parts.query else '')
-        headers = dict(headers, **{'Accept-Encoding': 'identity'})
+        headers = dict({'Accept-Encoding': 'identity'}, **headers)
         if body or method in ('PUT', 'POST'):
             headers['Content-Length'] = str(sum(map(len, body)))
         connection, kept, proxy_headers = self._connect(parts.scheme, parts.netloc)
@@ -1278,7 +1279,7 @@ class _Http:
         from urllib.parse import unquote, urlsplit
         if self.closed:
             raise http.client.HTTPException('interrupted')
-        proxy = urllib.request.getproxies().get(scheme)
+        proxy = None if self.direct else urllib.request.getproxies().get(scheme)
         if proxy and urllib.request.proxy_bypass(netloc):
             proxy = None
         via = urlsplit(proxy if '://' in proxy else 'http://' + proxy) if proxy else None
@@ -1293,12 +1294,18 @@ class _Http:
         if scheme == 'https':
             if self.tls is None:
                 self.tls = _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(address, timeout=_TIMEOUT, context=self.tls)  # type: Any
+            connection = http.client.HTTPSConnection(address, timeout=self.timeout, context=self.tls)  # type: Any
             if via:
                 connection.set_tunnel(netloc, headers=proxy_headers)
         else:
-            connection = http.client.HTTPConnection(address, timeout=_TIMEOUT)
+            connection = http.client.HTTPConnection(address, timeout=self.timeout)
         return connection, False, plain
+
+
+def _pause(failures: int) -> None:
+    """Exponential backoff with jitter: about 0.4, 0.8, 1.5, 3 seconds."""
+    import random
+    time.sleep(random.uniform(0.5, 1) * 0.25 * 2 ** failures)
 
 
 def _ask(connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
@@ -1392,8 +1399,8 @@ def _aws_credentials(config: Config, profile: Dict[str, str]) -> Optional[_AwsCr
     return None
 
 
-def _aws_quote(text: str, safe: str = '') -> str:
-    """Percent-encode as Signature Version 4 wants it: all but A-Z a-z 0-9 - . _ ~"""
+def _quote(text: str, safe: str = '') -> str:
+    """Percent-encode as Signature Version 4 and Google want it: all but A-Z a-z 0-9 - . _ ~"""
     from urllib.parse import quote
     return quote(text, safe=safe + '~')
 
@@ -1429,6 +1436,259 @@ def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str,
 
 
 # ---------------------------------------------------------------------------------------
+# Google: credentials
+# ---------------------------------------------------------------------------------------
+
+_GOOGLE_SCOPE = 'https://www.googleapis.com/auth/devstorage.full_control'  # read_write may not make objects public
+_GOOGLE_PLATFORM = 'https://www.googleapis.com/auth/cloud-platform'
+_GOOGLE_TOKEN_URL = 'https://oauth2.googleapis.com/token'
+
+
+class _GoogleCredentials:
+    """Access tokens, kept until they expire. Application default credentials: https://google.aip.dev/auth/4110"""
+
+    def __init__(self, config: Config, http: '_Http') -> None:
+        import threading
+        self.http = http
+        self.lock = threading.Lock()
+        self.token = None  # type: Optional[str]
+        self.expires = 0.0
+        self.path = _google_file(config)
+        self.info = _read_google_file(self.path) if self.path else {}
+
+    def headers(self) -> Dict[str, str]:
+        """Those that authorize a request; {} for an anonymous one."""
+        with self.lock:
+            if time.time() > self.expires - 120:
+                self.token, seconds = _google_token(self.info, self.http, _GOOGLE_SCOPE, self.path)
+                self.expires = time.time() + seconds
+            headers = {'Authorization': 'Bearer ' + self.token} if self.token else {}
+            project = os.environ.get('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
+            if headers and project:
+                headers['x-goog-user-project'] = project
+            return headers
+
+    def renew(self, headers: Dict[str, str]) -> bool:
+        """Forget the token that a refused request carried; whether another one can be had."""
+        with self.lock:
+            if self.token and headers.get('Authorization') == 'Bearer ' + self.token:
+                self.expires = 0
+            return bool(self.token)
+
+
+def _google_file(config: Config) -> str:
+    """The credentials file that Google's own tools would take, or ''."""
+    named = config.google_credentials or os.environ.get('GOOGLE_APPLICATION_CREDENTIALS')
+    if named:
+        return os.path.expanduser(named)
+    folder = os.environ.get('CLOUDSDK_CONFIG') or (
+        os.path.join(os.environ.get('APPDATA') or os.path.join(os.environ.get('SystemDrive', 'C:'), os.sep), 'gcloud')
+        if os.name == 'nt' else os.path.join(os.path.expanduser('~'), '.config', 'gcloud'))
+    path = os.path.join(folder, 'application_default_credentials.json')
+    return path if os.path.isfile(path) else ''
+
+
+def _read_google_file(path: str) -> Dict[str, Any]:
+    try:
+        with open(path, 'rb') as file:
+            info = json.loads(file.read().decode('utf-8'))
+    except OSError as e:
+        raise ConfigError("cannot read the Google credentials %s: %s" % (path, e.strerror)) from None
+    except ValueError:
+        info = None
+    if not isinstance(info, dict) or 'type' not in info:
+        raise ConfigError("%s holds no Google credentials; download the file again, or run 'gcloud auth "
+                          "application-default login'" % path)
+    return info
+
+
+def _google_token(info: Dict[str, Any], http: '_Http', scope: str, path: str) -> Tuple[Optional[str], float]:
+    """An access token and the seconds that it lives; (None, ever) without credentials."""
+    try:
+        kind = info.get('type')
+        if not info:
+            return _google_metadata_token(scope)
+        if kind == 'service_account':
+            url = info.get('token_uri') or _GOOGLE_TOKEN_URL
+            return _google_post(http, url, {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
+                                            'assertion': _google_jwt(info, url, scope)})
+        if kind == 'authorized_user':
+            return _google_post(http, info.get('token_uri') or _GOOGLE_TOKEN_URL, {
+                'grant_type': 'refresh_token', 'client_id': info['client_id'],
+                'client_secret': info['client_secret'], 'refresh_token': info['refresh_token']})
+        source = info.get('credential_source')
+        if kind == 'external_account' and isinstance(source, dict) and ('file' in source or 'url' in source):
+            return _google_exchange(info, source, http, scope)
+        if kind == 'impersonated_service_account':
+            token, _ = _google_token(info['source_credentials'], http, _GOOGLE_PLATFORM, path)
+            return _google_impersonate(info, http, scope, token)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ConfigError('the Google credentials %s cannot be used: %s is missing or wrong' % (path, e)) from None
+    return _google_library_token(path, str(kind), scope)
+
+
+def _google_post(http: '_Http', url: str, form: Dict[str, str], headers: Optional[Dict[str, str]] = None,
+                 ) -> Tuple[str, float]:
+    """Ask a token endpoint (RFC 6749, 4.1.4)."""
+    from urllib.parse import urlencode
+    answer = _google_json(http, 'POST', url, dict(headers or {}, **{
+        'Content-Type': 'application/x-www-form-urlencoded'}), [urlencode(form).encode()])
+    return answer['access_token'], float(answer.get('expires_in') or 3600)
+
+
+def _google_json(http: '_Http', method: str, url: str, headers: Dict[str, str], body: Sequence[bytes],
+                 ) -> Dict[str, Any]:
+    if not re.match(r'https?://', url):
+        raise ValueError(url)
+    reply = http.request(method, url, headers, body, limit=1 << 20)
+    try:
+        answer = json.loads(reply.body.decode('utf-8'))
+        if not isinstance(answer, dict):
+            raise ValueError
+    except ValueError:
+        answer = {}
+    if reply.status != 200:
+        problem = answer.get('error_description') or answer.get('error') or reply.status
+        if isinstance(problem, dict):
+            problem = problem.get('message')
+        raise RemoteError("%s gives no access token: %s; check the Google credentials, or run 'gcloud auth "
+                          "application-default login'" % (url.partition('?')[0], _printable(str(problem))[:300]),
+                          reply.status)
+    return answer
+
+
+def _google_jwt(info: Dict[str, Any], audience: str, scope: str) -> str:
+    """A signed assertion of a service account (RFC 7523; https://google.aip.dev/auth/4112)."""
+    now = int(time.time())
+    parts = [{'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')},
+             {'iss': info['client_email'], 'scope': scope, 'aud': audience, 'iat': now, 'exp': now + 3600}]
+    text = b'.'.join(_base64url(json.dumps(part).encode()) for part in parts)
+    return (text + b'.' + _base64url(_rsa_sign(info['private_key'], text))).decode()
+
+
+def _base64url(data: bytes) -> bytes:
+    from base64 import urlsafe_b64encode
+    return urlsafe_b64encode(data).rstrip(b'=')
+
+
+def _rsa_sign(pem: str, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1), with a key in PKCS#8 (RFC 5208) or PKCS#1."""
+    from base64 import b64decode
+    match = re.search('-----BEGIN (?:RSA )?PRIVATE KEY-----(.*?)-----END', pem, re.S)
+    if not match:
+        raise ValueError('private_key')
+    fields = _der_sequence(b64decode(match.group(1)))
+    if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
+        fields = _der_sequence(fields[2])
+    modulus, exponent = fields[1], fields[3]
+    size = (modulus.bit_length() + 7) // 8
+    digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + hashlib.sha256(message).digest()
+    padded = b'\0\1' + b'\xff' * (size - len(digest_info) - 3) + b'\0' + digest_info
+    return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')  # type: ignore[no-any-return]
+
+
+def _der_sequence(data: bytes) -> List[Any]:
+    """The items of a DER sequence (X.690): integers as int, sequences as list, others as bytes."""
+    def item(data: bytes) -> Tuple[Any, bytes]:
+        length, start = data[1], 2
+        if length & 0x80:
+            start += length & 0x7f
+            length = int.from_bytes(data[2:start], 'big')
+        value, rest = data[start:start + length], data[start + length:]
+        if data[0] == 0x02:
+            return int.from_bytes(value, 'big'), rest
+        if data[0] == 0x30:
+            items = []
+            while value:
+                found, value = item(value)
+                items.append(found)
+            return items, rest
+        return value, rest
+
+    try:
+        found, _ = item(data)
+        return found if isinstance(found, list) else []
+    except IndexError:
+        raise ValueError('private_key') from None
+
+
+def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: '_Http', scope: str) -> Tuple[str, float]:
+    """Workload identity federation: another identity's token for one of Google's (https://google.aip.dev/auth/4117)."""
+    from base64 import b64encode
+    if 'file' in source:
+        try:
+            with open(source['file'], encoding='utf-8') as file:
+                subject = file.read()
+        except OSError as e:
+            raise ConfigError("cannot read the identity token %s: %s" % (source['file'], e.strerror)) from None
+    else:
+        reply = http.request('GET', source['url'], dict(source.get('headers') or {}), limit=1 << 20)
+        if reply.status != 200:
+            raise RemoteError('%s gives no identity token: %d' % (source['url'].partition('?')[0], reply.status))
+        subject = reply.body.decode('utf-8')
+    if (source.get('format') or {}).get('type') == 'json':
+        subject = json.loads(subject)[source['format']['subject_token_field_name']]
+    impersonate = info.get('service_account_impersonation_url')
+    form = {'grant_type': 'urn:ietf:params:oauth:grant-type:token-exchange', 'audience': info['audience'],
+            'scope': _GOOGLE_PLATFORM if impersonate else scope,
+            'requested_token_type': 'urn:ietf:params:oauth:token-type:access_token',
+            'subject_token': subject, 'subject_token_type': info['subject_token_type']}
+    headers = {}
+    if info.get('client_id'):
+        user = '%s:%s' % (info['client_id'], info.get('client_secret') or '')
+        headers['Authorization'] = 'Basic ' + b64encode(user.encode()).decode()
+    elif info.get('workforce_pool_user_project'):
+        form['options'] = json.dumps({'userProject': info['workforce_pool_user_project']})
+    token, seconds = _google_post(http, info['token_url'], form, headers)
+    return _google_impersonate(info, http, scope, token) if impersonate else (token, seconds)
+
+
+def _google_impersonate(info: Dict[str, Any], http: '_Http', scope: str, token: Optional[str]) -> Tuple[str, float]:
+    """A service account's token with another identity's (IAM Credentials API, generateAccessToken)."""
+    lifetime = (info.get('service_account_impersonation') or {}).get('token_lifetime_seconds') or 3600
+    answer = _google_json(http, 'POST', info['service_account_impersonation_url'], {
+        'Authorization': 'Bearer %s' % token, 'Content-Type': 'application/json'},
+        [json.dumps({'scope': [scope], 'delegates': info.get('delegates') or [],
+                     'lifetime': '%ds' % lifetime}).encode()])
+    return answer['accessToken'], max(0.0, _timestamp(answer['expireTime']) - time.time())
+
+
+def _google_metadata_token(scope: str) -> Tuple[Optional[str], float]:
+    """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
+    host = os.environ.get('GCE_METADATA_HOST') or os.environ.get('GCE_METADATA_ROOT') or 'metadata.google.internal'
+    if os.environ.get('NO_GCE_CHECK', '').lower() == 'true':
+        return None, 1e9
+    http = _Http(None, direct=True, timeout=3)
+    try:
+        reply = http.request('GET', 'http://%s/computeMetadata/v1/instance/service-accounts/default/token?scopes=%s'
+                             % (host, _quote(scope)), {'Metadata-Flavor': 'Google'}, limit=65536, tries=1)
+        if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200:
+            answer = json.loads(reply.body.decode('utf-8'))
+            return answer['access_token'], float(answer['expires_in'])
+    except RemoteError:
+        pass
+    finally:
+        http.close()
+    return None, 1e9
+
+
+def _google_library_token(path: str, kind: str, scope: str) -> Tuple[Optional[str], float]:
+    """Of kinds that need a program, a certificate or what else may come: by Google's library, if it is there."""
+    try:
+        import google.auth
+        import google.auth.transport.requests
+    except ImportError:
+        raise ConfigError("credentials of type '%s' in %s are beyond etcetera; run: pip install google-cloud-storage"
+                          % (_printable(kind), path)) from None
+    try:
+        credentials, _ = google.auth.load_credentials_from_file(path, scopes=[scope])  # type: ignore[no-untyped-call]
+        credentials.refresh(google.auth.transport.requests.Request())
+    except Exception as e:  # it lets out TypeErrors and the like, too
+        raise ConfigError('the Google credentials %s cannot be used: %s' % (path, e)) from None
+    return credentials.token, 600.0
+
+
+# ---------------------------------------------------------------------------------------
 # Remotes: where archives are kept. Each kind lists, tells what is there, reads and writes.
 # ---------------------------------------------------------------------------------------
 
@@ -1441,6 +1701,22 @@ _Object = collections.namedtuple('_Object', 'name size version modified')  # ver
 
 class _Taken(Exception):
     """An object of that name exists, and was to be written only if absent."""
+
+
+def _bucket_and_prefix(url: str) -> Tuple[str, str]:
+    """('bucket', 'pre/fix/') of s3://bucket/pre/fix; the prefix may be empty."""
+    match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?\Z', url)
+    if not match:
+        kind = url.partition(':')[0]
+        raise ConfigError("'%s' is not of the form %s://bucket or %s://bucket/prefix" % (_printable(url), kind, kind))
+    prefix = (match.group(3) or '').strip('/')
+    return match.group(2), prefix + '/' if prefix else ''
+
+
+def _check_endpoint(url: str) -> str:
+    if url and not re.match(r'https?://[^/@]+(/[^?#]*)?\Z', url):
+        raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _printable(url))
+    return url.rstrip('/')
 
 
 class _FileRemote:
@@ -1541,23 +1817,16 @@ class _S3Remote:
 
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
-        match = re.match(r's3://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?\Z', self.url)
-        if not match:
-            raise ConfigError("'%s' is not of the form s3://bucket or s3://bucket/prefix" % _printable(self.url))
-        self.bucket = match.group(1)
-        prefix = (match.group(2) or '').strip('/')
-        self.prefix = prefix + '/' if prefix else ''
+        self.bucket, self.prefix = _bucket_and_prefix(self.url)
         profile = _aws_profile(config)
         self.credentials = _aws_credentials(config, profile)
         self.region = (config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
                        or profile.get('region') or 'us-east-1')
-        self.endpoint = (config.endpoint_url or os.environ.get('AWS_ENDPOINT_URL_S3')
-                         or os.environ.get('AWS_ENDPOINT_URL') or profile.get('endpoint_url') or '').rstrip('/')
-        if self.endpoint and not re.match(r'https?://[^/@]+(/[^?#]*)?\Z', self.endpoint):
-            raise ConfigError("'endpoint_url' must look like https://host[:port]")
+        self.endpoint = _check_endpoint(config.endpoint_url or os.environ.get('AWS_ENDPOINT_URL_S3')
+                                        or os.environ.get('AWS_ENDPOINT_URL') or profile.get('endpoint_url') or '')
         self.public = config.public
         self.connections = config.connections
-        self.http = _Http(config.ca_bundle or profile.get('ca_bundle'))
+        self.http = _Http(config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or profile.get('ca_bundle'))
 
     def close(self) -> None:
         self.http.close()
@@ -1570,8 +1839,8 @@ class _S3Remote:
             base += '/' + self.bucket
         else:
             base = base.replace('//', '//%s.' % self.bucket)
-        pairs = '&'.join('%s=%s' % (_aws_quote(k), _aws_quote(v)) for k, v in sorted(query.items()))
-        return '%s/%s%s' % (base, _aws_quote(key, safe='/'), '?' + pairs if pairs else '')
+        pairs = '&'.join('%s=%s' % (_quote(k), _quote(v)) for k, v in sorted(query.items()))
+        return '%s/%s%s' % (base, _quote(key, safe='/'), '?' + pairs if pairs else '')
 
     def _key(self, name: str) -> str:
         return self.prefix + name + '.tgz'
@@ -1730,6 +1999,216 @@ class _S3Remote:
             raise self._error(reply)
 
 
+class _GsRemote:
+    """gs://bucket[/prefix]: Google Cloud Storage by its JSON API (https://cloud.google.com/storage/docs/json_api/v1)."""
+
+    def __init__(self, config: Config) -> None:
+        self.url = config.url or ''
+        self.bucket, self.prefix = _bucket_and_prefix(self.url)
+        endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
+        self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
+        self.public = config.public
+        self.http = _Http(config.ca_bundle)
+        self.credentials = None if self.endpoint.startswith('http://') else _GoogleCredentials(config, self.http)
+
+    def close(self) -> None:
+        self.http.close()
+
+    def _key(self, name: str) -> str:
+        return self.prefix + name + '.tgz'
+
+    def _address(self, key: str, query: Dict[str, str], api: str = '/storage/v1') -> str:
+        pairs = '&'.join('%s=%s' % (name, _quote(value)) for name, value in query.items())
+        return '%s%s/b/%s/o%s?%s' % (self.endpoint, api, self.bucket, '/' + _quote(key) if key else '', pairs)
+
+    def _request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
+                 accept: Sequence[int] = (), limit: int = _REPLY_LIMIT, tries: int = _TRIES) -> _Reply:
+        """An authorized request; RemoteError for any answer but 2xx and what `accept` lists."""
+        last = {}  # type: Dict[str, str]
+
+        def authorize(method: str, url: str, headers: Dict[str, str], body: Iterable[bytes]) -> Dict[str, str]:
+            last.clear()
+            if self.credentials and url.startswith(self.endpoint + '/'):  # an upload's address comes from the server
+                last.update(self.credentials.headers())
+            return dict(headers, **last)
+
+        reply = self.http.request(method, url, headers, body, authorize, limit, tries)
+        if reply.status == 401 and self.credentials and self.credentials.renew(last):
+            reply = self.http.request(method, url, headers, body, authorize, limit, tries)
+        if 200 <= reply.status < 300 or reply.status in accept:
+            return reply
+        raise self._error(reply, bool(last))
+
+    def _error(self, reply: _Reply, authorized: bool) -> RemoteError:
+        try:
+            message = str(json.loads(reply.body.decode('utf-8'))['error']['message'])
+        except (ValueError, KeyError, TypeError):
+            message = reply.body[:300].decode('utf-8', 'replace') or 'no explanation'
+        hint = 'check the url'
+        if reply.status in (401, 403):
+            hint = "check this account's permissions" if authorized else (
+                "no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
+                '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
+        elif reply.status == 400 and 'uniform bucket-level access' in message:
+            hint = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
+        elif reply.status == 404:
+            hint = 'check the bucket in the url'
+        return RemoteError('%s answers %d: %s; %s' % (self.url, reply.status, _printable(message)[:300], hint),
+                           reply.status)
+
+    def _parse(self, reply: _Reply) -> Dict[str, Any]:
+        try:
+            answer = json.loads(reply.body.decode('utf-8'))
+            if isinstance(answer, dict):
+                return answer
+        except (ValueError, RecursionError):
+            pass
+        raise self._stranger()
+
+    def list(self) -> List[_Object]:
+        """All datasets here, page by page."""
+        found = []
+        query = {'prefix': self.prefix, 'delimiter': '/', 'fields': 'items(name,size,generation,updated),nextPageToken'}
+        while True:
+            page = self._parse(self._request('GET', self._address('', query)))
+            items = page.get('items') or []
+            if not isinstance(items, list):
+                raise self._stranger()
+            found += [item for item in map(self._object, items) if item]
+            token = page.get('nextPageToken')
+            if not token:
+                return found
+            if token == query.get('pageToken'):
+                raise RemoteError('%s lists in circles; check the endpoint_url' % self.url)
+            query['pageToken'] = token
+
+    def _object(self, item: Dict[str, Any]) -> Optional[_Object]:
+        """None if it is no dataset's archive."""
+        try:
+            name = item['name'][len(self.prefix):-4]
+            if item['name'] != self._key(name) or not _NAME.match(name):
+                return None
+            return _Object(name, int(item['size']), str(item['generation']), _timestamp(item.get('updated') or ''))
+        except (KeyError, TypeError, ValueError):
+            raise self._stranger() from None
+
+    def _stranger(self) -> RemoteError:
+        return RemoteError('%s does not answer as Google Cloud Storage does; check the endpoint_url' % self.url)
+
+    def stat(self, name: str) -> Optional[_Object]:
+        """What is there under this name now."""
+        query = {'fields': 'name,size,generation,updated'}
+        reply = self._request('GET', self._address(self._key(name), query), accept=[404])
+        return None if reply.status == 404 else self._object(self._parse(reply))
+
+    def read(self, found: _Object, start: int, stop: int) -> bytes:
+        """Bytes of this very generation; RemoteError if it was replaced."""
+        url = self._address(self._key(found.name), {
+            'alt': 'media', 'generation': found.version, 'ifGenerationMatch': found.version})
+        headers = {'Range': 'bytes=%d-%d' % (start, stop - 1), 'Accept-Encoding': 'gzip'}  # or it may gunzip for us
+        reply = self._request('GET', url, headers, accept=[404, 412, 416], limit=stop - start + 65536)
+        generation = reply.headers.get('x-goog-generation') or found.version
+        if reply.status in (404, 412, 416) or generation != found.version:
+            raise _replaced(self, found)
+        return _ranged(self, reply, start, stop, found.size)
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything.
+
+        A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads
+        """
+        query = {'uploadType': 'resumable', 'name': self._key(name)}
+        if exclusive:
+            query['ifGenerationMatch'] = '0'
+        if self.public:
+            query['predefinedAcl'] = 'publicRead'
+        reply = self._request('POST', self._address('', query, '/upload/storage/v1'), {
+            'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'},
+            [b'{"contentType": "application/gzip"}'], accept=[412])
+        if reply.status == 412:
+            raise _Taken
+        session = reply.headers.get('Location') or ''
+        if not re.match(r'https?://', session):
+            raise self._stranger()
+        md5 = _md5()
+
+        def send(item: Tuple[int, List[bytes], bool]) -> Optional[_Reply]:
+            start, part, last = item
+            for chunk in part if md5 else ():
+                md5.update(chunk)
+            return self._send(session, start, part, last)
+
+        try:
+            parts = _numbered(_parts(chunks, _PART))
+            with _threads(1) as pool, contextlib.closing(_ordered(pool, send, parts, 2)) as sent:
+                last = collections.deque(sent, 1)[0]
+            if last is None:
+                raise self._stranger()
+            answer = self._parse(last)
+        except BaseException:
+            with contextlib.suppress(RemoteError):
+                self._request('DELETE', session, accept=range(400, 500), tries=1)
+            raise
+        self._check_md5(name, answer, md5)
+
+    def _send(self, session: str, start: int, part: List[bytes], last: bool) -> Optional[_Reply]:
+        """One chunk, from whatever byte of it the server still lacks; the answer to the last."""
+        data = memoryview(b''.join(part))
+        stop = start + len(data)
+        at, failures = start, 0
+        while True:
+            body = [bytes(data[at - start:])] if at < stop else []
+            span = 'bytes %s/%s' % ('%d-%d' % (at, stop - 1) if body else '*', stop if last else '*')
+            try:
+                reply = self._request('PUT', session, {'Content-Range': span}, body, [308, 412], tries=1)
+            except RemoteError as e:
+                failures += 1
+                if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
+                    raise
+                _pause(failures)
+                reply = self._request('PUT', session, {'Content-Range': 'bytes */*'}, accept=[308, 412])
+            if reply.status == 412:
+                raise _Taken
+            if reply.status != 308:
+                return reply
+            received = re.match(r'bytes=0-(\d+)\Z', reply.headers.get('Range') or '')
+            have = int(received.group(1)) + 1 if received else 0
+            if not at <= have <= stop:
+                raise RemoteError('%s lost a part of the upload; push again' % self.url)
+            if have == stop and not last:
+                return None
+            failures = 0 if have > at else failures
+            at = have
+
+    def _check_md5(self, name: str, answer: Dict[str, Any], md5: Any) -> None:
+        from base64 import b64encode
+        if md5 and answer.get('md5Hash') and answer['md5Hash'] != b64encode(md5.digest()).decode():
+            query = {'ifGenerationMatch': str(answer.get('generation'))}
+            self._request('DELETE', self._address(self._key(name), query), accept=[404])
+            raise Corrupt("'%s' did not arrive in %s as it was sent, so it was deleted there; push again"
+                          % (name, self.url))
+
+
+def _md5() -> Any:
+    """None where the interpreter has no MD5 (FIPS)."""
+    try:
+        return hashlib.md5()
+    except ValueError:
+        return None
+
+
+def _numbered(parts: Iterator[List[bytes]]) -> Iterator[Tuple[int, List[bytes], bool]]:
+    """(offset, part, whether it is the last)."""
+    offset, part = 0, next(parts, [])
+    while True:
+        following = next(parts, None)
+        yield offset, part, following is None
+        if following is None:
+            return
+        offset += sum(map(len, part))
+        part = following
+
+
 def _s3_error(reply: _Reply) -> Tuple[str, str]:
     """The code and message of an S3 error; ('', '') if it is none."""
     try:
@@ -1799,14 +2278,14 @@ def _timestamp(text: str) -> float:
         return 0.0
 
 
-_Remote = Union[_FileRemote, _S3Remote]
+_Remote = Union[_FileRemote, _S3Remote, _GsRemote]
 
 
 def _open_remote(config: Config) -> _Remote:
     if not config.url:
         raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or file:///path) in "
                           '~/.etc.yaml, with $ETC_URL or with --url')
-    kinds = {'file': _FileRemote, 's3': _S3Remote}  # type: Dict[str, Callable[[Config], _Remote]]
+    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote}  # type: Dict[str, Callable[[Config], _Remote]]
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
         raise ConfigError("cannot use the url '%s'; it must start with %s"
