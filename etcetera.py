@@ -10,8 +10,8 @@
     sorted(ds['train'].iterdir())
 
 A dataset is a directory: data/<partition>/..., and if you like meta.json, README.md,
-assets/ and more. Local ones live in ~/.etc, remote ones are .tgz objects in S3 or a
-shared directory, settings live in ~/.etc.yaml. Nothing but the standard library of
+assets/ and more. Local ones live in ~/.etc, remote ones are .tgz objects in S3,
+Google Cloud Storage or a shared directory, settings live in ~/.etc.yaml. Nothing but the standard library of
 Python 3.6 or later is needed. `README.md` has the reference and the archive format.
 """
 
@@ -220,7 +220,7 @@ def _yaml_plain(text: str, line: int) -> Any:
 class Config:
     """Where datasets live and how to get at them; every function takes one as `config=`.
 
-    url: `s3://bucket[/prefix]` or `file:///path`; only remote work needs it.
+    url: `s3://bucket[/prefix]`, `gs://bucket[/prefix]` or `file:///path`; only remote work needs it.
     home: the local store, by default $ETC_HOME or ~/.etc.
     settings: any other key of the settings file, by its name there.
     Raises ConfigError for an unknown key or a value of the wrong type.
@@ -2000,7 +2000,10 @@ class _S3Remote:
 
 
 class _GsRemote:
-    """gs://bucket[/prefix]: Google Cloud Storage by its JSON API (https://cloud.google.com/storage/docs/json_api/v1)."""
+    """gs://bucket[/prefix]: Google Cloud Storage.
+
+    Its JSON API: https://cloud.google.com/storage/docs/json_api/v1
+    """
 
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
@@ -2283,7 +2286,7 @@ _Remote = Union[_FileRemote, _S3Remote, _GsRemote]
 
 def _open_remote(config: Config) -> _Remote:
     if not config.url:
-        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or file:///path) in "
+        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or gs://, file://) in "
                           '~/.etc.yaml, with $ETC_URL or with --url')
     kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote}  # type: Dict[str, Callable[[Config], _Remote]]
     kind = kinds.get(config.url.partition('://')[0])
