@@ -356,8 +356,10 @@ def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead
 # ---------------------------------------------------------------------------------------
 
 _BLOCK = 1 << 20  # bytes of tar that one gzip member holds
+_KEPT_ENTRIES = 100000
 _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
+_READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'
 _MODES = {_FILE: (0o644, 0o755), _DIRECTORY: (0o755,), _LINK: (0o644,)}
 
@@ -381,13 +383,20 @@ class _Segment:
         return self.path[5:] if self.path.startswith('data/') else None
 
 
+_OS_IS_UTF8 = sys.getfilesystemencoding().lower().replace('-', '') == 'utf8'  # not so on Python 3.6 with LANG=C
+
+
 def _from_os(name: str) -> str:
     """A file name as text, whatever the locale; UnicodeError if its bytes are no UTF-8."""
-    return os.fsencode(name).decode('utf-8')
+    if not _OS_IS_UTF8:
+        return os.fsencode(name).decode('utf-8')
+    name.encode('utf-8')
+    return name
 
 
 def _to_os(name: str) -> str:
-    return os.fsdecode(name.encode('utf-8'))
+    raw = name.encode('utf-8')
+    return name if _OS_IS_UTF8 else os.fsdecode(raw)
 
 
 def _join(root: _Path, name: str) -> str:
@@ -472,7 +481,10 @@ def _entries(root: _Path, items: List[Tuple[str, Any]], segment: str) -> Iterato
             del above[-1:]
 
 
-def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> Iterator[Tuple[_Segment, Iterator[_Entry]]]:
+_Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
+
+
+def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> _Listing:
     """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
     own, others = [], []  # type: List[Tuple[str, Any]], List[Tuple[str, Any]]
     for name, item in _scan(root, ''):
@@ -486,6 +498,25 @@ def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> Iterator[Tup
             yield _Segment(path), _entries(root, items, path)
 
 
+def _survey(root: _Path) -> Tuple[_Listing, int]:
+    """The segments again, and a number of bytes that their archive will not exceed.
+
+    It finds what cannot be packed before any of it is sent. Entries are kept, so that they need not be looked at
+    twice, unless they are so many that memory would tell.
+    """
+    kept = []  # type: List[Tuple[_Segment, List[_Entry]]]
+    count, size = 0, 1 << 20
+    for segment, entries in _segments(root):
+        kept.append((segment, []))
+        size += 1 << 12
+        for entry in entries:
+            count += 1
+            size += 4096 + len(entry.name) + entry.size
+            if count <= _KEPT_ENTRIES:
+                kept[-1][1].append(entry)
+    return kept if count <= _KEPT_ENTRIES else _segments(root), size + size // 1000
+
+
 def _pax_record(key: str, value: str) -> bytes:
     """`length key=value` with its own length counted (POSIX pax, "Extended Header")."""
     record = b' %s=%s\n' % (key.encode(), value.encode('utf-8'))
@@ -494,11 +525,19 @@ def _pax_record(key: str, value: str) -> bytes:
     return str(length).encode() + record
 
 
+@functools.lru_cache(maxsize=64)
+def _ustar_frame(kind: bytes, mode: int, mtime: int) -> Tuple[bytes, bytes, bytes, int]:
+    """What all headers of a kind share: the fields before and after the size, those after the link, their sum."""
+    before, after = b'%07o\x000000000\x000000000\x00' % mode, b'\x00%011o\x00' % mtime
+    end = b'ustar\x0000' + bytes(247)
+    return before, after, end, sum(before) + sum(after) + 8 * 32 + sum(kind) + sum(end)
+
+
 def _ustar(name: bytes, kind: bytes, mode: int, size: int, link: bytes, mtime: int) -> bytes:
-    start = b'%s%07o\x000000000\x000000000\x00%011o\x00%011o\x00' % (name[:100].ljust(100, b'\0'), mode, size, mtime)
-    rest = kind + link[:100].ljust(100, b'\0') + b'ustar\x0000'
-    checksum = sum(start) + sum(rest) + 8 * 32
-    return (start + b'%06o\x00 ' % checksum + rest).ljust(512, b'\0')
+    before, after, end, fixed = _ustar_frame(kind, mode, mtime)
+    name, digits, link = name[:100], b'%011o' % size, link[:100]
+    checksum = b'%06o\x00 ' % (fixed + sum(name) + sum(digits) + sum(link))
+    return b''.join((name.ljust(100, b'\0'), before, digits, after, checksum, kind, link.ljust(100, b'\0'), end))
 
 
 def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
@@ -508,10 +547,9 @@ def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
     """
     raw_name, raw_link = name.encode('ascii', 'replace'), link.encode('ascii', 'replace')
     pax = b''
-    if len(raw_name) > 100 or raw_name.decode() != name:
-        pax += _pax_record('path', name)
-    if len(raw_link) > 100 or raw_link.decode() != link:
-        pax += _pax_record('linkpath', link)
+    for key, value, raw in (('path', name, raw_name), ('linkpath', link, raw_link)):
+        if len(raw) > 100 or b'?' in raw and raw.decode() != value:
+            pax += _pax_record(key, value)
     if size >= 8 ** 11:
         pax += _pax_record('size', str(size))
         size = 0
@@ -536,9 +574,9 @@ def _pieces(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[_Piece]:
             yield _ZEROS, 0, -entry.size % 512
 
 
-def _blocks(root: _Path, only: Optional[Sequence[str]] = None) -> Iterator[Tuple[_Segment, List[_Piece]]]:
+def _blocks(segments: _Listing) -> Iterator[Tuple[_Segment, List[_Piece]]]:
     """The dataset's tar stream, cut into blocks whose files are still to be read."""
-    for segment, entries in _segments(root, only):
+    for segment, entries in segments:
         block, room = [], _BLOCK  # type: List[_Piece], int
         for source, start, stop in _pieces(segment, entries):
             while stop - start > room:
@@ -556,24 +594,23 @@ def _load(block: Iterable[_Piece]) -> bytes:
 
 
 def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
-    file = os.open(entry.source, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
+    wanted = stop - start + (stop == entry.size)  # a byte more shows that a file has grown
+    file = os.open(entry.source, _READ)
     try:
         if start:
             os.lseek(file, start, os.SEEK_SET)
-        found = os.read(file, stop - start)
-        while len(found) < stop - start:
-            more = os.read(file, stop - start - len(found))
-            if not more:
-                break
+        found = more = os.read(file, wanted)
+        while more and len(found) < stop - start:
+            more = os.read(file, wanted - len(found))
             found += more
-        if len(found) < stop - start or (stop == entry.size and os.fstat(file).st_size != stop):
-            raise InvalidDataset("'%s' changed while it was read; try again when it is complete" % entry.name)
-        return found
     finally:
         os.close(file)
+    if len(found) != stop - start:
+        raise InvalidDataset("'%s' changed while it was read; try again when it is complete" % entry.name)
+    return found
 
 
-def _process(root: _Path, work: Callable[[bytes], _R], pool: Any, only: Optional[Sequence[str]] = None,
+def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any,
              ) -> Generator[Tuple[_Segment, _R], None, None]:
     """Yield (segment, work(payload)) for every block; a segment's digest is set before the next one's blocks come."""
     def task(item: Tuple[_Segment, List[_Piece]]) -> Tuple[_Segment, bytes, _R]:
@@ -582,7 +619,7 @@ def _process(root: _Path, work: Callable[[bytes], _R], pool: Any, only: Optional
         return segment, hashlib.sha256(payload).digest(), work(payload)
 
     current, digests = None, hashlib.sha256()
-    for segment, digest, result in _ordered(pool, task, _blocks(root, only), 2 * _cores()):
+    for segment, digest, result in _ordered(pool, task, _blocks(listing), 2 * _cores()):
         if segment is not current:
             current, digests = segment, hashlib.sha256()
         digests.update(digest)
@@ -601,7 +638,7 @@ def _digest_segments(root: _Path, only: Optional[Sequence[str]] = None) -> List[
     """Hash the files of a dataset, or of some of its segments."""
     found = []  # type: List[_Segment]
     with _threads(_cores()) as pool:
-        for segment, _ in _process(root, len, pool, only):
+        for segment, _ in _process(_segments(root, only), len, pool):
             if not found or found[-1] is not segment:
                 found.append(segment)
     return found
@@ -708,6 +745,7 @@ _EMPTY = b'\x03\0' + bytes(8)  # an empty deflate stream, its CRC-32 and size
 _HEADER = len(_GZIP) + 2 + 4 + 4  # bytes before a block's deflate stream
 _LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes in each 16 KiB or more
 _FOOTER = 34
+_Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 _RANGE = 4 << 20  # bytes fetched by one request
 _TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
@@ -721,27 +759,34 @@ def _member(tag: bytes, extra: bytes) -> bytes:
 
 def _compress(level: int, payload: bytes) -> bytes:
     """One block: a gzip member that says how long it is."""
-    if level and not _shrinks(payload):
-        level = 0
-    body = _deflate(payload, level)
+    level, strategy = _effort(level, payload)
+    body = _deflate(payload, level, strategy)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
     length = struct.pack('<I', _HEADER + len(body) + 8)
     return b''.join((_member(b'et', length), body, struct.pack('<II', zlib.crc32(payload), len(payload))))
 
 
-def _deflate(payload: bytes, level: int) -> bytes:
-    deflate = zlib.compressobj(level, zlib.DEFLATED, -15)
+def _deflate(payload: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
+    deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
     return deflate.compress(payload) + deflate.flush()
 
 
-def _shrinks(payload: bytes) -> bool:
-    """Whether compression pays, guessed from four samples: JPEG, Parquet, npz and the like do not shrink."""
-    if len(payload) <= 65536:
-        return True
+def _effort(level: int, payload: bytes) -> Tuple[int, int]:
+    """The level and strategy that pay, guessed from four samples.
+
+    JPEG, Parquet, npz and the like do not shrink: they are stored. Nor do small files of that kind, but for the
+    padding that tar puts between them; finding runs of zeros will do there, at a third of the time.
+    """
+    if not level or len(payload) <= 65536:
+        return level, zlib.Z_DEFAULT_STRATEGY
     step = len(payload) // 4
     samples = b''.join(payload[start:start + 4096] for start in range(step // 2, len(payload), step))
-    return len(zlib.compress(samples, 1)) < 0.97 * len(samples)
+    best = len(_deflate(samples, level))
+    if best > 0.97 * len(samples):
+        return 0, zlib.Z_DEFAULT_STRATEGY
+    runs = len(_deflate(samples, level, _Z_RLE))
+    return level, _Z_RLE if runs < 1.1 * best else zlib.Z_DEFAULT_STRATEGY
 
 
 def _inflate(member: bytes) -> bytes:
@@ -765,11 +810,11 @@ def _index(segments: Sequence[_Segment], offset: int) -> bytes:
                     + [_member(b'ef', struct.pack('<Q', offset)), _EMPTY])
 
 
-def _pack(root: _Path, level: int, pool: Any, segments: List[_Segment],
+def _pack(listing: _Listing, level: int, pool: Any, segments: List[_Segment],
           ) -> Generator[bytes, None, None]:
     """A dataset's archive, piece by piece; `segments` is filled on the way and complete before the index."""
     offset = 0
-    for segment, block in _process(root, functools.partial(_compress, level), pool):
+    for segment, block in _process(listing, functools.partial(_compress, level), pool):
         if not segments or segments[-1] is not segment:
             segment.offset = offset
             segments.append(segment)
@@ -846,6 +891,9 @@ def _is_safe(name: str) -> bool:
     return os.sep == '/' or not re.search(r'[\\:]', name)
 
 
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
+
+
 class _Sink:
     """Writes a dataset's entries below `root`, never through a link, and nothing anywhere else."""
 
@@ -873,9 +921,8 @@ class _Sink:
 
     def create(self, name: str, executable: bool) -> int:
         """A new read-only file, as a descriptor to write to."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
         try:
-            return os.open(self.path(name), flags, 0o555 if executable else 0o444)
+            return os.open(self.path(name), _CREATE, 0o555 if executable else 0o444)
         except FileExistsError:
             raise self.twice(name) from None
         except (FileNotFoundError, NotADirectoryError):
@@ -2889,11 +2936,12 @@ def push(name: str, force: bool = False, config: Optional[Config] = None) -> str
     with contextlib.closing(_open_remote(config)) as store:
         if not force and _is_there(store, local):
             return local.digest
+        listing, limit = _survey(local.root)
         segments = []  # type: List[_Segment]
-        with _threads(_cores()) as pool, contextlib.closing(_pack(local.root, config.compression_level, pool, segments)
+        with _threads(_cores()) as pool, contextlib.closing(_pack(listing, config.compression_level, pool, segments)
                                                             ) as blocks:
             try:
-                store.write(name, _checked(blocks, local, segments), _bound(local.root), not force)
+                store.write(name, _checked(blocks, local, segments), limit, not force)
             except _Taken:
                 local = Dataset(local.root, name, _dataset_digest(segments))
                 if not _is_there(store, local):
@@ -2929,16 +2977,6 @@ def _checked(blocks: Iterable[bytes], local: Dataset, segments: List[_Segment]) 
         raise Corrupt("the files of '%s' are %s, not %s; 'etc verify %s' tells more"
                       % (local.name, digest, local._digest, local.name))
     yield last
-
-
-def _bound(root: Path) -> int:
-    """A number of bytes that the dataset's archive will not exceed; finds what cannot be pushed before it starts."""
-    total = 1 << 20
-    for _, entries in _segments(root):
-        total += 1 << 12
-        for entry in entries:
-            total += 4096 + len(entry.name) + entry.size
-    return total + total // 1000
 
 
 @_public
@@ -2989,7 +3027,7 @@ def _copy(root: Path, target: Path) -> List[_Segment]:
                 segments.append(segment)
             yield segment, payload, hashlib.sha256(payload).digest()
 
-    with _threads(_cores()) as pool, contextlib.closing(_process(root, bytes, pool)) as source:
+    with _threads(_cores()) as pool, contextlib.closing(_process(_segments(root), bytes, pool)) as source:
         _extract(blocks(), target)
     return segments
 
