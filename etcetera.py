@@ -34,7 +34,21 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Generator, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 __version__ = '1.0.0'
 __all__ = ['Config', 'Dataset', 'create', 'dataset', 'info', 'ls', 'pull', 'purge', 'push', 'register', 'verify',
@@ -86,6 +100,25 @@ class RemoteError(Error):
 
 class UnknownPartition(Error, KeyError):
     """The dataset has no partition of that name."""
+
+
+_F = TypeVar('_F', bound=Callable[..., Any])
+
+
+def _public(function: _F) -> _F:
+    """Let only an Error out: what the system refuses becomes one that says what and where."""
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except OSError as e:
+            where = ': %s' % e.filename if e.filename is not None else ''
+            raise Error('%s%s' % (e.strerror or e, where)) from e
+        except UnicodeError as e:
+            raise Error('a name cannot be written in this locale: %s; set LC_ALL=C.UTF-8' % e) from e
+        except ValueError as e:  # such as a NUL in a path
+            raise Error('%s; check what was given' % e) from e
+    return wrapper  # type: ignore[return-value]
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -325,9 +358,9 @@ _R = TypeVar('_R')
 
 
 def _cores() -> int:
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Threads that are worth having for computation; each has a few MiB under way."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(count, 16)
 
 
 def _threads(count: int) -> Any:
@@ -400,27 +433,31 @@ def _to_os(name: str) -> str:
 
 
 def _join(root: _Path, name: str) -> str:
-    return os.path.join(os.fspath(root), _to_os(name))
+    return os.fspath(root) + os.sep + _to_os(name)
 
 
-def _scan(path: _Path, prefix: str) -> List[Tuple[str, Any]]:
-    """What a directory holds, as (prefix + name, os.DirEntry), sorted by code points."""
-    found = []
+def _scan(path: _Path) -> Tuple[List[str], Set[str]]:
+    """The names in a directory, sorted by code points, and which of them are links."""
+    names, links = [], set()
     with os.scandir(path) as items:
         for item in items:
             try:
-                found.append((prefix + _from_os(item.name), item))
+                name = _from_os(item.name)
             except UnicodeError:
                 raise InvalidDataset('the name %r is not valid UTF-8; rename it' % os.fsencode(item.path)) from None
-    return sorted(found, key=lambda pair: pair[0])
+            names.append(name)
+            if item.is_symlink():
+                links.add(name)
+    names.sort()
+    return names, links
 
 
-def _stat(name: str, item: Any) -> os.stat_result:
+def _stat(name: str, path: str) -> os.stat_result:
     """Follow links; what cannot be kept is an error that names it."""
     try:
-        status = item.stat()
+        status = os.stat(path)
     except FileNotFoundError:
-        problem = 'is a link to nothing; mend or remove it' if item.is_symlink() else 'vanished; try again'
+        problem = 'is a link to nothing; mend or remove it' if os.path.islink(path) else 'vanished; try again'
         raise InvalidDataset("'%s' %s" % (name, problem)) from None
     except OSError as e:
         if e.errno != errno.ELOOP:
@@ -428,7 +465,7 @@ def _stat(name: str, item: Any) -> os.stat_result:
         raise InvalidDataset("'%s' is a link that leads back to itself; mend or remove it" % name) from None
     if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
         raise InvalidDataset("'%s' is neither a file nor a directory; remove it" % name)
-    return status  # type: ignore[no-any-return]
+    return status
 
 
 def _kept_link(root: _Path, name: str, segment: str) -> str:
@@ -451,34 +488,39 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
     return posixpath.relpath('/' + meant, '/' + base)
 
 
-def _entries(root: _Path, items: List[Tuple[str, Any]], segment: str) -> Iterator[_Entry]:
-    """Everything at and below `items`, a directory before its contents."""
-    levels = [iter(items)]
+def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
+    """Everything at and below `names`, a directory before its contents."""
+    prefix = ''
+    levels = [(prefix, list(names)[::-1], links)]  # names yet to come are taken off the end
     above = []  # type: List[Tuple[int, int]]
     while levels:
-        for name, item in levels[-1]:
-            status = _stat(name, item)
-            directory = stat.S_ISDIR(status.st_mode)
-            link = ''
-            if item.is_symlink() and name != segment and not (directory and segment == '.'):
-                link = _kept_link(root, name, segment)
-            if link:
-                yield _Entry(name, _LINK, 0o644, 0, link, None)
-            elif not directory:
-                yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', item.path)
-            else:
-                yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '', None)
-                if segment == '.':
-                    continue
-                identity = status.st_dev, status.st_ino
-                if identity in above:
-                    raise InvalidDataset("'%s' is a link to a directory above it; remove it" % name)
-                above.append(identity)
-                levels.append(iter(_scan(item.path, name + '/')))
-                break
-        else:
+        prefix, rest, links = levels[-1]
+        if not rest:
             levels.pop()
             del above[-1:]
+            continue
+        own = rest.pop()
+        name = prefix + own
+        path = _join(root, name)
+        status = _stat(name, path)
+        directory = stat.S_ISDIR(status.st_mode)
+        link = ''
+        if own in links and name != segment and not (directory and segment == '.'):
+            link = _kept_link(root, name, segment)
+        if link:
+            yield _Entry(name, _LINK, 0o644, 0, link, None)
+        elif not directory:
+            yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', path)
+        else:
+            yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '', None)
+            if segment == '.':
+                continue
+            identity = status.st_dev, status.st_ino
+            if identity in above:
+                raise InvalidDataset("'%s' is a link to a directory above it; remove it" % name)
+            above.append(identity)
+            inner, links = _scan(path)
+            levels.append((name + '/', inner[::-1], links))
 
 
 _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
@@ -486,16 +528,13 @@ _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
 
 def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> _Listing:
     """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
-    own, others = [], []  # type: List[Tuple[str, Any]], List[Tuple[str, Any]]
-    for name, item in _scan(root, ''):
-        if name == 'data':
-            own.append((name, item))
-        else:
-            (others if stat.S_ISDIR(_stat(name, item).st_mode) else own).append((name, item))
-    found = [('.', own)] + [(name, [(name, item)]) for name, item in others + _scan(_join(root, 'data'), 'data/')]
-    for path, items in found:
+    names, links = _scan(root)
+    others = [name for name in names if name != 'data' and stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)]
+    partitions = ['data/' + name for name in _scan(_join(root, 'data'))[0]]
+    own = [name for name in names if name not in set(others)]
+    for path, inside in [('.', own)] + [(name, [name]) for name in others + partitions]:
         if only is None or path in only:
-            yield _Segment(path), _entries(root, items, path)
+            yield _Segment(path), _entries(root, inside, links, path)
 
 
 def _survey(root: _Path) -> Tuple[_Listing, int]:
@@ -654,6 +693,7 @@ class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
     Iteration is sorted. Raises InvalidDataset if `root` is not a dataset's directory.
     """
 
+    @_public
     def __init__(self, root: _Path, name: Optional[str] = None, digest: Optional[str] = None) -> None:
         self.root = Path(root)  #: pathlib.Path of the dataset's directory
         self.name = name or self.root.resolve().name  #: str
@@ -679,11 +719,13 @@ class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
         return dict.fromkeys(self._partitions).keys()
 
     @property
+    @_public
     def meta(self) -> Dict[str, Any]:
         """The contents of meta.json; {} without one."""
         return _read_meta(self.root)
 
     @property
+    @_public
     def digest(self) -> str:
         """'sha256:...' of all contents; where no receipt knows it, every file is read."""
         if self._digest is None:
@@ -691,33 +733,36 @@ class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
         return self._digest
 
 
-def _validate(root: Path) -> List[str]:
-    """The partitions of the dataset at `root`; InvalidDataset says what is wrong with it."""
+def _validate(root: Path, label: str = '') -> List[str]:
+    """The partitions of the dataset at `root`; InvalidDataset says what is wrong with it, or with `label`."""
+    label = label or str(root)
     if not root.is_dir():
-        raise InvalidDataset('no directory %s' % root)
+        raise InvalidDataset('no directory %s' % label)
     if not (root / 'data').is_dir():
-        raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition" % root)
+        raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition"
+                             % label)
     partitions = []
-    for name, item in _scan(root / 'data', ''):
-        if not stat.S_ISDIR(_stat('data/' + name, item).st_mode):
+    for name in _scan(root / 'data')[0]:
+        if not stat.S_ISDIR(_stat('data/' + name, _join(root / 'data', name)).st_mode):
             raise InvalidDataset("%s is no dataset: 'data' may hold only directories (partitions), but 'data/%s' is a "
-                                 'file; move it' % (root, name))
+                                 'file; move it' % (label, name))
         partitions.append(name)
     if not partitions:
-        raise InvalidDataset("%s is no dataset: 'data' is empty; make a directory in it for each partition" % root)
-    _read_meta(root)
+        raise InvalidDataset("%s is no dataset: 'data' is empty; make a directory in it for each partition" % label)
+    _read_meta(root, label)
     return partitions
 
 
-def _read_meta(root: Path) -> Dict[str, Any]:
+def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
+    label = os.path.join(label or str(root), 'meta.json')
     try:
         meta = json.loads((root / 'meta.json').read_bytes().decode('utf-8-sig'))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as e:
-        raise InvalidDataset('%s is not JSON: %s' % (root / 'meta.json', e)) from None
+        raise InvalidDataset('%s is not JSON: %s' % (label, e)) from None
     if not isinstance(meta, dict):
-        raise InvalidDataset('%s must hold a JSON object, {...}' % (root / 'meta.json'))
+        raise InvalidDataset('%s must hold a JSON object, {...}' % label)
     return meta
 
 
@@ -747,6 +792,7 @@ _LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes
 _FOOTER = 34
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 _RANGE = 4 << 20  # bytes fetched by one request
+_README_LIMIT = 16 << 20  # bytes of archive that are read for meta.json and README.md
 _TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 64 << 20
@@ -805,6 +851,8 @@ def _index(segments: Sequence[_Segment], offset: int) -> bytes:
     """The index and the footer, for an index that starts at `offset`."""
     text = json.dumps({'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': [vars(s) for s in segments]},
                       ensure_ascii=False, separators=(',', ':')).encode('utf-8')
+    if len(text) > _INDEX_LIMIT // 2:
+        raise InvalidDataset('it has too many partitions for one archive; gather them in fewer directories')
     steps = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
     return b''.join([_member(b'ei', step) + _EMPTY for step in steps]
                     + [_member(b'ef', struct.pack('<Q', offset)), _EMPTY])
@@ -881,6 +929,10 @@ def _check_index(segments: List[_Segment], digest: Any, offset: int) -> None:
         raise ValueError
 
 
+_NOT_ON_WINDOWS = re.compile(  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    r'[\\:<>"|?*\x00-\x1f]|[. ](?:/|\Z)|(?:\A|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:\.[^/]*)?(?:/|\Z)', re.I)
+
+
 def _is_safe(name: str) -> bool:
     """Whether a name in an archive stays below where it is unpacked, on this system."""
     if name == '.':
@@ -888,10 +940,16 @@ def _is_safe(name: str) -> bool:
     padded = '/%s/' % name
     if '//' in padded or '/./' in padded or '/../' in padded or '\0' in name:
         return False
-    return os.sep == '/' or not re.search(r'[\\:]', name)
+    return os.sep == '/' or not _NOT_ON_WINDOWS.search(name)
 
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
+
+
+def _relative(name: str, target: str) -> str:
+    """The shortest relative target that a link at `name` can have to where `target` leads, going by names."""
+    base = '/' + posixpath.dirname(name)
+    return posixpath.relpath(posixpath.join(base, target), base)
 
 
 class _Sink:
@@ -987,9 +1045,12 @@ class _Extractor:
         self.file = -1  # the file being written, and the bytes that it still lacks
         self.left = 0
         self.last = []  # type: List[str]
-        self.files = self.size = 0
+        self.files = self.size = self.length = 0
 
     def feed(self, payload: bytes, digest: bytes) -> None:
+        if self.length not in (0, _BLOCK):  # only the last may be shorter
+            raise self.odd()
+        self.length = len(payload)
         self.digests.update(digest)
         data = memoryview(self.rest + payload if self.rest else payload)
         self.rest = b''
@@ -1025,7 +1086,7 @@ class _Extractor:
         try:
             name, kind, mode, size, link = _parse_header(header)
             odd = (_header(name, kind, mode, size, link) != header or (kind != _FILE and size)
-                   or mode not in _MODES.get(kind, ()))
+                   or mode not in _MODES.get(kind, ()) or (kind == _LINK and link != _relative(name, link)))
         except ValueError:
             raise self.odd() from None
         path = name[:-1] if kind == _DIRECTORY else name
@@ -1127,7 +1188,9 @@ def _extract(blocks: Iterable[Tuple[_Segment, bytes, bytes]], root: _Path) -> No
     sink = _Sink(root)
     extractor = None  # type: Optional[_Extractor]
     try:
-        for segment, payload, digest in blocks:
+        for number, (segment, payload, digest) in enumerate(blocks):
+            if number % 256 == 0:
+                os.utime(root)  # a sign of life for _Home.sweep()
             if extractor is None or extractor.segment is not segment:
                 if extractor:
                     extractor.finish()
@@ -1167,10 +1230,28 @@ def _unpack_foreign(chunks: Iterable[bytes], root: _Path) -> None:
     """Write what any .tgz holds below `root`."""
     import gzip
     import tarfile
+
+    class Strict(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
+            """tarfile itself takes a broken header for the end, and reads names of any length into memory."""
+            if len(buf) < 512:
+                raise tarfile.ReadError('it ends too early')
+            try:
+                found = super().frombuf(buf, encoding, errors)
+            except tarfile.HeaderError as e:
+                if buf.count(b'\0') == 512:
+                    raise
+                raise tarfile.ReadError(str(e)) from None
+            if found.type in (b'L', b'K', b'x', b'g', b'X') and found.size > _BLOCK:
+                raise tarfile.ReadError('a name of %d bytes' % found.size)
+            return found
+
     sink = _Sink(root)
     try:
         with gzip.GzipFile(fileobj=io.BufferedReader(_Stream(chunks), _BLOCK)) as plain:
-            with tarfile.open(fileobj=plain, mode='r|', bufsize=_BLOCK, encoding='utf-8') as tar:
+            with tarfile.open(fileobj=plain, mode='r|', bufsize=_BLOCK, encoding='utf-8',
+                              tarinfo=Strict) as tar:
                 for member in iter(tar.next, None):
                     tar.members = []  # type: ignore[attr-defined]  # or they would pile up in memory
                     _extract_member(tar, member, sink)
@@ -1207,6 +1288,9 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
             raise Corrupt("the archive holds the hard link '%s' to '%s', which is not in it" % (name, member.linkname))
         shutil.copy(target, sink.path(name))
     elif member.isreg() and not member.mode & 0o6000:
+        stored = sum(length for _, length in member.sparse) if member.issparse() else member.size
+        if member.size > (stored << 10) + (1 << 30):
+            raise Corrupt("the archive holds '%s', which would be %d bytes of nothing" % (name, member.size))
         file = sink.create(name, bool(member.mode & 0o100))
         try:
             source = tar.extractfile(member)
@@ -1308,7 +1392,8 @@ class _Http:
             known = response.length is not None and response.length <= limit
             data = response.read() if known else response.read(limit + 1)
             if len(data) > limit:
-                raise http.client.HTTPException('the answer is longer than it may be')
+                raise RemoteError('%s://%s answers with more than was asked for; a proxy or the endpoint_url is at '
+                                  'fault' % (parts.scheme, parts.netloc), response.status)
             reusable = response.isclosed() and not response.will_close
             return _Reply(response.status, response.headers, data)
         finally:
@@ -1356,6 +1441,8 @@ def _pause(failures: int) -> None:
 
 
 def _ask(connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
+    if connection.sock is None:
+        connection.connect()
     # a server may answer, and close, before it has read all
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.request(method, target, iter(body) if body else None, headers)
@@ -1438,9 +1525,12 @@ def _aws_credentials(config: Config, profile: Dict[str, str]) -> Optional[_AwsCr
     if not config.aws_profile:  # a profile that was asked for goes before the environment
         sources.insert(1, ('the environment', {key: os.environ.get(key.upper()) for key in keys}))
     for where, values in sources:
-        access_key, secret_key, token = (values.get(key) for key in keys)
+        access_key, secret_key, token = ((values.get(key) or '').strip() for key in keys)
         if bool(access_key) != bool(secret_key):
             raise ConfigError('%s: aws_access_key_id and aws_secret_access_key go together; set both' % where)
+        for key, value in zip(keys, (access_key, secret_key, token)):
+            if not re.match(r'[!-~]*\Z', value):
+                raise ConfigError('%s: %s holds characters that it cannot have; copy it again' % (where, key))
         if access_key:
             return _AwsCredentials(access_key, secret_key, token or None)
     return None
@@ -1752,7 +1842,7 @@ class _Taken(Exception):
 
 def _bucket_and_prefix(url: str) -> Tuple[str, str]:
     """('bucket', 'pre/fix/') of s3://bucket/pre/fix; the prefix may be empty."""
-    match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]+)(?:/(.*))?\Z', url)
+    match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', url)
     if not match:
         kind = url.partition(':')[0]
         raise ConfigError("'%s' is not of the form %s://bucket or %s://bucket/prefix" % (_printable(url), kind, kind))
@@ -1761,7 +1851,7 @@ def _bucket_and_prefix(url: str) -> Tuple[str, str]:
 
 
 def _check_endpoint(url: str) -> str:
-    if url and not re.match(r'https?://[^/@]+(/[^?#]*)?\Z', url):
+    if url and not re.match(r'https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#\s]*)?\Z', url, re.ASCII):
         raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _printable(url))
     return url.rstrip('/')
 
@@ -1770,13 +1860,12 @@ class _FileRemote:
     """file:///path: a shared directory."""
 
     def __init__(self, config: Config) -> None:
-        from urllib.parse import urlsplit
         from urllib.request import url2pathname
         self.url = config.url or ''
-        parts = urlsplit(self.url)
-        if parts.netloc not in ('', 'localhost') or not parts.path.startswith('/'):
-            raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % self.url)
-        self.root = url2pathname(parts.path)
+        match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
+        if not match:
+            raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % _printable(self.url))
+        self.root = url2pathname(match.group(1))
 
     def close(self) -> None:
         pass
@@ -1791,11 +1880,10 @@ class _FileRemote:
     def list(self) -> List[_Object]:
         """All datasets here."""
         try:
-            with os.scandir(self.root) as items:
-                return [self._object(item.name[:-4], os.stat(item.path)) for item in items
-                        if item.name.endswith('.tgz') and _NAME.match(item.name[:-4]) and item.is_file()]
+            names = [name[:-4] for name in os.listdir(self.root) if name.endswith('.tgz') and _NAME.match(name[:-4])]
         except FileNotFoundError:
             raise NotFound("no directory %s; check the url, or make it with the first push" % self.root) from None
+        return [item for item in map(self.stat, names) if item]
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
@@ -1818,7 +1906,7 @@ class _FileRemote:
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
         """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything."""
         os.makedirs(self.root, exist_ok=True)
-        self._sweep(name)
+        self._sweep()
         path = self._path(name)
         new = os.path.join(self.root, '.%s.tgz.%s' % (name, os.urandom(8).hex()))
         try:
@@ -1844,15 +1932,20 @@ class _FileRemote:
             os.link(new, path)
         except FileExistsError:
             raise
-        except OSError:  # no hard links on this file system: nearly as good
-            if os.path.exists(path):
-                raise FileExistsError from None
-            os.rename(new, path)
+        except OSError:  # no hard links on this file system: let the one that makes this file go on
+            claim = os.path.join(self.root, '.%s.claim' % os.path.basename(path))
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+            try:
+                if os.path.lexists(path):
+                    raise FileExistsError from None
+                os.rename(new, path)
+            finally:
+                os.unlink(claim)
 
-    def _sweep(self, name: str) -> None:
+    def _sweep(self) -> None:
         """Remove what pushes that were killed left behind a day ago or more."""
         for item in os.listdir(self.root):
-            if re.match(r'\.%s\.tgz\.[0-9a-f]{16}\Z' % re.escape(name), item):
+            if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item):
                 path = os.path.join(self.root, item)
                 with contextlib.suppress(OSError):
                     if time.time() - os.stat(path).st_mtime > 86400:
@@ -1963,9 +2056,8 @@ class _S3Remote:
         name = key[len(self.prefix):-4]
         if not key.startswith(self.prefix) or not key.endswith('.tgz') or not _NAME.match(name):
             return None
-        modified = item.findtext('LastModified') or ''
-        return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified),
-                       _timestamp(modified))
+        modified = _timestamp(item.findtext('LastModified') or '')
+        return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
@@ -1995,7 +2087,7 @@ class _S3Remote:
         headers = {'Content-Type': 'application/gzip'}
         if self.public:
             headers['x-amz-acl'] = 'public-read'
-        parts = _parts(chunks, size)
+        parts = iter(_parts(chunks, size))
         first, second = next(parts, []), next(parts, None)
         if second is None:
             self._finish('PUT', name, {}, headers, first, exclusive)
@@ -2007,8 +2099,10 @@ class _S3Remote:
             upload = None
         if not upload:
             raise RemoteError('%s does not answer as S3 does; check the endpoint_url' % self.url)
+        parts = itertools.chain([first, second], parts)
+        del first, second  # or memory would hold them to the end
         try:
-            self._upload(name, upload, itertools.chain([first, second], parts), size, exclusive)
+            self._upload(name, upload, parts, size, exclusive)
         except BaseException:  # parts that stay behind are paid for
             with contextlib.suppress(RemoteError):
                 self._request('DELETE', self._key(name), {'uploadId': upload}, accept=[404])
@@ -2035,13 +2129,15 @@ class _S3Remote:
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
         conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
-        reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 409, 412, 501])
-        if exclusive and (reply.status == 501 or reply.status == 400 and _s3_error(reply)[0] != 'EntityTooSmall'):
+        reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 404, 409, 412, 501])
+        code = _s3_error(reply)[0]
+        if exclusive and reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument',
+                                                                 'InvalidRequest'):
             if self.stat(name):  # the store does not know conditions
                 raise _Taken
             reply = self._request(method, self._key(name), query, headers, body)
-        if exclusive and reply.status in (409, 412):
-            raise _Taken
+        if exclusive and reply.status in (409, 412) or code == 'NoSuchUpload' and self.stat(name):
+            raise _Taken  # perhaps by ourselves, if the first answer was lost
         if reply.status != 200 or _s3_error(reply)[0]:  # CompleteMultipartUpload can fail with status 200
             raise self._error(reply)
 
@@ -2283,15 +2379,15 @@ def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
         yield part
 
 
-def _version(etag: Optional[str], modified: Optional[str]) -> str:
+def _version(etag: Optional[str], modified: float) -> str:
     """The ETag, always in quotes, as some stores list it bare; else the time of the last change."""
     if not etag or etag.startswith('W/'):  # weak ones say nothing of bytes (RFC 7232, 2.1)
-        return modified or ''
+        return '%d' % modified
     return '"%s"' % etag.strip('"')
 
 
 def _reply_version(reply: _Reply) -> str:
-    return _version(reply.headers.get('ETag'), reply.headers.get('Last-Modified'))
+    return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
 
 
 def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
@@ -2333,8 +2429,8 @@ _Remote = Union[_FileRemote, _S3Remote, _GsRemote]
 
 def _open_remote(config: Config) -> _Remote:
     if not config.url:
-        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or gs://, file://) in "
-                          '~/.etc.yaml, with $ETC_URL or with --url')
+        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or gs://, file://) "
+                          'in ~/.etc.yaml, with $ETC_URL or with --url')
     kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote}  # type: Dict[str, Callable[[Config], _Remote]]
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
@@ -2356,9 +2452,10 @@ def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, 
             yield at, min(at + step, stop)
 
 
-def _fetch(remote: _Remote, found: _Object, spans: Iterable[Tuple[int, int]], pool: Any, ahead: int,
+def _fetch(remote: _Remote, found: _Object, spans: Iterable[Tuple[int, int]], pool: Any, connections: int,
            ) -> Generator[bytes, None, None]:
     """The bytes of some spans of an object, one after the other, fetched in parallel."""
+    ahead = min(2 * connections, max(connections, _IN_FLIGHT // _RANGE))  # so that no connection waits for a consumer
     return _ordered(pool, lambda span: remote.read(found, *span), _ranges(spans, _RANGE), ahead)
 
 
@@ -2410,19 +2507,53 @@ class _Home:
         return os.path.lexists(str(self.path(name)))
 
     def receipt(self, name: str) -> Dict[str, Any]:
-        """What is known of an installed directory; {} for a registered, created or foreign one."""
+        """What is known of an installed directory; {} for a registered, created or foreign one.
+
+        Its 'digest' is None if the directory was touched since.
+        """
+        path = self.path(name)
         try:
-            status = os.lstat(str(self.path(name)))
-            receipt = json.loads(self._receipt_path(name, status).read_bytes().decode('utf-8'))
+            status = os.lstat(str(path))
+            own = self._receipt_path(name, status)
+            receipt = self._read_receipt(own)
+            if receipt.get('mtime') == status.st_mtime_ns:
+                return receipt
+            for other in (self.inner / 'receipts').iterdir():  # copies of a store keep times, but no inodes
+                if other.name.rpartition('@')[0] == name and other != own:
+                    copied = self._read_receipt(other)
+                    if copied.get('mtime') == status.st_mtime_ns:
+                        return copied
+            there = {'data/' + partition for partition in _scan(path / 'data')[0]}
+            if receipt and there == {p for p in receipt['installed'] if p.startswith('data/')}:
+                return dict(receipt, digest=None)
+        except OSError:
+            pass
+        return {}
+
+    def _read_receipt(self, path: Path) -> Dict[str, Any]:
+        try:
+            receipt = json.loads(path.read_bytes().decode('utf-8'))
             receipt['segments'] = [_Segment(**segment) for segment in receipt['segments']]
+            receipt['installed'] = list(receipt['installed'])
+            return receipt  # type: ignore[no-any-return]
         except (OSError, ValueError, TypeError, KeyError):
             return {}
-        if receipt.get('mtime') != status.st_mtime_ns:
-            receipt['digest'] = None  # something was added to the directory or taken away: do not believe it
-        return receipt  # type: ignore[no-any-return]
 
     def _receipt_path(self, name: str, status: os.stat_result) -> Path:
         return self.inner / 'receipts' / ('%s@%d.json' % (name, status.st_ino))
+
+    def open(self, name: str) -> Tuple[Dataset, Dict[str, Any]]:
+        """An installed dataset and its receipt; where it was touched, its files tell whether it still is the same."""
+        path = self.path(name)
+        if path.is_symlink() and not path.exists():
+            raise NotFound("the directory that '%s' was registered for is gone (%s); 'etc purge %s' forgets it"
+                           % (name, os.readlink(str(path)), name))
+        receipt = self.receipt(name)
+        if receipt and not receipt['digest']:
+            found = {segment.path: segment.digest for segment in _digest_segments(path)}
+            if found == {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}:
+                receipt['digest'] = _dataset_digest(receipt['segments'])
+        return Dataset(path, name, receipt.get('digest')), receipt
 
     def _drop_receipts(self, name: str) -> None:
         """All of this name but the one of the directory that is installed."""
@@ -2447,11 +2578,9 @@ class _Home:
             _remove(path)
 
     def _scratch(self, name: str) -> Path:
-        import platform
-        host = re.sub('[^A-Za-z0-9-]', '-', platform.node())
         staging = self.inner / 'staging'
         staging.mkdir(parents=True, exist_ok=True)
-        return staging / '@'.join((name, host, str(os.getpid()), os.urandom(4).hex()))
+        return staging / '@'.join((name, _host(), str(os.getpid()), os.urandom(4).hex()))
 
     def install(self, directory: Path, name: str, replace: bool, receipt: Optional[Dict[str, Any]] = None) -> None:
         """Give a complete staged directory its name. FileExistsError if there is one already and not `replace`."""
@@ -2491,12 +2620,16 @@ class _Home:
         aside.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(target, str(aside))
+        except FileNotFoundError:
+            return False  # another process was at work here
+        try:
             os.rename(new, target)
         except OSError:
-            if not os.path.lexists(target):
-                os.rename(str(aside), target)
-                raise
-            return False  # another process was at work here
+            with contextlib.suppress(FileNotFoundError):
+                if not os.path.lexists(target):
+                    os.rename(str(aside), target)
+                    raise
+            return False  # another process has put it back, or another one
         finally:
             if os.path.lexists(target):
                 _remove(aside)
@@ -2532,15 +2665,16 @@ class _Home:
             path.unlink()
         else:
             trash = self._scratch(name)
+            with contextlib.suppress(OSError):
+                os.chmod(str(path), 0o755)  # a read-only directory cannot be moved
             os.rename(str(path), str(trash))
             self._drop_receipts(name)
             _remove(trash)
 
     def _alive(self, path: Path) -> bool:
         """Whether the process that made this may still be at work."""
-        import platform
         _, host, pid, _ = (path.name.split('@') + [''] * 3)[:4]
-        if os.name == 'posix' and host == re.sub('[^A-Za-z0-9-]', '-', platform.node()) and pid.isdigit():
+        if os.name == 'posix' and host == _host() and pid.isdigit():
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:
@@ -2555,7 +2689,9 @@ class _Home:
             for path in (self.inner / 'staging').iterdir():
                 with contextlib.suppress(OSError):
                     if not self._alive(path):
-                        _remove(path)
+                        doomed = self._scratch(path.name.partition('@')[0])
+                        os.rename(str(path), str(doomed))  # if its owner lives after all, it shall not install a ruin
+                        _remove(doomed)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -2574,6 +2710,16 @@ class _Home:
                     _say("waiting for another process that works on '%s'", name)
                     fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _host() -> str:
+    """This machine, and on Linux the container: where a process number means one process."""
+    import platform
+    try:
+        space = re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))
+    except OSError:
+        space = ''
+    return re.sub('[^A-Za-z0-9-]', '-', platform.node()) + '-' + space
 
 
 def _swap(one: str, other: str) -> bool:
@@ -2599,8 +2745,9 @@ def _remove(path: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError:  # read-only directories, or on Windows files
+        os.chmod(str(path), 0o700)
         for top, directories, files in os.walk(str(path)):
-            for name in directories + files:
+            for name in directories + (files if os.name == 'nt' else []):
                 if not os.path.islink(os.path.join(top, name)):
                     os.chmod(os.path.join(top, name), 0o700)
         shutil.rmtree(str(path), ignore_errors=True)
@@ -2609,21 +2756,6 @@ def _remove(path: Path) -> None:
 # ---------------------------------------------------------------------------------------
 # API
 # ---------------------------------------------------------------------------------------
-
-_F = TypeVar('_F', bound=Callable[..., Any])
-
-
-def _public(function: _F) -> _F:
-    """Let no OSError out: what the system refuses becomes an Error that says what and where."""
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except OSError as e:
-            where = ': %s' % e.filename if e.filename is not None else ''
-            raise Error('%s%s' % (e.strerror or e, where)) from e
-    return wrapper  # type: ignore[return-value]
-
 
 @_public
 def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
@@ -2641,7 +2773,7 @@ def info(name: str, remote: bool = False, config: Optional[Config] = None) -> Di
 
     Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local one also
     root, source, when, partial; of a remote one archive_size (bytes) and when. What another tool packed has None for
-    what only a download would tell. Raises NotFound and other Errors.
+    what only a download would tell; so have meta and readme beside large files. Raises NotFound and other Errors.
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
@@ -2695,12 +2827,15 @@ def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Di
     segments = _read_index(store, found)
     if segments is None:
         return _summary(found.name, None, None, archive_size=found.size, when=when)
-    summary = _summary(found.name, _dataset_digest(segments), segments, archive_size=found.size, when=when)
-    if readme:
+    summary = _summary(found.name, _dataset_digest(segments), segments, archive_size=found.size, when=when,
+                       meta=None, readme=None)
+    if readme and segments[0].length <= _README_LIMIT:
         import tempfile
         with tempfile.TemporaryDirectory() as scratch:
             _download(store, found, segments[:1], Path(scratch), 1)
-            summary.update(meta=_read_meta(Path(scratch)), readme=_read_text(Path(scratch) / 'README.md'))
+            root = Path(scratch)
+            summary.update(meta=_read_meta(root, "'%s' in %s" % (found.name, store.url)),
+                           readme=_read_text(root / 'README.md'))
     return summary
 
 
@@ -2708,6 +2843,7 @@ def _is_partial(receipt: Dict[str, Any]) -> bool:
     return len(receipt['installed']) < len(receipt['segments'])
 
 
+@_public
 def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
     """As ls(), with what `etc ls -l` shows."""
     if not remote:
@@ -2717,7 +2853,7 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
     def describe(found: _Object) -> Dict[str, Any]:
         try:
             return _describe_remote(store, found)
-        except Corrupt as e:
+        except (Error, OSError) as e:  # one that cannot be read shall not hide the others
             _say('%s', e, level=30)
             return _summary(found.name, None, None, archive_size=found.size, when=None)
 
@@ -2756,13 +2892,12 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     bare, pin = _parse_name(name)
     home = _Home(config.home)
     installed = home.has(bare)
-    receipt = home.receipt(bare) if installed else {}
-    missing = _missing(bare, receipt, partitions)
+    missing = _missing(bare, home.receipt(bare), partitions)
     if auto_install and (not installed or missing):
         return pull(name, partitions=partitions, config=config)
     if not installed:
         raise _not_installed(home, bare)
-    found = Dataset(home.path(bare), bare, receipt.get('digest'))
+    found, _ = home.open(bare)
     if pin and found.digest != pin:
         raise _unpinned(bare, pin, found.digest)
     for partition in partitions or ():
@@ -2785,6 +2920,8 @@ def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequen
     """The paths of the segments that make up these partitions: with some, the root's own files and theirs."""
     if partitions is None:
         return [segment.path for segment in segments]
+    if isinstance(partitions, str):
+        raise InvalidDataset("partitions must be a list of names, such as ['%s']" % partitions)
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
@@ -2817,7 +2954,7 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
         wanted = set(_wanted(bare, segments, partitions))
         receipt = home.receipt(bare)
         if home.has(bare) and not force:
-            local = Dataset(home.path(bare), bare, receipt.get('digest'))
+            local, receipt = home.open(bare)
             if local.digest != digest:
                 raise _differs_locally(bare)
             wanted |= set(receipt.get('installed', wanted))
@@ -2828,7 +2965,7 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
             have = _reuse(home, bare, receipt, [s for s in segments if s.path in wanted], staged)
             _download(store, found, [s for s in segments if s.path in wanted and s.path not in have], staged,
                       config.connections)
-            _validate(staged)
+            _validate(staged, "'%s' in %s" % (bare, store.url))
             _settle(home, staged, bare, force or bool(receipt), _receipt(segments, wanted, store.url, found.version))
         _say("pulled '%s', %s", bare, digest)
         return Dataset(home.path(bare), bare, digest)
@@ -2849,7 +2986,7 @@ def _settle(home: _Home, staged: Path, name: str, replace: bool, receipt: Dict[s
     try:
         home.install(staged, name, replace, receipt)
     except FileExistsError:
-        if Dataset(home.path(name), name, home.receipt(name).get('digest')).digest != receipt['digest']:
+        if home.open(name)[0].digest != receipt['digest']:
             raise _differs_locally(name) from None
 
 
@@ -2857,7 +2994,7 @@ def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], root
     """Fetch segments of an indexed archive and write them below `root`."""
     spans = [(segment.offset, segment.offset + segment.length) for segment in segments]
     with _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store):
-        with contextlib.closing(_fetch(store, found, spans, io_pool, 2 * connections)) as chunks:
+        with contextlib.closing(_fetch(store, found, spans, io_pool, connections)) as chunks:
             _unpack(chunks, segments, root, pool)
 
 
@@ -2881,6 +3018,8 @@ def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segmen
                     os.symlink(_to_os(entry.link), target)
                 else:
                     try:
+                        if os.name == 'nt':
+                            raise OSError  # to remove one link, it would have to be made writable, and so the other
                         os.link(entry.source, target)
                     except OSError:  # no hard links here
                         shutil.copy(entry.source, target)
@@ -2897,15 +3036,15 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
         return Dataset(home.path(name), name, receipt['digest'])
     with home.staging(name) as staged:
         with _threads(connections) as pool, contextlib.closing(store):
-            with contextlib.closing(_fetch(store, found, [(0, found.size)], pool, 2 * connections)) as chunks:
+            with contextlib.closing(_fetch(store, found, [(0, found.size)], pool, connections)) as chunks:
                 _unpack_foreign(chunks, staged)
-        _validate(staged)
+        _validate(staged, "'%s' in %s" % (name, store.url))
         segments = _digest_segments(staged)
         digest = _dataset_digest(segments)
         if pin and digest != pin:
             raise _unpinned(name, pin, digest)
         if home.has(name) and not force:
-            local = Dataset(home.path(name), name, receipt.get('digest'))
+            local, _ = home.open(name)
             if local.digest != digest:
                 raise _differs_locally(name)
             _say("'%s' is installed already, and identical", name)
@@ -2928,11 +3067,12 @@ def push(name: str, force: bool = False, config: Optional[Config] = None) -> str
     home = _Home(config.home)
     if not home.has(name):
         raise _not_installed(home, name)
-    receipt = home.receipt(name)
+    local, receipt = home.open(name)
     if receipt and _is_partial(receipt):
         raise InvalidDataset("'%s' is only partly installed, so it cannot be pushed; 'etc pull %s' fetches the rest"
                              % (name, name))
-    local = Dataset(home.path(name), name, pin or receipt.get('digest'))
+    if pin and local.digest != pin:
+        raise _unpinned(name, pin, local.digest)
     with contextlib.closing(_open_remote(config)) as store:
         if not force and _is_there(store, local):
             return local.digest
@@ -2943,7 +3083,6 @@ def push(name: str, force: bool = False, config: Optional[Config] = None) -> str
             try:
                 store.write(name, _checked(blocks, local, segments), limit, not force)
             except _Taken:
-                local = Dataset(local.root, name, _dataset_digest(segments))
                 if not _is_there(store, local):
                     raise RemoteError("another push of '%s' to %s is under way; try again when it has ended"
                                       % (name, store.url)) from None
@@ -2995,6 +3134,9 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     if pin and local.digest != pin:
         raise _unpinned(name, pin, local.digest)
     home = _Home(config.home)
+    if not copy and not home.path(name).is_symlink() and (root / 'x').as_posix().startswith(
+            os.path.realpath(str(home.path(name))).replace(os.sep, '/') + '/'):
+        raise InvalidDataset("%s is what is installed as '%s'; use --copy, or another directory" % (root, name))
     if home.has(name) and not force:
         if not copy and os.path.realpath(str(home.path(name))) == str(root):
             _say("'%s' is registered already", name)
@@ -3069,8 +3211,7 @@ def verify(name: str, config: Optional[Config] = None) -> str:
     home = _Home(config.home)
     if not home.has(name):
         raise _not_installed(home, name)
-    _validate(home.path(name))
-    receipt = home.receipt(name)
+    _, receipt = home.open(name)
     found = _digest_segments(home.path(name))
     if not receipt:
         digest = _dataset_digest(found)
@@ -3080,8 +3221,9 @@ def verify(name: str, config: Optional[Config] = None) -> str:
         promised = {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}
         wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
         if wrong:
-            raise Corrupt("'%s' is not what was installed: %s differ%s; 'etc pull -f %s' mends it"
-                          % (name, ', '.join(wrong), 's' * (len(wrong) == 1), name))
+            remedy = "'etc pull -f %s' mends it" % name if receipt['version'] else 'register it again'
+            raise Corrupt("'%s' is not what was installed: %s differ%s; %s"
+                          % (name, ', '.join(wrong), 's' * (len(wrong) == 1), remedy))
         digest = _dataset_digest(receipt['segments'])
         _say("'%s' is complete and unchanged%s, %s", name, ' as far as it is installed' * _is_partial(receipt), digest)
     if pin and digest != pin:
@@ -3097,8 +3239,8 @@ def purge(name: str, config: Optional[Config] = None) -> None:
     home = _Home(config.home)
     if not home.has(name):
         raise _not_installed(home, name)
-    if pin and dataset(name, config=config).digest != pin:
-        raise _unpinned(name, pin, dataset(name, config=config).digest)
+    if pin:
+        dataset(name + '@' + pin, config=config)
     home.remove(name)
     _say("purged '%s'", name)
 
@@ -3234,7 +3376,11 @@ def _run(args: Any, config: Config) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command `etc`; returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and getattr(args, 'partitions', None) and not any(word.startswith('-') for word in rest):
+        args.partitions += rest  # as in `etc pull NAME -p ONE TWO`
+    elif rest:
+        parser.error('unrecognized arguments: ' + ' '.join(rest))
     if not args.command:
         parser.error('say what to do; etc -h lists the commands')
     if args.command == 'register':
@@ -3247,6 +3393,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         config = Config.load(getattr(args, 'config', None), url=getattr(args, 'url', None),
                              home=getattr(args, 'home', None))
+        if getattr(args, 'partitions', None):
+            args.partitions = list(map(_from_os, args.partitions))
         failed = 0
         for name in getattr(args, 'names', [getattr(args, 'name', None)]):
             args.name = name
@@ -3259,6 +3407,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return failed
     except Error as e:
         _show_error(e, verbose)
+        return 1
+    except UnicodeError:
+        _complain('the names of partitions must be UTF-8')
+        return 1
+    except BrokenPipeError:  # as in `etc ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         _complain('interrupted')
