@@ -2888,6 +2888,7 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     partitions: those that must be there; None means all.
     Raises NotFound, UnknownPartition, Corrupt if the digest is another, and other Errors.
     """
+    _check_partitions(partitions)
     config = config or Config.load()
     bare, pin = _parse_name(name)
     home = _Home(config.home)
@@ -2908,6 +2909,11 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     return found
 
 
+def _check_partitions(partitions: Optional[Sequence[str]]) -> None:
+    if isinstance(partitions, str) or partitions is not None and not partitions:
+        raise InvalidDataset('partitions must be a list of one or more names')
+
+
 def _missing(name: str, receipt: Dict[str, Any], partitions: Optional[Sequence[str]]) -> List[str]:
     """The segments that a partial install lacks of what is asked for."""
     if not receipt:
@@ -2920,8 +2926,6 @@ def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequen
     """The paths of the segments that make up these partitions: with some, the root's own files and theirs."""
     if partitions is None:
         return [segment.path for segment in segments]
-    if isinstance(partitions, str):
-        raise InvalidDataset("partitions must be a list of names, such as ['%s']" % partitions)
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
@@ -2940,6 +2944,7 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
     What a partial install has already is not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
+    _check_partitions(partitions)
     config = config or Config.load()
     bare, pin = _parse_name(name)
     home = _Home(config.home)
@@ -3182,8 +3187,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
     name, pin = _parse_name(name)
     if pin:
         raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
-    if isinstance(partitions, str) or not partitions:
-        raise InvalidDataset('partitions must be a list of one or more names')
+    _check_partitions(partitions)
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or partition == '.':
             raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % partition)
