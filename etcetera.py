@@ -305,10 +305,14 @@ class Config:
 
 
 def _expand(path: _Path) -> Path:
-    expanded = os.path.expanduser(os.fspath(path))
-    if expanded.startswith('~'):
+    text = os.fspath(path)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
         raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
-    return Path(os.path.abspath(expanded))
+    try:
+        return Path(os.path.abspath(expanded))
+    except OSError:
+        raise ConfigError("'%s' cannot be found from here, as the current directory is gone" % text) from None
 
 
 def _check_setting(key: str, value: Any) -> None:
@@ -317,6 +321,8 @@ def _check_setting(key: str, value: Any) -> None:
     if value is None:
         return
     kind = _SETTINGS[key]
+    if isinstance(value, str) and not value.isprintable():
+        raise ConfigError("'%s' holds characters that cannot be printed; remove them" % key)
     if type(value) is not kind:
         remedy = {str: 'text; put it in quotes', bool: 'true or false', int: 'a whole number'}[kind]
         raise ConfigError("'%s' must be %s" % (key, remedy))
@@ -392,6 +398,8 @@ _BLOCK = 1 << 20  # bytes of tar that one gzip member holds
 _KEPT_ENTRIES = 100000
 _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
+_DEPTH = 256  # levels of directories that a dataset may have
+_FOLLOWED = 1000000  # entries that may be reached through followed links, which can multiply without end
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'
 _MODES = {_FILE: (0o644, 0o755), _DIRECTORY: (0o755,), _LINK: (0o644,)}
@@ -490,22 +498,26 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
 
 def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
     """Everything at and below `names`, a directory before its contents."""
-    prefix = ''
-    levels = [(prefix, list(names)[::-1], links)]  # names yet to come are taken off the end
+    levels = [('', list(names)[::-1], links, False)]  # names yet to come are taken off the end
     above = []  # type: List[Tuple[int, int]]
+    followed = 0
     while levels:
-        prefix, rest, links = levels[-1]
+        prefix, rest, links, through_link = levels[-1]
         if not rest:
             levels.pop()
             del above[-1:]
             continue
         own = rest.pop()
         name = prefix + own
+        followed += through_link
+        if followed > _FOLLOWED or len(levels) > _DEPTH:
+            raise InvalidDataset("links lead to ever more files at '%.300s', or it is too deep; remove links" % name)
         path = _join(root, name)
         status = _stat(name, path)
         directory = stat.S_ISDIR(status.st_mode)
         link = ''
-        if own in links and name != segment and not (directory and segment == '.'):
+        is_link = own in links
+        if is_link and name != segment and not (directory and segment == '.'):
             link = _kept_link(root, name, segment)
         if link:
             yield _Entry(name, _LINK, 0o644, 0, link, None)
@@ -520,7 +532,7 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
                 raise InvalidDataset("'%s' is a link to a directory above it; remove it" % name)
             above.append(identity)
             inner, links = _scan(path)
-            levels.append((name + '/', inner[::-1], links))
+            levels.append((name + '/', inner[::-1], links, through_link or is_link))
 
 
 _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
@@ -756,7 +768,7 @@ def _validate(root: Path, label: str = '') -> List[str]:
 def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
     label = os.path.join(label or str(root), 'meta.json')
     try:
-        meta = json.loads((root / 'meta.json').read_bytes().decode('utf-8-sig'))
+        meta = json.loads(_read_text(root / 'meta.json', _META_LIMIT, 'strict'))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as e:
@@ -764,6 +776,21 @@ def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
     if not isinstance(meta, dict):
         raise InvalidDataset('%s must hold a JSON object, {...}' % label)
     return meta
+
+
+_META_LIMIT = 16 << 20  # bytes of meta.json
+_README_LIMIT = 1 << 20  # bytes of README.md that are shown
+
+
+def _read_text(path: Path, limit: int, errors: str) -> str:
+    """The start of a file; ValueError if it is none, or longer where `errors` is 'strict'."""
+    status = os.stat(str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError('it is no file')
+    if errors == 'strict' and status.st_size > limit:
+        raise ValueError('it is larger than %d bytes' % limit)
+    with open(str(path), 'rb') as file:
+        return file.read(limit).decode('utf-8-sig', errors)
 
 
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z')
@@ -792,10 +819,9 @@ _LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes
 _FOOTER = 34
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 _RANGE = 4 << 20  # bytes fetched by one request
-_README_LIMIT = 16 << 20  # bytes of archive that are read for meta.json and README.md
 _TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
-_INDEX_LIMIT = 64 << 20
+_INDEX_LIMIT = 16 << 20  # enough for some 80,000 partitions
 
 
 def _member(tag: bytes, extra: bytes) -> bytes:
@@ -851,7 +877,7 @@ def _index(segments: Sequence[_Segment], offset: int) -> bytes:
     """The index and the footer, for an index that starts at `offset`."""
     text = json.dumps({'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': [vars(s) for s in segments]},
                       ensure_ascii=False, separators=(',', ':')).encode('utf-8')
-    if len(text) > _INDEX_LIMIT // 2:
+    if len(text) > _INDEX_LIMIT * 9 // 10:
         raise InvalidDataset('it has too many partitions for one archive; gather them in fewer directories')
     steps = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
     return b''.join([_member(b'ei', step) + _EMPTY for step in steps]
@@ -896,7 +922,10 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
             raise Corrupt('the archive is damaged: its index is unreadable')
         at += 26 + length
     try:
-        index = json.loads(b''.join(text).decode('utf-8'))
+        whole = b''.join(text)
+        if whole.count(b'[') + whole.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', whole):
+            raise ValueError  # it would take much memory or time to read
+        index = json.loads(whole.decode('utf-8'))
         if type(index['etcetera']) is not int:
             raise TypeError
         if index['etcetera'] != 1:
@@ -960,8 +989,8 @@ class _Sink:
         self.links = []  # type: List[Tuple[str, str]]
 
     def path(self, name: str) -> str:
-        if not _is_safe(name) or name == '.':
-            raise Corrupt("the archive holds the unsafe name '%s'; do not trust it" % name)
+        if not _is_safe(name) or name == '.' or name.count('/') >= _DEPTH:
+            raise Corrupt("the archive holds the unsafe name '%.300s'; do not trust it" % name)
         try:
             return self.root + _to_os(name)
         except UnicodeError:
@@ -987,6 +1016,8 @@ class _Sink:
             raise self.astray(name) from None
 
     def astray(self, name: str) -> Error:
+        if not os.path.isdir(self.root):
+            return Error('%s was removed while it was being filled; run the command again' % self.root)
         return Corrupt("the archive is damaged: it holds '%s', but not the directory around it" % name)
 
     def twice(self, name: str) -> Error:
@@ -995,6 +1026,11 @@ class _Sink:
     def link(self, name: str, target: str) -> None:
         """Links are made at the very end, so that nothing can be written through one."""
         self.path(name)
+        try:
+            if not target or '\0' in _to_os(target):
+                raise ValueError
+        except ValueError:
+            raise self.astray_link(name, ascii(target)) from None
         self.links.append((name, target))
 
     def finish(self, confined: bool) -> None:
@@ -1006,14 +1042,21 @@ class _Sink:
                 raise self.twice(name) from None
         root = os.path.realpath(self.root)
         for name, target in self.links:
+            try:
+                os.stat(self.path(name))  # the system's own limit, before realpath() follows a chain without end
+            except OSError:
+                raise self.astray_link(name, target) from None
             real = os.path.realpath(self.path(name))
             inside = os.path.join(root, _to_os(_segment_of(name)) if confined else '', '')
             stays = real.startswith(os.path.normpath(inside) + os.sep) or real == os.path.normpath(inside)
             if confined and _segment_of(name) == '.':
                 stays = os.path.dirname(real) == root and os.path.isfile(real)
-            if os.path.isabs(target) or not stays or not os.path.exists(real):
-                raise Corrupt("the archive holds the link '%s' to '%s', which leads out of the dataset or nowhere"
-                              % (name, target))
+            if os.path.isabs(target) or not stays:
+                raise self.astray_link(name, target)
+
+    def astray_link(self, name: str, target: str) -> Error:
+        return Corrupt("the archive holds the link '%s' to '%s', which leads out of the dataset or nowhere"
+                       % (name, target))
 
 
 def _segment_of(name: str) -> str:
@@ -1045,7 +1088,7 @@ class _Extractor:
         self.file = -1  # the file being written, and the bytes that it still lacks
         self.left = 0
         self.last = []  # type: List[str]
-        self.files = self.size = self.length = 0
+        self.files = self.size = self.length = self.directories = 0
 
     def feed(self, payload: bytes, digest: bytes) -> None:
         if self.length not in (0, _BLOCK):  # only the last may be shorter
@@ -1073,7 +1116,7 @@ class _Extractor:
             if header[156:157] == _PAX:
                 length = 1024 + _octal(header[124:135])
                 length += -length % 512
-                if length > 65536:
+                if not 1024 < length <= 65536:
                     raise self.odd()
                 header = bytes(data[at:at + length])
                 if len(header) < length:
@@ -1085,18 +1128,22 @@ class _Extractor:
     def entry(self, header: bytes) -> None:
         try:
             name, kind, mode, size, link = _parse_header(header)
-            odd = (_header(name, kind, mode, size, link) != header or (kind != _FILE and size)
-                   or mode not in _MODES.get(kind, ()) or (kind == _LINK and link != _relative(name, link)))
+            odd = (_header(name, kind, mode, size, link) != header or mode not in _MODES.get(kind, ())
+                   or not 0 <= size <= (self.segment.size - self.size if kind == _FILE else 0)
+                   or (link != _relative(name, link) if kind == _LINK else link))
         except ValueError:
             raise self.odd() from None
         path = name[:-1] if kind == _DIRECTORY else name
         parts = path.split('/')
         root = self.segment.path == '.'
+        if not root and not self.last and path != self.segment.path:
+            raise self.odd()  # a segment starts with its own directory
         if odd or parts <= self.last or (kind == _DIRECTORY) != name.endswith('/') or (
                 len(parts) > 1 or kind == _DIRECTORY and name != 'data/' if root
-                else not name.startswith(self.segment.path + '/')):
+                else not (name + '/').startswith(self.segment.path + '/')):
             raise self.odd()
         self.last = parts
+        self.directories += kind == _DIRECTORY
         if kind == _DIRECTORY:
             self.sink.directory(path, exist_ok=path == 'data')  # it may be there with reused partitions
             return
@@ -1111,7 +1158,7 @@ class _Extractor:
 
     def finish(self) -> None:
         s = self.segment
-        if self.left or self.rest or (self.files, self.size) != (s.files, s.size):
+        if self.left or self.rest or not self.directories or (self.files, self.size) != (s.files, s.size):
             raise self.odd()
         if 'sha256:' + self.digests.hexdigest() != s.digest:
             raise Corrupt("the archive is damaged: '%s' is not what its digest promises" % s.path)
@@ -1126,7 +1173,7 @@ class _Extractor:
 
 
 def _octal(field: bytes) -> int:
-    return int(field, 8) if field.isdigit() else -1
+    return int(field, 8) if re.match(rb'[0-7]+\Z', field) else -1
 
 
 def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
@@ -1286,7 +1333,10 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
         target = sink.path(_plain_name(member.linkname))
         if not os.path.isfile(target) or os.path.lexists(sink.path(name)):
             raise Corrupt("the archive holds the hard link '%s' to '%s', which is not in it" % (name, member.linkname))
-        shutil.copy(target, sink.path(name))
+        try:
+            os.link(target, sink.path(name))
+        except OSError:  # no hard links here
+            shutil.copy(target, sink.path(name))
     elif member.isreg() and not member.mode & 0o6000:
         stored = sum(length for _, length in member.sparse) if member.issparse() else member.size
         if member.size > (stored << 10) + (1 << 30):
@@ -1414,7 +1464,10 @@ class _Http:
         proxy = None if self.direct else urllib.request.getproxies().get(scheme)
         if proxy and urllib.request.proxy_bypass(netloc):
             proxy = None
-        via = urlsplit(proxy if '://' in proxy else 'http://' + proxy) if proxy else None
+        try:
+            via = urlsplit(proxy if '://' in proxy else 'http://' + proxy) if proxy else None
+        except ValueError:
+            raise ConfigError('%s_proxy in the environment is no URL; mend it' % scheme) from None
         proxy_headers = {}
         if via and via.username:
             user = '%s:%s' % (unquote(via.username), unquote(via.password or ''))
@@ -1866,6 +1919,8 @@ class _FileRemote:
         if not match:
             raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % _printable(self.url))
         self.root = url2pathname(match.group(1))
+        if '\0' in self.root:
+            raise ConfigError("'%s' cannot be a path" % self.url)
 
     def close(self) -> None:
         pass
@@ -1883,7 +1938,13 @@ class _FileRemote:
             names = [name[:-4] for name in os.listdir(self.root) if name.endswith('.tgz') and _NAME.match(name[:-4])]
         except FileNotFoundError:
             raise NotFound("no directory %s; check the url, or make it with the first push" % self.root) from None
-        return [item for item in map(self.stat, names) if item]
+        found = []
+        for name in names:
+            try:
+                found.append(self.stat(name))
+            except OSError as e:
+                _say('%s: %s', self._path(name), e.strerror, level=30)
+        return [item for item in found if item]
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
@@ -2681,6 +2742,7 @@ class _Home:
                 return False
             except OSError:
                 pass
+            return True
         return time.time() - os.lstat(str(path)).st_mtime < _STALE
 
     def sweep(self) -> None:
@@ -2786,16 +2848,16 @@ def info(name: str, remote: bool = False, config: Optional[Config] = None) -> Di
             raise _not_installed(home, name)
         found = _describe_local(home, name, measure=True)
         root = home.path(name)
-        found.update(meta=_read_meta(root), readme=_read_text(root / 'README.md'))
+        found.update(meta=_read_meta(root), readme=_readme(root))
     if pin and found['digest'] != pin:
         raise _unpinned(name, pin, found['digest'])
     return found
 
 
-def _read_text(path: Path) -> str:
+def _readme(root: Path) -> str:
     try:
-        return path.read_bytes().decode('utf-8', 'replace')
-    except FileNotFoundError:
+        return _read_text(root / 'README.md', _README_LIMIT, 'replace')
+    except (FileNotFoundError, ValueError):
         return ''
 
 
@@ -2829,13 +2891,13 @@ def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Di
         return _summary(found.name, None, None, archive_size=found.size, when=when)
     summary = _summary(found.name, _dataset_digest(segments), segments, archive_size=found.size, when=when,
                        meta=None, readme=None)
-    if readme and segments[0].length <= _README_LIMIT:
+    if readme and max(segments[0].length, segments[0].size) <= _META_LIMIT + _README_LIMIT:
         import tempfile
         with tempfile.TemporaryDirectory() as scratch:
             _download(store, found, segments[:1], Path(scratch), 1)
             root = Path(scratch)
             summary.update(meta=_read_meta(root, "'%s' in %s" % (found.name, store.url)),
-                           readme=_read_text(root / 'README.md'))
+                           readme=_readme(root))
     return summary
 
 
@@ -3296,6 +3358,8 @@ def _parser() -> Any:
 
 def _print(text: str = '') -> None:
     """To stdout, whatever its encoding."""
+    if sys.stdout is None:
+        raise Error('standard output is closed')
     encoding = sys.stdout.encoding or 'utf-8'
     print(text.encode(encoding, 'backslashreplace').decode(encoding))
 
@@ -3303,7 +3367,9 @@ def _print(text: str = '') -> None:
 def _complain(message: object) -> None:
     text = _printable(str(message))
     encoding = getattr(sys.stderr, 'encoding', None) or 'utf-8'
-    print('etc: ' + text.encode(encoding, 'backslashreplace').decode(encoding), file=sys.stderr)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print('etc: ' + text.encode(encoding, 'backslashreplace').decode(encoding), file=sys.stderr)
 
 
 def _size(count: Optional[int]) -> str:
@@ -3389,7 +3455,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error('say what to do; etc -h lists the commands')
     if args.command == 'register':
         words = [word for at, word in enumerate(args.words) if at != 1 or word != 'as' or len(args.words) != 3]
-        if len(words) > 2:
+        if len(words) > 2 or words[1:] == ['as']:
             parser.error('register takes DIR, DIR NAME or DIR as NAME')
         args.directory, args.name = (words + [None])[:2]
     verbose = getattr(args, 'verbose', False)
@@ -3404,7 +3470,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             args.name = name
             try:
                 _run(args, config)
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
             except Error as e:
                 failed = 1
                 _show_error(e, verbose)
@@ -3415,7 +3482,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UnicodeError:
         _complain('the names of partitions must be UTF-8')
         return 1
-    except BrokenPipeError:  # as in `etc ls | head -1`
+    except OSError as e:  # nowhere to print to, as in `etc ls | head -1`
+        if not isinstance(e, BrokenPipeError):
+            _complain('cannot write to standard output: %s' % e.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

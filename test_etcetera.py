@@ -1072,7 +1072,42 @@ class Hostile(Case):
         self.attack(self.entry('data/train/a', kind=S, link='../..'), self.entry('data/train/b', kind=S, link='a/../../victim'))
         for target in ('/etc/passwd', '../../../victim/file', str(self.tmp / 'victim/file'), 'data/train/none'):
             self.attack(self.entry('data/train/h', kind=H, link=target))
+        for count in (60, 1500):
+            self.attack(*[self.entry('data/train/%04d' % n, kind=S, link='%04d' % (n + 1)) for n in range(count)])
+        for target in ('', 'a\0b', '\udcff'):
+            self.attack(self.entry('data/train/l', kind=S, link='x', pax_headers={'linkpath': target} if target else {}))
         self.attack(self.entry('data/train/s', kind=S, link='ok'), self.entry('data/train/h', kind=H, link='data/train/s'))
+
+    def test_depth(self):
+        self.attack(self.entry('data/train/' + 'd/' * 1900 + 'x', b'x'))
+        self.attack(self.entry('data/train/' + 'd/' * 300, kind=tarfile.DIRTYPE))
+
+    def test_webs_of_links(self):
+        root = write(self.tmp / 'web', {'data/p%02d/%s' % (n, side): ('->', '../p%02d' % (n + 1)) for n in range(30) for side in 'ab'})
+        write(root, {'data/p30/x': 'x'})
+        limit, etc._FOLLOWED = etc._FOLLOWED, 20000
+        self.addCleanup(setattr, etc, '_FOLLOWED', limit)
+        self.etc('register', root, 'W')
+        self.assertIn('ever more files', self.etc('push', 'W', status=1)[1])
+
+    def test_indexes_that_take_memory(self):
+        for text in (b'[' + b'[],' * 4000000 + b'1]', b'{"etcetera":' + b'1' * 1000000 + b'}', b'[' * 100000, b'{"etcetera":2.5}',
+                     b'{"etcetera":1}', b'[]', b'null', b'\xff'):
+            blocks = etc._compress(6, bytes(1024))
+            steps = [text[n:n + 8000] for n in range(0, len(text), 8000)]
+            archive = blocks + b''.join(etc._member(b'ei', step) + etc._EMPTY for step in steps)
+            self.pull_indexed(archive + etc._member(b'ef', struct.pack('<Q', len(blocks))) + etc._EMPTY)
+
+    def test_large_meta(self):
+        root = write(self.tmp / 'ds', {'data/train/x': 'x', 'README.md': b'r' * (3 * MIB)})
+        self.etc('register', root, 'X')
+        self.assertEqual(len(etc.info('X', config=self.config())['readme']), MIB)
+        write(root, {'meta.json': b'{' + b' ' * (17 * MIB) + b'}'})
+        self.assertIn('meta.json', self.etc('push', 'X', status=1)[1])
+        if hasattr(os, 'mkfifo'):
+            (root / 'meta.json').unlink()
+            os.mkfifo(str(root / 'meta.json'))
+            self.assertIn('meta.json', self.etc('push', 'X', status=1)[1])
 
     def test_kinds_and_duplicates(self):
         for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
@@ -1126,7 +1161,10 @@ class Hostile(Case):
                 top + file('data/train/x', b'2', link='../../../victim'), top + file('data/train/x', b'2', link='/etc/passwd'),
                 top + file('data/train/x', b'2', link='gone'), top + file('data/train/x', b'2', link='../../data'),
                 top + file('data/train/d/', b'0'), top + file('data/train/d', b'5', 0o755),
-                top + file('data/train/l', b'2', link='./x') + file('data/train/x'),
+                top + file('data/train/l', b'2', link='./x') + file('data/train/x'), b'', top + file('data/train/x', link='y'),
+                top + etc._ustar(b'data/train/x', b'0', 0o644, -1, b'', etc._MTIME), top + file('data/train/x', b'2', link='a\0b'),
+                top + b''.join(file('data/train/%03d' % n, b'2', link='%03d' % (n + 1)) for n in range(50)) + file('data/train/050'),
+                top + file('data/train/' + 'd/' * 300 + 'x'),
                 top + file('data/train/l', b'2', link='x/../x') + file('data/train/x'),
                 top + bytes(512), top + noise(512), top + file('data/train/' + 'p' * 200)[:-512],
                 top + b'x'.join([file('data/train/' + 'p' * 200)[:600], file('data/train/' + 'p' * 200)[601:]])):
@@ -2608,6 +2646,14 @@ class Install(S3Case):
         self.etc('purge', 'X')
         self.assertEqual(list((self.tmp / 'home/.etcetera/receipts').iterdir()), [])
 
+    def test_live_staging_stays_however_old(self):
+        staging = self.tmp / 'home/.etcetera/staging' / ('X@%s@%d@aa' % (etc._host(), os.getpid()))
+        staging.mkdir(parents=True)
+        os.utime(str(staging), (1, 1))
+        self.etc('create', 'Y')
+        self.assertTrue(staging.exists())
+        staging.rmdir()
+
     def test_stale_staging_goes_and_live_staging_stays(self):
         staging = self.tmp / 'home/.etcetera/staging'
         host = etc._host()
@@ -2662,6 +2708,21 @@ class Program(Case):
         self.assertEqual(process.stderr.read(), b'')
         process.stderr.close()
         process.wait()
+        if os.path.exists('/dev/full'):
+            with open('/dev/full', 'wb') as full:
+                process = subprocess.Popen([sys.executable, SCRIPT, 'ls'], stdout=full, stderr=subprocess.PIPE)
+                self.assertRegex(process.communicate()[1].decode(), r'\Aetc: cannot write to standard output: .*\n\Z')
+        process = subprocess.Popen(['sh', '-c', '"%s" "%s" ls >&-' % (sys.executable, SCRIPT)], stderr=subprocess.PIPE)
+        self.assertEqual(process.communicate()[1].decode(), 'etc: standard output is closed\n')
+
+    def test_odd_surroundings(self):
+        for env, word in ((dict(os.environ, HOME=''), 'home directory'), (dict(os.environ, ETC_HOME='rel'), 'current directory')):
+            cwd = self.tmp / 'gone'
+            cwd.mkdir()
+            command = 'rmdir "%s" && "%s" "%s" ls' % (cwd, sys.executable, SCRIPT)
+            process = subprocess.Popen(['sh', '-c', command], cwd=str(cwd), env=env, stderr=subprocess.PIPE)
+            err = process.communicate()[1].decode()
+            self.assertTrue(err.startswith('etc: ') and word in err and process.returncode == 1, err)
 
     def test_flat_directories_take_little_memory(self):
         if not sys.platform.startswith('linux'):
