@@ -1085,7 +1085,7 @@ class Hostile(Case):
     def test_webs_of_links(self):
         root = write(self.tmp / 'web', {'data/p%02d/%s' % (n, side): ('->', '../p%02d' % (n + 1)) for n in range(30) for side in 'ab'})
         write(root, {'data/p30/x': 'x'})
-        limit, etc._FOLLOWED = etc._FOLLOWED, 20000
+        limit, etc._FOLLOWED = etc._FOLLOWED, 2000
         self.addCleanup(setattr, etc, '_FOLLOWED', limit)
         self.etc('register', root, 'W')
         self.assertIn('ever more files', self.etc('push', 'W', status=1)[1])
@@ -2728,11 +2728,11 @@ class Program(Case):
         if not sys.platform.startswith('linux'):
             return
         root = write(self.tmp / 'ds', {'data/train': None})
-        for number in range(150000):
+        for number in range(60000):
             os.close(os.open(str(root) + '/data/train/%06d' % number, os.O_CREAT | os.O_WRONLY))
         code = 'import sys; sys.path.insert(0, %r); import etcetera as e; n = sum(1 for b in e._blocks(e._segments(%r))); ' \
                'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])' % (str(HERE), str(root))
-        self.assertLess(int(self.run_(sys.executable, '-c', code)), 80 * 1024)
+        self.assertLess(int(self.run_(sys.executable, '-c', code)), 56 * 1024)
 
     def test_import_is_light(self):
         heavy = ('ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
@@ -2769,7 +2769,7 @@ class Program(Case):
     def test_memory_is_flat(self):
         root = write(self.tmp / 'ds', {'data/train/x': None})
         with open(str(root / 'data/train/x/zeros'), 'wb') as file:
-            file.truncate(600 * MIB)
+            file.truncate(300 * MIB)
         url = (self.tmp / 'share').as_uri()
         code = 'import sys; sys.path.insert(0, %r); import etcetera; status = etcetera.main(sys.argv[1:]); ' \
                'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]); sys.exit(status)' % str(HERE)
