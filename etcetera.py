@@ -818,7 +818,7 @@ _HEADER = len(_GZIP) + 2 + 4 + 4  # bytes before a block's deflate stream
 _LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes in each 16 KiB or more
 _FOOTER = 34
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
-_RANGE = 4 << 20  # bytes fetched by one request
+_RANGE = 3 << 20  # bytes fetched by one request
 _TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # enough for some 80,000 partitions
@@ -1707,7 +1707,8 @@ def _google_token(info: Dict[str, Any], http: '_Http', scope: str, path: str) ->
                 'grant_type': 'refresh_token', 'client_id': info['client_id'],
                 'client_secret': info['client_secret'], 'refresh_token': info['refresh_token']})
         source = info.get('credential_source')
-        if kind == 'external_account' and isinstance(source, dict) and ('file' in source or 'url' in source):
+        if kind == 'external_account' and isinstance(source, dict) and (
+                'file' in source or 'url' in source and 'environment_id' not in source):  # that would be AWS's
             return _google_exchange(info, source, http, scope)
         if kind == 'impersonated_service_account':
             token, _ = _google_token(info['source_credentials'], http, _GOOGLE_PLATFORM, path)

@@ -6,7 +6,6 @@ real peers (see [options.extras_require] test in setup.cfg) are skipped without 
 skipped where ETC_TEST_REQUIRE_PEERS=1.
 """
 
-import collections
 import contextlib
 import glob
 import hashlib
@@ -2223,7 +2222,9 @@ class GoogleCredentials(GsCase):
     def test_what_cannot_be_used(self):
         for info in ([], {}, 'x', {'type': 'authorized_user'}, {'type': 'service_account'}, {'type': 'external_account'},
                      {'type': 'impersonated_service_account', 'source_credentials': 5},
-                     {'type': 'external_account', 'credential_source': {'executable': {'command': 'x'}}}, {'type': '\x1b[31m'}):
+                     {'type': 'external_account', 'credential_source': {'executable': {'command': 'x'}}},
+                     {'type': 'external_account', 'audience': 'a', 'subject_token_type': 't', 'token_url': self.tokens.url,
+                      'credential_source': {'environment_id': 'aws1', 'url': self.tokens.url}}, {'type': '\x1b[31m'}):
             self.use(info)
             err = self.etc('ls', '-r', status=1)[1]
             self.assertIn('key.json', err)
@@ -2739,6 +2740,12 @@ class Program(Case):
                  'logging', 'socket', 'email', 'configparser', 'ctypes')
         code = 'import sys; before = set(sys.modules); import etcetera; print(sorted(set(%r) & (set(sys.modules) - before)))'
         self.assertEqual(self.run_(sys.executable, '-c', code % (heavy,), cwd=str(HERE)), '[]\n')
+
+    def test_no_library_of_a_cloud_is_loaded(self):
+        code = 'import sys; sys.path.insert(0, %r); import etcetera; etcetera.main(sys.argv[1:]); ' \
+               'print([m for m in sys.modules if m.startswith(("google", "boto"))])' % str(HERE)
+        (self.tmp / 'share').mkdir()
+        self.assertEqual(self.run_(sys.executable, '-c', code, '--url', (self.tmp / 'share').as_uri(), 'ls', '-r'), '[]\n')
 
     def test_public_names(self):
         for name in etc.__all__:
