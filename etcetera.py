@@ -2992,8 +2992,8 @@ def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequen
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
-            raise UnknownPartition("no partition '%s' in %s%s; it has: %s"
-                                   % (partition, name, _did_you_mean(partition, known), ', '.join(known)))
+            raise UnknownPartition("no partition '%s' in %s (it has: %s)%s"
+                                   % (partition, name, ', '.join(known), _did_you_mean(partition, known)))
     return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
 
 
