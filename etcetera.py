@@ -2611,7 +2611,7 @@ class _Home:
             raise NotFound("the directory that '%s' was registered for is gone (%s); 'etc purge %s' forgets it"
                            % (name, os.readlink(str(path)), name))
         receipt = self.receipt(name)
-        if receipt and not receipt['digest']:
+        if receipt and not receipt.get('digest'):
             found = {segment.path: segment.digest for segment in _digest_segments(path)}
             if found == {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}:
                 receipt['digest'] = _dataset_digest(receipt['segments'])
@@ -3288,7 +3288,7 @@ def verify(name: str, config: Optional[Config] = None) -> str:
         promised = {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}
         wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
         if wrong:
-            remedy = "'etc pull -f %s' mends it" % name if receipt['version'] else 'register it again'
+            remedy = "'etc pull -f %s' mends it" % name if receipt.get('version') else 'register it again'
             raise Corrupt("'%s' is not what was installed: %s differ%s; %s"
                           % (name, ', '.join(wrong), 's' * (len(wrong) == 1), remedy))
         digest = _dataset_digest(receipt['segments'])
