@@ -476,6 +476,12 @@ def _stat(name: str, path: str) -> os.stat_result:
     return status
 
 
+def _relative(name: str, target: str) -> str:
+    """The shortest relative target that a link at `name` can have to where `target` leads, going by names."""
+    base = '/' + posixpath.dirname(name)
+    return posixpath.relpath(posixpath.join(base, target), base)
+
+
 def _kept_link(root: _Path, name: str, segment: str) -> str:
     """The target of the link `name`, if it can stay a link in this segment; else ''.
 
@@ -493,7 +499,7 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
     inside = '/' not in meant if segment == '.' else (meant + '/').startswith(segment + '/')
     if not inside or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
         return ''
-    return posixpath.relpath('/' + meant, '/' + base)
+    return _relative(name, target)
 
 
 def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
@@ -543,7 +549,7 @@ def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> _Listing:
     names, links = _scan(root)
     others = [name for name in names if name != 'data' and stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)]
     partitions = ['data/' + name for name in _scan(_join(root, 'data'))[0]]
-    own = [name for name in names if name not in set(others)]
+    own = sorted(set(names) - set(others))
     for path, inside in [('.', own)] + [(name, [name]) for name in others + partitions]:
         if only is None or path in only:
             yield _Segment(path), _entries(root, inside, links, path)
@@ -973,12 +979,6 @@ def _is_safe(name: str) -> bool:
 
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
-
-
-def _relative(name: str, target: str) -> str:
-    """The shortest relative target that a link at `name` can have to where `target` leads, going by names."""
-    base = '/' + posixpath.dirname(name)
-    return posixpath.relpath(posixpath.join(base, target), base)
 
 
 class _Sink:
@@ -2149,7 +2149,7 @@ class _S3Remote:
         headers = {'Content-Type': 'application/gzip'}
         if self.public:
             headers['x-amz-acl'] = 'public-read'
-        parts = iter(_parts(chunks, size))
+        parts = _parts(chunks, size)
         first, second = next(parts, []), next(parts, None)
         if second is None:
             self._finish('PUT', name, {}, headers, first, exclusive)
@@ -3250,7 +3250,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
     name, pin = _parse_name(name)
     if pin:
         raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
-    _check_partitions(partitions)
+    _check_partitions(partitions or ())
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or partition == '.':
             raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % partition)
@@ -3357,20 +3357,22 @@ def _parser() -> Any:
     return parser
 
 
+def _encodable(text: str, stream: Any) -> str:
+    encoding = getattr(stream, 'encoding', None) or 'utf-8'
+    return text.encode(encoding, 'backslashreplace').decode(encoding)
+
+
 def _print(text: str = '') -> None:
     """To stdout, whatever its encoding."""
     if sys.stdout is None:
         raise Error('standard output is closed')
-    encoding = sys.stdout.encoding or 'utf-8'
-    print(text.encode(encoding, 'backslashreplace').decode(encoding))
+    print(_encodable(text, sys.stdout))
 
 
 def _complain(message: object) -> None:
-    text = _printable(str(message))
-    encoding = getattr(sys.stderr, 'encoding', None) or 'utf-8'
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print('etc: ' + text.encode(encoding, 'backslashreplace').decode(encoding), file=sys.stderr)
+            print('etc: ' + _encodable(_printable(str(message)), sys.stderr), file=sys.stderr)
 
 
 def _size(count: Optional[int]) -> str:

@@ -172,6 +172,8 @@ class Case(unittest.TestCase):
         env = dict(os.environ, **{'AWS_' + k[4:].upper(): v for k, v in self.settings.items() if k.startswith('aws_')})
         if self.settings.get('endpoint_url'):
             env['AWS_ENDPOINT_URL'] = self.settings['endpoint_url']
+        if os.name == 'posix':  # Ctrl-C shall reach it even where the tests run in the background, and ignore it
+            kwargs['preexec_fn'] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command + [str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env=env, **kwargs)
 
@@ -626,6 +628,9 @@ class Datasets(Case):
             self.etc('create', 'Bad', bad, status=1)
         with self.assertRaises(etc.InvalidDataset):
             etc.create('Bad', 'train', config=self.config())
+        for nothing in ((), None):
+            with self.assertRaises(etc.InvalidDataset):
+                etc.create('Bad', nothing, config=self.config())
 
     def test_register_what_is_installed(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
@@ -2076,6 +2081,10 @@ class GoogleCredentials(GsCase):
         self.settings['google_credentials'] = str(self.tmp / 'key.json')
         (self.tmp / 'key.json').write_text(json.dumps(info))
 
+    def user(self, **more):
+        return dict({'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r',
+                     'token_uri': self.tokens.url}, **more)
+
     def works(self):
         self.assertEqual(self.etc('ls', '-r')[0], '')
 
@@ -2093,8 +2102,7 @@ class GoogleCredentials(GsCase):
         self.assertNotIn('se+cret', err)
 
     def test_renewed_when_refused_and_before_it_expires(self):
-        self.use({'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r',
-                  'token_uri': self.tokens.url})
+        self.use(self.user())
         tokens = iter(['old', 'ya29.token'])
         self.tokens.respond = lambda h, form: {'access_token': next(tokens), 'expires_in': 3600}
         self.works()
@@ -2181,9 +2189,8 @@ class GoogleCredentials(GsCase):
             return {'accessToken': 'ya29.token', 'expireTime': '2099-01-01T00:00:00Z'} if right else 'no'
         self.tokens.respond = respond
         self.use({'type': 'impersonated_service_account', 'delegates': ['d'],
-                  'service_account_impersonation_url': self.tokens.url + '/sa', 'source_credentials': {
-                      'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r',
-                      'token_uri': self.tokens.url + '/token'}})
+                  'service_account_impersonation_url': self.tokens.url + '/sa',
+                  'source_credentials': self.user(token_uri=self.tokens.url + '/token')})
         self.works()
 
     def test_metadata_server(self):
@@ -2201,8 +2208,7 @@ class GoogleCredentials(GsCase):
 
     def test_places(self):
         self.respond({'refresh_token': 'right'})
-        info = {'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'token_uri': self.tokens.url}
-        right, wrong = json.dumps(dict(info, refresh_token='right')), json.dumps(dict(info, refresh_token='wrong'))
+        right, wrong = json.dumps(self.user(refresh_token='right')), json.dumps(self.user(refresh_token='wrong'))
         self.assertIn('no credentials were found', self.etc('ls', '-r', status=1)[1])
         well_known = write(self.tmp, {'.config/gcloud/application_default_credentials.json': right}) / '.config/gcloud'
         if os.name != 'nt':
@@ -2231,8 +2237,7 @@ class GoogleCredentials(GsCase):
             self.assertNotIn('\x1b', err)
 
     def test_nothing_is_sent_elsewhere(self):
-        self.use({'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r',
-                  'token_uri': self.tokens.url})
+        self.use(self.user())
         other = Server(GsHandler)
         self.addCleanup(other.stop)
         other.cuts, other.token = [], None
