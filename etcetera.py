@@ -1433,12 +1433,12 @@ class _Http:
         reusable = False
         try:
             try:
-                response = _ask(connection, method, target, headers, body)
+                response = self._ask(connection, method, target, headers, body)
             except (ConnectionError, http.client.BadStatusLine):
                 if not kept or self.closed:
                     raise
                 connection.close()  # the server had closed the kept connection meanwhile
-                response = _ask(connection, method, target, headers, body)
+                response = self._ask(connection, method, target, headers, body)
             known = response.length is not None and response.length <= limit
             data = response.read() if known else response.read(limit + 1)
             if len(data) > limit:
@@ -1452,6 +1452,17 @@ class _Http:
                 self.idle[parts.scheme, parts.netloc].append(connection)
             else:
                 connection.close()
+
+    def _ask(self, connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
+        import http.client
+        if connection.sock is None:
+            connection.connect()
+        if self.closed:  # close() may have looked before the socket was there
+            raise http.client.HTTPException('interrupted')
+        # a server may answer, and close, before it has read all
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(method, target, iter(body) if body else None, headers)
+        return connection.getresponse()
 
     def _connect(self, scheme: str, netloc: str) -> Tuple[Any, bool, Optional[Dict[str, str]]]:
         """A connection, whether it has been used before, and the headers for a proxy that forwards plain requests."""
@@ -1484,6 +1495,7 @@ class _Http:
                 connection.set_tunnel(netloc, headers=proxy_headers)
         else:
             connection = http.client.HTTPConnection(address, timeout=self.timeout)
+        connection.auto_open = 0  # only _ask() connects
         return connection, False, plain
 
 
@@ -1491,15 +1503,6 @@ def _pause(failures: int) -> None:
     """Exponential backoff with jitter: about 0.4, 0.8, 1.5, 3 seconds."""
     import random
     time.sleep(random.uniform(0.5, 1) * 0.25 * 2 ** failures)
-
-
-def _ask(connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
-    if connection.sock is None:
-        connection.connect()
-    # a server may answer, and close, before it has read all
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.request(method, target, iter(body) if body else None, headers)
-    return connection.getresponse()
 
 
 def _tls(ca_bundle: Optional[str]) -> Any:
