@@ -11,6 +11,7 @@ its largest process.
 """
 
 import argparse
+import glob
 import os
 import random
 import shutil
@@ -30,19 +31,23 @@ ROWS = ('text', 'jpeg', 'tiny')
 
 
 def make_data(root, row):
-    """text: 512 files of 1 MiB that compress well; jpeg: 4,096 of 128 KiB that do not; tiny: 60,000 of 784 bytes."""
-    rng = random.Random(1)
+    """text: 512 files of 1 MiB of Python source; jpeg: 4,096 of 128 KiB of noise; tiny: 60,000 of 784 bytes of it."""
     os.makedirs(root + '/data/train')
     if row == 'text':
-        words = [('%x' % rng.getrandbits(rng.randrange(4, 24))).encode() for _ in range(2000)]
-        pages = [b' '.join(rng.choice(words) for _ in range(220000))[:1 << 20] for _ in range(16)]
+        rng = random.Random(1)
+        text = b''.join(map(read, sorted(glob.glob(os.path.dirname(os.__file__) + '/*.py'))))
         for number in range(512):
-            page, cut = pages[number % 16], rng.randrange(1 << 20)
-            write('%s/data/train/%04d.txt' % (root, number), page[cut:] + page[:cut])
+            start = rng.randrange(len(text) - (1 << 20))
+            write('%s/data/train/%04d.txt' % (root, number), text[start:start + (1 << 20)])
     else:
         count, size = {'jpeg': (4096, 131072), 'tiny': (60000, 784)}[row]
         for number in range(count):
             write('%s/data/train/%05d.bin' % (root, number), os.urandom(size))
+
+
+def read(path):
+    with open(path, 'rb') as file:
+        return file.read()
 
 
 def write(path, data):

@@ -32,6 +32,7 @@ import time
 import unittest
 import urllib.parse
 import zlib
+from hashlib import md5
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -1166,7 +1167,7 @@ class Hostile(Case):
                 top + file('data/train/x', b'2', link='gone'), top + file('data/train/x', b'2', link='../../data'),
                 top + file('data/train/d/', b'0'), top + file('data/train/d', b'5', 0o755),
                 top + file('data/train/l', b'2', link='./x') + file('data/train/x'), b'', top + file('data/train/x', link='y'),
-                top + etc._ustar(b'data/train/x', b'0', 0o644, -1, b'', etc._MTIME), top + file('data/train/x', b'2', link='a\0b'),
+                top + etc._ustar(b'data/train/x', b'0', 0o644, -1), top + file('data/train/x', b'2', link='a\0b'),
                 top + b''.join(file('data/train/%03d' % n, b'2', link='%03d' % (n + 1)) for n in range(50)) + file('data/train/050'),
                 top + file('data/train/' + 'd/' * 300 + 'x'),
                 top + file('data/train/l', b'2', link='x/../x') + file('data/train/x'),
@@ -1207,7 +1208,7 @@ class Hostile(Case):
         digest = 'sha256:' + '0' * 64
         segments = [etc._Segment('.', 0, len(first), 0, 0, 'sha256:' + hashlib.sha256(hashlib.sha256(
             etc._header('data/', b'5', 0o755, 0, '')).digest()).hexdigest()), etc._Segment('data/x', len(first), len(block), 1, 1, digest)]
-        self.assertIn('not as long', self.pull_indexed(first + block + etc._index(segments, len(first + block))))
+        self.assertIn('not hold what', self.pull_indexed(first + block + etc._index(segments, len(first + block))))
 
     def test_one_flipped_byte(self):
         root = write(self.tmp / 'ds', {'data/train/a': 'text ' * 3000, 'data/train/n': noise(70000), 'data/test/b': 'b' * 500, 'README.md': 'r'})
@@ -1848,7 +1849,7 @@ class GsHandler(S3Handler):
         data, generation, headers = self.server.objects[name]
         import base64
         return {'name': name, 'size': str(len(data)), 'generation': generation, 'updated': '2024-05-06T07:08:09.123Z',
-                'md5Hash': base64.b64encode(hashlib.md5(data).digest()).decode()}
+                'md5Hash': base64.b64encode(md5(data).digest()).decode()}
 
     def list(self):
         prefix, after = self.query.get('prefix', ''), self.query.get('pageToken', '')
@@ -2003,10 +2004,9 @@ class GsRemote(RemoteSuite, GsCase):
 
         def no_md5(*args, **kwargs):
             raise ValueError('disabled for FIPS')
-        handler_md5, etc.hashlib = etc.hashlib.md5, type('H', (), {'sha256': staticmethod(hashlib.sha256), 'md5': no_md5})
-        self.addCleanup(setattr, etc, 'hashlib', hashlib)
+        self.addCleanup(setattr, hashlib, 'md5', hashlib.md5)
+        hashlib.md5 = no_md5  # the server has its own
         self.etc('push', 'X')
-        self.assertIsNotNone(handler_md5)
 
     def test_odd_prefix(self):
         self.url = 'gs://bucket/a b/+~\u00e9/(x)'
