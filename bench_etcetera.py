@@ -25,18 +25,25 @@ import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SCRIPT = os.path.join(HERE, 'etcetera.py')
+ETC = sys.executable + ' -m etcetera'  # as the installed command does, it finds the module compiled
 KEY, SECRET = 'AKIDBENCH', 'secretbench'
 ROWS = ('text', 'jpeg', 'tiny')
 
 
 def make_data(root, row):
-    """text: 512 files of 1 MiB of Python source; jpeg: 4,096 of 128 KiB of noise; tiny: 60,000 of 784 bytes of it."""
+    """text: 512 files of 1 MiB, in turn source code, JSON records and words in random order; jpeg: 4,096 of 128 KiB of
+    noise; tiny: 60,000 of 784 bytes of it."""
     os.makedirs(root + '/data/train')
     if row == 'text':
         rng = random.Random(1)
-        text = b''.join(map(read, sorted(glob.glob(os.path.dirname(os.__file__) + '/*.py'))))
+        source = b''.join(map(read, sorted(glob.glob(os.path.dirname(os.__file__) + '/*.py'))))
+        lines = ('{"id": %d, "user": "u%05d", "level": "%s", "score": %.4f, "text": "request took %d ms"}\n' % (
+            number, rng.randrange(50000), rng.choice(['info', 'debug', 'warning']), rng.gauss(0, 1), rng.randrange(10000))
+            for number in range(100000))
+        records = ''.join(lines).encode()
+        prose = b' '.join(rng.choices(source.split(), k=2000000))
         for number in range(512):
+            text = (source, records, prose)[number % 3]
             start = rng.randrange(len(text) - (1 << 20))
             write('%s/data/train/%04d.txt' % (root, number), text[start:start + (1 << 20)])
     else:
@@ -174,13 +181,14 @@ def main():
     try:
         rows = options.rows.split(',')
         url = 'http://127.0.0.1:%d' % port
-        env = dict(os.environ, HOME=work, AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
+        env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
                    AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url, ETC_URL='s3://bucket', ETC_HOME=work + '/home')
+        env.pop('PYTHONDONTWRITEBYTECODE', None)
         print('Python %s, %d cores, %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname())))
         for row in ROWS:
             if row in rows or row == 'text' and 'latency' in rows:
                 make_data('%s/%s' % (work, row), row)
-                run('%s %s -q register %s/%s %s' % (sys.executable, SCRIPT, work, row, row), env)
+                run('%s -q register %s/%s %s' % (ETC, work, row, row), env)
             if row in rows:
                 bench_row(work, row, env, options.runs)
         if 'latency' in rows:
@@ -193,7 +201,7 @@ def main():
 
 
 def bench_row(work, row, env, runs):
-    source, ours = '%s/%s' % (work, row), '%s %s -q' % (sys.executable, SCRIPT)
+    source, ours = '%s/%s' % (work, row), ETC + ' -q'
     s5cmd, aws, rapidgzip = find('s5cmd'), find('aws'), find('rapidgzip')
     pack = 'tar cf - -C %s .' % source
     push = {'etcetera': '%s push -f %s' % (ours, row)}
@@ -229,21 +237,20 @@ def bench_row(work, row, env, runs):
 
 def bench_latency(work, env, port, runs):
     """A pull over connections of 20 MB/s with 50 ms of delay."""
-    command = '%s %s -q' % (sys.executable, SCRIPT)
-    run('%s push -f text' % command, env)
+    run(ETC + ' -q push -f text', env)
     env = dict(env, AWS_ENDPOINT_URL='http://127.0.0.1:%d' % slow_proxy(port))
     for count in (1, 8):
         with open('%s/%d.yaml' % (work, count), 'w') as file:
             file.write('connections: %d\n' % count)
-    contestants = {name: '%s --config %s/%d.yaml --home %s/out pull text' % (command, work, count, work)
+    contestants = {name: '%s -q --config %s/%d.yaml --home %s/out pull text' % (ETC, work, count, work)
                    for name, count in (('etcetera', 8), ('etcetera, connections: 1', 1))}
     table('latency', measure(contestants, env, runs, after=lambda name: shutil.rmtree(work + '/out')))
 
 
 def bench_start(env, runs):
     python = sys.executable
-    table('start', measure({'etcetera': '%s %s ls' % (python, SCRIPT),
-                            'python3 -c "import etcetera"': 'cd %s; %s -c "import etcetera"' % (HERE, python),
+    table('etc ls', measure({'etcetera': ETC + ' ls',
+                            'python3 -c "import etcetera"': python + ' -c "import etcetera"',
                             'python3 -c pass': '%s -c pass' % python}, env, runs))
 
 

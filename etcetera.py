@@ -488,7 +488,7 @@ def _stat(name: str, path: str) -> os.stat_result:
         if e.errno != errno.ELOOP:
             raise
         raise InvalidDataset("'%s' is a link that leads back to itself; mend or remove it" % name) from None
-    if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise InvalidDataset("'%s' is neither a file nor a directory; remove it" % name)
     return status
 
@@ -521,11 +521,11 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
 
 def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
     """Everything at and below `names`, a directory before its contents."""
-    levels = [('', list(names)[::-1], links, False)]  # names yet to come are taken off the end
+    levels = [('', _join(root, ''), list(names)[::-1], links, False)]  # names yet to come are taken off the end
     above = []  # type: List[Tuple[int, int]]
     followed = 0
     while levels:
-        prefix, rest, links, through_link = levels[-1]
+        prefix, place, rest, links, through_link = levels[-1]
         if not rest:
             levels.pop()
             del above[-1:]
@@ -535,7 +535,7 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
         followed += through_link
         if followed > _FOLLOWED or len(levels) > _DEPTH:
             raise InvalidDataset("links lead to ever more files at '%.300s', or it is too deep; remove links" % name)
-        path = _join(root, name)
+        path = place + _to_os(own)
         status = _stat(name, path)
         directory = stat.S_ISDIR(status.st_mode)
         link = ''
@@ -555,7 +555,7 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
                 raise InvalidDataset("'%s' is a link to a directory above it; remove it" % name)
             above.append(identity)
             inner, links = _scan(path)
-            levels.append((name + '/', inner[::-1], links, through_link or is_link))
+            levels.append((name + '/', path + os.sep, inner[::-1], links, through_link or is_link))
 
 
 _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
@@ -858,7 +858,7 @@ _LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes
 _FOOTER = 34
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 _LARGE = 32768  # bytes of a file that are worth another thread to write them
-_RANGE = 3 << 20  # bytes fetched by one request
+_RANGE = 6 << 20  # bytes fetched by one request, at most
 _TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # enough for some 80,000 partitions
@@ -894,7 +894,7 @@ def _effort(level: int, payload: bytes) -> Tuple[int, int]:
     if not level or len(payload) <= 65536:
         return level, zlib.Z_DEFAULT_STRATEGY
     step = len(payload) // 4
-    samples = b''.join(payload[start:start + 4096] for start in range(step // 2, len(payload), step))
+    samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
     if len(_deflate(samples, level)) > 0.97 * len(samples):
         return 0, zlib.Z_DEFAULT_STRATEGY
     dense = re.sub(b'\0{8,}', b'', samples)
@@ -2531,15 +2531,16 @@ def _s3_error(reply: _Reply) -> Tuple[str, str]:
 
 def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
     """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
-    part, left = [], size  # type: List[bytes], int
+    part, left = [], size  # type: List[Any], int
     for chunk in chunks:
-        while len(chunk) >= left:
-            part.append(chunk[:left])
+        rest = memoryview(chunk)
+        while len(rest) >= left:
+            part.append(rest[:left])
             yield part
-            chunk, part, left = chunk[left:], [], size
-        if chunk:
-            part.append(chunk)
-            left -= len(chunk)
+            rest, part, left = rest[left:], [], size
+        if rest:
+            part.append(rest)
+            left -= len(rest)
     if part:
         yield part
 
@@ -2617,11 +2618,12 @@ def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, 
             yield at, min(at + step, stop)
 
 
-def _fetch(remote: _Remote, found: _Object, spans: Iterable[Tuple[int, int]], pool: Any, connections: int,
+def _fetch(remote: _Remote, found: _Object, spans: Sequence[Tuple[int, int]], pool: Any, connections: int,
            ) -> Generator[bytes, None, None]:
     """The bytes of some spans of an object, one after the other, fetched in parallel."""
-    ahead = min(2 * connections, max(connections, _IN_FLIGHT // _RANGE))  # so that no connection waits for a consumer
-    return _ordered(pool, lambda span: remote.read(found, *span), _ranges(spans, _RANGE), ahead)
+    step = max(1 << 20, min(_RANGE, sum(stop - start for start, stop in spans) // (2 * connections)))
+    ahead = min(2 * connections, max(connections, _IN_FLIGHT // step))  # so that no connection waits for a consumer
+    return _ordered(pool, lambda span: remote.read(found, *span), _ranges(spans, step), ahead)
 
 
 def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
