@@ -40,6 +40,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    NamedTuple,
     Optional,
     Sequence,
     Set,
@@ -1635,26 +1636,389 @@ def _xml(body: bytes) -> Any:
     return root
 
 
+def _check_endpoint(url: str) -> str:
+    if url and not re.match(r'https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#\s]*)?\Z', url, re.ASCII):
+        raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _printable(url))
+    return url.rstrip('/')
+
+
+def _http_time(text: str) -> float:
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _timestamp(text: str) -> float:
+    """Unix time of an ISO 8601 UTC time, as S3 lists it; 0 if it is none."""
+    from calendar import timegm
+    try:
+        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S')))
+    except ValueError:
+        return 0.0
+
+
+def _json_object(reply: _Reply) -> Dict[str, Any]:
+    """The object that an answer holds; {} if it holds none."""
+    try:
+        answer = json.loads(reply.body.decode('utf-8'))
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+class _Renewed:
+    """Something that must be fetched anew before it expires; threads share it."""
+
+    def __init__(self, fetch: Callable[[], Tuple[Any, float]]) -> None:
+        """fetch: gives the thing, or None if there is none, and the unix time until when it lives."""
+        import threading
+        self.fetch = fetch
+        self.lock = threading.Lock()
+        self.value = None  # type: Any
+        self.expires = 0.0
+
+    def get(self) -> Any:
+        with self.lock:
+            if time.time() > self.expires - 120:
+                self.value, self.expires = self.fetch()
+            return self.value
+
+    def renew(self, used: Any) -> None:
+        """Forget what a refused request carried."""
+        with self.lock:
+            if used == self.value:
+                self.expires = 0
+
+
 # ---------------------------------------------------------------------------------------
 # AWS: credentials and signatures
 # ---------------------------------------------------------------------------------------
 
-class _AwsCredentials:
-    def __init__(self, access_key: str, secret_key: str, token: Optional[str] = None) -> None:
-        self.access_key = access_key
-        self.secret_key = secret_key
-        self.token = token
+_AwsSections = Dict[Tuple[str, str], Dict[str, str]]
+_AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
+_AWS_REGION = re.compile(r'[\w.-]+\Z', re.ASCII)  # other stores have names of their own
+_AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
+                 'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
+_AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')  # and https, and loopback
 
 
-def _aws_profile(config: Config) -> Dict[str, str]:
-    """The chosen profile of ~/.aws/config and ~/.aws/credentials, which wins where both have a key."""
+class _AwsKeys(NamedTuple):
+    access_key: str
+    secret_key: str
+    token: Optional[str] = None
+    expires: float = 1e12  # unix time
+    source: str = ''  # where they were found, for people
+
+
+class _Aws:
+    """Whom AWS's own tools would act as here: https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html
+
+    Keys are kept until they expire. region: where to sign for and to ask for keys, if nothing else is said.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.sections = _aws_sections()
+        self.name = (config.aws_profile or os.environ.get('AWS_PROFILE') or os.environ.get('AWS_DEFAULT_PROFILE')
+                     or 'default')
+        self.profile = self._profile(self.name, 'check aws_profile and $AWS_PROFILE')
+        self.region = (config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
+                       or self.profile.get('region') or 'us-east-1')
+        if not _AWS_REGION.match(self.region):
+            raise ConfigError("'%s' is no region; check 'region', $AWS_REGION and the AWS profile" % self.region)
+        self.http = _Http(config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or self.profile.get('ca_bundle'))
+        self.skew = 0.0  # seconds that the services' clock is ahead of ours
+        self.library = None  # type: Any
+        self._keys = _Renewed(self._find)
+
+    def keys(self) -> Optional[_AwsKeys]:
+        """Those to sign with now; None means unsigned requests."""
+        return self._keys.get()  # type: ignore[no-any-return]
+
+    def learn(self, reply: _Reply, code: str, keys: Optional[_AwsKeys]) -> None:
+        """What a refusal tells of the clock or the keys that a request was signed with."""
+        date = _http_time(reply.headers.get('Date') or '')
+        if keys and reply.status in (400, 403) and date and abs(date - time.time() - self.skew) > 300:
+            self.skew = date - time.time()
+            _say("this machine's clock is %d minutes off; going by that of the server", abs(self.skew) / 60, level=30)
+        elif code in ('ExpiredToken', 'ExpiredTokenException', 'TokenRefreshRequired'):
+            self._keys.renew(keys)
+
+    def signer(self, keys: Optional[_AwsKeys], service: str, region: str, digest: str) -> _Signer:
+        """Signs, by the clock as it is known now, requests whose body has this SHA-256."""
+        skew = self.skew
+
+        def sign(method: str, url: str, headers: Dict[str, str], body: Iterable[bytes]) -> Dict[str, str]:
+            if not keys:
+                return headers
+            return _aws_sign(method, url, headers, digest, keys, region, service, time.time() + skew)
+        return sign
+
+    def host(self, service: str, region: str) -> str:
+        """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
+        if self._flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
+            service += '-fips'
+        if self._flag('use_dualstack_endpoint') and service in ('s3', 's3-fips'):
+            service += '.dualstack'
+        return 'https://%s.%s.%s' % (service, region, _AWS_SUFFIXES.get(region.rsplit('-', 2)[0], 'amazonaws.com'))
+
+    def endpoint(self, service: str) -> str:
+        """The address that is set for a service instead of its own, or ''."""
+        if self._flag('ignore_configured_endpoint_urls'):
+            return ''
+        services = self.sections.get(('services', self.profile.get('services', '')), {})
+        match = re.search(r'^\s*endpoint_url\s*=\s*(\S+)', services.get(service, ''), re.M)
+        return _check_endpoint(
+            os.environ.get('AWS_ENDPOINT_URL_' + service.upper()) or os.environ.get('AWS_ENDPOINT_URL')
+            or match and match.group(1) or self.profile.get('endpoint_url') or '')
+
+    def _flag(self, key: str) -> bool:
+        return (os.environ.get('AWS_' + key.upper()) or self.profile.get(key) or '').lower() == 'true'
+
+    def _profile(self, name: str, remedy: str) -> Dict[str, str]:
+        found = self.sections.get(('profile', name))
+        if found is None and name != 'default':
+            raise ConfigError("no AWS profile '%s' in ~/.aws/config or ~/.aws/credentials; %s" % (name, remedy))
+        return found or {}
+
+    def _find(self) -> Tuple[Optional[_AwsKeys], float]:
+        self.sections = _aws_sections()  # which other tools may have changed meanwhile
+        keys = _aws_static(vars(self.config), 'the settings')
+        if not keys and not self.config.aws_profile:  # a profile that was asked for goes before the environment
+            keys = self._from_environment()
+        keys = keys or self._from_profile(self.name) or self._from_container() or self._from_instance()
+        # some services go on to give the same keys until shortly before they expire; and our clock may be wrong
+        return keys, max(keys.expires, time.time() + 300) if keys else 1e12
+
+    def _from_environment(self) -> Optional[_AwsKeys]:
+        return _aws_static({key: os.environ.get(key.upper()) for key in _AWS_KEYS}, 'the environment')
+
+    def _from_profile(self, name: str, above: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
+        """above: the profiles for which this one is the source."""
+        profile = self._profile(name, "check the source_profile of '%s'" % ''.join(above[-1:]))
+        own = _aws_static(profile, "the AWS profile '%s'" % name)
+        if 'role_arn' in profile and 'web_identity_token_file' not in profile and not (above and own):
+            return self._from_role(name, profile, above)
+
+        def setting(key: str) -> Optional[str]:
+            from_environment = not above and not self.config.aws_profile and os.environ.get('AWS_' + key.upper())
+            return from_environment or profile.get(key)
+
+        token_file = setting('web_identity_token_file')
+        if token_file:
+            return self._sts("web identity", 'AssumeRoleWithWebIdentity', None, {
+                'RoleArn': setting('role_arn'), 'RoleSessionName': setting('role_session_name'),
+                'WebIdentityToken': _read_secret(token_file)})
+        if 'sso_account_id' in profile or 'sso_role_name' in profile:
+            return self._from_sso(name, profile)
+        if 'login_session' in profile:
+            return self._from_library(name, 'aws login --profile ' + name)
+        if 'credential_process' in profile:
+            return self._from_process(name, profile['credential_process'])
+        return own
+
+    def _from_role(self, name: str, profile: Dict[str, str], above: Tuple[str, ...]) -> _AwsKeys:
+        """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
+        if 'mfa_serial' in profile:
+            command = 'eval "$(aws configure export-credentials --profile %s --format env)"' % name
+            return self._from_library(name, command)
+        source, kind = profile.get('source_profile'), profile.get('credential_source')
+        kinds = {'Environment': self._from_environment, 'EcsContainer': self._from_container,
+                 'Ec2InstanceMetadata': self._from_instance}
+        if bool(source) == bool(kind) or kind and kind not in kinds or source in above:
+            raise ConfigError("the AWS profile '%s' needs, beside role_arn, either a source_profile that does not lead "
+                              "back to it, or a credential_source of %s" % (name, ', '.join(sorted(kinds))))
+        keys = self._from_profile(source, above + (name,)) if source else kinds[str(kind)]()
+        if not keys:
+            raise ConfigError("the AWS profile '%s' finds no credentials in %s" % (name, source or kind))
+        return self._sts("the AWS profile '%s'" % name, 'AssumeRole', keys, {
+            'RoleArn': profile['role_arn'], 'RoleSessionName': profile.get('role_session_name'),
+            'ExternalId': profile.get('external_id'), 'DurationSeconds': profile.get('duration_seconds')})
+
+    def _sts(self, source: str, action: str, keys: Optional[_AwsKeys], form: Dict[str, Optional[str]]) -> _AwsKeys:
+        """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
+        from urllib.parse import urlencode
+        if not form['RoleArn']:
+            raise ConfigError('%s is configured without a role; set role_arn or $AWS_ROLE_ARN' % source)
+        form = dict(form, Action=action, Version='2011-06-15',
+                    RoleSessionName=form['RoleSessionName'] or 'etcetera-%d' % time.time())
+        body = urlencode({key: value for key, value in form.items() if value}).encode()
+        url = (self.endpoint('sts') or self.host('sts', self.region)) + '/'
+        headers = {'Content-Type': 'application/x-www-form-urlencoded; charset=utf-8'}
+
+        for _ in range(2):
+            skew = self.skew
+            sign = self.signer(keys, 'sts', self.region, _sha256(body).hexdigest())
+            reply = self.http.request('POST', url, headers, [body], sign, 1 << 20)
+            code, message, _ = _aws_error(reply)
+            self.learn(reply, '', keys)
+            if self.skew == skew:
+                break
+        if reply.status != 200:
+            raise RemoteError('%s: AWS STS answers %s: %s; check the role_arn %s and who may assume it' % (
+                source, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation',
+                _printable(str(form['RoleArn']))), reply.status, code)
+        try:
+            found = {item.tag: item.text for part in _xml(reply.body).iter('Credentials') for item in part}
+        except ValueError:
+            found = {}
+        return _aws_temporary(found, source)
+
+    def _from_sso(self, name: str, profile: Dict[str, str]) -> _AwsKeys:
+        """https://docs.aws.amazon.com/singlesignon/latest/PortalAPIReference/API_GetRoleCredentials.html"""
+        import hashlib
+        source, session = "the AWS profile '%s'" % name, profile.get('sso_session')
+        settings = dict(profile, **self.sections.get(('sso-session', session or ''), {}))
+        needed = ('sso_start_url', 'sso_region', 'sso_account_id', 'sso_role_name')
+        missing = ' and '.join(key for key in needed if key not in settings)
+        if missing:
+            raise ConfigError("%s lacks %s; run: aws configure sso --profile %s" % (source, missing, name))
+        logged_out = ConfigError("%s is not logged in, or no longer; run: aws sso login --profile %s" % (source, name))
+        region = settings['sso_region']
+        path = os.path.join(os.path.expanduser('~'), '.aws', 'sso', 'cache',
+                            hashlib.sha1((session or settings['sso_start_url']).encode()).hexdigest() + '.json')
+        try:
+            with open(path, 'rb') as file:
+                token = json.loads(file.read().decode('utf-8'))
+            left = _timestamp(token['expiresAt']) - time.time()
+            if left < 300 and session and 'refreshToken' in token:
+                token = self._renew_sso(token, path, region) or token
+                left = _timestamp(token['expiresAt']) - time.time()
+            headers = {'x-amz-sso_bearer_token': str(token['accessToken'])}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise logged_out from None
+        if left < 0:
+            raise logged_out
+        reply = self.http.request('GET', '%s/federation/credentials?role_name=%s&account_id=%s' % (
+            self.endpoint('sso') or self.host('portal.sso', region), _quote(settings['sso_role_name']),
+            _quote(settings['sso_account_id'])), headers, limit=1 << 20)
+        if reply.status == 401:
+            raise logged_out
+        return _aws_temporary(_json_object(reply).get('roleCredentials'), source, reply)
+
+    def _renew_sso(self, token: Dict[str, Any], path: str, region: str) -> Optional[Dict[str, Any]]:
+        """A new access token, kept where the AWS tools keep it; None if only a new login gives one.
+
+        https://docs.aws.amazon.com/singlesignon/latest/OIDCAPIReference/API_CreateToken.html
+        """
+        if _timestamp(token.get('registrationExpiresAt') or '') < time.time():
+            return None
+        form = {'grantType': 'refresh_token', 'clientId': token['clientId'], 'clientSecret': token['clientSecret'],
+                'refreshToken': token['refreshToken']}
+        reply = self.http.request('POST', (self.endpoint('sso_oidc') or self.host('oidc', region)) + '/token',
+                                  {'Content-Type': 'application/json'}, [json.dumps(form).encode()], limit=1 << 20)
+        answer = _json_object(reply)
+        if reply.status != 200 or 'accessToken' not in answer:
+            return None
+        expires = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + float(answer.get('expiresIn') or 0)))
+        token = dict(token, accessToken=answer['accessToken'], expiresAt=expires,
+                     refreshToken=answer.get('refreshToken') or token['refreshToken'])
+        new = '%s.%s' % (path, os.urandom(8).hex())
+        with contextlib.suppress(OSError):
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
+                json.dump(token, file)
+            os.replace(new, path)
+        return token
+
+    def _from_process(self, name: str, command: str) -> _AwsKeys:
+        """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
+        import shlex
+        import subprocess
+        source = "the credential_process of the AWS profile '%s'" % name
+        try:
+            done = subprocess.run(command if os.name == 'nt' else shlex.split(command), stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+        except (OSError, ValueError) as e:
+            raise ConfigError('%s cannot be run: %s' % (source, e)) from None
+        if done.returncode:
+            raise ConfigError('%s fails (%d): %s' % (source, done.returncode, _printable(
+                done.stderr.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'))
+        try:
+            answer = json.loads(done.stdout.decode('utf-8'))
+        except ValueError:
+            answer = None
+        return _aws_temporary(answer if isinstance(answer, dict) and answer.get('Version') == 1 else None, source)
+
+    def _from_container(self) -> Optional[_AwsKeys]:
+        """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
+        from ipaddress import ip_address
+        from urllib.parse import urlsplit
+        relative = os.environ.get('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')
+        url = 'http://169.254.170.2' + relative if relative else os.environ.get('AWS_CONTAINER_CREDENTIALS_FULL_URI')
+        if not url:
+            return None
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname or ''
+            trusted = parts.scheme == 'https' or parts.scheme == 'http' and host in _AWS_CONTAINER_HOSTS
+            if not trusted and not (parts.scheme == 'http' and ip_address(host).is_loopback):
+                raise ValueError
+        except ValueError:
+            raise ConfigError('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
+                              'loopback address or one of ' + ', '.join(_AWS_CONTAINER_HOSTS)) from None
+        path = os.environ.get('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
+        token = _read_secret(path) if path else os.environ.get('AWS_CONTAINER_AUTHORIZATION_TOKEN')
+        if token and not re.match(r'[ -~]+\Z', token):
+            raise ConfigError('$AWS_CONTAINER_AUTHORIZATION_TOKEN holds characters that it cannot have')
+        with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=2)) as http:
+            reply = http.request('GET', url, {'Authorization': token} if token else {}, limit=65536, tries=3)
+        return _aws_temporary(_json_object(reply), "the container's credentials service", reply)
+
+    def _from_instance(self) -> Optional[_AwsKeys]:
+        """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html, version 2"""
+        if self._flag('ec2_metadata_disabled'):
+            return None
+        mode = os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE', '').lower()
+        base = (os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT') or self.profile.get('ec2_metadata_service_endpoint')
+                or ('http://[fd00:ec2::254]' if mode == 'ipv6' else 'http://169.254.169.254'))
+        base = _check_endpoint(base) + '/latest/'
+        with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=1)) as http:
+            try:
+                headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
+                reply = http.request('PUT', base + 'api/token', headers, limit=65536, tries=1)
+                token = reply.body.decode('ascii', 'replace')
+                if reply.status == 200 and re.match(r'[!-~]+\Z', token):
+                    headers, path = {'X-aws-ec2-metadata-token': token}, base + 'meta-data/iam/security-credentials/'
+                    reply = http.request('GET', path, headers, limit=65536, tries=1)
+                    role = reply.body.decode('ascii', 'replace').strip()
+                    if reply.status == 200 and re.match(r'[\w+=,.@-]+\Z', role):
+                        reply = http.request('GET', path + role, headers, limit=65536, tries=1)
+                        if _json_object(reply).get('AccessKeyId'):
+                            return _aws_temporary(_json_object(reply), "the instance's role '%s'" % role)
+            except RemoteError as e:
+                _say('no instance metadata: %s', e, level=10)
+        return None
+
+    def _from_library(self, name: str, command: str) -> _AwsKeys:
+        """What asks people, or needs more than the standard library: by botocore, if it is there."""
+        source = "the AWS profile '%s'" % name
+        try:
+            import botocore.session
+            import botocore.utils
+        except ImportError:
+            raise ConfigError("%s needs more than the standard library; run: pip install boto3, or: %s"
+                              % (source, command)) from None
+        try:
+            if self.library is None:
+                session = botocore.session.Session(profile=name)
+                cache = botocore.utils.JSONFileCache(os.path.expanduser('~/.aws/cli/cache'))  # so it asks once an hour
+                session.get_component('credential_provider').get_provider('assume-role').cache = cache
+                self.library = session.get_credentials()
+            found = self.library.get_frozen_credentials()
+        except Exception as e:  # it lets out AttributeErrors and the like, too
+            raise ConfigError('%s cannot be used: %s; try: %s' % (
+                source, _printable(str(e) or type(e).__name__), command)) from None
+        return _AwsKeys(found.access_key, found.secret_key, found.token, time.time() + 600, source)
+
+
+def _aws_sections() -> _AwsSections:
+    """~/.aws/config and ~/.aws/credentials by kind and name of a section; keys in the latter go first."""
     import configparser
-    name = config.aws_profile or os.environ.get('AWS_PROFILE') or 'default'
-    values = {}  # type: Dict[str, str]
-    found = False
-    for variable, default, section in (
-            ('AWS_CONFIG_FILE', '~/.aws/config', name if name == 'default' else 'profile ' + name),
-            ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials', name)):
+    found = {}  # type: _AwsSections
+    for variable, default in (('AWS_CONFIG_FILE', '~/.aws/config'),
+                              ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials')):
         path = os.path.expanduser(os.environ.get(variable) or default)
         parser = configparser.RawConfigParser(strict=False)
         try:
@@ -1664,31 +2028,67 @@ def _aws_profile(config: Config) -> Dict[str, str]:
             continue
         except (configparser.Error, UnicodeDecodeError):
             raise ConfigError("%s cannot be read as an AWS settings file; mend it" % path) from None
-        if parser.has_section(section):
-            found = True
-            values.update((key, value.strip()) for key, value in parser.items(section))
-    if name != 'default' and not found:
-        raise ConfigError("no AWS profile '%s' in ~/.aws/config or ~/.aws/credentials; check 'aws_profile' and "
-                          '$AWS_PROFILE' % name)
-    return values
+        for section in parser.sections():
+            kind, _, name = section.partition(' ')
+            if section == 'default' or variable != 'AWS_CONFIG_FILE':
+                kind, name = 'profile', section
+            values = found.setdefault((kind, name.strip(' \t"\'')), {})
+            own = {key: value.strip() for key, value in parser.items(section)}
+            values.update(own)
+            if kind == 'profile' and variable != 'AWS_CONFIG_FILE' and 'aws_access_key_id' in own:
+                for lesser in {'aws_session_token'} - set(own) | {'credential_process', 'login_session'}:
+                    values.pop(lesser, None)
+    return found
 
 
-def _aws_credentials(config: Config, profile: Dict[str, str]) -> Optional[_AwsCredentials]:
-    """From the settings, the environment or the profile; None means unsigned requests."""
-    keys = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
-    sources = [('the settings', vars(config)), ('the AWS profile', profile)]  # type: List[Tuple[str, Any]]
-    if not config.aws_profile:  # a profile that was asked for goes before the environment
-        sources.insert(1, ('the environment', {key: os.environ.get(key.upper()) for key in keys}))
-    for where, values in sources:
-        access_key, secret_key, token = ((values.get(key) or '').strip() for key in keys)
-        if bool(access_key) != bool(secret_key):
-            raise ConfigError('%s: aws_access_key_id and aws_secret_access_key go together; set both' % where)
-        for key, value in zip(keys, (access_key, secret_key, token)):
-            if not re.match(r'[!-~]*\Z', value):
-                raise ConfigError('%s: %s holds characters that it cannot have; copy it again' % (where, key))
-        if access_key:
-            return _AwsCredentials(access_key, secret_key, token or None)
-    return None
+def _aws_static(values: Any, source: str) -> Optional[_AwsKeys]:
+    """Keys that stand there as such, if any do."""
+    access_key, secret_key, token = ((values.get(key) or '').strip() for key in _AWS_KEYS)
+    if bool(access_key) != bool(secret_key):
+        raise ConfigError('%s: aws_access_key_id and aws_secret_access_key go together; set both' % source)
+    for key, value in zip(_AWS_KEYS, (access_key, secret_key, token)):
+        if not re.match(r'[!-~]*\Z', value):
+            raise ConfigError('%s: %s holds characters that it cannot have; copy it again' % (source, key))
+    return _AwsKeys(access_key, secret_key, token or None, source=source) if access_key else None
+
+
+def _aws_temporary(answer: Any, source: str, reply: Optional[_Reply] = None) -> _AwsKeys:
+    """Keys as STS, SSO, a process or a metadata service gives them, each with names of its own."""
+    if reply and reply.status != 200:
+        message = _json_object(reply).get('message') or _json_object(reply).get('Message') or 'no explanation'
+        raise RemoteError('%s answers %d: %s; check what it may do'
+                          % (source, reply.status, _printable(str(message))[:300]), reply.status)
+    values = {key[:1].upper() + key[1:]: value for key, value in answer.items()} if isinstance(answer, dict) else {}
+    access_key, secret_key = values.get('AccessKeyId'), values.get('SecretAccessKey')
+    token = values.get('SessionToken') or values.get('Token') or ''
+    if not all(isinstance(key, str) and re.match(r'[!-~]+\Z', key) for key in (access_key, secret_key, token or '-')):
+        raise RemoteError('%s gives nothing that can be used as credentials' % source)
+    expires = values.get('Expiration')  # SSO gives milliseconds
+    if isinstance(expires, (int, float)):
+        expires /= 1000
+    else:
+        expires = _timestamp(expires) if isinstance(expires, str) else 1e12
+    return _AwsKeys(str(access_key), str(secret_key), token or None, expires, source)
+
+
+def _read_secret(path: str) -> str:
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError('cannot read the token %s: %s' % (path, getattr(e, 'strerror', 'not text'))) from None
+
+
+def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
+    """The code, message and region of an S3 error; empty if it is none."""
+    try:
+        root = _xml(reply.body)
+    except ValueError:
+        return '', '', ''
+    error = root.find('Error') if root.tag == 'ErrorResponse' else root  # as STS wraps it
+    if error is None or error.tag != 'Error':
+        return '', '', ''
+    return error.findtext('Code') or '', error.findtext('Message') or '', error.findtext('Region') or ''
 
 
 def _quote(text: str, safe: str = '') -> str:
@@ -1697,7 +2097,7 @@ def _quote(text: str, safe: str = '') -> str:
     return quote(text, safe=safe + '~')
 
 
-def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str, credentials: _AwsCredentials,
+def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str, keys: _AwsKeys,
               region: str, service: str, now: float) -> Dict[str, str]:
     """`headers` with those of AWS Signature Version 4 added; `url` as it is sent, percent-encoded.
 
@@ -1708,8 +2108,8 @@ def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str,
     parts = urlsplit(url)
     stamp = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
     headers = dict(headers, **{'x-amz-date': stamp, 'x-amz-content-sha256': payload_hash})
-    if credentials.token:
-        headers['x-amz-security-token'] = credentials.token
+    if keys.token:
+        headers['x-amz-security-token'] = keys.token
     netloc = parts.netloc.rpartition('@')[2]
     canonical = {key.lower(): ' '.join(value.split()) for key, value in headers.items()}
     canonical['host'] = re.sub(':443$' if parts.scheme == 'https' else ':80$', '', netloc)
@@ -1719,11 +2119,11 @@ def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str,
                          ''.join('%s:%s\n' % (key, canonical[key]) for key in sorted(canonical)), names, payload_hash])
     scope = '/'.join([stamp[:8], region, service, 'aws4_request'])
     text = '\n'.join(['AWS4-HMAC-SHA256', stamp, scope, _sha256(request.encode()).hexdigest()])
-    key = ('AWS4' + credentials.secret_key).encode()
+    key = ('AWS4' + keys.secret_key).encode()
     for part in scope.split('/'):
         key = hmac.new(key, part.encode(), 'sha256').digest()
     headers['Authorization'] = 'AWS4-HMAC-SHA256 Credential=%s/%s, SignedHeaders=%s, Signature=%s' % (
-        credentials.access_key, scope, names, hmac.new(key, text.encode(), 'sha256').hexdigest())
+        keys.access_key, scope, names, hmac.new(key, text.encode(), 'sha256').hexdigest())
     return headers
 
 
@@ -1740,32 +2140,28 @@ class _GoogleCredentials:
     """Access tokens, kept until they expire. Application default credentials: https://google.aip.dev/auth/4110"""
 
     def __init__(self, config: Config, http: '_Http') -> None:
-        import threading
         self.http = http
-        self.lock = threading.Lock()
-        self.token = None  # type: Optional[str]
-        self.expires = 0.0
         self.path = _google_file(config)
         self.info = _read_google_file(self.path) if self.path else {}
+        self.token = _Renewed(self._fetch)
+
+    def _fetch(self) -> Tuple[Optional[str], float]:
+        token, seconds = _google_token(self.info, self.http, _GOOGLE_SCOPE, self.path)
+        return token, time.time() + seconds
 
     def headers(self) -> Dict[str, str]:
         """Those that authorize a request; {} for an anonymous one."""
-        with self.lock:
-            if time.time() > self.expires - 120:
-                self.token, seconds = _google_token(self.info, self.http, _GOOGLE_SCOPE, self.path)
-                self.expires = time.time() + seconds
-            headers = {'Authorization': 'Bearer ' + self.token} if self.token else {}
-            project = os.environ.get('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
-            if headers and project:
-                headers['x-goog-user-project'] = project
-            return headers
+        token = self.token.get()
+        headers = {'Authorization': 'Bearer ' + token} if token else {}
+        project = os.environ.get('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
+        if headers and project:
+            headers['x-goog-user-project'] = project
+        return headers
 
     def renew(self, headers: Dict[str, str]) -> bool:
         """Forget the token that a refused request carried; whether another one can be had."""
-        with self.lock:
-            if self.token and headers.get('Authorization') == 'Bearer ' + self.token:
-                self.expires = 0
-            return bool(self.token)
+        self.token.renew(headers.get('Authorization', '').partition(' ')[2])
+        return bool(headers)
 
 
 def _google_file(config: Config) -> str:
@@ -1834,12 +2230,7 @@ def _google_json(http: '_Http', method: str, url: str, headers: Dict[str, str], 
     if not re.match(r'https?://', url):
         raise ValueError(url)
     reply = http.request(method, url, headers, body, limit=1 << 20)
-    try:
-        answer = json.loads(reply.body.decode('utf-8'))
-        if not isinstance(answer, dict):
-            raise ValueError
-    except ValueError:
-        answer = {}
+    answer = _json_object(reply)
     if reply.status != 200:
         problem = answer.get('error_description') or answer.get('error') or reply.status
         if isinstance(problem, dict):
@@ -2006,12 +2397,6 @@ def _bucket_and_prefix(url: str) -> Tuple[str, str]:
     return match.group(2), prefix + '/' if prefix else ''
 
 
-def _check_endpoint(url: str) -> str:
-    if url and not re.match(r'https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#\s]*)?\Z', url, re.ASCII):
-        raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _printable(url))
-    return url.rstrip('/')
-
-
 class _FileRemote:
     """file:///path: a shared directory."""
 
@@ -2122,23 +2507,18 @@ class _S3Remote:
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
         self.bucket, self.prefix = _bucket_and_prefix(self.url)
-        profile = _aws_profile(config)
-        self.credentials = _aws_credentials(config, profile)
-        self.region = (config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
-                       or profile.get('region') or 'us-east-1')
-        self.endpoint = _check_endpoint(config.endpoint_url or os.environ.get('AWS_ENDPOINT_URL_S3')
-                                        or os.environ.get('AWS_ENDPOINT_URL') or profile.get('endpoint_url') or '')
+        self.aws = _Aws(config)
+        self.http = self.aws.http
+        self.region = self.aws.region  # the bucket's, as soon as an answer has told it
+        self.endpoint = _check_endpoint(config.endpoint_url or '') or self.aws.endpoint('s3')
         self.public = config.public
         self.connections = config.connections
-        self.http = _Http(config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or profile.get('ca_bundle'))
 
     def close(self) -> None:
         self.http.close()
 
     def _address(self, key: str, query: Dict[str, str]) -> str:
-        base = self.endpoint
-        if not base:
-            base = 'https://s3.%s.amazonaws.com%s' % (self.region, '.cn' if self.region.startswith('cn-') else '')
+        base = self.endpoint or self.aws.host('s3', self.region)
         if self.endpoint or not re.match(r'[a-z0-9-]+\Z', self.bucket):  # a dot in the name would break the certificate
             base += '/' + self.bucket
         else:
@@ -2152,39 +2532,46 @@ class _S3Remote:
     def _request(self, method: str, key: str, query: Optional[Dict[str, str]] = None,
                  headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (), accept: Sequence[int] = (),
                  limit: int = _REPLY_LIMIT) -> _Reply:
-        """A signed request; RemoteError for any answer but 2xx and what `accept` lists."""
+        """A signed request; RemoteError for any answer but 2xx and what `accept` lists.
+
+        It is made anew as long as a refusal teaches another region, clock or key to sign with.
+        """
         payload = _sha256()
         for chunk in body:
             payload.update(chunk)
-
-        def sign(method: str, url: str, headers: Dict[str, str], body: Iterable[bytes]) -> Dict[str, str]:
-            if not self.credentials:
-                return headers
-            return _aws_sign(method, url, headers, payload.hexdigest(), self.credentials, self.region, 's3',
-                             time.time())
-
-        reply = self.http.request(method, self._address(key, query or {}), headers, body, sign, limit)
-        region = reply.headers.get('x-amz-bucket-region')
-        if reply.status in (301, 307, 400, 403) and region not in (None, self.region) and not self.endpoint:
-            self.region = region
-            reply = self.http.request(method, self._address(key, query or {}), headers, body, sign, limit)
-        if 200 <= reply.status < 300 or reply.status in accept:
-            return reply
-        if method == 'HEAD':  # its answers have no body that would tell more
-            self._request('GET', key, query, dict(headers or {}, Range='bytes=0-0'))
+        for _ in range(4):
+            state = self.region, self.aws.skew, self.aws.keys()
+            address = self._address(key, query or {})
+            sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
+            reply = self.http.request(method, address, headers, body, sign, limit)
+            if 200 <= reply.status < 300 or reply.status in accept:
+                return reply
+            if method == 'HEAD':  # its answers have no body that would tell more
+                reply = self.http.request('GET', address, dict(headers or {}, Range='bytes=0-0'), (), sign, 1 << 20)
+            self._learn(reply, state[2])
+            if reply.status >= 300 and state == (self.region, self.aws.skew, self.aws.keys()):
+                break
         raise self._error(reply)
 
+    def _learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
+        region = reply.headers.get('x-amz-bucket-region') or _aws_error(reply)[2]
+        if reply.status in (301, 307, 400, 403) and _AWS_REGION.match(region):
+            self.region = region
+        self.aws.learn(reply, _aws_error(reply)[0], keys)
+
     def _error(self, reply: _Reply) -> RemoteError:
-        code, message = _s3_error(reply)
+        code, message, region = _aws_error(reply)
+        keys = self.aws.keys()
+        source = keys.source if keys else ''
         hint = {
             'NoSuchBucket': 'check the bucket in the url',
-            'InvalidAccessKeyId': 'check aws_access_key_id',
-            'SignatureDoesNotMatch': 'check aws_secret_access_key and region',
+            'InvalidAccessKeyId': 'check aws_access_key_id in %s' % source,
+            'SignatureDoesNotMatch': 'check aws_secret_access_key in %s, and region' % source,
             'RequestTimeTooSkewed': "set this machine's clock",
-            'ExpiredToken': 'renew the session token',
+            'ExpiredToken': 'renew the session token in %s' % source,
         }.get(code)
         if not hint and reply.status in (400, 401, 403):
-            hint = 'check the permissions of these credentials, and the region' if self.credentials else (
+            hint = 'check what %s may do here, and the region' % source if keys else (
                 'no credentials were found: set aws_access_key_id and aws_secret_access_key in the settings or the '
                 "environment, or run 'aws configure'")
         return RemoteError('%s answers %s: %s; %s' % (
@@ -2294,7 +2681,7 @@ class _S3Remote:
         """
         conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
         reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 404, 409, 412, 501])
-        code = _s3_error(reply)[0]
+        code = _aws_error(reply)[0]
         if exclusive and reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument',
                                                                  'InvalidRequest'):
             if self.stat(name):  # the store does not know conditions
@@ -2302,7 +2689,7 @@ class _S3Remote:
             reply = self._request(method, self._key(name), query, headers, body)
         if exclusive and reply.status in (409, 412) or code == 'NoSuchUpload' and self.stat(name):
             raise _Taken  # perhaps by ourselves, if the first answer was lost
-        if reply.status != 200 or _s3_error(reply)[0]:  # CompleteMultipartUpload can fail with status 200
+        if reply.status != 200 or _aws_error(reply)[0]:  # CompleteMultipartUpload can fail with status 200
             raise self._error(reply)
 
 
@@ -2367,13 +2754,10 @@ class _GsRemote:
                            reply.status)
 
     def _parse(self, reply: _Reply) -> Dict[str, Any]:
-        try:
-            answer = json.loads(reply.body.decode('utf-8'))
-            if isinstance(answer, dict):
-                return answer
-        except (ValueError, RecursionError):
-            pass
-        raise self._stranger()
+        answer = _json_object(reply)
+        if not answer and reply.body.strip() != b'{}':
+            raise self._stranger()
+        return answer
 
     def list(self) -> List[_Object]:
         """All datasets here, page by page."""
@@ -2520,15 +2904,6 @@ def _numbered(parts: Iterator[List[bytes]]) -> Iterator[Tuple[int, List[bytes], 
         part = following
 
 
-def _s3_error(reply: _Reply) -> Tuple[str, str]:
-    """The code and message of an S3 error; ('', '') if it is none."""
-    try:
-        root = _xml(reply.body)
-    except ValueError:
-        return '', ''
-    return (root.findtext('Code') or '', root.findtext('Message') or '') if root.tag == 'Error' else ('', '')
-
-
 def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
     """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
     part, left = [], size  # type: List[Any], int
@@ -2571,23 +2946,6 @@ def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> byt
 def _replaced(remote: Any, found: _Object) -> RemoteError:
     return RemoteError("'%s' in %s was replaced while it was read; run the command again"
                        % (found.name, remote.url), 412)
-
-
-def _http_time(text: str) -> float:
-    from email.utils import parsedate_to_datetime
-    try:
-        return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError):
-        return 0.0
-
-
-def _timestamp(text: str) -> float:
-    """Unix time of an ISO 8601 UTC time, as S3 lists it; 0 if it is none."""
-    from calendar import timegm
-    try:
-        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S')))
-    except ValueError:
-        return 0.0
 
 
 _Remote = Union[_FileRemote, _S3Remote, _GsRemote]

@@ -208,6 +208,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.fault = None
         self.page = 1000
         self.conditions = True
+        self.secrets = {AKID: SECRET}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def handle_error(self, request, client_address):
@@ -221,6 +222,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 class S3Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True
+    service = 's3'
 
     def log_message(self, *args):
         pass
@@ -263,15 +265,15 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
 
     def unsigned(self, body):
         """What is wrong with the signature; written from AWS's description, not from etcetera."""
-        match = re.match(r'AWS4-HMAC-SHA256 Credential=([^/]+)/(\d{8})/([^/]+)/s3/aws4_request, ?SignedHeaders=([^,]+), '
-                         r'?Signature=([0-9a-f]{64})$', self.headers.get('Authorization', ''))
+        match = re.match(r'AWS4-HMAC-SHA256 Credential=([^/]+)/(\d{8})/([^/]+)/%s/aws4_request, ?SignedHeaders=([^,]+), '
+                         r'?Signature=([0-9a-f]{64})$' % self.service, self.headers.get('Authorization', ''))
         if not match:
             return 'AccessDenied'
         akid, day, region, names, signature = match.groups()
-        if akid != AKID:
+        if akid not in self.server.secrets:
             return 'InvalidAccessKeyId'
         digest = hashlib.sha256(body).hexdigest()
-        if self.headers['x-amz-content-sha256'] != digest:
+        if self.headers.get('x-amz-content-sha256', 'none' if self.service == 's3' else digest) != digest:
             return 'XAmzContentSHA256Mismatch'
         for name in self.headers:
             if name.lower().startswith('x-amz-') and name.lower() not in names.split(';'):
@@ -284,10 +286,10 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
             '&'.join(quote(k, safe='~') + '=' + quote(v, safe='~') for k, v in pairs),
             ''.join('%s:%s\n' % (name, self.headers[name].strip()) for name in names.split(';')), names, digest])
         stamp = self.headers['x-amz-date']
-        text = '\n'.join(['AWS4-HMAC-SHA256', stamp, '%s/%s/s3/aws4_request' % (day, region),
+        text = '\n'.join(['AWS4-HMAC-SHA256', stamp, '%s/%s/%s/aws4_request' % (day, region, self.service),
                           hashlib.sha256(canonical.encode()).hexdigest()])
-        key = b'AWS4' + SECRET.encode()
-        for part in (day, region, 's3', 'aws4_request'):
+        key = b'AWS4' + self.server.secrets[akid].encode()
+        for part in (day, region, self.service, 'aws4_request'):
             key = hmac.new(key, part.encode(), 'sha256').digest()
         right = hmac.new(key, text.encode(), 'sha256').hexdigest()
         return None if right == signature and stamp[:8] == day else 'SignatureDoesNotMatch'
@@ -2406,10 +2408,524 @@ class GcpEmulator(RemoteSuite, Case):
         self.assertEqual(tree(etc.pull('X', config=self.config('two')).root), tree(self.tmp / 'ds'))
 
 
+class AwsHandler(S3Handler):
+    """STS, SSO's portal and its OIDC, a container's credentials service, and instance metadata of version 2.
+
+    Every access key has the secret 'secret-of-KEY', and if it is temporary the token 'token/of+KEY'.
+    """
+    service = 'sts'
+
+    def temporary(self, akid, token='SessionToken', expires=3600, milliseconds=False, lower=False):
+        expires += time.time()
+        keys = {'AccessKeyId': akid, 'SecretAccessKey': 'secret-of-' + akid, token: 'token/of+' + akid, 'Expiration': (
+            int(expires * 1000) if milliseconds else time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(expires)))}
+        return {k[0].lower() + k[1:]: v for k, v in keys.items()} if lower else keys
+
+    def json(self, answer, status=200):
+        self.answer(status, json.dumps(answer).encode())
+
+    def handle_one(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        path, _, query = self.path.partition('?')
+        self.server.log.append((self.command, path, self.headers))
+        if self.server.fault and self.server.fault(self):
+            return
+        if path == '/':
+            return self.sts(body, dict(urllib.parse.parse_qsl(body.decode())))
+        if path == '/federation/credentials':
+            if self.headers['x-amz-sso_bearer_token'] != 'sso-token':
+                return self.json({'message': 'Session token not found or invalid'}, 401)
+            query = dict(urllib.parse.parse_qsl(query))
+            return self.json({'roleCredentials': self.temporary(
+                'SSO-%s-%s' % (query['account_id'], query['role_name']), milliseconds=True, lower=True)})
+        if path == '/token':
+            form = json.loads(body.decode())
+            right = {'grantType': 'refresh_token', 'clientId': 'i', 'clientSecret': 'client-secret', 'refreshToken': 'refresh'}
+            if form != right:
+                return self.json({'error': 'invalid_grant'}, 400)
+            return self.json({'accessToken': 'sso-token', 'expiresIn': 3600, 'refreshToken': 'next', 'tokenType': 'Bearer'})
+        if path == '/container':
+            if self.headers.get('Authorization') != self.server.authorization:
+                return self.json({'message': 'wrong authorization'}, 401)
+            return self.json(self.temporary('CONTAINER', 'Token'))
+        if path == '/latest/api/token':
+            if self.command != 'PUT' or not self.headers['x-aws-ec2-metadata-token-ttl-seconds']:
+                return self.answer(400)
+            return self.answer(200, b'imds-token')
+        if path.startswith('/latest/meta-data/iam/security-credentials/'):
+            if self.headers.get('X-aws-ec2-metadata-token', 'imds-token' * self.server.version_1) != 'imds-token':
+                return self.answer(401)
+            if path.endswith('/'):
+                return self.answer(200, b'my-role')
+            role = path.rpartition('/')[2] + '2' * self.server.rotated
+            return self.json(dict(self.temporary('INSTANCE-' + role, 'Token'), Code='Success'))
+        self.answer(404)
+
+    do_GET = do_PUT = do_POST = handle_one
+
+    def sts(self, body, form):
+        form['RoleArn'] = form['RoleArn'].rpartition('/')[2]
+        if form['Action'] == 'AssumeRoleWithWebIdentity':
+            problem, akid = form['WebIdentityToken'] != 'web-token' and 'InvalidIdentityToken', 'WEB-' + form['RoleArn']
+        else:
+            problem = self.unsigned(body)
+            caller = self.headers['Authorization'].partition('Credential=')[2].partition('/')[0]
+            akid = '%s-by-%s' % (form['RoleArn'], caller)
+            if form['RoleArn'] == 'picky' and (form.get('ExternalId'), form.get('DurationSeconds'), form['RoleSessionName']) != (
+                    'x y&z', '900', 'me'):
+                problem = 'AccessDenied'
+            if form['RoleArn'] == 'forbidden':
+                problem = 'AccessDenied'
+        if problem:
+            xml = '<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type><Code>%s</Code>' \
+                  '<Message>about %s</Message></Error></ErrorResponse>' % (problem, problem)
+            return self.answer(403, xml.encode())
+        xml = ''.join('<%s>%s</%s>' % (k, v, k) for k, v in self.temporary(akid).items())
+        self.answer(200, ('<{0}Response xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><{0}Result><AssumedRoleUser><Arn>a</Arn>'
+                          '</AssumedRoleUser><Credentials>{1}</Credentials></{0}Result></{0}Response>').format(
+                              form['Action'], xml).encode())
+
+
+class Secrets(dict):
+    def __missing__(self, akid):
+        return 'secret-of-' + akid
+
+    def __contains__(self, akid):
+        return True
+
+
+class AwsCase(S3Case):
+    def setUp(self):
+        super().setUp()
+        self.settings = {'endpoint_url': self.server.url}
+        self.aws = Server(AwsHandler)
+        self.addCleanup(self.aws.stop)
+        self.server.secrets = self.aws.secrets = Secrets()
+        self.aws.authorization, self.aws.version_1, self.aws.rotated = None, False, False
+        self.cache = self.tmp / '.aws/sso/cache'
+        os.environ.update(AWS_ENDPOINT_URL=self.aws.url, AWS_EC2_METADATA_SERVICE_ENDPOINT=self.aws.url,
+                          AWS_DEFAULT_REGION='us-east-1')
+        del os.environ['AWS_EC2_METADATA_DISABLED']
+
+    def sso(self, start, **more):
+        token = dict({'startUrl': 'https://corp', 'region': 'us-east-1', 'accessToken': 'sso-token',
+                      'expiresAt': '2099-01-01T00:00:00Z'}, **more)
+        name = hashlib.sha1(start.encode()).hexdigest() + '.json'
+        write(self.cache, {name: json.dumps(token)})
+        return self.cache / name
+
+    def akid(self):
+        """The access key that a listing is signed with; its signature and token are right."""
+        del self.server.log[:]
+        self.assertEqual(self.etc('ls', '-r')[0], '')
+        headers = self.server.log[-1][2]
+        akid = headers['Authorization'].partition('Credential=')[2].partition('/')[0]
+        if not akid.startswith('STATIC'):
+            self.assertEqual(headers['x-amz-security-token'], 'token/of+' + akid)
+        return akid
+
+
+def static(akid, **more):
+    return ''.join('%s = %s\n' % item for item in dict(
+        {'aws_access_key_id': akid, 'aws_secret_access_key': 'secret-of-' + akid}, **more).items())
+
+
+ROLE = 'role_arn = arn:aws:iam::123456789012:role/'
+PROCESS = "import json; print(json.dumps({'Version': 1, 'AccessKeyId': 'PROCESS', 'SecretAccessKey': 'secret-of-PROCESS', " \
+          "'SessionToken': 'token/of+PROCESS', 'Expiration': '2099-01-01T00:00:00+02:00'}))"
+INSTANCE = 'INSTANCE-my-role'
+
+
+class AwsCredentials(AwsCase):
+    """Where AWS's tools find credentials, and in which order."""
+
+    def expect(self, akid, config='', credentials='', settings=(), **env):
+        """The files and the environment ('{aws}' is the services' address) lead to this access key."""
+        saved = dict(os.environ)
+        self.settings = dict(settings, endpoint_url=self.server.url)
+        for name, text in (('config', config), ('credentials', credentials)):
+            write(self.tmp / '.aws', {name: text})
+        os.environ.update({key: (value or '').replace('{aws}', self.aws.url) for key, value in env.items()})
+        for key in [key for key, value in env.items() if value is None]:
+            del os.environ[key]
+        try:
+            self.assertEqual(self.found(), akid, (config, credentials, settings, env))
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+
+    def found(self):
+        return self.akid()
+
+    def test_static(self):
+        env = {'AWS_ACCESS_KEY_ID': 'STATIC-E', 'AWS_SECRET_ACCESS_KEY': 'secret-of-STATIC-E'}
+        files = {'config': '[default]\n' + static('STATIC-D') + '[profile work]\n' + static('STATIC-W'),
+                 'credentials': '[both]\n' + static('STATIC-B') + 'credential_process = false\n'}
+        self.expect('STATIC-D', **files)
+        self.expect('STATIC-W', AWS_PROFILE='work', **files)
+        self.expect('STATIC-W', AWS_DEFAULT_PROFILE='work', **files)
+        self.expect('STATIC-B', AWS_PROFILE='both', **files)
+        self.expect('STATIC-W', settings={'aws_profile': 'work'}, AWS_PROFILE='both', **files)
+        self.expect('STATIC-E', AWS_PROFILE='work', **dict(env, **files))
+        self.expect('STATIC-W', settings={'aws_profile': 'work'}, **dict(env, **files))
+        self.expect('STATIC-B', config='[profile both]\n' + static('STATIC-C') + 'region = eu-west-1\n',
+                    credentials=files['credentials'], AWS_PROFILE='both')
+        self.expect('STATIC-Q', config='[profile "a b"]\n' + static('STATIC-Q'), AWS_PROFILE='a b')
+        self.expect('TEMP', AWS_ACCESS_KEY_ID='TEMP', AWS_SECRET_ACCESS_KEY='secret-of-TEMP', AWS_SESSION_TOKEN='token/of+TEMP')
+        for name, text in (('else-config', files['config']), ('else-credentials', files['credentials'])):
+            write(self.tmp, {name: text})
+        self.expect('STATIC-B', AWS_PROFILE='both', AWS_CONFIG_FILE=str(self.tmp / 'else-config'),
+                    AWS_SHARED_CREDENTIALS_FILE=str(self.tmp / 'else-credentials'))
+
+    def test_roles(self):
+        base = '[base]\n' + static('STATIC-B')
+        self.expect('dev-by-STATIC-B', '[default]\nsource_profile = base\n' + ROLE + 'dev\n', base)
+        self.expect('dev-by-STATIC-B', '[default]\nsource_profile = base\n' + ROLE + 'dev\n', base + '[default]\n' + static('STATIC'))
+        self.expect('top-by-mid-by-STATIC-B', '[profile top]\nsource_profile = mid\n' + ROLE + 'top\n'
+                    '[profile mid]\nsource_profile = base\n' + ROLE + 'mid\n', base, AWS_PROFILE='top')
+        self.expect('dev-by-STATIC-S', '[profile self]\nsource_profile = self\n' + ROLE + 'dev\n' + static('STATIC-S'),
+                    AWS_PROFILE='self')
+        self.expect('top-by-STATIC-S', '[profile top]\nsource_profile = mid\n' + ROLE + 'top\n[profile mid]\n' + static('STATIC-S')
+                    + 'source_profile = base\n' + ROLE + 'mid\n', base, AWS_PROFILE='top')
+        self.expect('picky-by-STATIC-B', '[default]\nsource_profile = base\nexternal_id = x y&z\nduration_seconds = 900\n'
+                    'role_session_name = me\n' + ROLE + 'picky\n', base)
+        self.expect('dev-by-' + INSTANCE, '[default]\ncredential_source = Ec2InstanceMetadata\n' + ROLE + 'dev\n')
+        self.expect('dev-by-CONTAINER', '[default]\ncredential_source = EcsContainer\n' + ROLE + 'dev\n',
+                    AWS_CONTAINER_CREDENTIALS_FULL_URI='{aws}/container')
+        self.expect('dev-by-PROCESS', '[default]\nsource_profile = p\n' + ROLE + 'dev\n[profile p]\ncredential_process = '
+                    + self.process() + '\n')
+        self.sso('https://corp')
+        self.expect('dev-by-SSO-42-Reader', '[default]\nsource_profile = p\n' + ROLE + 'dev\n[profile p]\nsso_start_url = https://corp\n'
+                    'sso_region = us-east-1\nsso_account_id = 42\nsso_role_name = Reader\n')
+
+    def process(self):
+        (self.tmp / 'process.py').write_text(PROCESS)
+        return '"%s" "%s"' % (sys.executable, self.tmp / 'process.py')
+
+    def test_environment_as_source(self):
+        self.expect('dev-by-STATIC-E', '[profile x]\ncredential_source = Environment\n' + ROLE + 'dev\n',
+                    settings={'aws_profile': 'x'}, AWS_ACCESS_KEY_ID='STATIC-E', AWS_SECRET_ACCESS_KEY='secret-of-STATIC-E')
+
+    def test_web_identity(self):
+        write(self.tmp, {'token': 'web-token'})
+        env = {'AWS_WEB_IDENTITY_TOKEN_FILE': str(self.tmp / 'token'), 'AWS_ROLE_ARN': 'arn:aws:iam::1:role/pod'}
+        profile = '[default]\nweb_identity_token_file = %s\n' % (self.tmp / 'token') + ROLE + 'prof\n'
+        self.expect('WEB-pod', **env)
+        self.expect('WEB-prof', profile)
+        self.expect('WEB-pod', profile, '[default]\n' + static('STATIC'), **env)
+        self.expect('dev-by-STATIC-B', '[default]\nsource_profile = base\n' + ROLE + 'dev\n', '[base]\n' + static('STATIC-B'), **env)
+        self.expect('STATIC-W', '[profile work]\n' + static('STATIC-W'), settings={'aws_profile': 'work'}, **env)
+
+    def test_sso(self):
+        session = '[sso-session corp]\nsso_region = us-east-1\nsso_start_url = https://corp\n'
+        profile = '[default]\nsso_account_id = 123\nsso_role_name = Reader\n'
+        legacy = profile + 'sso_region = us-east-1\nsso_start_url = https://corp\n'
+        self.sso('https://corp', expiresAt='2099-01-01T00:00:00UTC')
+        self.expect('SSO-123-Reader', legacy)
+        self.expect('SSO-123-Reader', legacy, '[default]\n' + static('STATIC'))
+        (self.cache / (hashlib.sha1(b'https://corp').hexdigest() + '.json')).unlink()
+        self.sso('corp')
+        self.expect('SSO-123-Reader', session + profile + 'sso_session = corp\n')
+        renewable = {'accessToken': 'old', 'refreshToken': 'refresh', 'clientId': 'i', 'clientSecret': 'client-secret',
+                     'registrationExpiresAt': '2099-01-01T00:00:00Z', 'expiresAt': '2020-01-01T00:00:00Z'}
+        path = self.sso('corp', **renewable)
+        self.expect('SSO-123-Reader', session + profile + 'sso_session = corp\n')
+        kept = json.loads(path.read_text())
+        self.assertEqual((kept['accessToken'], kept['refreshToken'], kept['clientSecret']), ('sso-token', 'next', 'client-secret'))
+        self.assertGreater(kept['expiresAt'], '2026')
+        self.assertEqual(os.listdir(str(self.cache)), [path.name])
+
+    def test_process(self):
+        self.expect('PROCESS', '[default]\ncredential_process = ' + self.process())
+        self.expect('PROCESS', '[default]\ncredential_process = ' + self.process() + '\n' + static('STATIC'))
+        self.expect('STATIC', '[default]\ncredential_process = ' + self.process(), '[default]\n' + static('STATIC'))
+
+    def test_container(self):
+        full = {'AWS_CONTAINER_CREDENTIALS_FULL_URI': '{aws}/container'}
+        self.expect('CONTAINER', **full)
+        self.expect('STATIC', '', '[default]\n' + static('STATIC'), **full)
+        self.expect('CONTAINER', '[profile empty]\nregion = us-east-1\n', AWS_PROFILE='empty', **full)
+        self.aws.authorization = 'Basic secret'
+        self.expect('CONTAINER', AWS_CONTAINER_AUTHORIZATION_TOKEN='Basic secret', **full)
+        write(self.tmp, {'token': 'Basic secret'})
+        self.expect('CONTAINER', AWS_CONTAINER_AUTHORIZATION_TOKEN='wrong',
+                    AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=str(self.tmp / 'token'), **full)
+
+    def test_instance(self):
+        self.expect(INSTANCE)
+        self.expect(INSTANCE, settings={'aws_profile': 'x'}, config='[profile x]\nregion = us-east-1\n')
+        self.expect(INSTANCE, '[default]\nec2_metadata_service_endpoint = %s\n' % self.aws.url, AWS_EC2_METADATA_SERVICE_ENDPOINT=None)
+
+
+@needs(importable('botocore'), 'botocore is not installed')
+class AwsCredentialsOracle(AwsCredentials):
+    """The same, and each time botocore finds the same keys as we do."""
+
+    def found(self):
+        import botocore.credentials
+        import botocore.session
+        import botocore.tokens
+        for provider in (botocore.credentials.SSOProvider, botocore.tokens.SSOTokenProvider):
+            provider._SSO_TOKEN_CACHE_DIR = str(self.cache)  # they looked for $HOME when they were imported
+        akid = self.akid()
+        found = botocore.session.Session(profile=self.settings.get('aws_profile')).get_credentials().get_frozen_credentials()
+        self.assertEqual((found.access_key, found.secret_key), (akid, 'secret-of-' + akid))
+        return akid
+
+    def test_hosts(self):
+        """Of every region and partition that botocore knows."""
+        import botocore.endpoint_provider
+        import botocore.exceptions
+        import botocore.session
+        session = botocore.session.Session()
+        loader = session.get_component('data_loader')
+        partitions = loader.load_data('partitions')
+        del os.environ['AWS_ENDPOINT_URL']
+        seen = set()
+        for service, params in (('s3', {'Bucket': 'bucket', 'ForcePathStyle': False}), ('sts', {}), ('sso', {}), ('sso-oidc', {})):
+            rules = botocore.endpoint_provider.EndpointProvider(
+                loader.load_service_model(service, 'endpoint-rule-set-1'), partitions)
+            for partition in session.get_available_partitions():
+                for region in session.get_available_regions('s3', partition):
+                    for fips, dual in ((False, False), (True, False), (False, True), (True, True)):
+                        os.environ.update(AWS_USE_FIPS_ENDPOINT=str(fips).lower(), AWS_USE_DUALSTACK_ENDPOINT=str(dual).lower())
+                        try:
+                            theirs = rules.resolve_endpoint(Region=region, UseFIPS=fips, UseDualStack=dual, **params).url
+                        except botocore.exceptions.EndpointProviderError:
+                            continue
+                        config = etc.Config('s3://bucket', region=region)
+                        with contextlib.closing(etc._open_remote(config)) as store:
+                            if service == 's3':
+                                self.assertEqual(store._address('', {}), theirs + '/')
+                            elif not dual and 'global' not in region:
+                                name = {'sso': 'portal.sso', 'sso-oidc': 'oidc'}.get(service, service)
+                                self.assertEqual(store.aws.host(name, region), theirs)
+                        seen.add(region)
+        self.assertGreater(len(seen), 30)
+
+
+class AwsLife(AwsCase):
+    """How long credentials live, who may see them, and what is said when there are none."""
+
+    def profile(self, text, name='default'):
+        write(self.tmp, {'.aws/config': '[%s]\n%s\n' % (name, text)})
+
+    def fails(self, *words):
+        err = self.etc('ls', '-r', status=1)[1]
+        for word in words:
+            self.assertIn(word, err)
+        for secret in ('secret', 'token/of', 'sso-token', 'web-token', 'refresh'):
+            self.assertNotIn(secret, err.replace('aws_secret_access_key', ''))
+        return err
+
+    def shift(self, seconds):
+        now = time.time
+        self.addCleanup(setattr, etc.time, 'time', now)
+        etc.time.time = lambda: now() + seconds
+
+    def test_asked_once_and_renewed_before_they_expire(self):
+        with contextlib.closing(etc._open_remote(self.config())) as store:
+            threads = [threading.Thread(target=store.list) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(len(self.aws.log), 3)
+            self.shift(3600 - 100)
+            self.server.fault = lambda handler: (handler.answer(200, b'<ListBucketResult/>'), True)[1]  # its clock is ours
+            store.list()
+            self.assertEqual(len(self.aws.log), 6)
+            store.list()
+            self.assertEqual(len(self.aws.log), 6)
+
+    def test_renewed_once_when_refused(self):
+        def fault(handler):
+            if 'my-role/' in handler.headers['Authorization']:
+                self.aws.rotated = True
+                handler.error(400, 'ExpiredToken')
+                return True
+        self.server.fault = fault
+        self.assertEqual(self.akid(), INSTANCE + '2')
+        self.assertEqual(len(self.aws.log), 6)
+        self.aws.rotated = False
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')  # it begins with a HEAD, whose answer does not say why
+        self.assertEqual(self.aws.rotated, True)
+        self.aws.rotated = False
+        self.server.fault = lambda handler: (handler.error(400, 'ExpiredToken'), True)[1]
+        del self.server.log[:]
+        self.fails('ExpiredToken', "the instance's role 'my-role'")
+        self.assertEqual(len(self.server.log), 1)
+
+    def test_keys_that_are_changed_in_their_file(self):
+        write(self.tmp, {'.aws/credentials': '[default]\n' + static('STATIC-OLD')})
+
+        def fault(handler):
+            write(self.tmp, {'.aws/credentials': '[default]\n' + static('STATIC-NEW')})
+            if 'STATIC-OLD' in handler.headers['Authorization']:
+                handler.error(400, 'ExpiredToken')
+                return True
+        self.server.fault = fault
+        self.assertEqual(self.akid(), 'STATIC-NEW')
+
+    def test_no_metadata(self):
+        for answer in (lambda h: h.answer(404), lambda h: h.answer(405), lambda h: h.answer(200, b'<html>\n</html>'),
+                       lambda h: h.answer(403)):
+            del self.aws.log[:]
+            self.aws.version_1 = True
+            self.aws.fault = lambda h, answer=answer: h.path.endswith('/api/token') and (answer(h), True)[1]
+            self.fails('no credentials were found')
+            self.assertEqual([method for method, _, _ in self.aws.log], ['PUT'], 'never version 1')
+        self.aws.fault = lambda h: h.path.endswith('my-role') and (h.json({'Code': 'Failed', 'Message': 'x'}), True)[1]
+        self.fails('no credentials were found')
+        os.environ['AWS_EC2_METADATA_DISABLED'] = 'TRUE'
+        del self.aws.log[:]
+        self.fails('no credentials were found')
+        self.assertEqual(self.aws.log, [])
+
+    def test_silent_metadata(self):
+        with socket.socket() as silent:
+            silent.bind(('127.0.0.1', 0))
+            silent.listen(5)
+            os.environ['AWS_EC2_METADATA_SERVICE_ENDPOINT'] = 'http://127.0.0.1:%d' % silent.getsockname()[1]
+            self.fails('no credentials were found')
+
+    def test_metadata_is_not_asked_through_a_proxy(self):
+        os.environ.update(http_proxy='http://127.0.0.1:1', no_proxy=self.server.url[7:])
+        self.assertEqual(self.akid(), INSTANCE)
+        os.environ['AWS_CONTAINER_CREDENTIALS_FULL_URI'] = self.aws.url + '/container'
+        self.assertEqual(self.akid(), 'CONTAINER')
+
+    def test_containers_that_are_not_trusted(self):
+        os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN'] = 'secret'
+        for url in ('http://example.com/x', 'http://169.254.170.3/', 'http://10.0.0.1/', 'ftp://localhost/', 'http://[::2]/',
+                    'http://localhost.example.com', 'http://127.0.0.1@example.com/', 'nonsense', 'http://[x'):
+            os.environ['AWS_CONTAINER_CREDENTIALS_FULL_URI'] = url
+            self.fails('loopback')
+        for relative in ('@example.com/', '.example.com/'):
+            os.environ['AWS_CONTAINER_CREDENTIALS_RELATIVE_URI'] = relative
+            self.fails('loopback')
+
+    def test_containers_that_refuse(self):
+        os.environ['AWS_CONTAINER_CREDENTIALS_FULL_URI'] = self.aws.url + '/container'
+        self.aws.authorization = 'right'
+        self.fails("container's credentials service answers 401: wrong authorization")
+        os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE'] = str(self.tmp / 'nowhere')
+        self.fails('nowhere')
+        os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE'] = str(write(self.tmp, {'t': 'secret\r\nX: y'}) / 't')
+        self.fails('AWS_CONTAINER_AUTHORIZATION_TOKEN')
+        self.aws.fault = lambda h: (h.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\n'}), True)[1]
+        del os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE']
+        self.fails('nothing that can be used')
+
+    def test_roles_that_cannot_be(self):
+        base = '\n[profile base]\n' + static('STATIC')
+        self.profile('source_profile = base\n' + ROLE + 'forbidden' + base)
+        self.fails("the AWS profile 'default': AWS STS answers 403 AccessDenied: about AccessDenied", 'role/forbidden')
+        for text in (ROLE + 'x', 'credential_source = Moon\n' + ROLE + 'x', 'source_profile = default\n' + ROLE + 'x',
+                     'source_profile = a\n' + ROLE + 'x\n[profile a]\nsource_profile = default\n' + ROLE + 'x',
+                     'source_profile = base\ncredential_source = Environment\n' + ROLE + 'x' + base):
+            self.profile(text)
+            self.fails('needs, beside role_arn')
+        self.profile('source_profile = nope\n' + ROLE + 'x')
+        self.fails("no AWS profile 'nope'", "source_profile of 'default'")
+        self.profile('source_profile = a\n' + ROLE + 'x\n[profile a]\n')
+        self.fails("'default' finds no credentials in a")
+
+    def test_web_identities_that_cannot_be(self):
+        os.environ['AWS_WEB_IDENTITY_TOKEN_FILE'] = str(write(self.tmp, {'token': 'another'}) / 'token')
+        self.fails('AWS_ROLE_ARN')
+        os.environ['AWS_ROLE_ARN'] = 'arn:aws:iam::1:role/pod'
+        self.fails('web identity: AWS STS answers 403 InvalidIdentityToken')
+        os.environ['AWS_WEB_IDENTITY_TOKEN_FILE'] += '-gone'
+        self.fails('token-gone')
+
+    def test_logged_out(self):
+        profile = 'sso_account_id = 123\nsso_role_name = Reader\nsso_region = us-east-1\nsso_start_url = https://corp\n'
+        self.profile(profile, 'profile work')
+        os.environ['AWS_PROFILE'] = 'work'
+        login = 'run: aws sso login --profile work'
+        self.fails(login)
+        for more in ({'expiresAt': '2020-01-01T00:00:00Z'}, {'accessToken': 'revoked'}, {'accessToken': None}, {'expiresAt': 5}):
+            self.sso('https://corp', **more)
+            self.fails(login)
+        self.sso('https://corp').write_text('[')
+        self.fails(login)
+        self.profile('sso_session = corp\n' + profile + '[sso-session corp]\nsso_region = us-east-1\n', 'profile work')
+        gone = {'expiresAt': '2020-01-01T00:00:00Z', 'refreshToken': 'refresh', 'clientId': 'i', 'clientSecret': 'client-secret',
+                'registrationExpiresAt': '2099-01-01T00:00:00Z'}
+        for more in ({'clientId': 'other'}, {'registrationExpiresAt': '2020-01-01T00:00:00Z'}, {}):
+            path = self.sso('corp', **dict(gone, **more))
+            kept = path.read_text()
+            self.aws.fault = lambda h, more=more: not more and h.path == '/token' and (h.answer(500), True)[1]
+            self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+            etc.time.sleep = lambda seconds: None
+            self.fails(login)
+            self.assertEqual(path.read_text(), kept)
+        self.profile('sso_account_id = 123', 'profile work')
+        self.fails('lacks sso_start_url', 'aws configure sso --profile work')
+
+    def test_processes_that_fail(self):
+        python = '"%s" -c ' % sys.executable
+        for code, word in (("'import sys; sys.exit(chr(27) + str(1) + str(2))'", 'fails (1): \\x1b12'), ("'print(5)'", 'nothing that'),
+                           ("'print(chr(123) + chr(125))'", 'nothing that'), ("'", 'cannot be run')):
+            self.profile('credential_process = ' + python + code)
+            self.fails("credential_process of the AWS profile 'default'", word)
+        self.profile('credential_process = /nowhere/at/all')
+        self.fails('cannot be run')
+
+    def test_beyond_us(self):
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] == 'botocore'}
+        self.addCleanup(sys.modules.update, hidden)
+        sys.modules['botocore'] = None
+        self.addCleanup(sys.modules.pop, 'botocore')
+        self.profile('mfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = b\n' + ROLE + 'x\n[profile b]\n' + static('STATIC'), 'profile m')
+        os.environ['AWS_PROFILE'] = 'm'
+        self.fails('pip install boto3', 'aws configure export-credentials --profile m --format env')
+        self.profile('login_session = arn:aws:iam::1:user/me\n')
+        os.environ['AWS_PROFILE'] = 'default'
+        self.fails('pip install boto3', 'aws login --profile default')
+
+    def test_endpoints(self):
+        other = Server(S3Handler)
+        self.addCleanup(other.stop)
+        other.secrets = Secrets()
+        del self.settings['endpoint_url']
+        write(self.tmp, {'.aws/credentials': '[default]\n' + static('STATIC')})
+        services = 'services = s\n[services s]\nsts =\n  endpoint_url = http://127.0.0.1:1\ns3 =\n  addressing_style = path\n' \
+                   '  endpoint_url = %s\n' % other.url
+        for config, env in (('', {'AWS_ENDPOINT_URL_S3': other.url, 'AWS_ENDPOINT_URL': self.aws.url}), ('', {'AWS_ENDPOINT_URL': other.url}),
+                            (services, {'AWS_ENDPOINT_URL': ''}), ('endpoint_url = ' + other.url, {'AWS_ENDPOINT_URL': ''})):
+            self.profile(config)
+            os.environ.update({'AWS_ENDPOINT_URL_S3': ''}, **env)
+            del other.log[:]
+            self.assertEqual(self.etc('ls', '-r')[0], '')
+            self.assertEqual(len(other.log), 1)
+
+
+@needs(importable('botocore'), 'botocore is not installed')
+class AwsLibrary(AwsCase):
+    """What only botocore can."""
+
+    def test_mfa(self):
+        write(self.tmp, {'.aws/config': '[profile m]\nmfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = b\n' + ROLE
+                         + 'x\n[profile b]\n' + static('STATIC')})
+        os.environ.update(AWS_PROFILE='m', AWS_ENDPOINT_URL_STS=self.aws.url)
+        for code in (b'123456\n', b''):  # it is asked once an hour
+            process = self.spawn('ls', '-r', stdin=subprocess.PIPE, start_new_session=True)
+            err = process.communicate(code)[1]
+            self.assertEqual(process.returncode, 0, err)
+            self.assertIn('Credential=x-by-STATIC/', self.server.log[-1][2]['Authorization'])
+        os.environ['HOME'] = str(self.tmp / 'else')
+        os.environ['AWS_CONFIG_FILE'] = str(self.tmp / '.aws/config')
+        process = self.spawn('ls', '-r', stdin=subprocess.DEVNULL, start_new_session=True)
+        self.assertIn(b'EOFError; try: eval', process.communicate()[1])
+
+
 class Signature(unittest.TestCase):
     def test_published_examples(self):
         """https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html"""
-        credentials = etc._AwsCredentials('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY')
+        credentials = etc._AwsKeys('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY')
         empty, base = hashlib.sha256().hexdigest(), 'https://examplebucket.s3.amazonaws.com'
         for method, path, headers, digest, signature in (
                 ('GET', '/test.txt', {'Range': 'bytes=0-9'}, empty,
@@ -2449,7 +2965,7 @@ class SignatureOracle(unittest.TestCase):
             region, token = rng.choice(['us-east-1', 'eu-west-3']), rng.choice([None, 'to/ken+='])
             now = datetime.datetime(2024, 5, 6, 7, 8, 9, tzinfo=datetime.timezone.utc)
             ours = etc._aws_sign(method, url, headers, hashlib.sha256(body).hexdigest(),
-                                 etc._AwsCredentials(AKID, SECRET, token), region, 's3', now.timestamp())
+                                 etc._AwsKeys(AKID, SECRET, token), region, 's3', now.timestamp())
             request = botocore.awsrequest.AWSRequest(method, url, headers=dict(headers), data=body)
             request.context['payload_signing_enabled'] = True
             signer = botocore.auth.S3SigV4Auth(botocore.credentials.Credentials(AKID, SECRET, token), 's3', region)
