@@ -160,8 +160,9 @@ def _say(message: str, *args: Any, level: int = _INFO) -> None:
 
 _SETTINGS = {
     'url': str, 'home': str, 'public': bool, 'aws_access_key_id': str, 'aws_secret_access_key': str,
-    'aws_session_token': str, 'aws_profile': str, 'region': str, 'endpoint_url': str, 'google_credentials': str,
-    'ca_bundle': str, 'connections': int, 'compression_level': int,
+    'aws_session_token': str, 'aws_profile': str, 'region': str, 'endpoint_url': str, 'request_payer': str,
+    'storage_class': str, 'sse': str, 'sse_kms_key_id': str, 'google_credentials': str, 'ca_bundle': str,
+    'connections': int, 'compression_level': int,
 }  # type: Dict[str, type]
 _SECRETS = ('aws_secret_access_key', 'aws_session_token')
 _LEVEL = 6  # of compression, if none is set
@@ -286,6 +287,10 @@ class Config:
     aws_profile: Optional[str]
     region: Optional[str]
     endpoint_url: Optional[str]
+    request_payer: Optional[str]
+    storage_class: Optional[str]
+    sse: Optional[str]
+    sse_kms_key_id: Optional[str]
     google_credentials: Optional[str]
     ca_bundle: Optional[str]
     connections: int
@@ -1742,7 +1747,7 @@ class _Aws:
         date = _http_time(reply.headers.get('Date') or '')
         if keys and reply.status in (400, 403) and date and abs(date - time.time() - self.skew) > 300:
             self.skew = date - time.time()
-            _say("this machine's clock is %d minutes off; going by that of the server", abs(self.skew) / 60, level=30)
+            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(self.skew) / 60, level=30)
         elif code in ('ExpiredToken', 'ExpiredTokenException', 'TokenRefreshRequired'):
             self._keys.renew(keys)
 
@@ -2397,6 +2402,13 @@ def _bucket_and_prefix(url: str) -> Tuple[str, str]:
     return match.group(2), prefix + '/' if prefix else ''
 
 
+def _headers(values: Dict[str, Optional[str]]) -> Dict[str, str]:
+    for name, value in values.items():
+        if value and not re.match(r'[!-~]+\Z', value):
+            raise ConfigError("the settings ask for '%s' as %s, which cannot be sent; check them" % (value, name))
+    return {name: value for name, value in values.items() if value}
+
+
 class _FileRemote:
     """file:///path: a shared directory."""
 
@@ -2506,13 +2518,21 @@ class _S3Remote:
 
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
+        if self.url.startswith('s3://arn:'):
+            raise ConfigError("'%s' is an ARN; of an access point, take the alias (it ends in -s3alias) as the bucket: "
+                              's3://alias' % _printable(self.url))
         self.bucket, self.prefix = _bucket_and_prefix(self.url)
         self.aws = _Aws(config)
         self.http = self.aws.http
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.aws.endpoint('s3')
-        self.public = config.public
         self.connections = config.connections
+        self.always = _headers({'x-amz-request-payer': config.request_payer})
+        self.created = _headers({  # of requests that begin an object
+            'Content-Type': 'application/gzip', 'x-amz-acl': 'public-read' if config.public else None,
+            'x-amz-storage-class': config.storage_class,
+            'x-amz-server-side-encryption': config.sse or config.sse_kms_key_id and 'aws:kms',
+            'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
 
     def close(self) -> None:
         self.http.close()
@@ -2539,6 +2559,7 @@ class _S3Remote:
         payload = _sha256()
         for chunk in body:
             payload.update(chunk)
+        headers = dict(self.always, **(headers or {}))
         for _ in range(4):
             state = self.region, self.aws.skew, self.aws.keys()
             address = self._address(key, query or {})
@@ -2547,7 +2568,7 @@ class _S3Remote:
             if 200 <= reply.status < 300 or reply.status in accept:
                 return reply
             if method == 'HEAD':  # its answers have no body that would tell more
-                reply = self.http.request('GET', address, dict(headers or {}, Range='bytes=0-0'), (), sign, 1 << 20)
+                reply = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
             self._learn(reply, state[2])
             if reply.status >= 300 and state == (self.region, self.aws.skew, self.aws.keys()):
                 break
@@ -2565,10 +2586,11 @@ class _S3Remote:
         source = keys.source if keys else ''
         hint = {
             'NoSuchBucket': 'check the bucket in the url',
-            'InvalidAccessKeyId': 'check aws_access_key_id in %s' % source,
-            'SignatureDoesNotMatch': 'check aws_secret_access_key in %s, and region' % source,
+            'InvalidAccessKeyId': 'check the access key; it comes from %s' % source,
+            'SignatureDoesNotMatch': 'check the secret access key, which comes from %s, and the region' % source,
             'RequestTimeTooSkewed': "set this machine's clock",
-            'ExpiredToken': 'renew the session token in %s' % source,
+            'ExpiredToken': 'renew the credentials, which come from %s' % source,
+            'InvalidObjectState': 'it was moved to an archive class; restore it there first',
         }.get(code)
         if not hint and reply.status in (400, 401, 403):
             hint = 'check what %s may do here, and the region' % source if keys else (
@@ -2635,15 +2657,12 @@ class _S3Remote:
         limit: bytes that `chunks` will not exceed; it sets the size of parts, as S3 takes at most 10,000.
         """
         size = max(_PART, -(-limit // _PARTS >> 20) << 20)
-        headers = {'Content-Type': 'application/gzip'}
-        if self.public:
-            headers['x-amz-acl'] = 'public-read'
         parts = _parts(chunks, size)
         first, second = next(parts, []), next(parts, None)
         if second is None:
-            self._finish('PUT', name, {}, headers, first, exclusive)
+            self._finish('PUT', name, {}, self.created, first, exclusive)
             return
-        reply = self._request('POST', self._key(name), {'uploads': ''}, headers)
+        reply = self._request('POST', self._key(name), {'uploads': ''}, self.created)
         try:
             upload = _xml(reply.body).findtext('UploadId')
         except ValueError:

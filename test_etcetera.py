@@ -6,7 +6,9 @@ real peers (see [options.extras_require] test in setup.cfg) are skipped without 
 skipped where ETC_TEST_REQUIRE_PEERS=1.
 """
 
+import calendar
 import contextlib
+import email.utils
 import glob
 import hashlib
 import hmac
@@ -207,7 +209,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.sent = 0
         self.fault = None
         self.page = 1000
-        self.conditions = True
+        self.conditions = self.encoding = True
         self.secrets = {AKID: SECRET}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -299,14 +301,15 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
         keys = sorted(k for k in self.server.objects if k.startswith(prefix) and k > after
                       and '/' not in k[len(prefix):])
         page, more = keys[:self.server.page], len(keys) > self.server.page
-        encode = urllib.parse.quote_plus if self.query.get('encoding-type') == 'url' else escape
+        url = self.server.encoding and self.query.get('encoding-type') == 'url'
+        encode = urllib.parse.quote_plus if url else escape
         items = ''.join('<Contents><Key>%s</Key><LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>%s</ETag>'
                         '<Size>%d</Size></Contents>' % (encode(k), escape(self.server.objects[k][1]),
                                                         len(self.server.objects[k][0])) for k in page)
+        token = '<NextContinuationToken>%s</NextContinuationToken>' % escape(''.join(page[-1:])) * more
         xml = ('<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-               '<EncodingType>url</EncodingType><IsTruncated>%s</IsTruncated>%s%s</ListBucketResult>' % (
-                   str(more).lower(), '<NextContinuationToken>%s</NextContinuationToken>' % escape(''.join(page[-1:])) * more,
-                   items))
+               '%s<IsTruncated>%s</IsTruncated>%s%s</ListBucketResult>' % (
+                   '<EncodingType>url</EncodingType>' * url, str(more).lower(), token, items))
         self.answer(200, xml.encode(), {'Content-Type': 'application/xml'})
 
     def s3_head(self, body):
@@ -1639,15 +1642,18 @@ class S3Remote(RemoteSuite, S3Case):
         self.etc('register', self.tmp / 'big', 'Y')
 
         def fault(handler):
-            if handler.headers.get('If-None-Match'):
-                handler.error(501, 'NotImplemented')
+            if handler.headers.get('If-None-Match') and answer:
+                handler.error(*answer)
                 return True
         self.server.fault = fault
-        self.etc('push', 'X', 'Y')
-        self.etc('push', 'X', 'Y')
-        self.assertEqual(len(self.server.objects), 2)
-        write(self.tmp / 'ds', {'data/train/x': 'changed'})
-        self.etc('push', 'X', status=1)
+        self.server.conditions = False
+        for answer in ((501, 'NotImplemented'), (400, 'InvalidArgument'), (501, ''), ()):
+            self.server.objects.clear()
+            self.etc('push', 'X', 'Y')
+            self.etc('push', 'X', 'Y')
+            self.assertEqual((len(self.server.objects), self.server.uploads), (2, {}))
+            write(self.tmp / 'ds', {'data/train/x': 'changed %s' % (answer,)})
+            self.etc('push', 'X', status=1)
 
     def test_errors_of_complete(self):
         write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)})
@@ -1803,6 +1809,118 @@ class S3Remote(RemoteSuite, S3Case):
         parts = [b''.join(part) for part in etc._parts(chunks, 10)]
         self.assertEqual(b''.join(parts), b''.join(chunks))
         self.assertEqual({len(part) for part in parts[:-1]}, {10})
+
+
+class S3Kinds(S3Case):
+    """In what Amazon's regions and the stores that are like S3 differ."""
+
+    def setUp(self):
+        super().setUp()
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+
+    def region(self):
+        return self.server.log[-1][2]['Authorization'].split('/')[2]
+
+    def test_region_of_the_signature(self):
+        def fault(handler):
+            if '/eu-9/s3/' not in handler.headers['Authorization']:
+                handler.answer(400, b'<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region is wrong</Message>'
+                                    b'<Region>eu-9</Region></Error>')
+                return True
+        self.server.fault = fault
+        self.etc('push', 'X')
+        self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'HEAD', 'PUT'])  # asked once, then remembered
+        self.assertEqual(self.region(), 'eu-9')
+        self.server.fault = lambda h: (h.answer(400, b'<Error><Code>AuthorizationHeaderMalformed</Code><Region>a/b</Region></Error>'), 1)[1]
+        self.assertIn('AuthorizationHeaderMalformed', self.etc('ls', '-r', status=1)[1])
+
+    def test_regions_of_amazon(self):
+        """Its hosts are reached through a proxy here, and not over TLS."""
+        del self.settings['endpoint_url']
+        os.environ.update(http_proxy=self.server.url, no_proxy='')
+        self.addCleanup(setattr, etc._Aws, 'host', etc._Aws.host)
+        etc._Aws.host = lambda aws, service, region: 'http://%s.%s.amazonaws.example' % (service, region)
+        answers = [(301, {'x-amz-bucket-region': 'eu-west-1'}), (307, {'x-amz-bucket-region': 'eu-west-1'}),
+                   (400, {'x-amz-bucket-region': 'eu-west-1'}), (403, {'x-amz-bucket-region': 'eu-west-1'})]
+        hosts = []
+
+        def fault(handler):
+            parts = urllib.parse.urlsplit(handler.path)
+            handler.path = parts.path + '?' + parts.query
+            hosts.append(parts.netloc)
+            self.assertIsNone(handler.unsigned(b'') if handler.headers['Authorization'] else None)
+            if '.eu-west-1.' in parts.netloc:
+                handler.answer(200, b'<ListBucketResult></ListBucketResult>')
+            else:
+                handler.answer(status, b'<Error><Code>PermanentRedirect</Code></Error>', headers)
+            return True
+        self.server.fault = fault
+        for anonymous in (False, True):
+            for status, headers in answers:
+                del hosts[:]
+                self.assertEqual(self.etc('ls', '-r')[0], '')
+                self.assertEqual(hosts, ['bucket.s3.us-east-1.amazonaws.example', 'bucket.s3.eu-west-1.amazonaws.example'])
+            self.settings = {}
+        status, headers = 301, {'x-amz-bucket-region': 'evil.example/'}
+        self.assertIn('PermanentRedirect', self.etc('ls', '-r', status=1)[1])
+        self.assertEqual(set(hosts), {'bucket.s3.us-east-1.amazonaws.example', 'bucket.s3.eu-west-1.amazonaws.example'})
+
+    def test_clock(self):
+        skew, now = 0, time.time
+        self.addCleanup(setattr, etc.time, 'time', now)
+
+        def fault(handler):
+            stamp = time.strptime(handler.headers['x-amz-date'], '%Y%m%dT%H%M%SZ')
+            if abs(calendar.timegm(stamp) - now()) > 900:
+                handler.error(403, 'RequestTimeTooSkewed')
+                return True
+        self.server.fault = fault
+        self.addCleanup(setattr, S3Handler, 'date_time_string', S3Handler.date_time_string)
+        S3Handler.date_time_string = lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True)
+        for skew in (-3 * 3600, 40 * 86400):
+            etc.time.time = lambda skew=skew: now() + skew
+            del self.server.log[:]
+            self.assertIn('clock is %d minutes off' % (abs(skew) // 60), self.etc('push', 'X', '-f')[1])
+            self.etc('pull', 'X', '-f', home='two')
+            methods = [m for m, _, _ in self.server.log]
+            self.assertEqual(methods[:2], ['PUT', 'PUT'])
+        S3Handler.date_time_string = lambda handler, timestamp=None: 'no date'
+        self.assertIn("set this machine's clock", self.etc('ls', '-r', status=1)[1])
+
+    def test_headers_that_are_asked_for(self):
+        self.etc('register', write(self.tmp / 'big', {'data/train/x': noise(20 * MIB)}), 'Big')
+        self.settings.update(request_payer='requester', sse_kms_key_id='arn:aws:kms:eu-west-1:1:key/k', storage_class='STANDARD_IA')
+        self.etc('push', 'X', 'Big')
+        self.etc('pull', 'X', home='two')
+        self.etc('ls', '-r')
+        names = ('x-amz-server-side-encryption', 'x-amz-server-side-encryption-aws-kms-key-id', 'x-amz-storage-class')
+        created = 0
+        for method, path, headers in self.server.log:
+            self.assertEqual(headers['x-amz-request-payer'], 'requester', (method, path))
+            new = method == 'PUT' and '?' not in path or path.endswith('?uploads=')
+            created += new
+            self.assertEqual([headers.get(name) for name in names],
+                             ['aws:kms', 'arn:aws:kms:eu-west-1:1:key/k', 'STANDARD_IA'] if new else [None] * 3)
+            for name in headers:
+                self.assertNotRegex(name.lower(), 'checksum|trailer|content-md5|transfer-encoding|expect')
+            self.assertRegex(headers['x-amz-content-sha256'], '^[0-9a-f]{64}$')
+        self.assertEqual(created, 2)
+        self.settings['sse'] = 'AES256'
+        self.settings.pop('sse_kms_key_id')
+        self.etc('push', '-f', 'X')
+        self.assertEqual(self.server.log[-1][2]['x-amz-server-side-encryption'], 'AES256')
+        for bad in ('a b', 'caf\u00e9'):
+            self.settings['sse'] = bad
+            self.assertIn('x-amz-server-side-encryption, which cannot', self.etc('ls', '-r', status=1)[1])
+
+    def test_keys_that_are_not_encoded(self):
+        self.url = 's3://bucket/a+b %41&'
+        self.etc('push', 'X')
+        for self.server.encoding in (True, False):
+            self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+
+    def test_access_points(self):
+        self.assertIn('-s3alias', self.etc('ls', '-r', url='s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/mine', status=1)[1])
 
 
 class GsHandler(S3Handler):
@@ -2831,6 +2949,18 @@ class AwsLife(AwsCase):
         self.fails("no AWS profile 'nope'", "source_profile of 'default'")
         self.profile('source_profile = a\n' + ROLE + 'x\n[profile a]\n')
         self.fails("'default' finds no credentials in a")
+
+    def test_roles_by_a_wrong_clock(self):
+        self.profile('source_profile = base\n' + ROLE + 'dev\n[profile base]\n' + static('STATIC'))
+        now = time.time
+        for name in ('server', 'aws'):
+            getattr(self, name).fault = lambda h: abs(calendar.timegm(time.strptime(
+                h.headers['x-amz-date'], '%Y%m%dT%H%M%SZ')) - now()) > 300 and (h.error(403, 'SignatureDoesNotMatch'), True)[1]
+        self.addCleanup(setattr, S3Handler, 'date_time_string', S3Handler.date_time_string)
+        S3Handler.date_time_string = lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True)
+        self.shift(5 * 3600)
+        self.assertEqual(self.akid(), 'dev-by-STATIC')
+        self.assertEqual((len(self.aws.log), len(self.server.log)), (2, 1))
 
     def test_web_identities_that_cannot_be(self):
         os.environ['AWS_WEB_IDENTITY_TOKEN_FILE'] = str(write(self.tmp, {'token': 'another'}) / 'token')
