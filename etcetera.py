@@ -272,7 +272,8 @@ def _yaml_plain(text: str, line: int) -> Any:
 class Config:
     """Where datasets live and how to get at them; every function takes one as `config=`.
 
-    url: `s3://bucket[/prefix]`, `gs://bucket[/prefix]` or `file:///path`; only remote work needs it.
+    url: `s3://bucket[/prefix]`, `gs://bucket[/prefix]`, `file:///path` or, only to read, `https://host/path`; only
+        remote work needs it.
     home: the local store, by default $ETC_HOME or ~/.etc.
     settings: any other key of the settings file, by its name there.
     Raises ConfigError for an unknown key or a value of the wrong type.
@@ -1493,17 +1494,19 @@ class _Http:
             connection.close()
 
     def request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
-                sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT, tries: int = _TRIES) -> _Reply:
+                sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT, tries: int = _TRIES,
+                into: Optional[Any] = None) -> _Reply:
         """One request, tried again while that may help. Raises RemoteError if no answer is to be had.
 
         sign: gives the headers to send, anew for each try. limit: bytes that the answer may have.
+        into: a file for the body of an answer with status 200, of any size.
         """
         import http.client
         for attempt in range(1, tries + 1):
             signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
             problem = None  # type: Optional[Exception]
             try:
-                reply = self._once(method, url, signed, body, limit)
+                reply = self._once(method, url, signed, body, limit, into)
                 if reply.status not in _TRANSIENT or attempt == tries:
                     return reply
             except (OSError, http.client.HTTPException) as e:
@@ -1523,7 +1526,8 @@ class _Http:
         return RemoteError('cannot reach %s: %s; check the network, the proxy settings and the URL'
                            % (where, getattr(e, 'strerror', None) or e or type(e).__name__))
 
-    def _once(self, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes], limit: int) -> _Reply:
+    def _once(self, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes], limit: int,
+              into: Optional[Any]) -> _Reply:
         import http.client
         from urllib.parse import urlsplit
         parts = urlsplit(url)
@@ -1545,7 +1549,11 @@ class _Http:
                 connection.close()  # the server had closed the kept connection meanwhile
                 response = self._ask(connection, method, target, headers, body)
             known = response.length is not None and response.length <= limit
-            data = response.read() if known else response.read(limit + 1)
+            if into and response.status == 200:
+                data = b''
+                self._save(response, into)
+            else:
+                data = response.read() if known else response.read(limit + 1)
             if len(data) > limit:
                 raise RemoteError('%s://%s answers with more than was asked for; a proxy or the endpoint_url is at '
                                   'fault' % (parts.scheme, parts.netloc), response.status)
@@ -1557,6 +1565,19 @@ class _Http:
                 self.idle[parts.scheme, parts.netloc].append(connection)
             else:
                 connection.close()
+
+    def _save(self, response: Any, into: Any) -> None:
+        import http.client
+        into.seek(0)
+        into.truncate()
+        for data in iter(lambda: response.read(1 << 20), b''):
+            try:
+                into.write(data)
+            except OSError as e:
+                raise Error('cannot keep a download in a temporary file: %s; set $TMPDIR to a directory with more room'
+                            % e.strerror) from None
+        if response.length:
+            raise http.client.IncompleteRead(b'', response.length)
 
     def _ask(self, connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
         import http.client
@@ -2513,6 +2534,38 @@ class _FileRemote:
                         os.unlink(path)
 
 
+def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply]) -> List[_Object]:
+    """The datasets of a bucket (ListObjectsV2, page by page); `ask` gives the answer to a query."""
+    found = []
+    query = {'list-type': '2', 'prefix': prefix, 'delimiter': '/', 'encoding-type': 'url'}
+    while True:
+        try:
+            page = _xml(ask(query).body)
+            if page.tag != 'ListBucketResult':
+                raise ValueError('<%s>' % page.tag)
+            found += [item for item in map(functools.partial(_listed, page, prefix), page.iter('Contents')) if item]
+            token = page.findtext('NextContinuationToken')
+            if page.findtext('IsTruncated') == 'true' and (not token or token == query.get('continuation-token')):
+                raise ValueError('a page that leads nowhere')
+        except ValueError as e:
+            raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url' % (url, e)) from None
+        if page.findtext('IsTruncated') != 'true':
+            return found
+        query['continuation-token'] = token
+
+
+def _listed(page: Any, prefix: str, item: Any) -> Optional[_Object]:
+    from urllib.parse import unquote_plus
+    key = item.findtext('Key') or ''
+    if page.findtext('EncodingType') == 'url':
+        key = unquote_plus(key)
+    name = key[len(prefix):-4]
+    if not key.startswith(prefix) or not key.endswith('.tgz') or not _is_name(name):
+        return None
+    modified = _timestamp(item.findtext('LastModified') or '')
+    return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
+
+
 class _S3Remote:
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
@@ -2601,36 +2654,8 @@ class _S3Remote:
             hint or 'check the url, the endpoint_url and the region'), reply.status, code)
 
     def list(self) -> List[_Object]:
-        """All datasets here (ListObjectsV2, page by page)."""
-        found = []
-        query = {'list-type': '2', 'prefix': self.prefix, 'delimiter': '/', 'encoding-type': 'url'}
-        while True:
-            reply = self._request('GET', '', query)
-            try:
-                page = _xml(reply.body)
-                if page.tag != 'ListBucketResult':
-                    raise ValueError('<%s>' % page.tag)
-                found += [item for item in map(functools.partial(self._listed, page), page.iter('Contents')) if item]
-                token = page.findtext('NextContinuationToken')
-                if page.findtext('IsTruncated') == 'true' and (not token or token == query.get('continuation-token')):
-                    raise ValueError('a page that leads nowhere')
-            except ValueError as e:
-                raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url'
-                                  % (self.url, e)) from None
-            if page.findtext('IsTruncated') != 'true':
-                return found
-            query['continuation-token'] = token
-
-    def _listed(self, page: Any, item: Any) -> Optional[_Object]:
-        from urllib.parse import unquote_plus
-        key = item.findtext('Key') or ''
-        if page.findtext('EncodingType') == 'url':
-            key = unquote_plus(key)
-        name = key[len(self.prefix):-4]
-        if not key.startswith(self.prefix) or not key.endswith('.tgz') or not _is_name(name):
-            return None
-        modified = _timestamp(item.findtext('LastModified') or '')
-        return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
+        """All datasets here."""
+        return _list_bucket(self.url, self.prefix, lambda query: self._request('GET', '', query))
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
@@ -2902,6 +2927,139 @@ class _GsRemote:
                           % (name, self.url))
 
 
+class _HttpRemote:
+    """http(s)://host/path: what a web server shows, or a public bucket; read-only."""
+
+    def __init__(self, config: Config) -> None:
+        import threading
+        from urllib.parse import quote
+        self.url = (config.url or '').rstrip('/')
+        if '@' in self.url.partition('://')[2].partition('/')[0]:
+            raise ConfigError('the url has a user or password in it, which etcetera never sends; remove it')
+        if not re.match(r'https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#]*)?\Z', self.url, re.ASCII):
+            raise ConfigError("'%s' is not of the form https://host or https://host/path" % _printable(self.url))
+        self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
+        self.connections = config.connections
+        self.http = _Http(config.ca_bundle)
+        self.lock = threading.Lock()
+        self.whole = {}  # type: Dict[_Object, Any]  # files with all bytes of objects from servers that give no ranges
+
+    def close(self) -> None:
+        self.http.close()
+        for file in self.whole.values():
+            file.close()
+        self.whole.clear()
+
+    def _request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, accept: Sequence[int] = (),
+                 limit: int = _REPLY_LIMIT, into: Optional[Any] = None) -> _Reply:
+        """Follows redirects; RemoteError for any answer but 2xx and what `accept` lists."""
+        from urllib.parse import urljoin
+        for _ in range(6):
+            reply = self.http.request(method, url, headers, limit=limit, into=into)
+            if 200 <= reply.status < 300 or reply.status in accept:
+                return reply
+            target = urljoin(url, reply.headers.get('Location') or '')
+            if reply.status not in (301, 302, 303, 307, 308) or not re.match(r'https?://[!-~]+\Z', target):
+                break
+            if url.startswith('https:') and not target.startswith('https:'):
+                raise RemoteError('%s sends us on to a place without encryption; check the url' % self.url,
+                                  reply.status)
+            url = target
+        hint = {401: 'it wants a login, which etcetera does not have', 403: 'check what everyone may read there',
+                404: 'check the url'}.get(reply.status, 'check the url, or ask who runs that server')
+        raise RemoteError('%s answers %d; %s' % (self.url, reply.status, hint), reply.status)
+
+    def list(self) -> List[_Object]:
+        """All datasets that the directory's index links to, or that the listing of a public bucket has."""
+        from urllib.parse import unquote, urlsplit
+        reply = self._request('GET', self.base, accept=[403, 404])
+        if reply.status == 200 and not reply.body.lstrip()[:200].startswith((b'<?xml', b'<ListBucketResult')):
+            with _threads(self.connections) as pool:
+                return [found for found in pool.map(self.stat, _linked(self.base, reply.body)) if found]
+        site, path = '%s://%s/' % urlsplit(self.base)[:2], unquote(urlsplit(self.base).path)[1:]
+        bucket, _, rest = path.partition('/')
+
+        def ask(address: str, query: Dict[str, str]) -> _Reply:
+            pairs = '&'.join('%s=%s' % (key, _quote(value)) for key, value in query.items())
+            return self._request('GET', '%s?%s' % (address, pairs))
+
+        for address, prefix in ((site, path), (site + _quote(bucket), rest)):  # the bucket may be in the host's name
+            with contextlib.suppress(RemoteError):
+                return _list_bucket(self.url, prefix, functools.partial(ask, address))
+        raise RemoteError('%s shows no list of what it has (%d); pull works by name, or check the url'
+                          % (self.url, reply.status), reply.status)
+
+    def stat(self, name: str) -> Optional[_Object]:
+        """What is there under this name now."""
+        reply = self._request('HEAD', self._address(name), accept=[404, 410])
+        if reply.status in (404, 410):
+            return None
+        size = reply.headers.get('Content-Length') or ''
+        if not size.isdigit():
+            raise RemoteError("%s does not say how large '%s' is; check the url" % (self.url, name))
+        return _Object(name, int(size), _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+
+    def _address(self, name: str) -> str:
+        return self.base + name + '.tgz'
+
+    def read(self, found: _Object, start: int, stop: int) -> bytes:
+        """Bytes of this very version; RemoteError if it was replaced."""
+        if found not in self.whole:
+            headers = {'Range': 'bytes=%d-%d' % (start, stop - 1)}
+            if found.version.startswith('"'):
+                headers['If-Match'] = found.version
+            try:
+                reply = self._request('GET', self._address(found.name), headers, [404, 412, 416], stop - start + 65536)
+                if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
+                    raise _replaced(self, found)
+                if reply.status != 200 or 'Content-Range' in reply.headers or len(reply.body) != found.size:
+                    return _ranged(self, reply, start, stop, found.size)
+                return reply.body[start:stop]  # type: ignore[no-any-return]
+            except RemoteError as e:
+                if e.status != 200:  # that it answers with all
+                    raise
+        with self.lock:
+            if found not in self.whole:
+                self.whole[found] = self._fetch(found)
+            self.whole[found].seek(start)
+            return self.whole[found].read(stop - start)  # type: ignore[no-any-return]
+
+    def _fetch(self, found: _Object) -> Any:
+        import tempfile
+        file = tempfile.TemporaryFile()
+        _say("%s gives no parts of files, so all of '%s' comes first", self.url, found.name)
+        reply = self._request('GET', self._address(found.name), accept=[404], into=file)
+        if reply.status != 200 or _reply_version(reply) != found.version or file.seek(0, os.SEEK_END) != found.size:
+            file.close()
+            raise _replaced(self, found)
+        return file
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        raise ConfigError('%s can only be read; to push, set a url that begins with s3://, gs:// or file://' % self.url)
+
+
+def _linked(base: str, page: bytes) -> List[str]:
+    """The names of the datasets to which the links of an HTML page lead, if they are in the directory `base`."""
+    from html.parser import HTMLParser
+    from urllib.parse import unquote, urljoin
+    names = set()
+
+    class Links(HTMLParser):
+        def error(self, message: str) -> None:
+            raise AssertionError(message)  # as Python 3.10 and later do
+
+        def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
+            with contextlib.suppress(ValueError):
+                target = unquote(urljoin(base, dict(attrs).get('href') or '') if tag == 'a' else '')
+                name = target[len(unquote(base)):-4]
+                if target == unquote(base) + name + '.tgz' and _is_name(name):
+                    names.add(name)
+
+    with contextlib.suppress(AssertionError):
+        Links().feed(page.decode('utf-8', 'replace'))
+    return sorted(names)
+
+
 def _md5() -> Any:
     """None where the interpreter has no MD5 (FIPS)."""
     import hashlib
@@ -2967,14 +3125,15 @@ def _replaced(remote: Any, found: _Object) -> RemoteError:
                        % (found.name, remote.url), 412)
 
 
-_Remote = Union[_FileRemote, _S3Remote, _GsRemote]
+_Remote = Union[_FileRemote, _S3Remote, _GsRemote, _HttpRemote]
 
 
 def _open_remote(config: Config) -> _Remote:
     if not config.url:
-        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or gs://, file://) "
-                          'in ~/.etc.yaml, with $ETC_URL or with --url')
-    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote}  # type: Dict[str, Callable[[Config], _Remote]]
+        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or gs://, file://, "
+                          'https://) in ~/.etc.yaml, with $ETC_URL or with --url')
+    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _HttpRemote, 'http': _HttpRemote,
+             }  # type: Dict[str, Callable[[Config], _Remote]]
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
         raise ConfigError("cannot use the url '%s'; it must start with %s"

@@ -2372,6 +2372,219 @@ class GoogleCredentials(GsCase):
         self.assertEqual([h.get('Authorization') for _, _, h in other.log], [None] * len(other.log))
 
 
+class WebHandler(http.server.SimpleHTTPRequestHandler):
+    """`python3 -m http.server`, which gives no ranges; or as a server that does."""
+
+    def log_message(self, *args):
+        pass
+
+    def handle_one(self):
+        self.server.log.append((self.command, self.path, self.headers))
+        if self.server.fault and self.server.fault(self):
+            return
+        path = Path(self.translate_path(self.path))
+        if not self.server.ranges or not path.is_file():
+            return super().do_GET() if self.command == 'GET' else super().do_HEAD()
+        data = path.read_bytes()
+        self.headers_sent = {'ETag': '"%s"' % hashlib.sha1(data).hexdigest()}
+        match = re.match(r'bytes=(\d+)-(\d+)$', self.headers.get('Range', ''))
+        if self.headers.get('If-Match', self.headers_sent['ETag']) != self.headers_sent['ETag']:
+            self.headers_sent, data, status = {}, b'', 412
+        elif match:
+            start, stop = int(match.group(1)), min(int(match.group(2)) + 1, len(data))
+            self.headers_sent['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
+            data, status = data[start:stop], 206
+        else:
+            status = 200
+        self.answer(status, data)
+
+    def answer(self, status, data=b'', **headers):
+        self.send_response(status)
+        for key, value in dict(headers, **getattr(self, 'headers_sent', {})).items():
+            self.send_header(key, value)
+        self.send_header('Content-Length', str(len(data)))
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(data)
+            self.server.sent += len(data)
+
+    do_GET = do_HEAD = handle_one
+
+    def translate_path(self, path):
+        path = super().translate_path(path)
+        return os.path.join(self.server.root, os.path.relpath(path, os.getcwd()))
+
+
+class WebSuite:
+    """What was pushed into a directory is read by its web address. Subclasses start(), and set `url`."""
+    path = '/data sets/\u00e9'
+
+    def setUp(self):
+        super().setUp()
+        self.share = self.tmp / ('www' + self.path)
+        self.share.mkdir(parents=True)
+        self.file_url = self.share.as_uri()
+        self.start()
+        self.etc('register', write(small(self.tmp / 'ds'), {'data/train/large': noise(9 * MIB)}), 'X')
+        self.etc('push', 'X', url=self.file_url)
+
+    def test_round_trip(self):
+        self.etc('register', odd(self.tmp / 'odd'), 'Odd')
+        self.etc('push', 'Odd', url=self.file_url)
+        write(self.share, {'other.txt': 'x', 'not a dataset.tgz': 'x', 'sub/Inner.tgz': 'x', 'foreign.tgz': ''})
+        with tarfile.open(str(self.share / 'foreign.tgz'), 'w:gz') as tar:
+            tar.add(str(self.tmp / 'ds'), '.')
+        self.assertEqual(self.etc('ls', '-r')[0], 'Odd\nX\nforeign\n')
+        self.assertIn(etc.Dataset(self.tmp / 'odd').digest, self.etc('ls', '-r', '-l')[0])
+        self.etc('pull', 'X', 'Odd', 'foreign', home='two')
+        for name, root in (('X', 'ds'), ('Odd', 'odd'), ('foreign', 'ds')):
+            self.assertEqual(tree(self.tmp / 'two' / name), tree(self.tmp / root))
+        self.etc('verify', 'X', 'Odd', home='two')
+        self.etc('pull', '-p', 'test', 'X', home='three')
+        self.assertEqual(etc.Dataset(self.tmp / 'three/X').keys(), {'test'})
+        self.etc('pull', 'X', home='three')
+        self.assertEqual(tree(self.tmp / 'three/X'), tree(self.tmp / 'ds'))
+        found = etc.info('X', remote=True, config=self.config('fresh'))
+        self.assertEqual((found['meta'], found['readme']), ({'classes': 10}, '# Small\n'))
+        self.assertIn("did you mean 'Odd'", self.etc('pull', 'Odds', status=1)[1])
+
+    def test_read_only(self):
+        write(self.tmp / 'ds', {'data/train/new': ''})
+        before = tree(self.share)
+        for args in (['-f', 'X'], ['X']):
+            self.assertRegex(self.etc('push', *args, status=1)[1], 'can only be read|another')
+        self.etc('register', self.tmp / 'ds', 'Y')
+        self.assertIn('can only be read; to push, set a url', self.etc('push', 'Y', status=1)[1])
+        self.assertEqual(tree(self.share), before)
+
+
+class Web(WebSuite, Case):
+    def start(self):
+        self.server = Server(WebHandler)
+        self.addCleanup(self.server.stop)
+        self.server.root, self.server.ranges = str(self.tmp / 'www'), True
+        self.url = self.server.url + self.path
+
+    def test_partial_pull_reads_little(self):
+        self.server.sent = 0
+        self.etc('pull', '-p', 'test', 'X', home='two')
+        self.etc('info', '-r', 'X')
+        self.assertLess(self.server.sent, MIB)
+
+    def test_replaced_while_read(self):
+        for ranges in (True, False):
+            self.server.ranges = ranges
+            with contextlib.closing(etc._open_remote(self.config())) as store:
+                found = store.stat('X')
+                self.assertEqual(len(store.read(found, 5, 50)), 45)
+            with contextlib.closing(etc._open_remote(self.config())) as store:
+                data = (self.share / 'X.tgz').read_bytes()
+                (self.share / 'X.tgz').write_bytes(data + b'x')
+                os.utime(str(self.share / 'X.tgz'), (5, 5))
+                with self.assertRaises(etc.RemoteError) as caught:
+                    store.read(found, 5, 50)
+                self.assertIn('replaced', str(caught.exception))
+
+    def test_without_ranges(self):
+        self.server.ranges = False
+        self.test_round_trip()
+        del self.server.log[:]
+        self.assertIn('gives no parts', self.etc('pull', 'X', home='four')[1])
+        self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'GET'])
+
+    def test_cut_download(self):
+        self.server.ranges = False
+        cuts = []
+
+        def fault(handler):
+            if handler.command == 'GET' and not handler.headers.get('Range') and len(cuts) < 2:
+                cuts.append(1)
+                handler.send_response(200)
+                handler.send_header('Content-Length', str(os.path.getsize(str(self.share / 'X.tgz'))))
+                handler.send_header('Last-Modified', handler.date_time_string(os.path.getmtime(str(self.share / 'X.tgz'))))
+                handler.end_headers()
+                handler.wfile.write(b'x' * MIB)
+                handler.close_connection = True
+                return True
+        self.server.fault = fault
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = lambda seconds: None
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertEqual(len(cuts), 2)
+
+    def test_indexes(self):
+        """As Apache, nginx and lighttpd write them, and worse."""
+        (self.share / 'Y.tgz').write_bytes(b'x')
+        here = urllib.parse.quote(self.path)
+        for page in ('<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here,
+                     '<html><body>\r\n<h1>Index of</h1><hr><pre><a href="../">../</a>\r\n<a href="X.tgz">X.tgz</a> 1-Jan-2024 9\r\n'
+                     '<a href="./Y.tgz">Y</a>', '<a href=X.tgz><a name="Z.tgz"><a href="http://[x"><a href><![x[<a href="%s/Y.tgz">' % self.url,
+                     '<a href="X.tgz"><a href="Y%2etgz"><a href="/Y.tgz"><a href="http://else.example/Y.tgz"><a href="sub/Y.tgz">'
+                     '<a href="-Y.tgz"><a href="X.tgz?x"><a href="X.tgz">'):
+            self.server.fault = lambda h: h.path.endswith('/') and (h.answer(200, page.encode()), True)[1]
+            names = self.etc('ls', '-r')[0].split()
+            self.assertEqual(names, ['X'] if '<![' in page else ['X', 'Y'], page)
+        self.server.fault = lambda h: h.path.endswith('/') and (h.answer(200, b'<p>Welcome!'), True)[1]
+        self.assertEqual(self.etc('ls', '-r')[0], '')
+
+    def test_redirects(self):
+        other = Server(WebHandler)
+        self.addCleanup(other.stop)
+        other.root, other.ranges = self.server.root, True
+        self.server.fault = lambda h: (h.answer(302, Location=other.url + h.path), True)[1]
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.server.fault = lambda h: (h.answer(302, Location=h.path), True)[1]
+        self.assertIn('answers 302', self.etc('ls', '-r', status=1)[1])
+        self.server.fault = lambda h: (h.answer(302, Location='file:///etc/passwd'), True)[1]
+        self.assertIn('answers 302', self.etc('ls', '-r', status=1)[1])
+
+    def test_refusals(self):
+        for status, word in ((401, 'wants a login'), (403, 'what everyone may read'), (500, 'who runs that server')):
+            self.server.fault = lambda h: (h.answer(status), True)[1]
+            self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+            etc.time.sleep = lambda seconds: None
+            self.assertIn(word, self.etc('pull', 'X', home='two', status=1)[1])
+        self.server.fault = lambda h: h.path.endswith('/') and (h.answer(403), True)[1]
+        self.assertIn('pull works by name', self.etc('ls', '-r', status=1)[1])
+        self.etc('pull', 'X', home='two')
+        err = self.etc('ls', '-r', url='https://me:hush@127.0.0.1/', status=1)[1]
+        self.assertNotIn('hush', err)
+        for url in ('http://', 'https:///x', 'http://h/?q=1', 'http://h:x/'):
+            self.assertIn('not of the form', self.etc('ls', '-r', url=url, status=1)[1])
+
+
+class WebBucket(S3Case):
+    """A public bucket by its web address."""
+
+    def setUp(self):
+        super().setUp()
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        self.settings = {}
+        self.addCleanup(setattr, S3Handler, 'unsigned', S3Handler.unsigned)
+        S3Handler.unsigned = lambda handler, body: handler.headers['Authorization'] and 'AccessDenied'
+
+    def reads(self, url):
+        self.assertEqual(self.etc('ls', '-r', url=url)[0], 'X\n')
+        self.etc('pull', '-f', 'X', home='two', url=url)
+
+    def test_bucket_in_the_path(self):
+        self.reads(self.server.url + '/bucket/some/prefix')
+        self.server.objects = {'X.tgz': self.server.objects['some/prefix/X.tgz']}
+        self.reads(self.server.url + '/bucket')
+        self.reads(self.server.url + '/bucket/')
+
+    def test_bucket_in_the_host(self):
+        def fault(handler):
+            handler.path = '/bucket' + handler.path
+        self.server.fault = fault
+        self.reads(self.server.url + '/some/prefix')
+        self.server.objects = {'X.tgz': self.server.objects['some/prefix/X.tgz']}
+        self.reads(self.server.url)
+
+
 def serve(*command, **env):
     """Start a peer's server with a free port in place of PORT; its process and URL, when it answers."""
     with socket.socket() as probe:
