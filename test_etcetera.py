@@ -2585,11 +2585,18 @@ class WebBucket(S3Case):
         self.reads(self.server.url)
 
 
-def serve(*command, **env):
-    """Start a peer's server with a free port in place of PORT; its process and URL, when it answers."""
+def serve(*command, conf=None, **env):
+    """Start a peer's server with a free port in place of PORT; its process and URL, when it answers.
+
+    conf: a directory, and a text (with PORT) that is written there to the file CONF.
+    """
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
+    if conf:
+        path = os.path.join(conf[0], 'server.conf')
+        write(conf[0], {'server.conf': conf[1].replace('PORT', str(port))})
+        command = [path if part == 'CONF' else part for part in command]
     command = [str(part).replace('PORT', str(port)) for part in command]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ, **env))
     deadline = time.time() + 60
@@ -2610,10 +2617,71 @@ def tool(name):
     return beside if os.path.exists(beside) else shutil.which(name)
 
 
+@needs(all(map(tool, ('nginx', 'tinyproxy', 'openssl'))), 'nginx, tinyproxy and openssl are not installed')
+class Nginx(WebSuite, Case):
+    """nginx over TLS, with a certificate of a private CA, behind a proxy (tinyproxy)."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = tempfile.mkdtemp(prefix='etc-nginx-')
+
+        def openssl(*args):
+            subprocess.check_output(['openssl'] + list(args), stderr=subprocess.STDOUT, cwd=cls.root)
+        new = ['-newkey', 'rsa:2048', '-nodes', '-days', '9']
+        openssl('req', '-x509', '-subj', '/CN=A private CA', '-keyout', 'ca.key', '-out', 'ca.pem', *new)
+        openssl('req', '-subj', '/CN=data', '-keyout', 'key.pem', '-out', 'request.pem', *new[:3])
+        write(cls.root, {'names': 'subjectAltName = DNS:localhost, IP:127.0.0.1'})
+        openssl('x509', '-req', '-in', 'request.pem', '-CA', 'ca.pem', '-CAkey', 'ca.key', '-CAcreateserial', '-days', '9',
+                '-extfile', 'names', '-out', 'cert.pem')
+        cls.log = os.path.join(cls.root, 'proxy.log')
+        cls.proxy, cls.proxy_url = serve(tool('tinyproxy'), '-d', '-c', 'CONF', conf=(
+            cls.root, 'Port PORT\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nMaxClients 50\nLogLevel Connect\nLogFile "%s"\n' % cls.log))
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.proxy.kill()
+        cls.proxy.wait()
+        shutil.rmtree(cls.root)
+
+    def start(self):
+        process, url = serve(tool('nginx'), '-c', 'CONF', conf=(str(self.tmp), '''
+            daemon off; master_process off; pid %(tmp)s/pid; error_log %(tmp)s/errors; events {}
+            http {
+                access_log off; client_body_temp_path %(tmp)s; proxy_temp_path %(tmp)s; fastcgi_temp_path %(tmp)s;
+                uwsgi_temp_path %(tmp)s; scgi_temp_path %(tmp)s;
+                server {
+                    listen 127.0.0.1:PORT ssl; ssl_certificate %(root)s/cert.pem; ssl_certificate_key %(root)s/key.pem;
+                    root %(tmp)s/www; autoindex on;
+                }
+            }''' % {'tmp': self.tmp, 'root': self.root}))
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.origin = 'localhost' + url[url.rindex(':'):]
+        self.url = 'https://' + self.origin + self.path
+        self.settings['ca_bundle'] = os.path.join(self.root, 'ca.pem')
+        os.environ.update(HTTPS_PROXY=self.proxy_url, no_proxy='')
+
+    def test_proxy_and_ca(self):
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertIn('CONNECT ' + self.origin, Path(self.log).read_text())
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = lambda seconds: None
+        del self.settings['ca_bundle']
+        err = self.etc('pull', 'X', home='two', status=1)[1]
+        self.assertIn("certificate that is not trusted; if a private CA signed it, set 'ca_bundle'", err)
+        self.settings['ca_bundle'] = os.path.join(self.root, 'ca.pem')
+        with socket.socket() as closed:
+            closed.bind(('127.0.0.1', 0))
+            os.environ['HTTPS_PROXY'] = 'http://127.0.0.1:%d' % closed.getsockname()[1]
+            self.assertIn('check the network, the proxy settings', self.etc('pull', 'X', home='two', status=1)[1])
+        self.assertEqual(self.installed('two'), [])
+
+
 @needs(tool('rclone') and importable('boto3'), 'rclone and boto3 are not installed')
 class Rclone(RemoteSuite, Case):
     """rclone serve s3: checks signatures, ignores conditions, answers 200 to ranges."""
     conditions = False
+    akid, secret = AKID, SECRET
 
     @classmethod
     def setUpClass(cls):
@@ -2632,12 +2700,12 @@ class Rclone(RemoteSuite, Case):
         super().setUp()
         self.prefix = os.urandom(4).hex()
         self.url = 's3://bucket/' + self.prefix
-        self.settings = {'endpoint_url': self.endpoint, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
+        self.settings = {'endpoint_url': self.endpoint, 'aws_access_key_id': self.akid, 'aws_secret_access_key': self.secret}
 
     def client(self):
         import boto3
         import botocore.config
-        return boto3.client('s3', endpoint_url=self.endpoint, aws_access_key_id=AKID, aws_secret_access_key=SECRET,
+        return boto3.client('s3', endpoint_url=self.endpoint, aws_access_key_id=self.akid, aws_secret_access_key=self.secret,
                             region_name='us-east-1', config=botocore.config.Config(
                                 s3={'addressing_style': 'path'}, request_checksum_calculation='when_required'))
 
@@ -2691,6 +2759,110 @@ class Moto(Rclone):
         self.etc('push', 'X')
         grants = self.client().get_object_acl(Bucket='bucket', Key=self.prefix + '/X.tgz')['Grants']
         self.assertIn('http://acs.amazonaws.com/groups/global/AllUsers', [g['Grantee'].get('URI') for g in grants])
+
+
+SWIFT = r'''
+"""OpenStack Swift with its S3 interface, in one process: PORT DIRECTORY ACCOUNT:USER SECRET"""
+import eventlet
+eventlet.monkey_patch()
+import os, sys
+port, root, user, secret = sys.argv[1:]
+os.makedirs(root + '/devices/d')
+
+
+def conf(name, text):
+    with open('%s/%s.conf' % (root, name), 'w') as file:
+        file.write(text)
+
+
+conf('swift', '[swift-hash]\nswift_hash_path_suffix = x\n[storage-policy:0]\nname = only\ndefault = yes\n')
+import swift.common.utils
+swift.common.utils.SWIFT_CONF_FILE = root + '/swift.conf'
+import swift.common.storage_policy
+swift.common.storage_policy.reload_storage_policies()
+from eventlet import wsgi
+from swift.common.ring import RingBuilder
+from swift.common.wsgi import loadapp
+
+servers = {}
+for kind in ('account', 'container', 'object'):
+    servers[kind] = eventlet.listen(('127.0.0.1', 0))
+    builder = RingBuilder(1, 1, 0)
+    builder.add_dev({'id': 0, 'region': 1, 'zone': 1, 'weight': 1, 'ip': '127.0.0.1', 'device': 'd',
+                     'port': servers[kind].getsockname()[1]})
+    builder.rebalance()
+    builder.get_ring().save('%s/%s.ring.gz' % (root, kind))
+    conf(kind, '[DEFAULT]\nswift_dir = %s\ndevices = %s/devices\nmount_check = false\n[app:main]\nuse = egg:swift#%s\n' % (
+        root, root, 'mem_object' if kind == 'object' else kind))
+filters = ['catch_errors', 'gatekeeper', 'listing_formats', 'bulk', 's3api', 'tempauth', 'slo', 'dlo']
+conf('proxy', '[DEFAULT]\nswift_dir = %s\n[pipeline:main]\npipeline = %s proxy-server\n[app:proxy-server]\nuse = egg:swift#proxy\n'
+     'account_autocreate = true\n' % (root, ' '.join(filters)) + ''.join('[filter:%s]\nuse = egg:swift#%s\n%s' % (
+         name, name, 'user_%s = %s .admin\n' % (user.replace(':', '_'), secret) * (name == 'tempauth')) for name in filters))
+
+
+class Cache:  # instead of memcached
+    kept = {}
+
+    def get(self, key, *args, **kwargs):
+        return self.kept.get(key)
+
+    def set(self, key, value, *args, **kwargs):
+        self.kept[key] = value
+
+    def delete(self, key, *args, **kwargs):
+        self.kept.pop(key, None)
+
+
+def cached(env, start_response, app=loadapp(root + '/proxy.conf')):
+    env['swift.cache'] = Cache()
+    return app(env, start_response)
+
+
+for kind in servers:
+    eventlet.spawn(wsgi.server, servers[kind], loadapp('%s/%s.conf' % (root, kind)), open(os.devnull, 'w'))
+wsgi.server(eventlet.listen(('127.0.0.1', int(port))), cached, open(os.devnull, 'w'))
+'''
+
+
+def debian(module):
+    """Whether the system's own Python has a module."""
+    return os.path.exists('/usr/bin/python3') and not subprocess.call(
+        ['/usr/bin/python3', '-c', 'import ' + module], stderr=subprocess.DEVNULL)
+
+
+@needs(importable('boto3') and debian('swift'), 'python3-swift (Debian) and boto3 are not installed')
+class Swift(Rclone):
+    """OpenStack Swift's S3 interface: checks signatures; it knows no conditions, but says so, and then we look ourselves."""
+    conditions, atomic = True, False
+    akid = 'test:tester'
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = tempfile.mkdtemp(prefix='etc-swift-')
+        script = os.path.join(cls.root, 'server.py')
+        with open(script, 'w') as file:
+            file.write(SWIFT)
+        cls.process, cls.endpoint = serve('/usr/bin/python3', script, 'PORT', os.path.join(cls.root, 'swift'), cls.akid, SECRET)
+
+    def setUp(self):
+        super().setUp()
+        if not self.client().list_buckets()['Buckets']:
+            self.client().create_bucket(Bucket='bucket')
+
+
+@needs(importable('boto3') and tool('s3rver'), 's3rver (npm) and boto3 are not installed')
+class S3rver(Rclone):
+    """A sloppy one: it checks no signature, knows no conditions, and misreads ranges that name only the last bytes."""
+    akid = secret = 'S3RVER'
+
+    @classmethod
+    def setUpClass(cls):
+        cls.root = tempfile.mkdtemp(prefix='etc-s3rver-')
+        cls.process, cls.endpoint = serve(tool('s3rver'), '-d', cls.root, '-a', '127.0.0.1', '-p', 'PORT',
+                                          '--configure-bucket', 'bucket')
+
+    def test_wrong_secret(self):
+        pass
 
 
 @needs(importable('gcp_storage_emulator', 'google.cloud.storage'), 'gcp-storage-emulator, google-cloud-storage are not installed')
