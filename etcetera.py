@@ -1521,8 +1521,9 @@ class _Http:
         from urllib.parse import urlsplit
         where = '%s://%s' % urlsplit(url)[:2]
         if 'CERTIFICATE_VERIFY_FAILED' in str(e):
-            return RemoteError("%s shows a certificate that is not trusted; if a private CA signed it, set 'ca_bundle' "
-                               'to the file with its certificate' % where)
+            reason = getattr(e, 'verify_message', None)  # from Python 3.7 on
+            return RemoteError("%s shows a certificate that is not trusted%s; if a private CA signed it, set 'ca_bundle' "
+                               'to the file with its certificate' % (where, ' (%s)' % reason if reason else ''))
         return RemoteError('cannot reach %s: %s; check the network, the proxy settings and the URL'
                            % (where, getattr(e, 'strerror', None) or e or type(e).__name__))
 
@@ -1634,9 +1635,12 @@ def _pause(failures: int) -> None:
 def _tls(ca_bundle: Optional[str]) -> Any:
     import ssl
     try:
-        return ssl.create_default_context(cafile=ca_bundle and os.path.expanduser(ca_bundle))
+        context = ssl.create_default_context(cafile=ca_bundle and os.path.expanduser(ca_bundle))
     except OSError as e:
         raise ConfigError("cannot use the CA bundle '%s': %s" % (ca_bundle, e.strerror or e)) from None
+    if ca_bundle:  # many a private CA leaves out extensions that Python 3.13 and later insist on
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
 
 
 def _content_range(reply: _Reply) -> Tuple[int, int, int]:
