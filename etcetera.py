@@ -1522,8 +1522,8 @@ class _Http:
         where = '%s://%s' % urlsplit(url)[:2]
         if 'CERTIFICATE_VERIFY_FAILED' in str(e):
             reason = getattr(e, 'verify_message', None)  # from Python 3.7 on
-            return RemoteError("%s shows a certificate that is not trusted%s; if a private CA signed it, set 'ca_bundle' "
-                               'to the file with its certificate' % (where, ' (%s)' % reason if reason else ''))
+            return RemoteError("%s shows a certificate that is not trusted%s; if a private CA signed it, set "
+                               "'ca_bundle' to the file with its certificate" % (where, ' (%s)' % reason if reason else ''))
         return RemoteError('cannot reach %s: %s; check the network, the proxy settings and the URL'
                            % (where, getattr(e, 'strerror', None) or e or type(e).__name__))
 
@@ -2115,7 +2115,7 @@ def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
         root = _xml(reply.body)
     except ValueError:
         return '', '', ''
-    error = root.find('Error') if root.tag == 'ErrorResponse' else root  # as STS wraps it
+    error = root.find('.//Error') if root.tag == 'ErrorResponse' else root  # as STS wraps it
     if error is None or error.tag != 'Error':
         return '', '', ''
     return error.findtext('Code') or '', error.findtext('Message') or '', error.findtext('Region') or ''

@@ -33,6 +33,7 @@ import threading
 import time
 import unittest
 import urllib.parse
+import urllib.request
 import zlib
 from hashlib import md5
 from pathlib import Path
@@ -3435,6 +3436,56 @@ class AwsLibrary(AwsCase):
         os.environ['AWS_CONFIG_FILE'] = str(self.tmp / '.aws/config')
         process = self.spawn('ls', '-r', stdin=subprocess.DEVNULL, start_new_session=True)
         self.assertIn(b'EOFError; try: eval', process.communicate()[1])
+
+
+@needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
+class MotoIdentity(Case):
+    """moto_server as IAM, STS and instance metadata; here it checks signatures and policies, of S3 too."""
+
+    def setUp(self):
+        super().setUp()
+        self.process, endpoint = serve(tool('moto_server'), '-H', '127.0.0.1', '-p', 'PORT', INITIAL_NO_AUTH_ACTION_COUNT='1000')
+        self.addCleanup(self.process.wait)
+        self.addCleanup(self.process.kill)
+        self.url = 's3://bucket/prefix'
+        os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION='us-east-1')
+        import boto3
+        session = boto3.Session(aws_access_key_id='x', aws_secret_access_key='y')
+        session.client('s3').create_bucket(Bucket='bucket')
+        iam = session.client('iam')
+        anyone = {'Effect': 'Allow', 'Principal': {'AWS': '*'}, 'Action': 'sts:AssumeRole'}
+        for name, action in (('base', 'sts:*'), ('mid', 'sts:*'), ('top', 's3:*')):
+            document = json.dumps({'Version': '2012-10-17', 'Statement': [{'Effect': 'Allow', 'Action': action, 'Resource': '*'}]})
+            if name == 'base':
+                iam.create_user(UserName=name)
+                iam.put_user_policy(UserName=name, PolicyName='p', PolicyDocument=document)
+                self.key = iam.create_access_key(UserName=name)['AccessKey']
+            else:
+                iam.create_role(RoleName=name, AssumeRolePolicyDocument=json.dumps({'Version': '2012-10-17', 'Statement': [anyone]}))
+                iam.put_role_policy(RoleName=name, PolicyName='p', PolicyDocument=document)
+        strict = urllib.request.Request(endpoint + '/moto-api/reset-auth', b'0', {'Content-Type': 'text/plain'})
+        self.assertEqual(urllib.request.urlopen(strict).status, 200)
+        write(self.tmp, {
+            '.aws/config': '[profile top]\nsource_profile = mid\n%stop\n[profile mid]\nsource_profile = base\n%smid\n' % (ROLE, ROLE),
+            '.aws/credentials': '[base]\n' + static(self.key['AccessKeyId'], aws_secret_access_key=self.key['SecretAccessKey'])})
+
+    def test_chained_roles(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        os.environ['AWS_PROFILE'] = 'base'
+        self.assertIn('AccessDenied', self.etc('push', 'X', status=1)[1])
+        os.environ['AWS_PROFILE'] = 'top'
+        self.etc('push', 'X')
+        self.etc('pull', 'X', home='two')
+        with contextlib.closing(etc._open_remote(self.config())) as store:
+            self.assertRegex(store.aws.keys().access_key, '^ASIA')
+        write(self.tmp, {'.aws/credentials': '[base]\n' + static(self.key['AccessKeyId'])})
+        self.assertIn('SignatureDoesNotMatch', self.etc('ls', '-r', status=1)[1])
+
+    def test_metadata(self):
+        del os.environ['AWS_EC2_METADATA_DISABLED']
+        os.environ['AWS_EC2_METADATA_SERVICE_ENDPOINT'] = os.environ['AWS_ENDPOINT_URL']
+        with contextlib.closing(etc._open_remote(self.config())) as store:
+            self.assertEqual(store.aws.keys()[:3], ('test-key', 'test-secret-key', 'test-session-token'))
 
 
 class Signature(unittest.TestCase):
