@@ -11,8 +11,8 @@
 
 A dataset is a directory: data/<partition>/..., and if you like meta.json, README.md,
 assets/ and more. Local ones live in ~/.etc, remote ones are .tgz objects in S3,
-Google Cloud Storage or a shared directory, settings live in ~/.etc.yaml. Nothing but the standard library of
-Python 3.6 or later is needed. `README.md` has the reference and the archive format.
+Google Cloud Storage, a shared directory or on a web server, settings live in ~/.etc.yaml.
+Nothing but the standard library of Python 3.6 or later is needed. `README.md` has the reference and the archive format.
 """
 
 import collections
@@ -1521,9 +1521,9 @@ class _Http:
         from urllib.parse import urlsplit
         where = '%s://%s' % urlsplit(url)[:2]
         if 'CERTIFICATE_VERIFY_FAILED' in str(e):
-            reason = getattr(e, 'verify_message', None)  # from Python 3.7 on
+            reason = ' (%s)' % e.verify_message if hasattr(e, 'verify_message') else ''  # from Python 3.7 on
             return RemoteError("%s shows a certificate that is not trusted%s; if a private CA signed it, set "
-                               "'ca_bundle' to the file with its certificate" % (where, ' (%s)' % reason if reason else ''))
+                               "'ca_bundle' to the file with its certificate" % (where, reason))
         return RemoteError('cannot reach %s: %s; check the network, the proxy settings and the URL'
                            % (where, getattr(e, 'strerror', None) or e or type(e).__name__))
 
@@ -2629,7 +2629,8 @@ class _S3Remote:
             self._learn(reply, state[2])
             if reply.status >= 300 and state == (self.region, self.aws.skew, self.aws.keys()):
                 break
-        raise self._error(reply)
+        reads = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
+        raise self._error(reply, reads if method in ('GET', 'HEAD') else 's3:PutObject')
 
     def _learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
         region = reply.headers.get('x-amz-bucket-region') or _aws_error(reply)[2]
@@ -2637,8 +2638,9 @@ class _S3Remote:
             self.region = region
         self.aws.learn(reply, _aws_error(reply)[0], keys)
 
-    def _error(self, reply: _Reply) -> RemoteError:
-        code, message, region = _aws_error(reply)
+    def _error(self, reply: _Reply, need: str) -> RemoteError:
+        """need: the permission without which this is refused."""
+        code, message, _ = _aws_error(reply)
         keys = self.aws.keys()
         source = keys.source if keys else ''
         hint = {
@@ -2647,15 +2649,20 @@ class _S3Remote:
             'SignatureDoesNotMatch': 'check the secret access key, which comes from %s, and the region' % source,
             'RequestTimeTooSkewed': "set this machine's clock",
             'ExpiredToken': 'renew the credentials, which come from %s' % source,
+            'InvalidToken': 'renew the credentials, which come from %s' % source,
+            'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
+            'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
             'InvalidObjectState': 'it was moved to an archive class; restore it there first',
-        }.get(code)
-        if not hint and reply.status in (400, 401, 403):
-            hint = 'check what %s may do here, and the region' % source if keys else (
-                'no credentials were found: set aws_access_key_id and aws_secret_access_key in the settings or the '
-                "environment, or run 'aws configure'")
+        }.get(code) or 'check the url, the endpoint_url and the region'
+        if not keys and reply.status in (400, 401, 403):
+            hint = ("no credentials were found in the settings, the environment, the AWS profile '%s', or those of a "
+                    "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' "
+                    "or 'aws sso login'" % self.aws.name)
+        elif code in ('AccessDenied', '') and reply.status in (401, 403):
+            hint = 'the credentials, which come from %s, need %s here' % (source, need)
         return RemoteError('%s answers %s: %s; %s' % (
-            self.url, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation',
-            hint or 'check the url, the endpoint_url and the region'), reply.status, code)
+            self.url, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation', hint),
+            reply.status, code)
 
     def list(self) -> List[_Object]:
         """All datasets here."""
@@ -2738,7 +2745,7 @@ class _S3Remote:
         if exclusive and reply.status in (409, 412) or code == 'NoSuchUpload' and self.stat(name):
             raise _Taken  # perhaps by ourselves, if the first answer was lost
         if reply.status != 200 or _aws_error(reply)[0]:  # CompleteMultipartUpload can fail with status 200
-            raise self._error(reply)
+            raise self._error(reply, 's3:PutObject')
 
 
 class _GsRemote:

@@ -1920,6 +1920,43 @@ class S3Kinds(S3Case):
         for self.server.encoding in (True, False):
             self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
 
+    def test_who_is_to_blame(self):
+        self.etc('push', 'X')
+
+        def refuse(code, message='', status=403, methods=('GET', 'HEAD', 'PUT'), key=''):
+            body = '<Error><Code>%s</Code><Message>%s</Message></Error>' % (code, message)
+            self.server.fault = lambda h: h.command in methods and key in h.path and (
+                h.answer(status, body.encode() if code else b''), True)[1]
+        refuse('AccessDenied')
+        self.assertIn('come from the settings, need s3:ListBucket here', self.etc('ls', '-r', status=1)[1])
+        self.assertIn('need s3:GetObject, and s3:ListBucket', self.etc('pull', 'X', home='two', status=1)[1])
+        refuse('AccessDenied', methods=['PUT'])
+        self.assertIn('need s3:PutObject', self.etc('push', 'X', '-f', status=1)[1])
+        for code, status, word in (('NoSuchBucket', 404, 'check the bucket'), ('PermanentRedirect', 301, "set 'region'"),
+                                   ('InvalidToken', 400, 'renew'), ('', 404, 'check the url'), ('', 400, 'the region'),
+                                   ('InvalidAccessKeyId', 403, 'it comes from the settings')):
+            refuse(code, 'why', status)
+            err = self.etc('ls', '-r', status=1)[1]
+            self.assertIn(word, err)
+            self.assertIn('why' if code else 'no explanation', err)
+        self.server.fault = None
+        self.etc('pull', 'X', home='two', url='s3://missing', status=1)
+        self.assertIn('NoSuchBucket', self.etc('push', 'X', url='s3://missing', status=1)[1])
+        del self.settings['aws_access_key_id'], self.settings['aws_secret_access_key']
+        write(self.tmp, {'.aws/config': '[profile work]\nregion = x\n'})
+        self.settings['aws_profile'] = 'work'
+        err = self.etc('ls', '-r', status=1)[1]
+        for word in ('no credentials were found', 'settings', 'environment', "profile 'work'", 'container', 'aws sso login'):
+            self.assertIn(word, err)
+
+    def test_anonymous(self):
+        self.etc('push', 'X')
+        self.settings = {'endpoint_url': self.server.url}
+        self.addCleanup(setattr, S3Handler, 'unsigned', S3Handler.unsigned)
+        S3Handler.unsigned = lambda handler, body: handler.headers['Authorization'] and 'AccessDenied'
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.etc('pull', 'X', home='two')
+
     def test_access_points(self):
         self.assertIn('-s3alias', self.etc('ls', '-r', url='s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/mine', status=1)[1])
 
