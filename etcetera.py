@@ -1681,10 +1681,12 @@ def _http_time(text: str) -> float:
 
 
 def _timestamp(text: str) -> float:
-    """Unix time of an ISO 8601 UTC time, as S3 lists it; 0 if it is none."""
+    """Unix time of an ISO 8601 time, of UTC unless it has an offset; 0 if it is none."""
     from calendar import timegm
+    offset = re.match(r'[.0-9]*([+-]\d\d):?(\d\d)\Z', text[19:])
+    minutes = int(offset.group(1)) * 60 + int(offset.group(1)[0] + offset.group(2)) if offset else 0
     try:
-        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S')))
+        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S'))) - 60 * minutes
     except ValueError:
         return 0.0
 
@@ -1728,6 +1730,7 @@ class _Renewed:
 
 _AwsSections = Dict[Tuple[str, str], Dict[str, str]]
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
+_AWS_CLOCK = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
 _AWS_REGION = re.compile(r'[\w.-]+\Z', re.ASCII)  # other stores have names of their own
 _AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
                  'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
@@ -1756,8 +1759,6 @@ class _Aws:
         self.profile = self._profile(self.name, 'check aws_profile and $AWS_PROFILE')
         self.region = (config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
                        or self.profile.get('region') or 'us-east-1')
-        if not _AWS_REGION.match(self.region):
-            raise ConfigError("'%s' is no region; check 'region', $AWS_REGION and the AWS profile" % self.region)
         self.http = _Http(config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or self.profile.get('ca_bundle'))
         self.skew = 0.0  # seconds that the services' clock is ahead of ours
         self.library = None  # type: Any
@@ -1767,14 +1768,16 @@ class _Aws:
         """Those to sign with now; None means unsigned requests."""
         return self._keys.get()  # type: ignore[no-any-return]
 
-    def learn(self, reply: _Reply, code: str, keys: Optional[_AwsKeys]) -> None:
-        """What a refusal tells of the clock or the keys that a request was signed with."""
-        date = _http_time(reply.headers.get('Date') or '')
-        if keys and reply.status in (400, 403) and date and abs(date - time.time() - self.skew) > 300:
-            self.skew = date - time.time()
-            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(self.skew) / 60, level=30)
-        elif code in ('ExpiredToken', 'ExpiredTokenException', 'TokenRefreshRequired'):
-            self._keys.renew(keys)
+    def learn(self, reply: _Reply, code: str) -> None:
+        """Go by the server's clock where it refuses a signature and the two differ much."""
+        ahead = _http_time(reply.headers.get('Date') or '') - time.time()
+        if code in _AWS_CLOCK and abs(ahead - self.skew) > 300 and 'Date' in reply.headers:
+            self.skew = ahead
+            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60, level=30)
+
+    def renew(self, keys: Optional[_AwsKeys]) -> None:
+        """Look for others than these, which were refused."""
+        self._keys.renew(keys)
 
     def signer(self, keys: Optional[_AwsKeys], service: str, region: str, digest: str) -> _Signer:
         """Signs, by the clock as it is known now, requests whose body has this SHA-256."""
@@ -1788,6 +1791,8 @@ class _Aws:
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
+        if not _AWS_REGION.match(region):
+            raise ConfigError("'%s' is no region; check 'region', $AWS_REGION and the AWS profile" % _printable(region))
         if self._flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
             service += '-fips'
         if self._flag('use_dualstack_endpoint') and service in ('s3', 's3-fips'):
@@ -1877,14 +1882,13 @@ class _Aws:
         body = urlencode({key: value for key, value in form.items() if value}).encode()
         url = (self.endpoint('sts') or self.host('sts', self.region)) + '/'
         headers = {'Content-Type': 'application/x-www-form-urlencoded; charset=utf-8'}
-
         for _ in range(2):
             skew = self.skew
             sign = self.signer(keys, 'sts', self.region, _sha256(body).hexdigest())
             reply = self.http.request('POST', url, headers, [body], sign, 1 << 20)
-            code, message, _ = _aws_error(reply)
-            self.learn(reply, '', keys)
-            if self.skew == skew:
+            code, message = _aws_error(reply)[:2]
+            self.learn(reply, code)
+            if self.skew == skew:  # or it is worth another try
                 break
         if reply.status != 200:
             raise RemoteError('%s: AWS STS answers %s: %s; check the role_arn %s and who may assume it' % (
@@ -2636,7 +2640,10 @@ class _S3Remote:
         region = reply.headers.get('x-amz-bucket-region') or _aws_error(reply)[2]
         if reply.status in (301, 307, 400, 403) and _AWS_REGION.match(region):
             self.region = region
-        self.aws.learn(reply, _aws_error(reply)[0], keys)
+        code = _aws_error(reply)[0]
+        self.aws.learn(reply, code)
+        if code in ('ExpiredToken', 'TokenRefreshRequired'):
+            self.aws.renew(keys)
 
     def _error(self, reply: _Reply, need: str) -> RemoteError:
         """need: the permission without which this is refused."""
@@ -2656,8 +2663,8 @@ class _S3Remote:
         }.get(code) or 'check the url, the endpoint_url and the region'
         if not keys and reply.status in (400, 401, 403):
             hint = ("no credentials were found in the settings, the environment, the AWS profile '%s', or those of a "
-                    "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' "
-                    "or 'aws sso login'" % self.aws.name)
+                    "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws "
+                    "configure' or 'aws sso login'" % self.aws.name)
         elif code in ('AccessDenied', '') and reply.status in (401, 403):
             hint = 'the credentials, which come from %s, need %s here' % (source, need)
         return RemoteError('%s answers %s: %s; %s' % (

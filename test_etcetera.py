@@ -3427,6 +3427,18 @@ class AwsLife(AwsCase):
         self.profile('credential_process = /nowhere/at/all')
         self.fails('cannot be run')
 
+    def test_times(self):
+        for text, seconds in (('2024-05-06T07:08:09Z', 0), ('2024-05-06T07:08:09.123456Z', 0), ('2024-05-06T09:08:09+02:00', 0),
+                              ('2024-05-06T01:38:09.5-0530', 0), ('2024-05-06T07:08:09UTC', 0), ('2024-05-06T07:08:10', 1)):
+            self.assertEqual(etc._timestamp(text), 1714979289 + seconds, text)
+        self.assertEqual(etc._timestamp('tomorrow'), 0)
+
+    def test_regions_are_no_hosts(self):
+        del self.settings['endpoint_url'], os.environ['AWS_ENDPOINT_URL']
+        for region in ('evil.example/', 'x@evil', 'a#b'):
+            os.environ['AWS_REGION'] = region
+            self.assertIn('is no region', self.etc('ls', '-r', status=1)[1])
+
     def test_beyond_us(self):
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] == 'botocore'}
         self.addCleanup(sys.modules.update, hidden)
