@@ -2426,7 +2426,7 @@ class WebHandler(http.server.SimpleHTTPRequestHandler):
         data = path.read_bytes()
         self.headers_sent = {'ETag': '"%s"' % hashlib.sha1(data).hexdigest()}
         match = re.match(r'bytes=(\d+)-(\d+)$', self.headers.get('Range', ''))
-        if self.headers.get('If-Match', self.headers_sent['ETag']) != self.headers_sent['ETag']:
+        if self.server.conditions and self.headers.get('If-Match', self.headers_sent['ETag']) != self.headers_sent['ETag']:
             self.headers_sent, data, status = {}, b'', 412
         elif match:
             start, stop = int(match.group(1)), min(int(match.group(2)) + 1, len(data))
@@ -2510,8 +2510,8 @@ class Web(WebSuite, Case):
         self.assertLess(self.server.sent, MIB)
 
     def test_replaced_while_read(self):
-        for ranges in (True, False):
-            self.server.ranges = ranges
+        for self.server.ranges, self.server.conditions in ((True, True), (True, False), (False, False)):
+            del self.server.log[:]
             with contextlib.closing(etc._open_remote(self.config())) as store:
                 found = store.stat('X')
                 self.assertEqual(len(store.read(found, 5, 50)), 45)
@@ -2522,6 +2522,7 @@ class Web(WebSuite, Case):
                 with self.assertRaises(etc.RemoteError) as caught:
                     store.read(found, 5, 50)
                 self.assertIn('replaced', str(caught.exception))
+            self.assertEqual(self.server.log[-1][2]['If-Match'], found.version if self.server.ranges else None)
 
     def test_without_ranges(self):
         self.server.ranges = False
@@ -2689,7 +2690,7 @@ class Nginx(WebSuite, Case):
                 uwsgi_temp_path %(tmp)s; scgi_temp_path %(tmp)s;
                 server {
                     listen 127.0.0.1:PORT ssl; ssl_certificate %(root)s/cert.pem; ssl_certificate_key %(root)s/key.pem;
-                    root %(tmp)s/www; autoindex on;
+                    root %(tmp)s/www; autoindex on; location /away/ { return 302 http://127.0.0.1:1/; }
                 }
             }''' % {'tmp': self.tmp, 'root': self.root}))
         self.addCleanup(process.wait)
@@ -2702,6 +2703,7 @@ class Nginx(WebSuite, Case):
     def test_proxy_and_ca(self):
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         self.assertIn('CONNECT ' + self.origin, Path(self.log).read_text())
+        self.assertIn('without encryption', self.etc('ls', '-r', url='https://%s/away' % self.origin, status=1)[1])
         self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
         etc.time.sleep = lambda seconds: None
         del self.settings['ca_bundle']
@@ -2956,8 +2958,8 @@ class AwsHandler(S3Handler):
     """
     service = 'sts'
 
-    def temporary(self, akid, token='SessionToken', expires=3600, milliseconds=False, lower=False):
-        expires += time.time()
+    def temporary(self, akid, token='SessionToken', milliseconds=False, lower=False):
+        expires = time.time() + self.server.lifetime
         keys = {'AccessKeyId': akid, 'SecretAccessKey': 'secret-of-' + akid, token: 'token/of+' + akid, 'Expiration': (
             int(expires * 1000) if milliseconds else time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(expires)))}
         return {k[0].lower() + k[1:]: v for k, v in keys.items()} if lower else keys
@@ -3042,7 +3044,7 @@ class AwsCase(S3Case):
         self.aws = Server(AwsHandler)
         self.addCleanup(self.aws.stop)
         self.server.secrets = self.aws.secrets = Secrets()
-        self.aws.authorization, self.aws.version_1, self.aws.rotated = None, False, False
+        self.aws.lifetime, self.aws.authorization, self.aws.version_1, self.aws.rotated = 3600, None, False, False
         self.cache = self.tmp / '.aws/sso/cache'
         os.environ.update(AWS_ENDPOINT_URL=self.aws.url, AWS_EC2_METADATA_SERVICE_ENDPOINT=self.aws.url,
                           AWS_DEFAULT_REGION='us-east-1')
@@ -3168,9 +3170,13 @@ class AwsCredentials(AwsCase):
         self.sso('corp')
         self.expect('SSO-123-Reader', session + profile + 'sso_session = corp\n')
         renewable = {'accessToken': 'old', 'refreshToken': 'refresh', 'clientId': 'i', 'clientSecret': 'client-secret',
-                     'registrationExpiresAt': '2099-01-01T00:00:00Z', 'expiresAt': '2020-01-01T00:00:00Z'}
-        path = self.sso('corp', **renewable)
-        self.expect('SSO-123-Reader', session + profile + 'sso_session = corp\n')
+                     'registrationExpiresAt': '2099-01-01T00:00:00Z'}
+        for expires in (-9, 100):
+            renewable['expiresAt'] = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + expires))
+            path = self.sso('corp', **renewable)
+            self.expect('SSO-123-Reader', session + profile + 'sso_session = corp\n')
+        if os.name == 'posix':
+            self.assertEqual(path.stat().st_mode & 0o777, 0o600)
         kept = json.loads(path.read_text())
         self.assertEqual((kept['accessToken'], kept['refreshToken'], kept['clientSecret']), ('sso-token', 'next', 'client-secret'))
         self.assertGreater(kept['expiresAt'], '2026')
@@ -3278,6 +3284,13 @@ class AwsLife(AwsCase):
             self.assertEqual(len(self.aws.log), 6)
             store.list()
             self.assertEqual(len(self.aws.log), 6)
+
+    def test_keys_that_are_given_out_shortly_before_they_expire(self):
+        self.aws.lifetime = 60
+        with contextlib.closing(etc._open_remote(self.config())) as store:
+            store.list()
+            store.list()
+        self.assertEqual(len(self.aws.log), 3)
 
     def test_renewed_once_when_refused(self):
         def fault(handler):
@@ -3399,14 +3412,14 @@ class AwsLife(AwsCase):
         os.environ['AWS_PROFILE'] = 'work'
         login = 'run: aws sso login --profile work'
         self.fails(login)
-        for more in ({'expiresAt': '2020-01-01T00:00:00Z'}, {'accessToken': 'revoked'}, {'accessToken': None}, {'expiresAt': 5}):
+        gone = {'expiresAt': '2020-01-01T00:00:00Z', 'refreshToken': 'refresh', 'clientId': 'i', 'clientSecret': 'client-secret',
+                'registrationExpiresAt': '2099-01-01T00:00:00Z'}  # it can only be renewed for a session
+        for more in (gone, {'accessToken': 'revoked'}, {'accessToken': None}, {'expiresAt': 5}):
             self.sso('https://corp', **more)
             self.fails(login)
         self.sso('https://corp').write_text('[')
         self.fails(login)
         self.profile('sso_session = corp\n' + profile + '[sso-session corp]\nsso_region = us-east-1\n', 'profile work')
-        gone = {'expiresAt': '2020-01-01T00:00:00Z', 'refreshToken': 'refresh', 'clientId': 'i', 'clientSecret': 'client-secret',
-                'registrationExpiresAt': '2099-01-01T00:00:00Z'}
         for more in ({'clientId': 'other'}, {'registrationExpiresAt': '2020-01-01T00:00:00Z'}, {}):
             path = self.sso('corp', **dict(gone, **more))
             kept = path.read_text()
