@@ -2626,12 +2626,14 @@ class _S3Remote:
             address = self._address(key, query or {})
             sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
             reply = self.http.request(method, address, headers, body, sign, limit)
-            if 200 <= reply.status < 300 or reply.status in accept:
+            if 200 <= reply.status < 300:
                 return reply
-            if method == 'HEAD':  # its answers have no body that would tell more
+            if method == 'HEAD' and reply.status not in accept:  # its answers have no body that would tell more
                 reply = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
             self._learn(reply, state[2])
             if reply.status >= 300 and state == (self.region, self.aws.skew, self.aws.keys()):
+                if reply.status in accept:
+                    return reply
                 break
         reads = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
         raise self._error(reply, reads if method in ('GET', 'HEAD') else 's3:PutObject')

@@ -1832,6 +1832,9 @@ class S3Kinds(S3Case):
         self.etc('push', 'X')
         self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'HEAD', 'PUT'])  # asked once, then remembered
         self.assertEqual(self.region(), 'eu-9')
+        del self.server.log[:]
+        self.etc('push', '-f', 'X')
+        self.assertEqual([m for m, _, _ in self.server.log], ['PUT', 'PUT'])
         self.server.fault = lambda h: (h.answer(400, b'<Error><Code>AuthorizationHeaderMalformed</Code><Region>a/b</Region></Error>'), 1)[1]
         self.assertIn('AuthorizationHeaderMalformed', self.etc('ls', '-r', status=1)[1])
 
