@@ -2743,13 +2743,13 @@ class _S3Remote:
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
+        if exclusive and self.endpoint and self.stat(name):  # not all stores know conditions
+            raise _Taken
         conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
         reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 404, 409, 412, 501])
         code = _aws_error(reply)[0]
         if exclusive and reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument',
                                                                  'InvalidRequest'):
-            if self.stat(name):  # the store does not know conditions
-                raise _Taken
             reply = self._request(method, self._key(name), query, headers, body)
         if exclusive and reply.status in (409, 412) or code == 'NoSuchUpload' and self.stat(name):
             raise _Taken  # perhaps by ourselves, if the first answer was lost

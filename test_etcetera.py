@@ -1260,7 +1260,7 @@ class RemoteSuite:
     Subclasses set `url` and `settings`, and put(name, data) stores an object behind etcetera's back.
     """
 
-    conditions = True  # whether the store decides which of two pushes wins
+    conditions = True  # whether the second of two pushes is refused
     atomic = True  # and does so when both end at the same instant
 
     def test_round_trip(self):
@@ -1830,7 +1830,7 @@ class S3Kinds(S3Case):
                 return True
         self.server.fault = fault
         self.etc('push', 'X')
-        self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'HEAD', 'PUT'])  # asked once, then remembered
+        self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'HEAD', 'HEAD', 'PUT'])  # asked once, then remembered
         self.assertEqual(self.region(), 'eu-9')
         del self.server.log[:]
         self.etc('push', '-f', 'X')
@@ -2722,8 +2722,8 @@ class Nginx(WebSuite, Case):
 
 @needs(tool('rclone') and importable('boto3'), 'rclone and boto3 are not installed')
 class Rclone(RemoteSuite, Case):
-    """rclone serve s3: checks signatures, ignores conditions, answers 200 to ranges."""
-    conditions = False
+    """rclone serve s3: checks signatures, ignores conditions (so we look ourselves), answers 200 to ranges."""
+    atomic = False
     akid, secret = AKID, SECRET
 
     @classmethod
@@ -2770,7 +2770,6 @@ class Rclone(RemoteSuite, Case):
 @needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
 class Moto(Rclone):
     """moto_server: knows conditions, checks no signature."""
-    conditions, atomic = True, False
 
     @classmethod
     def setUpClass(cls):
@@ -2875,8 +2874,7 @@ def debian(module):
 
 @needs(importable('boto3') and debian('swift'), 'python3-swift (Debian) and boto3 are not installed')
 class Swift(Rclone):
-    """OpenStack Swift's S3 interface: checks signatures; it knows no conditions, but says so, and then we look ourselves."""
-    conditions, atomic = True, False
+    """OpenStack Swift's S3 interface: checks signatures; it knows no conditions, but says so."""
     akid = 'test:tester'
 
     @classmethod
