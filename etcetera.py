@@ -2993,7 +2993,7 @@ class _HttpRemote:
         """All datasets that the directory's index links to, or that the listing of a public bucket has."""
         from urllib.parse import unquote, urlsplit
         reply = self._request('GET', self.base, accept=[403, 404])
-        if reply.status == 200 and not reply.body.lstrip()[:200].startswith((b'<?xml', b'<ListBucketResult')):
+        if reply.status == 200 and b'<ListBucketResult' not in reply.body[:1000]:
             with _threads(self.connections) as pool:
                 return [found for found in pool.map(self.stat, _linked(self.base, reply.body)) if found]
         site, path = '%s://%s/' % urlsplit(self.base)[:2], unquote(urlsplit(self.base).path)[1:]
@@ -3048,10 +3048,13 @@ class _HttpRemote:
         import tempfile
         file = tempfile.TemporaryFile()
         _say("%s gives no parts of files, so all of '%s' comes first", self.url, found.name)
-        reply = self._request('GET', self._address(found.name), accept=[404], into=file)
-        if reply.status != 200 or _reply_version(reply) != found.version or file.seek(0, os.SEEK_END) != found.size:
+        try:
+            reply = self._request('GET', self._address(found.name), accept=[404], into=file)
+            if reply.status != 200 or _reply_version(reply) != found.version or file.seek(0, os.SEEK_END) != found.size:
+                raise _replaced(self, found)
+        except BaseException:
             file.close()
-            raise _replaced(self, found)
+            raise
         return file
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:

@@ -2559,7 +2559,7 @@ class Web(WebSuite, Case):
         """As Apache, nginx and lighttpd write them, and worse."""
         (self.share / 'Y.tgz').write_bytes(b'x')
         here = urllib.parse.quote(self.path)
-        for page in ('<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here,
+        for page in ('<?xml version="1.0"?><!DOCTYPE html><a href="X.tgz"></a><a href="Y.tgz">', '<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here,
                      '<html><body>\r\n<h1>Index of</h1><hr><pre><a href="../">../</a>\r\n<a href="X.tgz">X.tgz</a> 1-Jan-2024 9\r\n'
                      '<a href="./Y.tgz">Y</a>', '<a href=X.tgz><a name="Z.tgz"><a href="http://[x"><a href><![x[<a href="%s/Y.tgz">' % self.url,
                      '<a href="X.tgz"><a href="Y%2etgz"><a href="/Y.tgz"><a href="http://else.example/Y.tgz"><a href="sub/Y.tgz">'
