@@ -2559,7 +2559,8 @@ class Web(WebSuite, Case):
         """As Apache, nginx and lighttpd write them, and worse."""
         (self.share / 'Y.tgz').write_bytes(b'x')
         here = urllib.parse.quote(self.path)
-        for page in ('<?xml version="1.0"?><!DOCTYPE html><a href="X.tgz"></a><a href="Y.tgz">', '<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here,
+        for page in ('<?xml version="1.0"?><!DOCTYPE html><a href="X.tgz"></a><a href="Y.tgz">',
+                     '<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here,
                      '<html><body>\r\n<h1>Index of</h1><hr><pre><a href="../">../</a>\r\n<a href="X.tgz">X.tgz</a> 1-Jan-2024 9\r\n'
                      '<a href="./Y.tgz">Y</a>', '<a href=X.tgz><a name="Z.tgz"><a href="http://[x"><a href><![x[<a href="%s/Y.tgz">' % self.url,
                      '<a href="X.tgz"><a href="Y%2etgz"><a href="/Y.tgz"><a href="http://else.example/Y.tgz"><a href="sub/Y.tgz">'
@@ -3230,7 +3231,8 @@ class AwsCredentialsOracle(AwsCredentials):
         partitions = loader.load_data('partitions')
         del os.environ['AWS_ENDPOINT_URL']
         seen = set()
-        for service, params in (('s3', {'Bucket': 'bucket', 'ForcePathStyle': False}), ('sts', {}), ('sso', {}), ('sso-oidc', {})):
+        for service, params in (('s3', {'Bucket': 'bucket'}), ('s3', {'Bucket': 'my.bucket'}), ('s3', {'Bucket': 'Upper_1'}),
+                                ('sts', {}), ('sso', {}), ('sso-oidc', {})):
             rules = botocore.endpoint_provider.EndpointProvider(
                 loader.load_service_model(service, 'endpoint-rule-set-1'), partitions)
             for partition in session.get_available_partitions():
@@ -3241,7 +3243,7 @@ class AwsCredentialsOracle(AwsCredentials):
                             theirs = rules.resolve_endpoint(Region=region, UseFIPS=fips, UseDualStack=dual, **params).url
                         except botocore.exceptions.EndpointProviderError:
                             continue
-                        config = etc.Config('s3://bucket', region=region)
+                        config = etc.Config('s3://' + params.get('Bucket', 'bucket'), region=region)
                         with contextlib.closing(etc._open_remote(config)) as store:
                             if service == 's3':
                                 self.assertEqual(store._address('', {}), theirs + '/')
