@@ -1731,7 +1731,7 @@ class _Renewed:
 _AwsSections = Dict[Tuple[str, str], Dict[str, str]]
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
 _AWS_CLOCK = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
-_AWS_REGION = re.compile(r'[\w.-]+\Z', re.ASCII)  # other stores have names of their own
+_AWS_REGION = r'[A-Za-z0-9_.-]+\Z'  # other stores have names of their own
 _AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
                  'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
 _AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')  # and https, and loopback
@@ -1791,7 +1791,7 @@ class _Aws:
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
-        if not _AWS_REGION.match(region):
+        if not re.match(_AWS_REGION, region):
             raise ConfigError("'%s' is no region; check 'region', $AWS_REGION and the AWS profile" % _printable(region))
         if self._flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
             service += '-fips'
@@ -2640,7 +2640,7 @@ class _S3Remote:
 
     def _learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
         region = reply.headers.get('x-amz-bucket-region') or _aws_error(reply)[2]
-        if reply.status in (301, 307, 400, 403) and _AWS_REGION.match(region):
+        if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
             self.region = region
         code = _aws_error(reply)[0]
         self.aws.learn(reply, code)
