@@ -1028,11 +1028,23 @@ def _is_safe(name: str) -> bool:
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
+def _link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name, or make a second one where there are no hard links."""
+    import shutil
+    try:
+        if os.name == 'nt':
+            raise OSError  # to remove one link, it would have to be made writable, and so the other
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
 class _Sink:
     """Writes a dataset's entries below `root`, never through a link, and nothing anywhere else."""
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
+        self.twin = ''  # a directory with the same files, while there is one
         self.links = []  # type: List[Tuple[str, str]]
 
     def path(self, name: str) -> str:
@@ -1064,6 +1076,9 @@ class _Sink:
 
     def put(self, name: str, executable: bool, data: Any) -> None:
         """A new file with all it holds."""
+        if self.twin:
+            _link_or_copy(self.twin + _to_os(name), self.path(name))
+            return
         file = self.create(name, executable)
         try:
             _write(file, data)
@@ -1129,16 +1144,6 @@ def _write(file: int, data: Any) -> None:
         written = os.write(file, data)
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    import shutil
-    try:
-        if os.name == 'nt':
-            raise OSError  # to remove one link, it would have to be made writable, and so the other
-        os.link(source, target)
-    except OSError:  # no hard links here
-        shutil.copy(source, target)
-
-
 class _Extractor:
     """Writes one segment's tar stream to a sink, and refuses whatever is not canonical.
 
@@ -1152,7 +1157,8 @@ class _Extractor:
         self.rest = b''  # the start of a header whose end is in the next block
         self.path, self.executable = '', False  # of the last entry
         self.parent, self.own = '', ''  # the directory that it is in, and its name there; or itself, if it is one
-        self.file, self.left = -1, 0  # the file that goes on in the next block, and how many bytes of it are to come
+        self.file = -1  # the file that goes on in the next block, its whole size, and how many bytes are to come
+        self.whole = self.left = 0
         self.files = self.size = self.length = self.directories = 0
 
     def feed(self, payload: bytes, digest: bytes) -> List[Tuple[str, bool, Any]]:
@@ -1231,7 +1237,7 @@ class _Extractor:
         if kind == _LINK:
             self.sink.link(path, link)
             return False
-        self.executable, self.left = mode == 0o755, size
+        self.executable, self.whole, self.left = mode == 0o755, size, size
         self.size += size
         if not size:
             self.sink.put(path, self.executable, b'')
@@ -1291,8 +1297,11 @@ def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
     return name, kind, int(raw_mode, 8), size, link
 
 
-def _cut(chunks: Iterable[bytes], segments: Sequence[_Segment]) -> Iterator[Tuple[_Segment, Any]]:
-    """The blocks of some segments, each from its deflate stream on, from their bytes one after the other."""
+_Block = Tuple[_Segment, int, bytes, bytes]  # its segment, its length in the archive, its payload, the digest of that
+
+
+def _cut(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]]) -> Iterator[Tuple[_Segment, Any]]:
+    """Blocks, each from its deflate stream on, from the bytes of some segments, each without so many at its start."""
     source, rest = iter(chunks), memoryview(b'')
 
     def take(count: int) -> Any:
@@ -1307,8 +1316,8 @@ def _cut(chunks: Iterable[bytes], segments: Sequence[_Segment]) -> Iterator[Tupl
             count -= len(taken[-1])
         return taken[0] if len(taken) == 1 else b''.join(taken)
 
-    for segment in segments:
-        left = segment.length
+    for segment, had in segments:
+        left = segment.length - had
         while left:
             head = bytes(take(min(left, _HEADER)))
             length = int.from_bytes(head[16:], 'little')
@@ -1318,46 +1327,82 @@ def _cut(chunks: Iterable[bytes], segments: Sequence[_Segment]) -> Iterator[Tupl
             left -= length
 
 
-def _unpack(chunks: Iterable[bytes], segments: Sequence[_Segment], root: _Path, pool: Any) -> None:
-    """Write segments, whose bytes come one after the other, below `root`; raises Corrupt before they end wrong."""
-    def task(item: Tuple[_Segment, Any]) -> Tuple[_Segment, bytes, bytes]:
+def _unpack(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]], pool: Any,
+            ) -> Generator[_Block, None, None]:
+    """The blocks in the bytes of some segments, as in _cut(), inflated and checked."""
+    def task(item: Tuple[_Segment, Any]) -> _Block:
         segment, body = item
         payload = _inflate(body)
-        return segment, payload, _sha256(payload).digest()
+        return segment, _HEADER + len(body), payload, _sha256(payload).digest()
 
-    with contextlib.closing(_ordered(pool, task, _cut(chunks, segments), 2 * _cores())) as blocks:
-        _extract(blocks, root, pool)
+    return _ordered(pool, task, _cut(chunks, segments), 2 * _cores())
 
 
-def _extract(blocks: Iterable[Tuple[_Segment, bytes, bytes]], root: _Path, pool: Any) -> None:
-    """Write (segment, payload, digest) blocks below `root`."""
-    sink = _Sink(root)
+def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = None) -> None:
+    """Write blocks, whole segments of them, to a sink; Corrupt if they are not what their segments promise.
+
+    journal: a file for what _replay() needs to go on where this one ended before its time.
+    """
     extractor = None  # type: Optional[_Extractor]
 
-    def put(files: List[Tuple[str, bool, Any]]) -> None:
-        for name, executable, data in files:
-            sink.put(name, executable, data)
-
-    def larger() -> Iterator[List[Tuple[str, bool, Any]]]:
+    def feed() -> Iterator[Tuple[List[Tuple[str, bool, Any]], List[Any]]]:
         nonlocal extractor
-        for number, (segment, payload, digest) in enumerate(blocks):
+        for number, (segment, length, payload, digest) in enumerate(blocks):
             if number % 256 == 0:
-                os.utime(root)  # a sign of life for _Home.sweep()
+                os.utime(sink.root)  # a sign of life for _Home.sweep()
             if extractor is None or extractor.segment is not segment:
                 if extractor:
                     extractor.finish()
                 extractor = _Extractor(sink, segment)
-            yield extractor.feed(payload, digest)
+            files = extractor.feed(payload, digest)
+            split = [extractor.path, extractor.whole] if extractor.left else ['', 0]
+            yield files, [segment.path, length, digest.hex()] + split
         if extractor:
             extractor.finish()
 
+    def put(item: Tuple[List[Tuple[str, bool, Any]], List[Any]]) -> List[Any]:
+        for name, executable, data in item[0]:
+            sink.put(name, executable, data)
+        return item[1]
+
     try:
-        for _ in _ordered(pool, put, filter(None, larger()), 2 * _cores()):
-            pass
+        for line in _ordered(pool, put, feed(), 2 * _cores()):
+            if journal:
+                journal.write(json.dumps(line).encode() + b'\n')
     finally:
         if extractor:
             extractor.close()
     sink.finish(confined=True)
+
+
+def _replay(root: _Path, lines: Sequence[List[Any]], segments: Iterable[_Segment], pool: Any,
+            ) -> Generator[_Block, None, None]:
+    """The first blocks of some segments, from the files and the journal of an extraction that came not to its end.
+
+    All is read and compared with the journal; where it differs, as after a power cut, there the blocks end.
+    """
+    def task(item: Tuple[List[Any], Tuple[_Segment, List[_Piece]]]) -> Tuple[int, bytes, bytes]:
+        (_, length, expected, _, _), (_, pieces) = item
+        payload = _load(pieces)
+        digest = _sha256(payload).digest()
+        if digest.hex() != expected:
+            raise Corrupt
+        return length, payload, digest
+
+    with contextlib.suppress(OSError, InvalidDataset, Corrupt):
+        for segment in segments:
+            own = [line for line in lines if line[0] == segment.path]
+            if not own:
+                return
+            name, size = own[-1][3:]  # the file that was being written is not as long yet as its header says
+            for found, entries in _segments(root, [segment.path]):
+                entries = (e._replace(size=size) if e.name == name else e for e in entries)
+                with contextlib.closing(_ordered(pool, task, zip(own, _blocks([(found, entries)])), 2 * _cores()
+                                                 )) as blocks:
+                    for length, payload, digest in blocks:
+                        yield segment, length, payload, digest
+            if sum(line[1] for line in own) != segment.length:
+                return
 
 
 class _Stream(io.RawIOBase):
@@ -3209,7 +3254,10 @@ def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
 # the rename, so that it too is never another's. Locks only save work; no promise rests on them.
 # ---------------------------------------------------------------------------------------
 
+_JOURNAL = 'journal'
 _STALE = 86400  # seconds after which what another host left in staging counts as abandoned
+_RESUMABLE = 7 * 86400  # seconds for which what a pull left that was killed is kept, for the next to go on from
+_GRACE = 900  # seconds for which a replaced dataset is kept, for those who are reading it
 
 
 class _Home:
@@ -3294,19 +3342,39 @@ class _Home:
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
-        """A new empty directory that vanishes afterwards, unless it was installed."""
-        self.sweep()
-        path = self._scratch(name)
-        path.mkdir()
-        try:
-            yield path
-        finally:
-            _remove(path)
+        """A new empty directory that vanishes afterwards, unless it was installed.
 
-    def _scratch(self, name: str) -> Path:
-        staging = self.inner / 'staging'
-        staging.mkdir(parents=True, exist_ok=True)
-        return staging / '@'.join((name, _host(), str(os.getpid()), os.urandom(4).hex()))
+        Beside it is what an earlier pull of `name` left, as 'earlier'. If this one is broken off, it is kept for a
+        later one.
+        """
+        outer = self._scratch(name)
+        outer.mkdir()
+        try:
+            self._take_over(name, outer)
+            self.sweep(name)
+            path = outer / 'new'
+            path.mkdir()
+            yield path
+        except (RemoteError, KeyboardInterrupt):
+            if (outer / _JOURNAL).exists():
+                os.rename(str(outer), str(self._scratch(name, pid=0)))
+            raise
+        finally:
+            _remove(outer)
+
+    def _take_over(self, name: str, outer: Path) -> None:
+        left = [journal for path in outer.parent.glob(name + '@*') if not self._alive(path)
+                for journal in (path / _JOURNAL, path / 'earlier' / _JOURNAL) if journal.exists()]
+        if left:
+            best = max(left, key=lambda journal: journal.stat().st_size)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(str(best.parent), str(outer / 'earlier'))
+
+    def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
+        """A new name in staging; it tells whether the process that works there is alive, and 0 that none does."""
+        directory = self.inner / kind
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory / '@'.join((name, _host(), str(os.getpid() if pid is None else pid), os.urandom(4).hex()))
 
     def install(self, directory: Path, name: str, replace: bool, receipt: Optional[Dict[str, Any]] = None) -> None:
         """Give a complete staged directory its name. FileExistsError if there is one already and not `replace`."""
@@ -3320,6 +3388,7 @@ class _Home:
         else:
             _remove(path)  # that of an earlier directory, if this one was given its inode
         try:
+            _flush(directory)
             self._place(str(directory), str(self.path(name)), replace)
         except BaseException:
             _remove(path)
@@ -3337,7 +3406,10 @@ class _Home:
                     raise
             if not replace:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-            if _swap(new, target) or self._replace(new, target):
+            if _swap(new, target):
+                self._retire(new)
+                break
+            if self._replace(new, target):
                 break
 
     def _replace(self, new: str, target: str) -> bool:
@@ -3358,8 +3430,16 @@ class _Home:
             return False  # another process has put it back, or another one
         finally:
             if os.path.lexists(target):
-                _remove(aside)
+                self._retire(str(aside))
         return True
+
+    def _retire(self, path: str) -> None:
+        """Let those who are reading a replaced directory come to an end; sweep() removes it."""
+        with contextlib.suppress(OSError):
+            if not os.path.islink(path):
+                os.utime(path)
+                os.rename(path, str(self._scratch(os.path.basename(path), 'old')))
+        _remove(Path(path))
 
     def recover(self) -> None:
         """Put back what install() had set aside when it was killed."""
@@ -3370,7 +3450,7 @@ class _Home:
                     if not os.path.lexists(str(target)):
                         os.rename(str(aside), str(target))
                     elif not self._alive(aside):
-                        _remove(aside)
+                        self._retire(str(aside))
 
     def link(self, directory: Path, name: str, replace: bool) -> None:
         """Register: a symlink to a directory that stays where it is."""
@@ -3396,10 +3476,13 @@ class _Home:
             os.rename(str(path), str(trash))
             self._drop_receipts(name)
             _remove(trash)
+        self.sweep(name)
 
     def _alive(self, path: Path) -> bool:
         """Whether the process that made this may still be at work."""
         _, host, pid, _ = (path.name.split('@') + [''] * 3)[:4]
+        if pid == '0':
+            return False
         if os.name == 'posix' and host == _host() and pid.isdigit():
             try:
                 os.kill(int(pid), 0)
@@ -3408,17 +3491,31 @@ class _Home:
             except OSError:
                 pass
             return True
-        return time.time() - os.lstat(str(path)).st_mtime < _STALE
+        return self._age(path) < _STALE
 
-    def sweep(self) -> None:
-        """Remove what processes that died left behind."""
-        with contextlib.suppress(FileNotFoundError):
-            for path in (self.inner / 'staging').iterdir():
-                with contextlib.suppress(OSError):
-                    if not self._alive(path):
-                        doomed = self._scratch(path.name.partition('@')[0])
-                        os.rename(str(path), str(doomed))  # if its owner lives after all, it shall not install a ruin
-                        _remove(doomed)
+    def _age(self, path: Path) -> float:
+        """Seconds since a sign of life."""
+        newest = os.lstat(str(path)).st_mtime
+        with contextlib.suppress(OSError):
+            newest = max(newest, os.lstat(str(path / 'new')).st_mtime)
+        return time.time() - newest
+
+    def sweep(self, name: str = '') -> None:
+        """Remove what processes that died left behind; of other datasets than `name` not what may be of use yet."""
+        for kind in ('staging', 'old'):
+            with contextlib.suppress(FileNotFoundError):
+                for path in (self.inner / kind).iterdir():
+                    with contextlib.suppress(OSError):
+                        own = path.name.partition('@')[0] == name
+                        if kind == 'old':
+                            doomed = self._age(path) > _GRACE
+                        else:
+                            resumable = not own and (path / _JOURNAL).exists() and self._age(path) < _RESUMABLE
+                            doomed = not self._alive(path) and not resumable
+                        if doomed:
+                            trash = self._scratch(path.name.partition('@')[0])
+                            os.rename(str(path), str(trash))  # if its owner lives after all, it shall not install it
+                            _remove(trash)
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -3447,6 +3544,23 @@ def _host() -> str:
     except OSError:
         space = ''
     return re.sub('[^A-Za-z0-9-]', '-', platform.node()) + '-' + space
+
+
+def _flush(directory: Path) -> None:
+    """Have the disk hold what a directory holds before it gets its name, so that a power cut takes all or nothing."""
+    if not hasattr(os, 'sync') or directory.is_symlink():
+        return
+    try:
+        import ctypes
+        file = os.open(str(directory), os.O_RDONLY)
+        try:
+            done = ctypes.CDLL(None).syncfs(file) == 0  # of Linux: only this filesystem
+        finally:
+            os.close(file)
+    except (ImportError, OSError, AttributeError, TypeError):
+        done = False
+    if not done:
+        os.sync()
 
 
 def _swap(one: str, other: str) -> bool:
@@ -3723,12 +3837,47 @@ def _settle(home: _Home, staged: Path, name: str, replace: bool, receipt: Dict[s
             raise _differs_locally(name) from None
 
 
-def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], root: Path, connections: int) -> None:
-    """Fetch segments of an indexed archive and write them below `root`."""
-    spans = [(segment.offset, segment.offset + segment.length) for segment in segments]
-    with _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store):
-        with contextlib.closing(_fetch(store, found, spans, io_pool, connections)) as chunks:
-            _unpack(chunks, segments, root, pool)
+def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], staged: Path, connections: int) -> None:
+    """Fetch segments of an indexed archive and write them to a staged directory.
+
+    What an earlier pull of this very object left beside it is not fetched again.
+    """
+    head = json.dumps([store.url, found.name, found.version]).encode() + b'\n'
+    earlier = staged.parent / 'earlier'
+    sink = _Sink(staged)
+
+    def blocks() -> Generator[_Block, None, None]:
+        had = dict.fromkeys(segments, 0)
+        lines = _read_journal(earlier / _JOURNAL, head)
+        if lines:
+            sink.twin = os.path.join(str(earlier / 'new'), '')
+            with contextlib.closing(_replay(earlier / 'new', lines, segments, pool)) as there:
+                for block in there:
+                    had[block[0]] += block[1]
+                    yield block
+            sink.twin = ''
+            _say("'%s': %d bytes of it were here already", found.name, sum(had.values()), level=_DEBUG)
+        rest = [(segment, count) for segment, count in had.items() if count < segment.length]
+        spans = [(segment.offset + count, segment.offset + segment.length) for segment, count in rest]
+        with contextlib.closing(_fetch(store, found, spans, io_pool, connections)) as chunks, contextlib.closing(
+                _unpack(chunks, rest, pool)) as fetched:
+            yield from fetched
+
+    with _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store), contextlib.closing(
+            blocks()) as source, open(str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal:
+        journal.write(head)
+        _extract(source, sink, pool, journal)
+
+
+def _read_journal(path: Path, head: bytes) -> List[List[Any]]:
+    """What _extract() wrote down, if it worked for a pull of the same object."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError, TypeError), open(str(path), 'rb') as file:
+        if file.readline() == head:
+            for line in file:
+                segment, length, digest, name, size = json.loads(line.decode('ascii'))
+                lines.append([segment, int(length), digest, name, int(size)])
+    return lines
 
 
 def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segment], staged: Path) -> List[str]:
@@ -3891,14 +4040,14 @@ def _copy(root: Path, target: Path) -> List[_Segment]:
     """Copy a dataset as if it had been pushed and pulled."""
     segments = []  # type: List[_Segment]
 
-    def blocks() -> Iterator[Tuple[_Segment, bytes, bytes]]:
+    def blocks() -> Iterator[_Block]:
         for segment, payload in source:
             if not segments or segments[-1] is not segment:
                 segments.append(segment)
-            yield segment, payload, _sha256(payload).digest()
+            yield segment, 0, payload, _sha256(payload).digest()
 
     with _threads(_cores()) as pool, contextlib.closing(_process(_segments(root), bytes, pool)) as source:
-        _extract(blocks(), target, pool)
+        _extract(blocks(), _Sink(target), pool)
     return segments
 
 

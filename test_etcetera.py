@@ -3664,7 +3664,162 @@ class Install(S3Case):
         out, err = process.communicate()
         self.assertEqual((process.returncode, err.decode()), (130, 'etc: interrupted\n'))
         self.assertLess(time.time() - begin, 15, 'it waits for no answer')
+        self.assertEqual((self.installed(), len(self.leftovers())), ([], 1))  # for the next to go on from
+        self.server.fault = None
+        self.etc('pull', 'X')
+        self.assertEqual(self.leftovers(), [])
+
+    def broken_off(self, share, end=lambda process: process.kill()):
+        """Break a pull off when a share of the data has come; gives a function that pulls, and counts the bytes."""
+        stuck, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        size = len(next(iter(self.server.objects.values()))[0])
+
+        def fault(handler):
+            start = re.match(r'bytes=(\d+)', handler.headers.get('Range', ''))
+            if start and share * size <= int(start.group(1)) < size - 65536:
+                stuck.set()
+                return go_on.wait(30)
+        self.server.fault = fault
+        self.settings['connections'] = 10
+        process = self.spawn_with_settings('pull', 'X')
+        self.assertTrue(stuck.wait(20))
+        self.wait_for_journal()
+        end(process)
+        process.communicate()
+        self.assertEqual(self.installed(), [])
+        self.server.fault = None
+        go_on.set()
+        before = self.server.sent
+        return lambda: (self.etc('pull', 'X'), self.server.sent - before)[1] / size
+
+    def spawn_with_settings(self, *args):
+        self.etc('ls')  # writes the settings
+        return self.spawn('--config', self.tmp / 'settings.yaml', *args)
+
+    def wait_for_journal(self):
+        """Until a pull that gets no more bytes has written what it can."""
+        def size():
+            return sum(path.stat().st_size for path in (self.tmp / 'home/.etcetera/staging').glob('*/journal'))
+        seen, same = size(), 0
+        while same < 10:
+            time.sleep(0.02)
+            seen, same = size(), same + 1 if size() == seen else 0
+
+    def large(self, size=20):
+        files = {'data/train/big': noise(size * MIB), 'data/train/\u00e9' + 'x' * 120: noise(100), 'README.md': 'hello'}
+        files.update({'data/train/%04d' % n: noise(1500) for n in range(1500)})
+        files.update({'data/train/m/%d' % n: noise(MIB // 2) for n in range(size)})
+        files.update({'data/test/%d' % n: noise(300000) for n in range(10)})
+        self.root = write(self.tmp / 'ds', files)
+        (self.root / 'data/train/0000').chmod(0o755)
+        self.etc('register', self.root, 'X', home='pub')
+        self.etc('push', 'X', home='pub')
+        return len(next(iter(self.server.objects.values()))[0])
+
+    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    def test_resume(self):
+        self.large()
+        for share in (0.5, 0.9):
+            rest = self.broken_off(share)
+            self.assertLess(rest(), 1.35 - share)  # what is under way is lost
+            self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+            self.etc('verify', 'X')
+            self.assertEqual(self.leftovers(), [])
+            self.etc('purge', 'X')
+
+    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    def test_resume_again_and_again(self):
+        self.large()
+        for share in (0.3, 0.9, 0.5):
+            rest = self.broken_off(share, lambda process: process.send_signal(signal.SIGINT))
+        self.assertEqual(len(self.leftovers()), 1)
+        self.assertLess(rest(), 0.5)
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+
+    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    def test_resume_trusts_nothing(self):
+        self.large(6)
+
+        def staged():
+            outer, = (self.tmp / 'home/.etcetera/staging').iterdir()
+            return outer / 'new'
+
+        def change(path):
+            path.chmod(0o644)
+            data = path.read_bytes()
+            path.write_bytes(data[:99] + b'x' + data[100:])
+
+        def forge():
+            lines = (staged().parent / 'journal').read_bytes().splitlines()
+            lines[-1] = lines[-1].replace(b'"data/train", ', b'"data/train", 1')
+            (staged().parent / 'journal').write_bytes(b'\n'.join(lines))
+        for harm in (lambda: change(staged() / 'data/test/3'), lambda: (staged() / 'data/test/0').unlink(),
+                     lambda: (staged() / 'data/test/00').write_bytes(b'new'),
+                     lambda: (staged().parent / 'journal').write_bytes(b'{}'),
+                     lambda: self.etc('register', '-f', small(self.tmp / 'other'), 'X', home='pub') and self.etc(
+                         'push', '-f', 'X', home='pub')):
+            rest = self.broken_off(0.5)
+            harm()
+            rest()
+            self.etc('verify', 'X')
+            self.assertEqual(tree(self.tmp / 'home/X'), tree(Path(os.path.realpath(str(self.tmp / 'pub/X')))))
+            self.etc('purge', 'X')
+        self.etc('register', '-f', self.root, 'X', home='pub')
+        self.etc('push', '-f', 'X', home='pub')
+        self.broken_off(0.5)
+        forge()
+        self.etc('pull', 'X', status=1)  # refused in the end, and then forgotten
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
+        self.etc('pull', 'X')
+        self.etc('verify', 'X')
+
+    def test_lost_network_keeps_what_came(self):
+        size = self.large()
+        self.addCleanup(setattr, etc, '_pause', etc._pause)
+        etc._pause = lambda failures: None
+        self.settings['connections'] = 10
+
+        def fault(handler):
+            start = re.match(r'bytes=(\d+)', handler.headers.get('Range', ''))
+            if start and size / 2 <= int(start.group(1)) < size - 65536:
+                handler.close_connection = True
+                return True
+        self.server.fault = fault
+        self.etc('pull', 'X', status=1)
+        self.assertEqual((self.installed(), len(self.leftovers())), ([], 1))
+        self.etc('create', 'Y')
+        self.assertEqual(len(self.leftovers()), 1, 'another dataset leaves it alone')
+        self.server.fault, before = None, self.server.sent
+        self.etc('pull', 'X')
+        self.assertLess(self.server.sent - before, size * 0.8)
+        self.assertEqual((tree(self.tmp / 'home/X'), self.leftovers()), (tree(self.root), []))
+        self.server.fault = fault
+        self.etc('pull', 'X', home='two', status=1)
+        for path in self.leftovers('two'):
+            os.utime(str(path), (1, 1))
+            os.utime(str(path / 'new'), (1, 1))
+        self.etc('create', 'Y', home='two')
+        self.assertEqual(self.leftovers('two'), [])
+
+    @unittest.skipIf(os.name == 'nt', 'open files cannot be moved')
+    def test_readers_of_what_is_replaced(self):
+        self.publish(MIB)
+        self.etc('pull', 'X')
+        before = tree(self.tmp / 'home/X')
+        here = os.open(str(self.tmp / 'home/X'), os.O_RDONLY)
+        self.addCleanup(os.close, here)
+        write(self.root, {'data/train/new': 'new'})
+        self.etc('push', '-f', 'X', home='pub')
+        self.etc('pull', '-f', 'X')
+        self.assertEqual(tree('/proc/self/fd/%d' % here) if os.path.isdir('/proc/self/fd') else before, before)
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+        old, = (self.tmp / 'home/.etcetera/old').iterdir()
+        self.etc('create', 'Y')
+        self.assertTrue(old.exists())
+        os.utime(str(old), (1, 1))
+        self.etc('create', 'Z')
+        self.assertFalse(old.exists())
 
     def test_interrupted_push(self):
         self.publish()
