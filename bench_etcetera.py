@@ -181,8 +181,9 @@ def main():
     try:
         rows = options.rows.split(',')
         url = 'http://127.0.0.1:%d' % port
-        env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
-                   AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url, ETC_URL='s3://bucket', ETC_HOME=work + '/home')
+        env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, ETC_URL='s3://bucket',
+                   ETC_HOME=work + '/home', AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
+                   AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url)
         env.pop('PYTHONDONTWRITEBYTECODE', None)
         print('Python %s, %d cores, %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname())))
         for row in ROWS:

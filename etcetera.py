@@ -1595,9 +1595,11 @@ class _Http:
                 connection.close()  # the server had closed the kept connection meanwhile
                 response = self._ask(connection, method, target, headers, body)
             known = response.length is not None and response.length <= limit
+            data = b''  # type: Any
             if into and response.status == 200:
-                data = b''
                 self._save(response, into)
+            elif known and response.length and 'Content-Range' in response.headers:
+                data = self._receive(response)
             else:
                 data = response.read() if known else response.read(limit + 1)
             if len(data) > limit:
@@ -1611,6 +1613,21 @@ class _Http:
                 self.idle[parts.scheme, parts.netloc].append(connection)
             else:
                 connection.close()
+
+    def _receive(self, response: Any) -> bytearray:
+        """A range; only its start, if the connection breaks when some of it has come."""
+        import http.client
+        data, at = bytearray(response.length), 0
+        try:
+            while at < len(data):
+                count = response.readinto(memoryview(data)[at:at + 262144])
+                if not count:
+                    raise http.client.IncompleteRead(b'', len(data) - at)
+                at += count
+        except (OSError, http.client.HTTPException):
+            if at < 65536:
+                raise
+        return data[:at] if at < len(data) else data
 
     def _save(self, response: Any, into: Any) -> None:
         import http.client
@@ -2619,6 +2636,11 @@ def _listed(page: Any, prefix: str, item: Any) -> Optional[_Object]:
     return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
 
 
+# that an answer with status 400, or even 200 from CompleteMultipartUpload, may hold:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+_S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable')
+
+
 class _S3Remote:
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
@@ -2666,11 +2688,14 @@ class _S3Remote:
         for chunk in body:
             payload.update(chunk)
         headers = dict(self.always, **(headers or {}))
-        for _ in range(4):
+        for attempt in range(1, _TRIES + 1):
             state = self.region, self.aws.skew, self.aws.keys()
             address = self._address(key, query or {})
             sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
             reply = self.http.request(method, address, headers, body, sign, limit)
+            if (method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
+                _pause(attempt)
+                continue
             if 200 <= reply.status < 300:
                 return reply
             if method == 'HEAD' and reply.status not in accept:  # its answers have no body that would tell more
@@ -2798,7 +2823,7 @@ class _S3Remote:
             reply = self._request(method, self._key(name), query, headers, body)
         if exclusive and reply.status in (409, 412) or code == 'NoSuchUpload' and self.stat(name):
             raise _Taken  # perhaps by ourselves, if the first answer was lost
-        if reply.status != 200 or _aws_error(reply)[0]:  # CompleteMultipartUpload can fail with status 200
+        if reply.status != 200 or _aws_error(reply)[0]:
             raise self._error(reply, 's3:PutObject')
 
 
@@ -3177,12 +3202,13 @@ def _reply_version(reply: _Reply) -> str:
 
 
 def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
-    """The body, if it is the very range that was asked for."""
+    """The body, if it is the very range that was asked for, or as much of it as came before the connection broke."""
     try:  # `rclone serve s3` says 200 instead of 206, but gives the range
         right = reply.status in (200, 206) and _content_range(reply) == (start, stop, size)
     except ValueError:
         right = False
-    if not right or len(reply.body) != stop - start:
+    length = stop - start
+    if not right or len(reply.body) != length and reply.headers.get('Content-Length') != str(length):
         raise RemoteError('%s does not answer with the range that was asked for; a proxy or the endpoint_url is at '
                           'fault' % remote.url, reply.status)
     return reply.body  # type: ignore[no-any-return]
@@ -3222,26 +3248,35 @@ def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, 
             yield at, min(at + step, stop)
 
 
+def _read(remote: _Remote, found: _Object, start: int, stop: int) -> bytes:
+    """A range, going on from the byte where the connection broke."""
+    data = remote.read(found, start, stop)
+    while start + len(data) < stop:
+        _pause(1)
+        data += remote.read(found, start + len(data), stop)
+    return data
+
+
 def _fetch(remote: _Remote, found: _Object, spans: Sequence[Tuple[int, int]], pool: Any, connections: int,
            ) -> Generator[bytes, None, None]:
     """The bytes of some spans of an object, one after the other, fetched in parallel."""
     step = max(1 << 20, min(_RANGE, sum(stop - start for start, stop in spans) // (2 * connections)))
     ahead = min(2 * connections, max(connections, _IN_FLIGHT // step))  # so that no connection waits for a consumer
-    return _ordered(pool, lambda span: remote.read(found, *span), _ranges(spans, step), ahead)
+    return _ordered(pool, lambda span: _read(remote, found, *span), _ranges(spans, step), ahead)
 
 
 def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
     """The segments of a remote archive, in one or two reads; None if another tool made it."""
     start = max(0, found.size - _TAIL)
-    tail = remote.read(found, start, found.size) if found.size else b''
+    tail = _read(remote, found, start, found.size) if found.size else b''
     offset = _footer(tail, found.size)
     if offset is None:
-        head = tail if start == 0 else remote.read(found, 0, _HEADER)
+        head = tail if start == 0 else _read(remote, found, 0, _HEADER)
         if head[:16] == _member(b'et', bytes(4))[:16]:
             raise Corrupt("'%s' in %s is damaged: its index is missing; push it again" % (found.name, remote.url))
         return None
     if offset < start:
-        tail = remote.read(found, offset, start) + tail
+        tail = _read(remote, found, offset, start) + tail
         start = offset
     return _parse_index(tail[offset - start:], offset)
 

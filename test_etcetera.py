@@ -1555,6 +1555,56 @@ class S3Remote(RemoteSuite, S3Case):
     def put(self, name, data):
         self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
 
+    def test_reads_go_on_where_they_broke(self):
+        self.addCleanup(setattr, etc, '_pause', etc._pause)
+        etc._pause = lambda failures: None
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(5 * MIB)}), 'X')
+        self.etc('push', 'X')
+        size = len(next(iter(self.server.objects.values()))[0])
+        self.settings['connections'] = 1
+        sent = []
+
+        def fault(handler):
+            match = re.match(r'bytes=(\d+)-(\d+)$', handler.headers.get('Range', ''))
+            if match:
+                start, stop = int(match.group(1)), int(match.group(2)) + 1
+                data, etag, _ = next(iter(self.server.objects.values()))
+                part = data[start:min(stop, start + 700000)]
+                sent.append(len(part))
+                handler.answer(206, part, {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT',
+                                           'Content-Range': 'bytes %d-%d/%d' % (start, stop - 1, size)}, stop - start)
+                handler.close_connection = True
+                return True
+        self.server.fault = fault
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertGreater(len(sent), 7)
+        self.assertLess(sum(sent), size + 65536 + 8 * 262144)
+
+    def test_errors_that_hide(self):
+        """InternalError in a 200 of CompleteMultipartUpload, RequestTimeout in a 400."""
+        self.addCleanup(setattr, etc, '_pause', etc._pause)
+        etc._pause = lambda failures: None
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
+        failures = [('uploadId=', 'POST', 200, 'InternalError'), ('partNumber=', 'PUT', 400, 'RequestTimeout'),
+                    ('uploads=', 'POST', 400, 'RequestTimeout')]
+        left = {failure: 2 for failure in failures}
+
+        def fault(handler):
+            for failure in failures:
+                word, method, status, code = failure
+                if handler.command == method and word in handler.path and left[failure]:
+                    left[failure] -= 1
+                    handler.error(status, code)
+                    return True
+        self.server.fault = fault
+        self.etc('push', 'X')
+        self.assertEqual(set(left.values()), {0})
+        self.etc('pull', 'X', home='two')
+        left = {failures[0]: 99, failures[1]: 0, failures[2]: 0}
+        self.assertIn('InternalError', self.etc('push', '-f', 'X', status=1)[1])
+        self.assertEqual(self.server.uploads, {})
+
     def test_pages(self):
         for number in range(25):
             self.put('D%02d.tgz' % number, b'x')
