@@ -1835,7 +1835,7 @@ class _Aws:
         ahead = _http_time(reply.headers.get('Date') or '') - time.time()
         if code in _AWS_CLOCK and abs(ahead - self.skew) > 300 and 'Date' in reply.headers:
             self.skew = ahead
-            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60, level=30)
+            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60, level=_WARNING)
 
     def renew(self, keys: Optional[_AwsKeys]) -> None:
         """Look for others than these, which were refused."""
@@ -2084,7 +2084,7 @@ class _Aws:
                         if _json_object(reply).get('AccessKeyId'):
                             return _aws_temporary(_json_object(reply), "the instance's role '%s'" % role)
             except RemoteError as e:
-                _say('no instance metadata: %s', e, level=10)
+                _say('no instance metadata: %s', e, level=_DEBUG)
         return None
 
     def _from_library(self, name: str, command: str) -> _AwsKeys:
