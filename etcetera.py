@@ -1508,6 +1508,7 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60  # seconds of silence after which a connection counts as broken
+_CONNECT = 15  # seconds in which a connection must stand
 _TRIES = 5
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer whose length nobody knows before
@@ -1644,8 +1645,9 @@ class _Http:
 
     def _ask(self, connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
         import http.client
-        if connection.sock is None:
+        if not connection.sock:
             connection.connect()
+            connection.sock.settimeout(self.timeout)
         if self.closed:  # close() may have looked before the socket was there
             raise http.client.HTTPException('interrupted')
         # a server may answer, and close, before it has read all
@@ -1675,15 +1677,15 @@ class _Http:
         plain = proxy_headers if via and scheme == 'http' else None
         with contextlib.suppress(IndexError):
             return self.idle[scheme, netloc].pop(), True, plain
-        address = via.netloc.rpartition('@')[2] if via else netloc
+        address, patience = via.netloc.rpartition('@')[2] if via else netloc, min(self.timeout, _CONNECT)
         if scheme == 'https':
             if self.tls is None:
                 self.tls = _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(address, timeout=self.timeout, context=self.tls)  # type: Any
+            connection = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)  # type: Any
             if via:
                 connection.set_tunnel(netloc, headers=proxy_headers)
         else:
-            connection = http.client.HTTPConnection(address, timeout=self.timeout)
+            connection = http.client.HTTPConnection(address, timeout=patience)
         connection.auto_open = 0  # only _ask() connects
         return connection, False, plain
 
