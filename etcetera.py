@@ -2987,12 +2987,12 @@ class _GsRemote:
         stop = start + len(data)
         at, failures = start, 0
         while True:
+            failures += 1  # since the last byte arrived
             body = [bytes(data[at - start:])] if at < stop else []
             span = 'bytes %s/%s' % ('%d-%d' % (at, stop - 1) if body else '*', stop if last else '*')
             try:
                 reply = self._request('PUT', session, {'Content-Range': span}, body, [308, 412], tries=1)
             except RemoteError as e:
-                failures += 1
                 if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
                     raise
                 _pause(failures)
@@ -3007,7 +3007,10 @@ class _GsRemote:
                 raise RemoteError('%s lost a part of the upload; push again' % self.url)
             if have == stop and not last:
                 return None
-            failures = 0 if have > at else failures
+            if have > at:
+                failures = 0
+            elif failures >= _TRIES:
+                raise RemoteError('%s takes no more of the upload; check the endpoint_url, and push again' % self.url)
             at = have
 
     def _check_md5(self, name: str, answer: Dict[str, Any], md5: Any) -> None:

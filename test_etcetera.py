@@ -2201,6 +2201,12 @@ class GsRemote(RemoteSuite, GsCase):
         self.etc('push', 'X')
         self.etc('pull', 'X', home='two')
 
+    def test_session_that_takes_nothing(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.server.fault = lambda h: h.command == 'PUT' and (h.answer(308), True)[1]  # to some servers a redirect
+        self.assertIn('takes no more', self.etc('push', 'X', status=1)[1])
+        self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
+
     def test_failed_upload_is_cancelled(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}), 'X')
         self.server.fault = lambda h: '16777216-' in (h.headers.get('Content-Range') or '') and (h.problem(403, 'no'), True)[1]
