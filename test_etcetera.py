@@ -47,6 +47,7 @@ import etcetera as etc  # noqa: E402
 SCRIPT = str(HERE / 'etcetera.py')
 AKID, SECRET = 'AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY'
 MIB = 1 << 20
+RUNS = int(os.environ.get('ETC_TEST_RUNS') or 1)  # how many times longer random tests run
 
 
 def needs(condition, reason):
@@ -2265,7 +2266,7 @@ def make_key(bits):
                                    stderr=subprocess.DEVNULL).decode()
 
 
-class GoogleCredentials(GsCase):
+class GoogleCase(GsCase):
     def setUp(self):
         super().setUp()
         del os.environ['STORAGE_EMULATOR_HOST']
@@ -2305,6 +2306,8 @@ class GoogleCredentials(GsCase):
     def works(self):
         self.assertEqual(self.etc('ls', '-r')[0], '')
 
+
+class GoogleCredentials(GoogleCase):
     def test_authorized_user(self):
         self.use({'type': 'authorized_user', 'client_id': 'id', 'client_secret': 'se+cret', 'refresh_token': 'a/b',
                   'token_uri': self.tokens.url + '/token', 'quota_project_id': 'billing'})
@@ -3659,6 +3662,590 @@ class SignatureOracle(unittest.TestCase):
             with mock.patch('botocore.auth.get_current_datetime', lambda *a, **k: now.replace(tzinfo=None), create=True):
                 signer.add_auth(request)
             self.assertEqual(ours['Authorization'].replace(' ', ''), request.headers['Authorization'].replace(' ', ''), url)
+
+
+# ---------------------------------------------------------------------------------------
+# Faults of networks, servers and shared directories
+# ---------------------------------------------------------------------------------------
+
+class Flaky:
+    """Mixed into a handler: commits the fault that `server.plan` names for a request, on the real socket."""
+
+    GARBAGE = [b'', b'<', b'[]', b'null', b'"x"', b'{"items": 5}', b'\xff\xfe' * 99, b'<html><body>Welcome to our hotel</body></html>',
+               b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;">]><ListBucketResult>&b;</ListBucketResult>',
+               b'<ListBucketResult><Contents>', b'<Error/>', b'{"' * 5000, b'[' * 200000, b'{"access_token": ' + b'1' * 100000 + b'}']
+
+    def handle_one(self):
+        server, self.damage = self.server, None
+        kind = server.plan(self)
+        if kind is None:
+            return super().handle_one()
+        length = int(self.headers.get('Content-Length') or 0)
+        if kind in ('refused', 'reset', 'silence'):
+            self.rfile.read(server.rng.choice([0, length, server.rng.randrange(length + 1)]))
+            if kind == 'refused':
+                server.shut()
+            elif kind == 'silence':
+                self.wait()
+            return self.slam()
+        if isinstance(kind, tuple):  # a status and a code
+            if server.rng.random() < .5:
+                self.rfile.read(length)
+            else:
+                self.close_connection = True
+            return self.error(kind[0], kind[1], {'Location': kind[2] + self.path} if kind[2:] else {})
+        if kind == 'replaced':
+            with server.lock:
+                server.replace()
+            return super().handle_one()
+        self.damage = kind
+        before = set(server.uploads)
+        super().handle_one()
+        if self.command == 'POST':  # nobody was told of this upload, so nobody can abort it
+            server.orphans |= set(server.uploads) - before
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
+
+    def slam(self):
+        """Close with a RST."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        self.rfile.close()
+        self.connection.close()
+
+    def wait(self):
+        """Say nothing until the other side gives up."""
+        self.connection.settimeout(30)
+        with contextlib.suppress(OSError):
+            while self.connection.recv(1 << 16):
+                pass
+
+    def answer(self, status, body=b'', headers=(), length=None):
+        kind, self.damage, rng = self.damage, None, self.server.rng
+        if kind is None:
+            return super().answer(status, body, headers, length)
+        headers, length = dict(headers), len(body) if length is None else length
+        if self.command == 'HEAD':
+            body = b''
+        if kind == 'lost':
+            return self.slam()
+        if kind == 'garbage':
+            body = rng.choice(self.GARBAGE)
+            length = len(body)
+        elif kind == 'long':
+            length += rng.randrange(1, 1000)
+        elif kind == 'short':
+            length = rng.randrange(length) if length else 0
+        elif kind == 'range':
+            headers['Content-Range'] = rng.choice(['', 'bytes */9', 'bytes 0-0/1', 'bytes 1-2/3', 'bytes 9-1/5', 'x',
+                                                   re.sub(r'/\d+', '/*', headers['Content-Range']),
+                                                   re.sub(r'\d+', lambda m: str(int(m.group()) + 1), headers['Content-Range'])])
+        elif kind == 'whole':
+            status, body = 200, next(iter(self.server.objects.values()))[0]
+            headers.pop('Content-Range')
+            length = len(body)
+        elif kind == 'flipped':
+            body = bytearray(body)
+            body[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+        lines = ['HTTP/1.1 %d Whatever' % status] + ['%s: %s' % item for item in headers.items()] + ['Content-Length: %d' % length]
+        if kind == 'headless':
+            lines, body = lines[:rng.randrange(1, len(lines))], b''
+        head = '\r\n'.join(lines + [''] * (1 if kind == 'headless' else 2)).encode()
+        if kind in ('cut', 'torn', 'stalled'):
+            body = body[:rng.randrange(len(body))] if body else b''
+        with contextlib.suppress(OSError):
+            self.connection.sendall(head + body)
+        if kind == 'torn':
+            return self.slam()
+        if kind == 'stalled':
+            self.wait()
+        if kind != 'short':
+            self.close_connection = True
+
+
+class FlakyServer(Server):
+    def __init__(self, handler):
+        self.rng, self.hits, self.fault_at, self.requests = random.Random(), [], None, []
+        self.orphans, self.shut_for, self.replace = set(), 0, None
+        super().__init__(handler)
+
+    def plan(self, handler):
+        """The fault of this request, or None; it remembers requests and hits."""
+        request = handler.command, handler.path, handler.headers
+        with self.lock:
+            self.requests.append(request)
+            if self.fault_at and self.applies(self.fault_at[0], request):
+                kind, start, count = self.fault_at
+                self.fault_at = kind, start - 1, count - (start <= 1)
+                if start <= 1 and count > 0:
+                    self.hits.append(handler.command)
+                    return kind
+        return None
+
+    @staticmethod
+    def applies(kind, request):
+        method, path, headers = request
+        if kind in ('range', 'whole', 'flipped'):
+            return method == 'GET' and 'Range' in headers
+        if kind in ('short', 'long', 'cut', 'torn', 'stalled', 'garbage'):
+            return method != 'HEAD'
+        if kind == (200, 'InternalError'):
+            return method == 'POST' and 'uploadId' in path
+        return True
+
+    def shut(self):
+        """Refuse connections until `shut_for` pauses of the client are over."""
+        with self.lock:
+            if self.socket.fileno() >= 0:
+                self.shutdown()
+                self.socket.close()
+
+    def paused(self, failures=0):
+        self.pauses += 1
+        if self.socket.fileno() < 0:
+            self.shut_for -= 1
+            if self.shut_for <= 0:
+                self.reopen()
+
+    def reopen(self):
+        with self.lock:
+            if self.socket.fileno() < 0:
+                self.socket = socket.socket(self.address_family, self.socket_type)
+                self.server_bind()
+                self.server_activate()
+                threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class Recorder(http.server.BaseHTTPRequestHandler):
+    """The host that a redirect leads to; it keeps every byte that it is told."""
+    protocol_version = 'HTTP/1.1'
+
+    def log_message(self, *args):
+        pass
+
+    def handle_one(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        self.server.log.append('%s %s\n%s\n%s' % (self.command, self.path, self.headers, body[:MIB].decode('latin-1')))
+        self.send_response(200)
+        self.send_header('Content-Length', '0')
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
+
+
+class Runs:
+    """What all seeded runs share."""
+
+    def make(self, version, size):
+        """A version of X: its directory, archive and tree."""
+        root = write(self.tmp / version, {
+            'data/train/noise': noise(size, version), 'data/train/x/text': (version + '\n') * 5000, 'data/train/l': ('->', 'noise'),
+            'data/test/t': 'the same in all', 'meta.json': '{"version": "%s"}' % version, 'README.md': version})
+        local = etc.Config((self.tmp / 'made' / version).as_uri(), self.tmp / 'makers' / version)
+        etc.register(root, 'X', config=local)
+        etc.push('X', config=local)
+        return (self.tmp / 'made' / version / 'X.tgz').read_bytes(), tree(root)
+
+    def call(self, *args, home='home'):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = etc.main(['-q', '--config', str(self.tmp / 'settings.yaml'), '--url', self.url, '--home', str(self.tmp / home)] + list(args))
+        return code, out.getvalue(), err.getvalue()
+
+    def runs(self, count):
+        seeds = range(count * RUNS)
+        if 'ETC_TEST_SEED' in os.environ:
+            seeds = [int(os.environ['ETC_TEST_SEED'])]
+        for seed in seeds:
+            rng = random.Random('%s %d' % (self.id(), seed))
+            yield seed, rng
+
+    def staged(self, home):
+        return [p for p in self.leftovers(home) if '@%d@' % os.getpid() in p.name]
+
+
+class Faults(Runs):
+    """Seeded runs of each command that talks to a server, with a fault at a chosen request and byte.
+
+    All end in the right dataset, or with one line and nothing changed. ETC_TEST_SEED repeats a single run.
+    """
+
+    SECRETS = [AKID, SECRET, SECRET[:20], 'AWS4-HMAC', 'Signature', 'session/token', 'ya29.token', 'Bearer', 'refresh-secret']
+    MENDED = ['refused', 'reset', 'silence', 'lost', 'cut', 'torn', 'stalled', 'long'] + [
+        (408, ''), (429, 'SlowDown'), (500, 'InternalError'), (502, ''), (503, 'SlowDown'), (503, 'ServiceUnavailable'), (504, '')]
+    ENDED = ['short', 'garbage', 'range', 'whole', 'flipped', 'headless', (200, 'InternalError'), (400, 'RequestTimeout'), (400, 'InvalidRequest'),
+             (401, ''), (403, 'AccessDenied'), (404, 'NoSuchKey'), (409, 'OperationAborted'), (410, 'Gone'), (412, ''), (416, ''), (501, '')]
+
+    def setUp(self):
+        super().setUp()
+        self.server.stop()
+        old, self.server = self.server, FlakyServer(self.handler)
+        self.addCleanup(self.server.stop)
+        self.addCleanup(self.server.reopen)
+        vars(self.server).update({k: v for k, v in vars(old).items() if k in ('cuts', 'granule', 'token', 'generation', 'uniform', 'garble')})
+        self.server.finished, self.server.pauses = {}, 0
+        self.settings['endpoint_url'] = os.environ['STORAGE_EMULATOR_HOST'] = self.server.url
+        self.other = Server(Recorder)
+        self.addCleanup(self.other.stop)
+        self.addCleanup(setattr, etc, '_pause', etc._pause)
+        etc._pause = self.server.paused
+        init = etc._Http.__init__
+        self.addCleanup(setattr, etc._Http, '__init__', init)
+
+        def patient(http, *args, **kwargs):
+            init(http, *args, **kwargs)
+            http.timeout = self.patience
+        etc._Http.__init__ = patient
+        self.patience = 60
+        (self.tmp / 'settings.yaml').write_text(''.join('%s: %s\n' % (k, json.dumps(v)) for k, v in self.settings.items()))
+        (self.tmp / 'settings.yaml').chmod(0o600)
+
+    def remote(self):
+        found = self.server.objects.get('some/prefix/X.tgz')
+        return found and found[0]
+
+    def reset(self, archive):
+        server = self.server
+        server.reopen()
+        server.fault_at, server.pauses, self.patience = None, 0, 60
+        for kept in (server.objects, server.uploads, server.finished, server.requests, server.hits, server.log, self.other.log, server.orphans):
+            kept.clear()
+        if archive is not None:
+            self.put('X.tgz', archive)
+
+    def inject(self, rng, kind, start, count):
+        server = self.server
+        server.rng = rng
+        server.shut_for = rng.choice([1, 2]) if count < 3 else 10 ** 9
+        if kind in ('silence', 'stalled'):
+            self.patience, count = 0.3, 1
+        server.requests.clear()
+        server.fault_at = kind, start, count
+        return count
+
+    def aim(self, rng, kinds, requests):
+        """A fault and where: (kind, number among the requests that it applies to, how many times)."""
+        while True:
+            kind = rng.choice(kinds)
+            places = sum(self.server.applies(kind, request) for request in requests)
+            if places:
+                return kind, rng.randrange(places) + 1, rng.choice([1, 1, 1, 2, 2, 4, 6, 10 ** 6])
+
+    def after(self, seed, fault, code, err, clean):
+        """What holds after each run."""
+        server, (kind, _, count) = self.server, fault
+        server.reopen()
+        if count <= 2 and kind in self.MENDED:
+            self.assertEqual((code, err), (0, ''))
+        elif code:
+            self.assertEqual(code, 1)
+            self.assertRegex(err, r'\Aetc: [^\n]+\n\Z')
+        self.assertLessEqual(len(server.requests) + server.pauses, 25 * clean + 100)
+        # the server could not be told to forget an upload if that request failed, too
+        told = 'DELETE' not in server.hits or (kind in self.MENDED and server.hits.count('DELETE') < self.tries_of_delete)
+        if told and (count < 3 or kind != 'refused' and count < 1000):
+            self.assertEqual(set(server.uploads) - server.orphans, set())
+        for text in self.other.log:
+            for secret in self.SECRETS:
+                self.assertNotIn(secret, text)
+
+    def test_pull(self):
+        one, tree_one = self.make('one', 1200000)
+        two, tree_two = self.make('two', 1300000)
+        part_one = {k: v for k, v in tree_one.items() if not k.startswith('data/train')}
+        part_two = {k: v for k, v in tree_two.items() if not k.startswith('data/train')}
+        foreign = self.tmp / 'foreign.tgz'
+        with tarfile.open(str(foreign), 'w:gz') as tar:
+            tar.add(str(self.tmp / 'two'), '.')
+        foreign = foreign.read_bytes()
+        # what is installed before, which archive is there, the words, the trees that may come of it
+        ops = [(None, one, ['pull', 'X'], tree_one), (None, one, ['pull', '-p', 'test', 'X'], part_one),
+               ('part', one, ['pull', 'X'], tree_one), ('one', two, ['pull', '-f', 'X'], tree_two),
+               ('one', two, ['pull', '-f', '-p', 'test', 'X'], part_two), (None, foreign, ['pull', 'X'], tree_two),
+               ('one', foreign, ['pull', '-f', 'X'], tree_two)]
+        before = {None: None, 'part': part_one, 'one': tree_one}
+        clean = {}
+
+        def prepare(at, home):
+            installed, archive = ops[at][:2]
+            self.reset(one)
+            if installed:
+                self.assertEqual(self.call('pull', 'X', *['-p', 'test'][:2 * (installed == 'part')], home=home), (0, '', ''))
+            self.reset(archive)
+        for at in range(len(ops)):
+            prepare(at, 'clean%d' % at)
+            self.assertEqual(self.call(*ops[at][2], home='clean%d' % at), (0, '', ''))
+            clean[at] = list(self.server.requests)
+        for seed, rng in self.runs(self.pulls):
+            at, home = rng.randrange(len(ops)), 'h%d' % seed
+            installed, _, args, target = ops[at]
+            prepare(at, home)
+            fault = self.aim(rng, rng.choice([self.MENDED, self.ENDED, ['replaced']]), clean[at])
+            self.server.replace = lambda two=rng.choice([one, two, None]): (self.server.objects.clear(), two and self.put('X.tgz', two))
+            with self.subTest(seed=seed, args=args, fault=fault):
+                fault = fault[:2] + (self.inject(rng, *fault),)
+                code, out, err = self.call(*args, home=home)
+                self.after(seed, fault, code, err, len(clean[at]))
+                found = tree(self.tmp / home / 'X') if os.path.lexists(str(self.tmp / home / 'X')) else None
+                if fault[0] == 'replaced' and code == 0:
+                    self.assertTrue(found in ([part_one, part_two] if '-p' in args else [tree_one, tree_two]))
+                else:
+                    self.assertTrue(found == (before[installed] if code else target), (code, err, sorted(found or {})))
+                self.assertEqual(self.staged(home), [])
+                if found:
+                    etc.verify('X', config=self.config(home))
+                self.reset(two)
+                self.assertEqual(self.call('pull', '-f', 'X', home=home), (0, '', ''))
+                self.assertTrue(tree(self.tmp / home / 'X') == tree_two)
+                self.assertEqual(self.leftovers(home), [])
+            etc._remove(self.tmp / home)
+
+    def test_push(self):
+        one, _ = self.make('one', 70000)
+        two, _ = self.make('two', 80000)
+        big, _ = self.make('big', 9 * MIB)
+        ops = [('two', None, ['push', 'X'], two), ('two', one, ['push', '-f', 'X'], two), ('two', two, ['push', 'X'], two),
+               ('big', None, ['push', 'X'], big), ('big', one, ['push', '-f', 'X'], big)]
+        clean = {}
+        for at, (home, before, args, target) in enumerate(ops):
+            self.reset(before)
+            self.assertEqual(self.call(*args, home='makers/' + home), (0, '', ''))
+            self.assertTrue(self.remote() == target)
+            clean[at] = list(self.server.requests)
+        for seed, rng in self.runs(self.pushes):
+            at = rng.randrange(len(ops))
+            home, before, args, target = ops[at]
+            self.reset(before)
+            fault = self.aim(rng, rng.choice([self.MENDED, self.ENDED]), clean[at])
+            with self.subTest(seed=seed, args=args, home=home, fault=fault):
+                fault = fault[:2] + (self.inject(rng, *fault),)
+                code, out, err = self.call(*args, home='makers/' + home)
+                self.after(seed, fault, code, err, len(clean[at]))
+                self.assertTrue(self.remote() in ([target] if code == 0 else [before, target]), (code, err))
+                self.server.fault_at = None
+                self.assertEqual(self.call('push', '-f', 'X', home='makers/' + home), (0, '', ''))
+                self.assertTrue(self.remote() == target)
+
+    def test_listings(self):
+        one, _ = self.make('one', 300000)
+        self.server.page = 2
+        ops = [['ls', '-r'], ['ls', '-r', '--json'], ['info', '-r', '--json', 'X']]
+
+        def prepare():
+            self.reset(one)
+            for name in ('a.tgz', 'b.tgz', 'c.tgz'):
+                self.put(name, one)
+        clean = {}
+        for at, args in enumerate(ops):
+            prepare()
+            clean[at] = self.call(*args), list(self.server.requests)
+            self.assertEqual(clean[at][0][0], 0)
+        for seed, rng in self.runs(self.lists):
+            at = rng.randrange(len(ops))
+            prepare()
+            fault = self.aim(rng, rng.choice([self.MENDED, self.ENDED]), clean[at][1])
+            with self.subTest(seed=seed, args=ops[at], fault=fault):
+                fault = fault[:2] + (self.inject(rng, *fault),)
+                code, out, err = self.call(*ops[at])
+                if ops[at][-1] == '--json' and code == 0 and err:  # one that cannot be read does not hide the others
+                    self.assertTrue(all(line.startswith('etc: ') for line in err.splitlines()), err)
+                    self.assertEqual([item['name'] for item in json.loads(out)], ['X', 'a', 'b', 'c'])
+                    expected = json.loads(clean[at][0][1])
+                    for item in json.loads(out):
+                        self.assertTrue(item in expected or item['digest'] is None, out)
+                else:
+                    self.after(seed, fault, code, err, len(clean[at][1]))
+                    if code == 0:
+                        self.same_listing(out, clean[at][0][1])
+                    else:
+                        self.assertEqual(out, '')
+                self.assertFalse((self.tmp / 'home/X').exists())
+
+    def same_listing(self, out, expected):
+        self.assertEqual(re.sub(r'"when": "[^"]*"', '', out), re.sub(r'"when": "[^"]*"', '', expected))
+
+    def test_redirects(self):
+        one, tree_one = self.make('one', 1200000)
+        big, _ = self.make('big', 9 * MIB)
+        for args, before, home in ((['pull', 'X'], one, 'two'), (['push', 'X'], None, 'makers/big'), (['ls', '-r'], one, 'two'),
+                                   (['info', '-r', 'X'], one, 'two'), (['push', 'X'], None, 'makers/one')):
+            self.reset(before)
+            self.assertEqual(self.call(*args, home=home)[0], 0)
+            places = len(self.server.requests)
+            for status in (301, 302, 303, 307, 308):
+                for place in range(1, places + 1):
+                    self.reset(before)
+                    etc._remove(self.tmp / 'two')
+                    fault = (status, 'TemporaryRedirect', self.other.url), place, random.Random(place + status).choice([1, 10 ** 6])
+                    with self.subTest(args=args, fault=fault):
+                        self.inject(random.Random(place), *fault)
+                        code, out, err = self.call(*args, home=home)
+                        self.after(None, fault, code, err, places)
+                        if code == 0 and args[0] == 'pull':
+                            self.assertTrue(tree(self.tmp / 'two/X') == tree_one)
+                        elif args[0] == 'push':
+                            self.assertTrue(code == 0 and self.remote() or self.remote() in (before, one, big), err)
+
+
+class S3Faults(Faults, S3Case):
+    class handler(Flaky, S3Handler):
+        pass
+    pulls, pushes, lists, tries_of_delete = 60, 36, 20, 5
+
+    def setUp(self):
+        super().setUp()
+        self.settings['aws_session_token'] = 'session/token'
+        with (self.tmp / 'settings.yaml').open('a') as file:
+            file.write('aws_session_token: session/token\n')
+
+    def put(self, name, data):
+        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
+
+
+class GsFaults(Faults, GoogleCase):
+    class handler(Flaky, GsHandler):
+        def error(self, status, code, headers=()):
+            self.answer(status, json.dumps({'error': {'code': status, 'message': code}}).encode() if code else b'', headers)
+
+        def session(self, body):
+            """As Google's, it answers for an upload that is complete with what it became."""
+            upload = self.query['upload_id']
+            if self.command == 'PUT' and upload in self.server.finished:
+                return self.answer(200, json.dumps(self.resource(self.server.finished[upload])).encode())
+            name = self.server.uploads.get(upload, [{}])[0].get('name')
+            try:
+                super().session(body)
+            finally:
+                if self.command == 'PUT' and upload not in self.server.uploads and name in self.server.objects:
+                    self.server.finished[upload] = name
+    pulls, pushes, lists, tries_of_delete = 48, 36, 20, 1
+
+    def setUp(self):
+        super().setUp()
+        self.respond({'refresh_token': 'refresh-secret'})
+        self.use(self.user(refresh_token='refresh-secret'))
+        with (self.tmp / 'settings.yaml').open('a') as file:
+            file.write('google_credentials: %s\n' % (self.tmp / 'key.json'))
+
+
+class FileFaults(Runs, Case):
+    """A shared directory whose archive changes, shrinks or goes at a chosen read; and a disk that is full."""
+
+    def setUp(self):
+        super().setUp()
+        (self.tmp / 'settings.yaml').write_text('')
+        self.archive = self.tmp / 'share/X.tgz'
+        self.countdown = lambda: None
+        read, load = etc._FileRemote.read, etc._read_file
+        self.addCleanup(setattr, etc._FileRemote, 'read', read)
+        self.addCleanup(setattr, etc, '_read_file', load)
+        etc._FileRemote.read = lambda *args: (self.countdown(), read(*args))[1]
+        etc._read_file = lambda *args: (self.countdown(), load(*args))[1]
+
+    def at(self, number, action):
+        """Let `action` happen just before the read of that number."""
+        lock, left = threading.Lock(), [number]
+
+        def countdown():
+            with lock:
+                left[0] -= 1
+                if left[0] == 0:
+                    action()
+        self.countdown = countdown
+        return left
+
+    @contextlib.contextmanager
+    def limit(self, size):
+        """Let no file grow past `size`, as on a full disk."""
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_pull(self):
+        one, tree_one = self.make('one', 2500000)
+        two, tree_two = self.make('two', 2600000)
+        part_two = {k: v for k, v in tree_two.items() if not k.startswith('data/train')}
+        ops = [(None, ['pull', 'X'], tree_two), (None, ['pull', '-p', 'test', 'X'], part_two), ('one', ['pull', '-f', 'X'], tree_two)]
+
+        def flip(at):
+            status = self.archive.stat()
+            with self.archive.open('r+b') as file:
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1]))
+            os.utime(str(self.archive), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        for seed, rng in self.runs(24):
+            home = 'h%d' % seed
+            before, args, target = rng.choice(ops)
+            if before:
+                write(self.tmp / 'share', {'X.tgz': one})
+                self.assertEqual(self.call('pull', 'X', home=home), (0, '', ''))
+            write(self.tmp / 'share', {'X.tgz': two})
+            faults = {
+                'replaced': lambda: (write(self.tmp, {'new': one}), os.replace(str(self.tmp / 'new'), str(self.archive))),
+                'rewritten': lambda: write(self.tmp / 'share', {'X.tgz': one}), 'removed': self.archive.unlink,
+                'truncated': lambda: os.truncate(str(self.archive), rng.randrange(len(two))),
+                'flipped': lambda: flip(rng.randrange(len(two))), 'emptied': lambda: write(self.tmp / 'share', {'X.tgz': b''}),
+                'moved': lambda: os.rename(str(self.tmp / 'share'), str(self.tmp / 'elsewhere')), 'full': lambda: None}
+            if os.name == 'nt':
+                del faults['full']
+            kind, number = rng.choice(sorted(faults)), rng.randrange(1, 5)
+            with self.subTest(seed=seed, args=args, fault=(kind, number)):
+                left = self.at(number, faults[kind])
+                with self.limit(rng.randrange(1000, 1000000)) if kind == 'full' else contextlib.suppress():
+                    code, out, err = self.call(*args, home=home)
+                happened, self.countdown = left[0] <= 0, lambda: None
+                if code or happened and kind not in ('flipped', 'full'):
+                    self.assertEqual(code, 1)
+                    self.assertRegex(err, r'\Aetc: [^\n]+\n\Z')
+                found = tree(self.tmp / home / 'X') if (self.tmp / home / 'X').exists() else None
+                self.assertTrue(found == ((tree_one if before else None) if code else target), (code, err))
+                self.assertEqual(self.staged(home), [])
+                write(self.tmp / 'share', {'X.tgz': two})
+                self.assertEqual(self.call('pull', '-f', 'X', home=home), (0, '', ''))
+                self.assertTrue(tree(self.tmp / home / 'X') == tree_two)
+                self.assertEqual(self.leftovers(home), [])
+            etc._remove(self.tmp / home)
+            etc._remove(self.tmp / 'elsewhere')
+
+    def test_push(self):
+        one, _ = self.make('one', 500000)
+        two, _ = self.make('two', 2600000)
+        for seed, rng in self.runs(20):
+            before = rng.choice([None, one])
+            etc._remove(self.tmp / 'share')
+            write(self.tmp / 'share', {'X.tgz': before} if before else {'.': None})
+            source = self.tmp / 'two/data/train/noise'
+            faults = {'gone': lambda: etc._remove(self.tmp / 'share'), 'pushed by another': lambda: write(self.tmp / 'share', {'X.tgz': one}),
+                      'shrunk': lambda: os.truncate(str(source), rng.randrange(2600000)), 'removed': source.unlink, 'full': lambda: None}
+            if os.name == 'nt':
+                del faults['full']
+            kind, number = rng.choice(sorted(faults)), rng.randrange(1, 5)
+            with self.subTest(seed=seed, before=bool(before), fault=(kind, number)):
+                left = self.at(number, faults[kind])
+                with self.limit(rng.randrange(1000, len(two))) if kind == 'full' else contextlib.suppress():
+                    code, out, err = self.call('push', *['-f', 'X'][not before:], home='makers/two')
+                self.countdown = lambda: None
+                if code:
+                    self.assertEqual(code, 1)
+                    self.assertRegex(err, r'\Aetc: [^\n]+\n\Z')
+                shared = self.tmp / 'share'
+                found = self.archive.read_bytes() if self.archive.exists() else None
+                if kind == 'gone' and left[0] <= 0:
+                    before = None
+                if kind == 'pushed by another' and left[0] <= 0:
+                    before = one
+                self.assertTrue(found == (before if code else two), (code, err))
+                self.assertEqual(os.listdir(str(shared)) if shared.exists() else [], ['X.tgz'] if found else [])
+                write(self.tmp / 'two', {'data/train/noise': noise(2600000, 'two')})
+                self.assertEqual(self.call('push', '-f', 'X', home='makers/two'), (0, '', ''))
+                self.assertTrue(self.archive.read_bytes() == two)
 
 
 # ---------------------------------------------------------------------------------------
