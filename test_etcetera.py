@@ -4627,6 +4627,100 @@ class Install(S3Case):
             self.assertIn('Permission denied', self.etc('pull', 'X', home='locked', status=1)[1])
 
 
+@unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+class Kills(S3Case):
+    """kill -9 at random moments: what stands under a name is what stood there before, or what was to come, whole."""
+
+    def setUp(self):
+        super().setUp()
+        self.share = (self.tmp / 'share').as_uri()
+        self.versions = {}
+        for number, version in enumerate(('one', 'two')):
+            root = write(self.tmp / version, {'data/train/%02d' % n: noise(100000, '%s %d' % (version, n)) for n in range(30)})
+            write(root, {'data/test/noise': noise(6 * MIB, version), 'meta.json': '{"v": %d}' % number, 'data/train/00': 'shared'})
+            self.etc('register', root, 'X', home='maker-' + version)
+            self.etc('push', 'X', home='maker-' + version, url=(self.tmp / 'made' / version).as_uri())
+            self.versions[version] = tree(root), (self.tmp / 'made' / version / 'X.tgz').read_bytes()
+        small(self.tmp / 'other')
+        self.etc('register', '--copy', self.tmp / 'other', 'Other')
+
+    def prepare(self, local, remote):
+        """Let the store and both remotes hold these versions, or nothing."""
+        if 'X' in self.installed():
+            self.etc('purge', 'X')
+        if local:
+            self.etc('register', '--copy', self.tmp / local, 'X')
+        self.server.uploads.clear()
+        self.server.objects.clear()
+        etc._remove(self.tmp / 'share')
+        (self.tmp / 'share').mkdir()
+        if remote:
+            self.server.objects['some/prefix/X.tgz'] = self.versions[remote][1], '"%s"' % remote, {}
+            write(self.tmp / 'share', {'X.tgz': self.versions[remote][1]})
+
+    def local(self):
+        """The version that is installed; it must be one, and verify."""
+        self.assertTrue(set(self.installed()) <= {'X', 'Other', 'Z'})
+        self.etc('verify', 'Other')
+        if 'X' not in self.installed():
+            self.assertFalse(os.path.lexists(str(self.tmp / 'home/X')))
+            return None
+        self.etc('verify', 'X')
+        found = tree(self.tmp / 'home/X')
+        return [version for version in self.versions if self.versions[version][0] == found][0]
+
+    def remotes(self):
+        found = [data for key, (data, _, _) in self.server.objects.items() if key == 'some/prefix/X.tgz']
+        self.assertEqual(len(found), len(self.server.objects))
+        for path in (self.tmp / 'share').glob('*.tgz'):
+            found.append(path.read_bytes())
+        return [[version for version in self.versions if self.versions[version][1] == data][0] for data in found]
+
+    def test_kills(self):
+        push, pull = ['push', 'X'], ['pull', 'X']
+        copy = ['register', '--copy', self.tmp / 'two', 'X']
+        # the words, where, what is installed and remote before, what may be installed and remote after a kill
+        ops = [(push, self.url, 'two', None, {'two'}, [[], ['two']]),
+               (push, self.share, 'two', None, {'two'}, [[], ['two']]),
+               (push + ['-f'], self.url, 'two', 'one', {'two'}, [['one', 'one'], ['two', 'one']]),
+               (push + ['-f'], self.share, 'two', 'one', {'two'}, [['one', 'one'], ['one', 'two']]),
+               (pull, self.url, None, 'two', {None, 'two'}, None), (pull, self.share, None, 'two', {None, 'two'}, None),
+               (pull + ['-f'], self.url, 'one', 'two', {'one', 'two'}, None),
+               (copy, self.url, None, None, {None, 'two'}, None), (copy + ['-f'], self.url, 'one', None, {'one', 'two'}, None),
+               (['purge', 'X'], self.url, 'two', None, {None, 'two'}, None)]
+        lasts, killed = {}, 0
+        for seed in range(20 * RUNS):
+            rng = random.Random('kill %d' % seed)
+            args, url, local, remote, locals_, remotes = ops[seed % len(ops)]
+            self.prepare(local, remote)
+            if seed % len(ops) not in lasts:
+                begin = time.time()
+                self.spawn(*args, url=url).communicate()
+                lasts[seed % len(ops)] = time.time() - begin
+                self.prepare(local, remote)
+            moment = rng.uniform(0.25, 1.05) * lasts[seed % len(ops)]
+            with self.subTest(seed=seed, args=[str(arg) for arg in args], moment=moment):
+                process = self.spawn(*args, url=url)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(moment)
+                process.kill()
+                process.communicate()
+                killed += process.returncode == -signal.SIGKILL
+                found = self.local()
+                self.assertIn(found, locals_)
+                if remotes:
+                    self.assertIn(self.remotes(), remotes)
+                # all but -f say so if there is nothing left to do
+                done = args is copy and found == 'two' or args[0] == 'purge' and found is None
+                self.etc(*args, url=url, status=1 if done else 0)
+                self.assertEqual(self.local(), None if args[0] == 'purge' else 'two')
+                if remotes:
+                    self.assertEqual(self.remotes(), remotes[1])
+                self.etc('create', '-f', 'Z')
+                self.assertEqual(self.leftovers(), [])
+        self.assertGreater(killed, 5 * RUNS, 'most shall be killed before they end')
+
+
 # ---------------------------------------------------------------------------------------
 # As a file to copy, pipe, vendor and import
 # ---------------------------------------------------------------------------------------
