@@ -1740,7 +1740,7 @@ def _http_time(text: str) -> float:
     from email.utils import parsedate_to_datetime
     try:
         return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, OSError):  # OSError: on Windows, for years before 1970
         return 0.0
 
 
@@ -2754,7 +2754,10 @@ class _S3Remote:
         reply = self._request('HEAD', self._key(name), accept=[404])
         if reply.status == 404:
             return None
-        return _Object(name, int(reply.headers.get('Content-Length') or 0), _reply_version(reply),
+        size = reply.headers.get('Content-Length') or ''
+        if not re.match(r'\d{1,19}\Z', size, re.ASCII):
+            raise RemoteError('%s does not say how large an object is; check the endpoint_url' % self.url, reply.status)
+        return _Object(name, int(size), _reply_version(reply),
                        _http_time(reply.headers.get('Last-Modified') or ''))
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
@@ -2919,7 +2922,7 @@ class _GsRemote:
             if item['name'] != self._key(name) or not _is_name(name):
                 return None
             return _Object(name, int(item['size']), str(item['generation']), _timestamp(item.get('updated') or ''))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise self._stranger() from None
 
     def _stranger(self) -> RemoteError:

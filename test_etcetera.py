@@ -1742,6 +1742,21 @@ class S3Remote(RemoteSuite, S3Case):
             self.etc('pull', 'X', home='two', status=1)
             self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []), name)
 
+    def test_absurd_headers(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        etag = {'ETag': self.server.objects['some/prefix/X.tgz'][1]}
+        for modified in ('Mon, 06 May 99999999999 07:08:09 GMT', 'Mon, 06 May 9999999999999999999999 07:08:09 GMT', 'never'):
+            def fault(handler):
+                if handler.command == 'HEAD':
+                    size = len(self.server.objects['some/prefix/X.tgz'][0])
+                    return handler.answer(200, b'', dict(etag, **{'Last-Modified': modified}), size) or True
+            self.server.fault = fault
+            self.etc('pull', '-f', 'X', home='two')
+        for size in ('1e3', '5 5', ' ', '-5', '9' * 5000):
+            self.server.fault = lambda h: h.command == 'HEAD' and (h.answer(200, b'', etag, size), True)[1]
+            self.assertIn('how large', self.etc('pull', '-f', 'X', home='two', status=1)[1])
+
     def test_lost_answer_of_complete(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)}), 'X')
         self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
@@ -2235,7 +2250,8 @@ class GsRemote(RemoteSuite, GsCase):
 
     def test_strange_answers(self):
         for body in (b'', b'[]', b'{"items": 5}', b'{"items": [{}]}', b'{"items": [{"name": 5}]}', b'<html>', b'[' * 100000,
-                     b'{"items": [{"name": "some/prefix/X.tgz", "size": "x", "generation": 1}]}'):
+                     b'{"items": [{"name": "some/prefix/X.tgz", "size": "x", "generation": 1}]}',
+                     b'{"items": [{"name": "some/prefix/X.tgz", "size": 1e999, "generation": 1}]}'):
             self.server.fault = lambda h: (h.answer(200, body), True)[1]
             self.etc('ls', '-r', status=1)
             self.etc('pull', 'X', status=1)
