@@ -12,6 +12,7 @@ import email.utils
 import glob
 import hashlib
 import hmac
+import http.client
 import http.server
 import io
 import json
@@ -4862,7 +4863,346 @@ class Program(Case):
         self.assertTrue(list(home.rglob('digits.tgz')), out)
 
 
+# ---------------------------------------------------------------------------------------
+# Fuzzing: python3 test_etcetera.py fuzz [SECONDS] [TARGET]
+# ---------------------------------------------------------------------------------------
+
+class Target:
+    """Something that reads what others wrote. Called with bytes, it lets nothing out but an error of etcetera's."""
+
+    seeds = ()  # type: tuple
+
+    def __init__(self, place):
+        self.place = Path(str(place))
+        self.here = self.place / 'here'  # all that a target may write is below
+
+    def __call__(self, data):
+        with contextlib.suppress(etc.Error):
+            self.read(data)
+
+    def reply(self, body, headers=(), status=200):
+        message = http.client.HTTPMessage()
+        for key, value in dict(headers).items():
+            message[key] = value
+        return etc._Reply(status, message, body)
+
+
+class ArchiveTarget(Target):
+    """Pulls. The first byte says what the rest is: an archive, a segment for a right index, an index for right segments."""
+
+    TOP = etc._header('data/', b'5', 0o755, 0, '')
+    TRAIN = etc._header('data/train/', b'5', 0o755, 0, '')
+    FILES = (TRAIN + etc._header('data/train/a', b'0', 0o644, 5, '') + b'alpha'.ljust(512, b'\0')
+             + etc._header('data/train/b/', b'5', 0o755, 0, '') + etc._header('data/train/b/' + 'n' * 120, b'0', 0o755, 0, '')
+             + etc._header('data/train/l', b'2', 0o644, 0, 'b/\u00e9') + etc._header('data/train/m', b'0', 0o644, 3, '') + b'abc'.ljust(512, b'\0'))
+
+    def __init__(self, place):
+        super().__init__(place)
+        write(self.here / 'share', {'.': None})
+        self.config = etc.Config((self.here / 'share').as_uri(), self.here / 'home', connections=1)
+        whole = self.indexed(self.FILES)
+        text = b''.join(re.findall(rb'\{"etcetera".*\}', whole))
+        self.seeds = [b'\0' + whole, b'\0' + self.indexed(self.TRAIN), b'\1' + self.FILES, b'\1' + self.TRAIN, b'\2' + text]
+        self.blocks = whole[:whole.index(etc._member(b'ei', text)[:14])]
+
+    def indexed(self, payload):
+        files, sizes, blocks, segments = 0, 0, b'', []
+        with contextlib.suppress(Exception):
+            with tarfile.open(fileobj=io.BytesIO(payload + bytes(1024)), mode='r:') as tar:
+                for member in tar:
+                    files += not member.isdir()
+                    sizes += member.size if member.isreg() else 0
+        for path, data in (('.', self.TOP), ('data/train', payload)):
+            parts = [data[at:at + MIB] for at in range(0, len(data), MIB)] or [b'']
+            coded = b''.join(etc._compress(1, part) for part in parts)
+            digest = hashlib.sha256(b''.join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+            own = path != '.'
+            segments.append(etc._Segment(path, len(blocks), len(coded), files * own, sizes * own, 'sha256:' + digest))
+            blocks += coded
+        blocks += etc._compress(1, bytes(1024))
+        return blocks + etc._index(segments, len(blocks))
+
+    def read(self, data):
+        kind, data = data[:1], data[1:]
+        if kind == b'\1':
+            data = self.indexed(data)
+        elif kind == b'\2':
+            steps = [data[at:at + 8000] for at in range(0, len(data), 8000)]
+            data = self.blocks + b''.join(etc._member(b'ei', step) + etc._EMPTY for step in steps) \
+                + etc._member(b'ef', struct.pack('<Q', len(self.blocks))) + etc._EMPTY
+        self.pull(data)
+
+    def pull(self, archive):
+        write(self.here / 'share', {'X.tgz': archive})
+        try:
+            with contextlib.suppress(etc.Error):
+                etc.info('X', remote=True, config=self.config)
+            digest = etc.pull('X', force=True, config=self.config).digest
+            assert etc.verify('X', config=self.config) == digest
+            assert etc.Dataset(self.here / 'home/X').digest == digest
+        finally:
+            left = [p for p in self.place.iterdir() if p.name != 'here'] + [
+                p for p in self.here.iterdir() if p.name not in ('share', 'home')] + [
+                p for p in (self.here / 'home').glob('*') if p.name not in ('X', '.etcetera')] + [
+                p for p in (self.here / 'home/.etcetera/staging').glob('*')]
+            assert not left, left
+
+
+class TgzTarget(ArchiveTarget):
+    """Pulls of what other tools packed; the first byte says whether the rest is compressed."""
+
+    def __init__(self, place):
+        super().__init__(place)
+        self.seeds = []
+        for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+            out = io.BytesIO()
+            with tarfile.open(fileobj=out, mode='w', format=kind) as tar:
+                for name, type_, link, data in (('./', b'5', '', b''), ('./data/train/a', b'0', '', b'alpha'),
+                                                ('data/train/%s/%s' % ('n' * 60, 'm' * 60), b'0', '', b''), ('data/train/s', b'2', 'a', b''),
+                                                ('data/train/h', b'1', 'data/train/a', b''), ('meta.json', b'0', '', b'{}'),
+                                                ('data/train/\u00e9', b'0', '', b'x')):
+                    info = tarfile.TarInfo(name)
+                    info.type, info.linkname, info.size, info.mode = type_, link, len(data), 0o755 if type_ == b'5' else 0o644
+                    if kind == tarfile.PAX_FORMAT:
+                        info.pax_headers = {'mtime': '1.5', 'comment': 'c'}
+                    tar.addfile(info, io.BytesIO(data))
+            tar = out.getvalue()[:10240].rstrip(b'\0')
+            tar += bytes(-len(tar) % 512 + 1024)
+            self.seeds += [b'\1' + tar, b'\0' + self.gzip(tar)]
+        # a sparse file as old GNU tar writes it
+        sparse = bytearray(tarfile.TarInfo('data/train/sparse').tobuf(tarfile.GNU_FORMAT))
+        sparse[156:157], sparse[124:136] = b'S', b'00000001000\0'
+        sparse[386:410], sparse[483:495] = b'00000010000\0' + b'00000001000\0', b'00000020000\0'
+        sparse[148:156] = b' ' * 8
+        sparse[148:156] = b'%06o\0 ' % sum(sparse)
+        self.seeds.append(b'\1' + bytes(sparse) + b'z' * 512 + bytes(1024))
+
+    def gzip(self, data):
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+        return packer.compress(data) + packer.flush()
+
+    def read(self, data):
+        self.pull(data[1:] if data[:1] == b'\0' else self.gzip(self.mended(data[1:])))
+
+    def mended(self, tar):
+        """With right checksums wherever a header may be, or few would be looked at."""
+        tar = bytearray(tar)
+        for at in range(0, len(tar) - 511, 512):
+            if tar[at + 257:at + 262] == b'ustar':
+                tar[at + 148:at + 156] = b' ' * 8
+                tar[at + 148:at + 156] = b'%06o\0 ' % sum(tar[at:at + 512])
+        return bytes(tar)
+
+
+class IndexTarget(Target):
+    """An index by itself: members, footer and where it starts."""
+
+    def __init__(self, place):
+        super().__init__(place)
+        segments = [etc._Segment(path, at, 1, 1, 5, 'sha256:' + '1' * 64) for at, path in enumerate(['.', 'assets', 'data/train'])]
+        self.seeds = [etc._index(segments, 77), etc._index(segments * 99, 77), etc._member(b'ef', bytes(8)) + etc._EMPTY]
+
+    def read(self, data):
+        etc._footer(data, 77 + len(data))
+        etc._parse_index(data, 77)
+
+
+class YamlTarget(Target):
+    """The YAML subset: what it accepts means the same to PyYAML."""
+
+    seeds = [b'url: s3://bucket/x # c\npublic: yes\nconnections: 0x10\n', b'---\nhome: "~/\\u00e9\\n"\nregion: \'it\'\'s\'\nurl: ~\n',
+             b'a: 1_000\nb: 0b1\nc: 017\nd: .5\ne: 2001-01-01\nf: 1:30\n', b'\xef\xbb\xbf"k": v\r\nk2: - x\n']
+
+    def __call__(self, data):
+        try:
+            text = data.decode('utf-8')
+            found = etc._parse_yaml(text)
+        except ValueError:
+            return
+        if importable('yaml'):
+            import yaml
+            expected = yaml.load(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader)) or {}
+            assert found == expected and [type(v) for v in found.values()] == [type(v) for v in expected.values()], (found, expected)
+
+
+class XmlTarget(Target):
+    """S3's listings and errors."""
+
+    seeds = [b'<?xml version="1.0"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><EncodingType>url</EncodingType>'
+             b'<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken><Contents><Key>some/prefix/X+%41.tgz</Key>'
+             b'<LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>&quot;e&quot;</ETag><Size>123</Size></Contents></ListBucketResult>',
+             b'<Error><Code>SlowDown</Code><Message>about<![CDATA[ <it> ]]>\x1b[31m</Message></Error>',
+             b'<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]><ListBucketResult>&a;</ListBucketResult>', b'<a>' * 30 + b'</a>' * 30]
+
+    def __init__(self, place):
+        super().__init__(place)
+        os.environ.update(HOME=str(place), AWS_EC2_METADATA_DISABLED='true')
+        self.config = etc.Config('s3://bucket/some/prefix', endpoint_url='http://127.0.0.1:1', aws_access_key_id='a', aws_secret_access_key='b')
+
+    def read(self, data):
+        for status in (200, 403):
+            with contextlib.suppress(etc.Error), contextlib.closing(etc._open_remote(self.config)) as store:
+                store.http.request = lambda *args, **kwargs: self.reply(data, {}, status)
+                for item in store.list():
+                    assert etc._is_name(item.name) and type(item.size) is int, item
+        assert str(store._error(self.reply(data, {}, 400))).isprintable()
+
+
+class HeadersTarget(XmlTarget):
+    """What S3 says of an object in the headers of its answer."""
+
+    seeds = [b'200\nETag: "x"\nContent-Length: 5\nLast-Modified: Mon, 06 May 2024 07:08:09 GMT\nContent-Range: bytes 0-4/5\n',
+             b'206\nETag: W/"x"\nContent-Length: 7\nLast-Modified: Mon, 06 May 2024 07:08:09 -0000\nContent-Range: bytes */5\n',
+             b'404\nx-amz-bucket-region: eu-west-1\nETag: bare\n']
+
+    def read(self, data):
+        lines = data.decode('latin-1').splitlines() or ['']
+        headers = {k.strip(): v.strip() for k, _, v in (line.partition(':') for line in lines[1:]) if k.strip()}
+        status = int(lines[0]) if re.match(r'[2-5]\d\d\Z', lines[0], re.ASCII) else 200
+        with contextlib.closing(etc._open_remote(self.config)) as store:
+            store.http.request = lambda *args, **kwargs: self.reply(b'12345', headers, status)
+            found = store.stat('X')
+            if found:
+                time.gmtime(found.modified)
+                assert store.read(found, 0, 5) == b'12345'
+
+
+class JsonTarget(Target):
+    """Google's listings, objects, errors and tokens."""
+
+    seeds = [b'{"items": [{"name": "some/prefix/X.tgz", "size": "5", "generation": "17", "updated": "2024-05-06T07:08:09.123Z"}], '
+             b'"nextPageToken": "t"}',
+             b'{"name": "some/prefix/X.tgz", "size": 5, "generation": 17}', b'{"error": {"code": 403, "message": "\\u001b[31m no"}}',
+             b'{"access_token": "t", "expires_in": 3599}', b'{"accessToken": "t", "expireTime": "2024-05-06T07:08:09Z"}']
+
+    def __init__(self, place):
+        super().__init__(place)
+        self.config = etc.Config('gs://bucket/some/prefix', endpoint_url='http://127.0.0.1:1')
+
+    def read(self, data):
+        with contextlib.closing(etc._open_remote(self.config)) as store:
+            store.http.request = lambda *args, **kwargs: self.reply(data)
+            assert str(store._error(self.reply(data, {}, 403), True)).isprintable()
+            with contextlib.suppress(etc.Error):
+                found = store.stat('X')
+                assert found is None or (found.name, type(found.size)) == ('X', int), found
+            with contextlib.suppress(etc.Error):
+                for item in store.list():
+                    assert etc._is_name(item.name), item
+            for info in ({'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r'},
+                         {'type': 'impersonated_service_account', 'service_account_impersonation_url': 'http://127.0.0.1:1/', 'source_credentials': {
+                             'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r'}}):
+                with contextlib.suppress(etc.Error):
+                    etc._google_token(info, store.http, 'scope', 'file')
+
+
+class AwsTarget(Target):
+    """Settings and credentials files of AWS."""
+
+    seeds = [b'[default]\naws_access_key_id = a\naws_secret_access_key=b\nregion=eu-west-1\ns3 =\n  addressing_style = path\n',
+             b'# c\n[profile work]\nregion: x ; c\nendpoint_url = http://h:1/\nca_bundle = x\n[default]\naws_session_token=t\n']
+
+    def __init__(self, place):
+        super().__init__(place)
+        os.environ.update(HOME=str(place), AWS_EC2_METADATA_DISABLED='true')
+        write(self.here, {'.': None})
+        for variable in ('AWS_CONFIG_FILE', 'AWS_SHARED_CREDENTIALS_FILE'):
+            os.environ[variable] = str(self.here / 'settings')
+
+    def read(self, data):
+        (self.here / 'settings').write_bytes(data)
+        for profile in (None, 'work'):
+            with contextlib.suppress(etc.Error):
+                etc._open_remote(etc.Config('s3://bucket', aws_profile=profile)).close()
+
+
+TARGETS = {'archive': ArchiveTarget, 'tgz': TgzTarget, 'index': IndexTarget, 'yaml': YamlTarget, 'xml': XmlTarget, 'headers': HeadersTarget,
+           'json': JsonTarget, 'aws': AwsTarget}
+
+
+def mutated(rng, seeds):
+    """One of the seeds with some changes."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice([1, 1, 2, 3, 5, 9])):
+        at = rng.randrange(len(data) + 1)
+        stop = min(len(data), at + rng.choice([1, 1, 2, 4, 8, 64, 512]))
+        kind = rng.randrange(8)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at:stop] = bytes(rng.choice([0, 1, 10, 32, 34, 39, 45, 46, 47, 48, 55, 58, 92, 127, 128, 255]) for _ in range(at, stop))
+        elif kind == 2:
+            del data[at:stop]
+        elif kind == 3:
+            data[at:at] = data[at:stop] * rng.choice([1, 1, 2, 9])
+        elif kind == 4:
+            data[at:at] = noise(rng.randrange(1, 9), rng.random())
+        elif kind == 5:
+            other = rng.choice(seeds)
+            start = rng.randrange(len(other) + 1)
+            data[at:stop] = other[start:start + stop - at]
+        elif kind == 6:
+            numbers = list(re.finditer(rb'[0-9]+', bytes(data)))
+            if numbers:
+                match = rng.choice(numbers)
+                data[match.start():match.end()] = rng.choice([b'0', b'-1', b'1', b'9' * 25, b'77777777777', b'4294967296', b'1e999', b'8'])
+        else:
+            data[at:at] = rng.choice([b'../', b'/', b'\0', b'\n', b'null', b'[' * 99, b'"', b'\xff', b'\xc3\xa9', b'<!', b'&#0;', b': ', b'%00'])
+    return bytes(data)
+
+
+def fuzz(seconds=60.0, target=None):
+    """Feed a target, or each in turn, with ever new inputs; guided by coverage where atheris can be imported."""
+    if target is None:
+        return max(subprocess.call([sys.executable, __file__, 'fuzz', str(seconds / len(TARGETS)), name]) for name in TARGETS)
+    global etc
+    with contextlib.suppress(ImportError, ValueError):
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY) if not importable('atheris') else (-1, -1))
+    place = tempfile.mkdtemp(prefix='etc-fuzz-')
+    if importable('atheris'):
+        import atheris
+        del sys.modules['etcetera']
+        with atheris.instrument_imports(include=['etcetera', 'tarfile', 'configparser', 'gzip']):
+            for name in ('tarfile', 'configparser', 'gzip'):
+                sys.modules.pop(name, None)
+            import etcetera as etc
+        run = TARGETS[target](place)
+        seeds = write(place + '-seeds', {'%d' % n: seed for n, seed in enumerate(run.seeds)})
+        atheris.Setup([sys.argv[0], '-max_total_time=%d' % seconds, '-timeout=10', '-rss_limit_mb=1024', '-max_len=20000', str(seeds)], run)
+        atheris.Fuzz()
+    run, end, count, seed = TARGETS[target](place), time.time() + seconds, 0, random.randrange(1 << 32)
+    while time.time() < end:
+        data, begin = mutated(random.Random('%d %d' % (seed, count)), run.seeds), time.time()
+        try:
+            run(data)
+            assert time.time() - begin < 10, 'too slow'
+        except BaseException:
+            name = 'crash-%s-%s' % (target, hashlib.sha1(data).hexdigest()[:8])
+            Path(name).write_bytes(data)
+            print('%s: seed %d, input %d, kept in %s' % (target, seed, count, name))
+            raise
+        count += 1
+    etc._remove(Path(place))
+    print('%s: %d inputs, nothing found' % (target, count))
+    return 0
+
+
+class Fuzzing(Case):
+    def test_targets(self):
+        for name, inputs in (('archive', 60), ('tgz', 60), ('index', 4000), ('yaml', 3000), ('xml', 800), ('headers', 1500), ('json', 800),
+                             ('aws', 700)):
+            run = TARGETS[name](write(self.tmp / name, {'.': None}))
+            for seed in run.seeds:
+                run(seed)
+            for number in range(inputs * RUNS):
+                with self.subTest(target=name, number=number):
+                    run(mutated(random.Random('%s %d' % (name, number)), run.seeds))
+
+
 if __name__ == '__main__':
+    if sys.argv[1:2] == ['fuzz']:
+        sys.exit(fuzz(*[float(word) if number == 0 else word for number, word in enumerate(sys.argv[2:])]))
     done = unittest.main(exit=False).result
     if done.skipped and os.environ.get('ETC_TEST_REQUIRE_PEERS'):
         sys.exit('skipped, though all peers are demanded: %s' % done.skipped)
