@@ -1427,8 +1427,8 @@ class _Stream(io.RawIOBase):
         return count
 
 
-def _unpack_foreign(chunks: Iterable[bytes], root: _Path) -> None:
-    """Write what any .tgz holds below `root`."""
+def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any) -> None:
+    """Write what any .tgz holds below `root`, while the one thread of `pool` inflates what comes next."""
     import gzip
     import tarfile
 
@@ -1450,13 +1450,15 @@ def _unpack_foreign(chunks: Iterable[bytes], root: _Path) -> None:
 
     sink = _Sink(root)
     try:
-        with gzip.GzipFile(fileobj=io.BufferedReader(_Stream(chunks), _BLOCK)) as plain:
-            with tarfile.open(fileobj=plain, mode='r|', bufsize=_BLOCK, encoding='utf-8',
-                              tarinfo=Strict) as tar:
+        plain = gzip.GzipFile(fileobj=io.BufferedReader(_Stream(chunks), _BLOCK))
+        with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), 4)) as inflated:
+            rest = itertools.takewhile(len, inflated)
+            with tarfile.open(fileobj=io.BufferedReader(_Stream(rest), _BLOCK), mode='r|', bufsize=_BLOCK,
+                              encoding='utf-8', tarinfo=Strict) as tar:
                 for member in iter(tar.next, None):
                     tar.members = []  # type: ignore[attr-defined]  # or they would pile up in memory
                     _extract_member(tar, member, sink)
-            while plain.read(_BLOCK):  # up to the last CRC
+            for _ in rest:  # up to the last CRC
                 pass
     except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, RecursionError) as e:
         raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
@@ -3955,9 +3957,10 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
         _say("'%s' is installed already, and identical", name)
         return Dataset(home.path(name), name, receipt['digest'])
     with home.staging(name) as staged:
-        with _threads(connections) as pool, contextlib.closing(store):
-            with contextlib.closing(_fetch(store, found, [(0, found.size)], pool, connections)) as chunks:
-                _unpack_foreign(chunks, staged)
+        with _threads(connections) as io_pool, contextlib.closing(
+                _fetch(store, found, [(0, found.size)], io_pool, connections)) as chunks, _threads(
+                1) as pool, contextlib.closing(store):
+            _unpack_foreign(chunks, staged, pool)
         _validate(staged, "'%s' in %s" % (name, store.url))
         segments = _digest_segments(staged)
         digest = _dataset_digest(segments)
