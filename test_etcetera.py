@@ -5216,8 +5216,8 @@ def all_classes():
                if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and names(cls)]
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         codes, ran, skipped = zip(*pool.map(run, classes[::-1]))
-    print('%d tests, %d skipped, in %.0f s: %s' % (sum(ran), sum(skipped), time.time() - begin,
-                                                   'FAILED' if any(codes) else 'OK'))
+    print('Ran %d tests in %.1fs\n\n%s (skipped=%d)' % (sum(ran), time.time() - begin, 'FAILED' if any(codes) else 'OK',
+                                                      sum(skipped)))
     return int(any(codes))
 
 
