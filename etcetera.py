@@ -568,7 +568,7 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
 _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
 
 
-def _segments(root: _Path, only: Optional[Sequence[str]] = None) -> _Listing:
+def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
     """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
     names, links = _scan(root)
     others = [name for name in names if name != 'data' and stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)]
@@ -920,7 +920,7 @@ def _inflate(body: Any) -> bytes:
         payload = inflater.decompress(body, _BLOCK + 1)
     except zlib.error as e:
         raise Corrupt('the archive is damaged: %s' % e) from None
-    if not inflater.eof or len(payload) > _BLOCK or len(payload) % 512 \
+    if not inflater.eof or not 0 < len(payload) <= _BLOCK or len(payload) % 512 \
             or inflater.unused_data != struct.pack('<II', zlib.crc32(payload), len(payload)):
         raise Corrupt('the archive is damaged: a block does not hold what it says')
     return payload
@@ -1076,8 +1076,9 @@ class _Sink:
 
     def put(self, name: str, executable: bool, data: Any) -> None:
         """A new file with all it holds."""
-        if self.twin:
-            _link_or_copy(self.twin + _to_os(name), self.path(name))
+        twin = self.twin  # which may end while a thread is here
+        if twin:
+            _link_or_copy(twin + _to_os(name), self.path(name))
             return
         file = self.create(name, executable)
         try:
@@ -1225,7 +1226,8 @@ class _Extractor:
         path = name[:-1] if directory else name
         parent, _, own = path.rpartition('/')
         if odd or directory != name.endswith('/') or not (
-                parent and parent == self.parent and own > self.own or self.may_follow(path, directory)):
+                self.directories and parent == self.parent and own > self.own and self.segment.path != '.'
+                or self.may_follow(path, directory)):
             raise self.odd()
         self.path = path
         self.parent, self.own = (path, '') if directory else (parent, own)
@@ -1251,7 +1253,9 @@ class _Extractor:
             inside = path == self.segment.path  # a segment starts with its own directory
         else:
             inside = path.startswith(self.segment.path + '/')
-        return inside and path.split('/') > self.path.split('/')
+        above = path.rpartition('/')[0]  # whose own entry must have come: it is the last entry's directory, or above it
+        return inside and path.split('/') > self.path.split('/') and (
+            not self.path or (self.parent + '/').startswith(above + '/') or self.segment.path == '.')
 
     def finish(self) -> None:
         s = self.segment
@@ -1375,34 +1379,32 @@ def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = No
     sink.finish(confined=True)
 
 
-def _replay(root: _Path, lines: Sequence[List[Any]], segments: Iterable[_Segment], pool: Any,
+def _replay(root: _Path, journal: Callable[[], Iterator[List[Any]]], segments: Iterable[_Segment], pool: Any,
             ) -> Generator[_Block, None, None]:
     """The first blocks of some segments, from the files and the journal of an extraction that came not to its end.
 
     All is read and compared with the journal; where it differs, as after a power cut, there the blocks end.
     """
-    def task(item: Tuple[List[Any], Tuple[_Segment, List[_Piece]]]) -> Tuple[int, bytes, bytes]:
-        (_, length, expected, _, _), (_, pieces) = item
+    wanted = {segment.path: segment for segment in segments}
+
+    def lines() -> Iterator[List[Any]]:
+        return (line for line in journal() if line[0] in wanted)
+
+    def task(item: Tuple[List[Any], Tuple[_Segment, List[_Piece]]]) -> _Block:
+        (path, length, expected, _, _), (found, pieces) = item
         payload = _load(pieces)
         digest = _sha256(payload).digest()
-        if digest.hex() != expected:
+        if digest.hex() != expected or found.path != path:
             raise Corrupt
-        return length, payload, digest
+        return wanted[path], length, payload, digest
 
+    last = collections.deque(lines(), 1) or [['', 0]]
+    name, size = last[0][-2:]  # of the file that was being written, which is not as long yet as its header says
     with contextlib.suppress(OSError, InvalidDataset, Corrupt):
-        for segment in segments:
-            own = [line for line in lines if line[0] == segment.path]
-            if not own:
-                return
-            name, size = own[-1][3:]  # the file that was being written is not as long yet as its header says
-            for found, entries in _segments(root, [segment.path]):
-                entries = (e._replace(size=size) if e.name == name else e for e in entries)
-                with contextlib.closing(_ordered(pool, task, zip(own, _blocks([(found, entries)])), 2 * _cores()
-                                                 )) as blocks:
-                    for length, payload, digest in blocks:
-                        yield segment, length, payload, digest
-            if sum(line[1] for line in own) != segment.length:
-                return
+        listing = ((segment, (e._replace(size=size) if e.name == name else e for e in entries))
+                   for segment, entries in _segments(root, wanted))
+        with contextlib.closing(_ordered(pool, task, zip(lines(), _blocks(listing)), 2 * _cores())) as blocks:
+            yield from blocks
 
 
 class _Stream(io.RawIOBase):
@@ -1839,7 +1841,8 @@ class _Aws:
         ahead = _http_time(reply.headers.get('Date') or '') - time.time()
         if code in _AWS_CLOCK and abs(ahead - self.skew) > 300 and 'Date' in reply.headers:
             self.skew = ahead
-            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60, level=_WARNING)
+            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60,
+                 level=_WARNING)
 
     def renew(self, keys: Optional[_AwsKeys]) -> None:
         """Look for others than these, which were refused."""
@@ -2698,12 +2701,14 @@ class _S3Remote:
             sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
             reply = self.http.request(method, address, headers, body, sign, limit)
             if (method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
-                _pause(attempt)
+                if attempt < _TRIES:
+                    _pause(attempt)
                 continue
             if 200 <= reply.status < 300:
                 return reply
             if method == 'HEAD' and reply.status not in accept:  # its answers have no body that would tell more
-                reply = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
+                probe = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
+                reply = probe if probe.status >= 300 else reply
             self._learn(reply, state[2])
             if reply.status >= 300 and state == (self.region, self.aws.skew, self.aws.keys()):
                 if reply.status in accept:
@@ -3218,7 +3223,8 @@ def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> byt
     except ValueError:
         right = False
     length = stop - start
-    if not right or len(reply.body) != length and reply.headers.get('Content-Length') != str(length):
+    if not right or not (len(reply.body) == length or 0 < len(reply.body) < length
+                         and reply.headers.get('Content-Length') == str(length)):
         raise RemoteError('%s does not answer with the range that was asked for; a proxy or the endpoint_url is at '
                           'fault' % remote.url, reply.status)
     return reply.body  # type: ignore[no-any-return]
@@ -3303,6 +3309,9 @@ _JOURNAL = 'journal'
 _STALE = 86400  # seconds after which what another host left in staging counts as abandoned
 _RESUMABLE = 7 * 86400  # seconds for which what a pull left that was killed is kept, for the next to go on from
 _GRACE = 900  # seconds for which a replaced dataset is kept, for those who are reading it
+
+
+_made = set()  # type: Set[str]  # names in staging that this process made
 
 
 class _Home:
@@ -3401,25 +3410,29 @@ class _Home:
             path.mkdir()
             yield path
         except (RemoteError, KeyboardInterrupt):
-            if (outer / _JOURNAL).exists():
-                os.rename(str(outer), str(self._scratch(name, pid=0)))
+            if any(path.exists() for path in (outer / _JOURNAL, outer / 'earlier' / _JOURNAL)):
+                with contextlib.suppress(OSError):
+                    os.rename(str(outer), str(self._scratch(name, pid=0)))
             raise
         finally:
             _remove(outer)
 
     def _take_over(self, name: str, outer: Path) -> None:
-        left = [journal for path in outer.parent.glob(name + '@*') if not self._alive(path)
-                for journal in (path / _JOURNAL, path / 'earlier' / _JOURNAL) if journal.exists()]
-        if left:
-            best = max(left, key=lambda journal: journal.stat().st_size)
-            with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process was faster
+            dead = [path for path in outer.parent.glob(name + '@*') if not path.is_symlink() and not self._alive(path)]
+            left = [journal for path in dead for journal in (path / _JOURNAL, path / 'earlier' / _JOURNAL)
+                    if journal.exists()]
+            if left:
+                best = max(left, key=lambda journal: journal.stat().st_size)
                 os.rename(str(best.parent), str(outer / 'earlier'))
 
     def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
         """A new name in staging; it tells whether the process that works there is alive, and 0 that none does."""
         directory = self.inner / kind
         directory.mkdir(parents=True, exist_ok=True)
-        return directory / '@'.join((name, _host(), str(os.getpid() if pid is None else pid), os.urandom(4).hex()))
+        path = directory / '@'.join((name, _host(), str(os.getpid() if pid is None else pid), os.urandom(4).hex()))
+        _made.add(path.name)
+        return path
 
     def install(self, directory: Path, name: str, replace: bool, receipt: Optional[Dict[str, Any]] = None) -> None:
         """Give a complete staged directory its name. FileExistsError if there is one already and not `replace`."""
@@ -3434,9 +3447,12 @@ class _Home:
             _remove(path)  # that of an earlier directory, if this one was given its inode
         try:
             _flush(directory)
+            _remove(directory.parent / _JOURNAL)  # what stands there from here on is not to be gone on with
             self._place(str(directory), str(self.path(name)), replace)
         except BaseException:
-            _remove(path)
+            target = str(self.path(name))
+            if not os.path.lexists(target) or os.lstat(target).st_ino != status.st_ino:
+                _remove(path)
             raise
         self._drop_receipts(name)
 
@@ -3459,8 +3475,7 @@ class _Home:
 
     def _replace(self, new: str, target: str) -> bool:
         """In two renames, where _swap() cannot; between them, and after a crash there, recover() puts the old back."""
-        aside = self.inner / 'replaced' / os.path.basename(new)
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside = self._scratch(os.path.basename(target), 'replaced')
         try:
             os.rename(target, str(aside))
         except FileNotFoundError:
@@ -3472,10 +3487,10 @@ class _Home:
                 if not os.path.lexists(target):
                     os.rename(str(aside), target)
                     raise
-            return False  # another process has put it back, or another one
-        finally:
-            if os.path.lexists(target):
+            if os.path.lexists(str(aside)):  # another process was faster, with another one
                 self._retire(str(aside))
+            return False
+        self._retire(str(aside))
         return True
 
     def _retire(self, path: str) -> None:
@@ -3515,7 +3530,7 @@ class _Home:
         if path.is_symlink():
             path.unlink()
         else:
-            trash = self._scratch(name)
+            trash = self._scratch(name, 'old')
             with contextlib.suppress(OSError):
                 os.chmod(str(path), 0o755)  # a read-only directory cannot be moved
             os.rename(str(path), str(trash))
@@ -3529,6 +3544,8 @@ class _Home:
         if pid == '0':
             return False
         if os.name == 'posix' and host == _host() and pid.isdigit():
+            if int(pid) == os.getpid():  # in a container, another process may have had this number before
+                return path.name in _made
             try:
                 os.kill(int(pid), 0)
             except ProcessLookupError:
@@ -3558,7 +3575,7 @@ class _Home:
                             resumable = not own and (path / _JOURNAL).exists() and self._age(path) < _RESUMABLE
                             doomed = not self._alive(path) and not resumable
                         if doomed:
-                            trash = self._scratch(path.name.partition('@')[0])
+                            trash = self._scratch(path.name.partition('@')[0], 'old')
                             os.rename(str(path), str(trash))  # if its owner lives after all, it shall not install it
                             _remove(trash)
 
@@ -3581,14 +3598,16 @@ class _Home:
             yield
 
 
+@functools.lru_cache(maxsize=None)
 def _host() -> str:
     """This machine, and on Linux the container: where a process number means one process."""
     import platform
-    try:
+    machine = space = ''
+    with contextlib.suppress(OSError):
         space = re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))
-    except OSError:
-        space = ''
-    return re.sub('[^A-Za-z0-9-]', '-', platform.node()) + '-' + space
+        with open('/etc/machine-id') as file:
+            machine = file.read(8)
+    return re.sub('[^A-Za-z0-9-]', '-', '-'.join((platform.node(), machine, space)))
 
 
 def _flush(directory: Path) -> None:
@@ -3597,15 +3616,16 @@ def _flush(directory: Path) -> None:
         return
     try:
         import ctypes
-        file = os.open(str(directory), os.O_RDONLY)
-        try:
-            done = ctypes.CDLL(None).syncfs(file) == 0  # of Linux: only this filesystem
-        finally:
-            os.close(file)
+        sync = ctypes.CDLL(None, use_errno=True).syncfs  # of Linux: only this filesystem
     except (ImportError, OSError, AttributeError, TypeError):
-        done = False
-    if not done:
         os.sync()
+        return
+    file = os.open(str(directory), os.O_RDONLY)
+    try:
+        if sync(file) and ctypes.get_errno() in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(directory))
+    finally:
+        os.close(file)
 
 
 def _swap(one: str, other: str) -> bool:
@@ -3719,8 +3739,9 @@ def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Di
     if readme and max(segments[0].length, segments[0].size) <= _META_LIMIT + _README_LIMIT:
         import tempfile
         with tempfile.TemporaryDirectory() as scratch:
-            _download(store, found, segments[:1], Path(scratch), 1)
-            root = Path(scratch)
+            root = Path(scratch) / 'new'
+            root.mkdir()
+            _download(store, found, segments[:1], root, 1)
             summary.update(meta=_read_meta(root, "'%s' in %s" % (found.name, store.url)),
                            readme=_readme(root))
     return summary
@@ -3893,16 +3914,16 @@ def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], stag
 
     def blocks() -> Generator[_Block, None, None]:
         had = dict.fromkeys(segments, 0)
-        lines = _read_journal(earlier / _JOURNAL, head)
-        if lines:
-            sink.twin = os.path.join(str(earlier / 'new'), '')
-            with contextlib.closing(_replay(earlier / 'new', lines, segments, pool)) as there:
-                for block in there:
-                    had[block[0]] += block[1]
-                    yield block
-            sink.twin = ''
-            _say("'%s': %d bytes of it were here already", found.name, sum(had.values()), level=_DEBUG)
+        sink.twin = os.path.join(str(earlier / 'new'), '')
+        journal = functools.partial(_read_journal, earlier / _JOURNAL, head)
+        with contextlib.closing(_replay(earlier / 'new', journal, segments, pool)) as there:
+            for block in there:
+                had[block[0]] += block[1]
+                yield block
+        sink.twin = ''
+        _say("'%s': %d bytes of it were here already", found.name, sum(had.values()), level=_DEBUG)
         rest = [(segment, count) for segment, count in had.items() if count < segment.length]
+        rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
         spans = [(segment.offset + count, segment.offset + segment.length) for segment, count in rest]
         with contextlib.closing(_fetch(store, found, spans, io_pool, connections)) as chunks, contextlib.closing(
                 _unpack(chunks, rest, pool)) as fetched:
@@ -3914,15 +3935,13 @@ def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], stag
         _extract(source, sink, pool, journal)
 
 
-def _read_journal(path: Path, head: bytes) -> List[List[Any]]:
+def _read_journal(path: Path, head: bytes) -> Iterator[List[Any]]:
     """What _extract() wrote down, if it worked for a pull of the same object."""
-    lines = []
     with contextlib.suppress(OSError, ValueError, TypeError), open(str(path), 'rb') as file:
         if file.readline() == head:
             for line in file:
                 segment, length, digest, name, size = json.loads(line.decode('ascii'))
-                lines.append([segment, int(length), digest, name, int(size)])
-    return lines
+                yield [str(segment), int(length), digest, name, int(size)]
 
 
 def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segment], staged: Path) -> List[str]:

@@ -1205,6 +1205,39 @@ class Hostile(Case):
         blocks = root + first + second + end
         self.assertIn('not as etcetera writes it', self.pull_indexed(blocks + etc._index(segments, len(blocks))))
 
+    def archive_of(self, *segments):
+        """An archive of segments given as (path, files, size, [payload of each block])."""
+        data, found = b'', []
+        for path, files, size, payloads in segments:
+            blocks = [etc._compress(6, payload) for payload in payloads]
+            digest = hashlib.sha256(b''.join(hashlib.sha256(payload).digest() for payload in payloads)).hexdigest()
+            found.append(etc._Segment(path, len(data), sum(map(len, blocks)), files, size, 'sha256:' + digest))
+            data += b''.join(blocks)
+        return data + etc._index(found, len(data))
+
+    def test_entries_astray(self):
+        def entry(name, content=b''):
+            kind = b'5' if name.endswith('/') else b'0'
+            mode = 0o755 if kind == b'5' else 0o644
+            return etc._header(name, kind, mode, len(content), '') + content + bytes(-len(content) % 512)
+        data, train = entry('data/'), entry('data/train/')
+        good = [('.', 0, 0, [data]), ('data/train', 1, 2, [train + entry('data/train/x', b'hi')])]
+        (self.tmp / 'share').mkdir()
+        (self.tmp / 'share/X.tgz').write_bytes(self.archive_of(*good))
+        self.etc('pull', 'X')
+        self.etc('purge', 'X')
+        for bad in ([('.', 1, 4, [data + entry('data/evil/') + entry('data/evil/f', b'evil')]), good[1]],  # another's partition
+                    [('.', 1, 4, [data + entry('data/f', b'evil')]), good[1]],
+                    [('.', 0, 0, [b'', data]), good[1]], [good[0], ('data/train', 1, 2, [b''] + good[1][3])],  # empty blocks
+                    [good[0], ('data/train', 1, 2, [train + entry('data/train/a/x', b'hi')])],  # no entry for a directory
+                    [good[0], ('data/train', 2, 4, [train + entry('data/train/A/') + entry('data/train/A/x', b'hi')
+                                                    + entry('data/train/a/x', b'hi')])],
+                    [good[0], ('data/train', 2, 4, [train + entry('data/train/x', b'hi') + entry('data/train/x', b'hi')])],
+                    [good[0], ('data/train', 2, 4, [train + entry('data/train/y', b'hi') + entry('data/train/x', b'hi')])]):
+            (self.tmp / 'share/X.tgz').write_bytes(self.archive_of(*bad))
+            self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
+            self.assertEqual(self.installed(), [])
+
     def test_blocks_that_lie(self):
         top = etc._header('data/train/', b'5', 0o755, 0, '')
         good = self.indexed(top, files=0)
@@ -1584,6 +1617,31 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
         self.assertGreater(len(sent), 7)
         self.assertLess(sum(sent), size + 65536 + 8 * 262144)
+
+    def test_answers_that_end_before_they_begin(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+
+        def fault(handler):
+            match = re.match(r'bytes=(\d+)-(\d+)$', handler.headers.get('Range', ''))
+            if match:
+                start, stop = int(match.group(1)), int(match.group(2)) + 1
+                data, etag, _ = next(iter(self.server.objects.values()))
+                handler.answer(206, b'0\r\n\r\n', {'ETag': etag, 'Transfer-Encoding': 'chunked', 'Content-Range': 'bytes %d-%d/%d' % (
+                    start, stop - 1, len(data))}, stop - start)
+                return True
+        self.server.fault = fault
+        self.assertIn('range', self.etc('pull', 'X', home='two', status=1)[1])
+        self.assertLess(len(self.server.log), 30)
+
+    def test_nothing_is_left_in_the_temporary_directory(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        scratch = write(self.tmp / 'scratch', {'journal': 'mine'})
+        self.addCleanup(setattr, tempfile, 'tempdir', tempfile.tempdir)
+        tempfile.tempdir = str(scratch)
+        self.etc('info', '-r', 'X')
+        self.assertEqual(tree(scratch), {'journal': (b'mine', False)})
 
     def test_errors_that_hide(self):
         """InternalError in a 200 of CompleteMultipartUpload, RequestTimeout in a 400."""
@@ -4561,6 +4619,39 @@ class Install(S3Case):
         self.etc('verify', 'X')
         self.assertEqual(self.leftovers(), [])
 
+    @unittest.skipUnless(hasattr(os, 'fork'), 'no fork')
+    def test_killed_while_it_replaces_in_two_renames(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
+        digest = etc.verify('X', config=self.config())
+        swap, rename = etc._swap, os.rename
+        self.addCleanup(setattr, etc, '_swap', swap)
+        self.addCleanup(setattr, os, 'rename', rename)
+        etc._swap = lambda one, other: False
+
+        def die(old, new):
+            rename(old, new)
+            if old.endswith('X'):
+                os._exit(9)
+        write(self.tmp / 'ds', {'data/train/new': 'new'})
+        child = os.fork()
+        if not child:
+            os.rename = die
+            etc.register(self.tmp / 'ds', 'X', force=True, copy=True, config=self.config())
+            os._exit(0)
+        self.assertEqual(os.waitpid(child, 0)[1] >> 8, 9)
+        self.assertFalse(os.path.lexists(str(self.tmp / 'home/X')))
+        self.assertEqual(self.installed(), ['X'])
+        self.assertEqual(etc.verify('X', config=self.config()), digest)
+
+        def purge(old, new):
+            os.rename = rename
+            rename(old, new)
+            if new.endswith('X'):
+                etc._Home(self.tmp / 'home').remove('X')
+        os.rename = lambda old, new: purge(old, new) if old.endswith('new') else rename(old, new)
+        self.etc('register', '-f', '--copy', self.tmp / 'ds', 'X', status=1)
+        self.assertEqual(self.installed(), [], 'a purge stays one')
+
     def test_killed_between_two_renames(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
         digest = etc.verify('X', config=self.config())
@@ -4616,7 +4707,7 @@ class Install(S3Case):
         self.assertEqual(list((self.tmp / 'home/.etcetera/receipts').iterdir()), [])
 
     def test_live_staging_stays_however_old(self):
-        staging = self.tmp / 'home/.etcetera/staging' / ('X@%s@%d@aa' % (etc._host(), os.getpid()))
+        staging = self.tmp / 'home/.etcetera/staging' / ('X@%s@%d@aa' % (etc._host(), os.getppid()))
         staging.mkdir(parents=True)
         os.utime(str(staging), (1, 1))
         self.etc('create', 'Y')
@@ -4628,7 +4719,7 @@ class Install(S3Case):
         host = etc._host()
         dead = subprocess.Popen([sys.executable, '-c', ''])
         dead.wait()
-        names = ['X@%s@%d@aa' % (host, os.getpid()), 'X@%s@%d@bb' % (host, dead.pid), 'X@elsewhere@1@cc', 'X@elsewhere@1@dd']
+        names = ['X@%s@%d@aa' % (host, os.getppid()), 'X@%s@%d@bb' % (host, dead.pid), 'X@elsewhere@1@cc', 'X@elsewhere@1@dd']
         for name in names:
             (staging / name / 'data').mkdir(parents=True)
         os.utime(str(staging / names[3]), (1, 1))
