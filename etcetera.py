@@ -1462,7 +1462,7 @@ def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any) -> None:
                     _extract_member(tar, member, sink)
             for _ in rest:  # up to the last CRC
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, OverflowError, RecursionError) as e:
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
         raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
     except OSError as e:
         if e.errno is None:  # how gzip says that it found no gzip, or a wrong CRC

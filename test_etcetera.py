@@ -10,6 +10,7 @@ import calendar
 import contextlib
 import email.utils
 import glob
+import gzip
 import hashlib
 import hmac
 import http.client
@@ -988,6 +989,14 @@ class Foreign(Case):
             self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
 
     def test_absurd_sizes(self):
+    def test_sparse_file_whose_map_ends_early(self):
+        header = bytearray(tarfile.TarInfo('data/train/sparse').tobuf(tarfile.GNU_FORMAT))
+        header[156:157], header[482:483], header[148:156] = b'S', b'\1', b' ' * 8  # the map goes on in the next block
+        header[148:156] = b'%06o\0 ' % sum(header)
+        for rest in (b'', b'\0' * 100):
+            write(self.tmp / 'share', {'X.tgz': gzip.compress(bytes(header) + rest)})
+            self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
+
         import gzip
         for kind, size in ((b'L', 1 << 30), (b'x', 1 << 30), (b'K', 2 << 20)):
             info = tarfile.TarInfo('././@LongLink')
