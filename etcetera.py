@@ -2325,7 +2325,14 @@ def _google_post(http: '_Http', url: str, form: Dict[str, str], headers: Optiona
     from urllib.parse import urlencode
     answer = _google_json(http, 'POST', url, dict(headers or {}, **{
         'Content-Type': 'application/x-www-form-urlencoded'}), [urlencode(form).encode()])
-    return answer['access_token'], float(answer.get('expires_in') or 3600)
+    return _google_bearer(answer['access_token']), float(answer.get('expires_in') or 3600)
+
+
+def _google_bearer(token: Any) -> str:
+    """A token that can stand in a header (RFC 6750, 2.1)."""
+    if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):
+        raise ValueError('access_token')
+    return token
 
 
 def _google_json(http: '_Http', method: str, url: str, headers: Dict[str, str], body: Sequence[bytes],
@@ -2364,11 +2371,14 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
     match = re.search('-----BEGIN (?:RSA )?PRIVATE KEY-----(.*?)-----END', pem, re.S)
     if not match:
         raise ValueError('private_key')
-    fields = _der_sequence(b64decode(match.group(1)))
-    if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
-        fields = _der_sequence(fields[2])
-    modulus, exponent = fields[1], fields[3]
-    size = (modulus.bit_length() + 7) // 8
+    try:
+        fields = _der_sequence(b64decode(match.group(1)))
+        if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
+            fields = _der_sequence(fields[2])
+        modulus, exponent = fields[1], fields[3]
+        size = (modulus.bit_length() + 7) // 8
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise ValueError('private_key') from None
     digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + _sha256(message).digest()
     padded = b'\0\1' + b'\xff' * (size - len(digest_info) - 3) + b'\0' + digest_info
     return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')  # type: ignore[no-any-return]
@@ -2437,7 +2447,7 @@ def _google_impersonate(info: Dict[str, Any], http: '_Http', scope: str, token: 
         'Authorization': 'Bearer %s' % token, 'Content-Type': 'application/json'},
         [json.dumps({'scope': [scope], 'delegates': info.get('delegates') or [],
                      'lifetime': '%ds' % lifetime}).encode()])
-    return answer['accessToken'], max(0.0, _timestamp(answer['expireTime']) - time.time())
+    return _google_bearer(answer['accessToken']), max(0.0, _timestamp(answer['expireTime']) - time.time())
 
 
 def _google_metadata_token(scope: str) -> Tuple[Optional[str], float]:
@@ -2451,7 +2461,7 @@ def _google_metadata_token(scope: str) -> Tuple[Optional[str], float]:
                              % (host, _quote(scope)), {'Metadata-Flavor': 'Google'}, limit=65536, tries=1)
         if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200:
             answer = json.loads(reply.body.decode('utf-8'))
-            return answer['access_token'], float(answer['expires_in'])
+            return _google_bearer(answer['access_token']), float(answer['expires_in'])
     except RemoteError:
         pass
     finally:
@@ -2939,7 +2949,12 @@ class _GsRemote:
         """What is there under this name now."""
         query = {'fields': 'name,size,generation,updated'}
         reply = self._request('GET', self._address(self._key(name), query), accept=[404])
-        return None if reply.status == 404 else self._object(self._parse(reply))
+        if reply.status == 404:
+            return None
+        found = self._object(self._parse(reply))
+        if not found or found.name != name:
+            raise self._stranger()
+        return found
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very generation; RemoteError if it was replaced."""

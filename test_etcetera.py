@@ -2326,6 +2326,8 @@ class GsRemote(RemoteSuite, GsCase):
             self.etc('ls', '-r', status=1)
             self.etc('pull', 'X', status=1)
 
+        self.server.fault = lambda h: (h.answer(200, b'{"name": "some/prefix/Y.tgz", "size": 5, "generation": 1}'), True)[1]
+        self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
 
 class TokenHandler(S3Handler):
     """Google's token endpoints: OAuth, STS, IAM Credentials, metadata; `server.check(handler, form)` says what is wrong."""
@@ -2420,6 +2422,9 @@ class GoogleCredentials(GoogleCase):
         self.tokens.respond = lambda h, form: {'access_token': 'never right', 'expires_in': 3600}
         self.assertIn('permissions', self.etc('ls', '-r', status=1)[1])
 
+        for token in ('two\nlines', ['list'], ''):
+            self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
+            self.assertIn('access_token is missing', self.etc('ls', '-r', status=1)[1])
     @unittest.skipUnless(shutil.which('openssl') or os.environ.get('ETC_TEST_REQUIRE_PEERS'), 'no openssl here')
     def test_service_account(self):
         for bits, traditional in ((2048, False), (4096, False), (2048, True)):
