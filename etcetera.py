@@ -315,7 +315,8 @@ class Config:
         Raises ConfigError, which names the file and the line.
         """
         named = path or os.environ.get('ETC_CONFIG')
-        values = _read_settings(_expand(named or '~/.etc.yaml'), bool(named))
+        homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
+        values = {} if homeless and not named else _read_settings(_expand(named or '~/.etc.yaml'), bool(named))
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
@@ -330,10 +331,18 @@ class Config:
 
 def _expand(path: _Path) -> Path:
     text = os.fspath(path)
-    expanded = os.path.expanduser(text)
+    expanded = _expanduser(text)
     if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
         raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
     try:
+def _expanduser(path: str) -> str:
+    """os.path.expanduser(), which up to Python 3.7 raises KeyError for a user whom the system does not know."""
+    try:
+        return os.path.expanduser(path)
+    except KeyError:
+        return path
+
+
         return Path(os.path.abspath(expanded))
     except OSError:
         raise ConfigError("'%s' cannot be found from here, as the current directory is gone" % text) from None
@@ -1703,7 +1712,7 @@ def _pause(failures: int) -> None:
 def _tls(ca_bundle: Optional[str]) -> Any:
     import ssl
     try:
-        context = ssl.create_default_context(cafile=ca_bundle and os.path.expanduser(ca_bundle))
+        context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except OSError as e:
         raise ConfigError("cannot use the CA bundle '%s': %s" % (ca_bundle, e.strerror or e)) from None
     if ca_bundle:  # many a private CA leaves out extensions that Python 3.13 and later insist on
@@ -1980,7 +1989,7 @@ class _Aws:
             raise ConfigError("%s lacks %s; run: aws configure sso --profile %s" % (source, missing, name))
         logged_out = ConfigError("%s is not logged in, or no longer; run: aws sso login --profile %s" % (source, name))
         region = settings['sso_region']
-        path = os.path.join(os.path.expanduser('~'), '.aws', 'sso', 'cache',
+        path = os.path.join(_expanduser('~'), '.aws', 'sso', 'cache',
                             hashlib.sha1((session or settings['sso_start_url']).encode()).hexdigest() + '.json')
         try:
             with open(path, 'rb') as file:
@@ -2106,7 +2115,7 @@ class _Aws:
         try:
             if self.library is None:
                 session = botocore.session.Session(profile=name)
-                cache = botocore.utils.JSONFileCache(os.path.expanduser('~/.aws/cli/cache'))  # so it asks once an hour
+                cache = botocore.utils.JSONFileCache(_expanduser('~/.aws/cli/cache'))  # so it asks once an hour
                 session.get_component('credential_provider').get_provider('assume-role').cache = cache
                 self.library = session.get_credentials()
             found = self.library.get_frozen_credentials()
@@ -2122,7 +2131,7 @@ def _aws_sections() -> _AwsSections:
     found = {}  # type: _AwsSections
     for variable, default in (('AWS_CONFIG_FILE', '~/.aws/config'),
                               ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials')):
-        path = os.path.expanduser(os.environ.get(variable) or default)
+        path = _expanduser(os.environ.get(variable) or default)
         parser = configparser.RawConfigParser(strict=False)
         try:
             with open(path, encoding='utf-8') as file:
@@ -2271,10 +2280,10 @@ def _google_file(config: Config) -> str:
     """The credentials file that Google's own tools would take, or ''."""
     named = config.google_credentials or os.environ.get('GOOGLE_APPLICATION_CREDENTIALS')
     if named:
-        return os.path.expanduser(named)
+        return _expanduser(named)
     folder = os.environ.get('CLOUDSDK_CONFIG') or (
         os.path.join(os.environ.get('APPDATA') or os.path.join(os.environ.get('SystemDrive', 'C:'), os.sep), 'gcloud')
-        if os.name == 'nt' else os.path.join(os.path.expanduser('~'), '.config', 'gcloud'))
+        if os.name == 'nt' else os.path.join(_expanduser('~'), '.config', 'gcloud'))
     path = os.path.join(folder, 'application_default_credentials.json')
     return path if os.path.isfile(path) else ''
 

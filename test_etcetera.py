@@ -988,7 +988,6 @@ class Foreign(Case):
             write(self.tmp / 'share', {'X.tgz': gzip.compress(bad)})
             self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
 
-    def test_absurd_sizes(self):
     def test_sparse_file_whose_map_ends_early(self):
         header = bytearray(tarfile.TarInfo('data/train/sparse').tobuf(tarfile.GNU_FORMAT))
         header[156:157], header[482:483], header[148:156] = b'S', b'\1', b' ' * 8  # the map goes on in the next block
@@ -997,6 +996,7 @@ class Foreign(Case):
             write(self.tmp / 'share', {'X.tgz': gzip.compress(bytes(header) + rest)})
             self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
 
+    def test_absurd_sizes(self):
         import gzip
         for kind, size in ((b'L', 1 << 30), (b'x', 1 << 30), (b'K', 2 << 20)):
             info = tarfile.TarInfo('././@LongLink')
@@ -2325,9 +2325,9 @@ class GsRemote(RemoteSuite, GsCase):
             self.server.fault = lambda h: (h.answer(200, body), True)[1]
             self.etc('ls', '-r', status=1)
             self.etc('pull', 'X', status=1)
-
         self.server.fault = lambda h: (h.answer(200, b'{"name": "some/prefix/Y.tgz", "size": 5, "generation": 1}'), True)[1]
         self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
+
 
 class TokenHandler(S3Handler):
     """Google's token endpoints: OAuth, STS, IAM Credentials, metadata; `server.check(handler, form)` says what is wrong."""
@@ -2421,10 +2421,10 @@ class GoogleCredentials(GoogleCase):
         self.assertGreater(len(self.asked), 2)
         self.tokens.respond = lambda h, form: {'access_token': 'never right', 'expires_in': 3600}
         self.assertIn('permissions', self.etc('ls', '-r', status=1)[1])
-
         for token in ('two\nlines', ['list'], ''):
             self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
             self.assertIn('access_token is missing', self.etc('ls', '-r', status=1)[1])
+
     @unittest.skipUnless(shutil.which('openssl') or os.environ.get('ETC_TEST_REQUIRE_PEERS'), 'no openssl here')
     def test_service_account(self):
         for bits, traditional in ((2048, False), (4096, False), (2048, True)):
@@ -4841,6 +4841,88 @@ class Kills(S3Case):
                 self.etc('create', '-f', 'Z')
                 self.assertEqual(self.leftovers(), [])
         self.assertGreater(killed, 5 * RUNS, 'most shall be killed before they end')
+
+
+# ---------------------------------------------------------------------------------------
+# Locked-down interpreters
+# ---------------------------------------------------------------------------------------
+
+class Locked:
+    """Each command works, and says nothing it should not, where much of Python and of a user's surroundings is missing.
+
+    Subclasses set `url` and `settings`, and put(name, data) stores an object behind etcetera's back.
+    """
+
+    def commands(self):
+        """(home, words, status)"""
+        self.put('Bad.tgz', etc._compress(6, bytes(1024)) * 3)
+        root = odd(self.tmp / 'ds', 3)
+        return [('home', ['register', str(root), 'X'], 0), ('home', ['push', 'X'], 0), ('home', ['push', 'X'], 0), ('home', ['ls'], 0),
+                ('home', ['ls', '-r'], 0), ('home', ['info', 'X'], 0), ('home', ['info', '-r', '--json', 'X'], 0),
+                ('two', ['pull', '-p', 'test', 'X'], 0), ('two', ['pull', 'X'], 0), ('two', ['pull', '-f', 'X'], 0), ('two', ['verify', 'X'], 0),
+                ('two', ['register', '--copy', str(root), 'Y'], 0), ('two', ['info', 'Y'], 0), ('two', ['create', 'Z'], 0),
+                ('two', ['pull', 'Bad'], 1), ('two', ['pull', 'Nope'], 1), ('two', ['info', '-r', 'Bad'], 1), ('two', ['purge', 'Y'], 0)]
+
+    def check(self, words, status, process):
+        out, err = process.communicate()
+        self.assertEqual(process.returncode, status, (words, err))
+        self.assertRegex(err.decode(), r'\Aetc: [^\n]+\n\Z' if status else r'\A\Z', words)
+
+    def test_strict_interpreter(self):
+        python = ['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
+        os.environ.update(LC_ALL='C', LANG='C')
+        for home, words, status in self.commands():
+            self.check(words, status, self.spawn('-q', *words, home=home, python=python, stdin=subprocess.DEVNULL, start_new_session=True))
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
+    def test_what_is_missing(self):
+        """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
+        code = '''if True:
+            import gc, hashlib, json, os, sys
+            def refuse(*args, **kwargs):
+                raise ValueError('disabled for FIPS')
+            for name in ('ssl', '_ssl', 'fcntl', 'ctypes', '_ctypes'):
+                sys.modules[name] = None
+            hashlib.md5 = refuse
+            os.environ.pop('HOME', None)
+            try:
+                import pwd
+                def nobody(uid):
+                    raise KeyError('getpwuid(): uid not found: %d' % uid)
+                pwd.getpwuid = nobody
+            except ImportError:
+                pass
+            folder, url, commands = sys.argv[1:]
+            sys.path.insert(0, folder)
+            import etcetera
+            for home, words, status in json.loads(commands):
+                found = etcetera.main(['-q', '--url', url, '--home', home] + words)
+                assert found == status, (words, found)
+                gc.collect()
+            '''
+        commands = [(str(self.tmp / home), words, status) for home, words, status in self.commands()]
+        env = dict(os.environ, **{'AWS_' + k[4:].upper(): v for k, v in self.settings.items() if k.startswith('aws_')})
+        env.update(AWS_ENDPOINT_URL=self.settings.get('endpoint_url', ''))
+        command = [sys.executable, '-I', '-S', '-W', 'error', '-c', code, str(HERE), self.url, json.dumps(commands)]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        out, err = process.communicate()
+        self.assertEqual(process.returncode, 0, err.decode())
+        self.assertRegex(err.decode(), r'\A(etc: [^\n]+\n){3}\Z')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
+
+class FileLocked(Locked, Case):
+    def put(self, name, data):
+        write(self.tmp / 'share', {name: data})
+
+
+class S3Locked(Locked, S3Case):
+    def put(self, name, data):
+        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
+
+
+class GsLocked(Locked, GsCase):
+    pass
 
 
 # ---------------------------------------------------------------------------------------
