@@ -131,6 +131,11 @@ def _printable(text: str) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
+def _masked(url: str) -> str:
+    """`url` as it may be shown, without a password."""
+    return _printable(re.sub(r'(://|\A)[^/]*@', r'\1***@', url))
+
+
 def _encodable(text: str, stream: Any) -> str:
     encoding = getattr(stream, 'encoding', None) or 'utf-8'
     return text.encode(encoding, 'backslashreplace').decode(encoding)
@@ -326,15 +331,10 @@ class Config:
     def __repr__(self) -> str:
         shown = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
         shown.update((key, '***') for key in _SECRETS if key in shown)
+        shown.update((key, _masked(shown[key])) for key in ('url', 'endpoint_url') if key in shown)
         return 'Config(%s)' % ', '.join('%s=%r' % item for item in shown.items())
 
 
-def _expand(path: _Path) -> Path:
-    text = os.fspath(path)
-    expanded = _expanduser(text)
-    if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
-        raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
-    try:
 def _expanduser(path: str) -> str:
     """os.path.expanduser(), which up to Python 3.7 raises KeyError for a user whom the system does not know."""
     try:
@@ -343,6 +343,12 @@ def _expanduser(path: str) -> str:
         return path
 
 
+def _expand(path: _Path) -> Path:
+    text = os.fspath(path)
+    expanded = _expanduser(text)
+    if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
+        raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
+    try:
         return Path(os.path.abspath(expanded))
     except OSError:
         raise ConfigError("'%s' cannot be found from here, as the current directory is gone" % text) from None
@@ -1745,7 +1751,7 @@ def _xml(body: bytes) -> Any:
 
 def _check_endpoint(url: str) -> str:
     if url and not re.match(r'https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#\s]*)?\Z', url, re.ASCII):
-        raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _printable(url))
+        raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _masked(url))
     return url.rstrip('/')
 
 
@@ -2514,7 +2520,7 @@ def _bucket_and_prefix(url: str) -> Tuple[str, str]:
     match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', url)
     if not match:
         kind = url.partition(':')[0]
-        raise ConfigError("'%s' is not of the form %s://bucket or %s://bucket/prefix" % (_printable(url), kind, kind))
+        raise ConfigError("'%s' is not of the form %s://bucket or %s://bucket/prefix" % (_masked(url), kind, kind))
     prefix = (match.group(3) or '').strip('/')
     return match.group(2), prefix + '/' if prefix else ''
 
@@ -2534,7 +2540,7 @@ class _FileRemote:
         self.url = config.url or ''
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
-            raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % _printable(self.url))
+            raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % _masked(self.url))
         self.root = url2pathname(match.group(1))
         if '\0' in self.root:
             raise ConfigError("'%s' cannot be a path" % self.url)
@@ -3271,7 +3277,7 @@ def _open_remote(config: Config) -> _Remote:
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
         raise ConfigError("cannot use the url '%s'; it must start with %s"
-                          % (_printable(config.url), ' or '.join(k + '://' for k in kinds)))
+                          % (_masked(config.url), ' or '.join(k + '://' for k in kinds)))
     return kind(config)
 
 

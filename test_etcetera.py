@@ -33,6 +33,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import urllib.parse
 import urllib.request
@@ -4923,6 +4924,193 @@ class S3Locked(Locked, S3Case):
 
 class GsLocked(Locked, GsCase):
     pass
+
+
+# ---------------------------------------------------------------------------------------
+# Secrets
+# ---------------------------------------------------------------------------------------
+
+class Hush:
+    """Runs commands with -v and looks for secrets wherever they could come to light."""
+
+    secrets = ()  # type: tuple
+
+    def setUp(self):
+        super().setUp()
+        self.said = []
+        self.addCleanup(setattr, etc, '_pause', etc._pause)
+        etc._pause = lambda failures: None
+        logger = logging.getLogger('etcetera')
+        handler, level = logging.Handler(), logger.level
+        handler.emit = lambda record: self.said.append(record.getMessage())
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG)
+        self.addCleanup(logger.setLevel, level)
+        self.addCleanup(logger.removeHandler, handler)
+
+    def everything(self):
+        """All commands, in both ways; how many failed."""
+        failed = 0
+        etc._remove(self.tmp / 'two')
+        small(self.tmp / 'ds')
+        for words in (['register', '-f', str(self.tmp / 'ds'), 'X'], ['push', '-f', 'X'], ['push', 'X'], ['ls', '-r', '-l'], ['info', '-r', 'X'],
+                      ['--home', str(self.tmp / 'two'), 'pull', 'X'], ['--home', str(self.tmp / 'two'), 'verify', 'X'], ['pull', 'Nope']):
+            out, err = io.StringIO(), io.StringIO()
+            settings = self.tmp / 'settings.yaml'
+            settings.write_text(''.join('%s: %s\n' % (k, json.dumps(v)) for k, v in self.settings.items()))
+            settings.chmod(0o600)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = etc.main(['-v', '--config', str(settings), '--url', self.url, '--home', str(self.tmp / 'home')] + words)
+            self.assertIn(code, (0, 1), err.getvalue())
+            failed += code
+            self.said += [out.getvalue(), err.getvalue()]
+        try:
+            config = self.config()
+            self.said += [repr(config), str(config), '%r' % [config]]
+            for call in (lambda: etc.ls(True, config), lambda: etc.info('X', True, config), lambda: etc.push('X', True, config),
+                         lambda: etc.pull('X', True, config=config)):
+                try:
+                    self.said.append(repr(call()))
+                except etc.Error as e:
+                    self.hear(e)
+        except etc.Error as e:
+            self.hear(e)
+        self.search()
+        return failed
+
+    def hear(self, e):
+        while e is not None:
+            self.said += [str(e), repr(e), repr(vars(e))] + traceback.format_exception(type(e), e, e.__traceback__)
+            e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+
+    def search(self):
+        own = [str(self.tmp / name) for name in ('settings.yaml', '.aws', 'key.json', 'subject')]
+        for top, _, files in os.walk(str(self.tmp)):
+            for name in files:
+                path = os.path.join(top, name)
+                if not path.startswith(tuple(own)):
+                    with open(path, 'rb') as file:
+                        self.said.append(file.read().decode('latin-1'))
+        for text in self.said:
+            for secret in self.secrets:
+                self.assertNotIn(secret, text)
+        del self.said[:]
+
+
+class Secrets(Hush, S3Case):
+    secrets = SECRET, 'wJalrXUtnFEMI', 'session/hush', 'hush'
+
+    def test_sources(self):
+        """Secrets from settings, environment and files; right ones, wrong ones, broken ones."""
+        self.settings['aws_session_token'] = 'session/hush'
+        self.assertEqual(self.everything(), 1)
+        keys = {key: self.settings.pop(key) for key in list(self.settings) if key.startswith('aws_')}
+        os.environ.update({key.upper(): value for key, value in keys.items()})
+        self.assertEqual(self.everything(), 1)
+        for broken in ('hush\nhush', 'hush\u00e9', 'hush hush', 'hush'):
+            os.environ['AWS_SECRET_ACCESS_KEY'] = broken
+            self.assertGreater(self.everything(), 5)
+        for key in keys:
+            del os.environ[key.upper()]
+        write(self.tmp, {'.aws/credentials': '[default]\n' + ''.join('%s = %s\n' % item for item in keys.items())})
+        self.assertEqual(self.everything(), 1)
+        for broken in ('[default]\naws_secret_access_key = hush\n', 'hush\n', '[default\nhush = hush\n',
+                       '[default]\naws_secret_access_key\nhush', '[default]\naws_access_key_id = a\naws_secret_access_key = hu\u00e9hush\n'):
+            write(self.tmp, {'.aws/credentials': broken})
+            self.assertGreater(self.everything(), 5)
+        etc._remove(self.tmp / '.aws/credentials')
+        for value in ('hu\\nhush', 5, ['hush'], {'a': 'hush'}):
+            self.settings.update(aws_access_key_id='a', aws_secret_access_key=value)
+            self.assertGreater(self.everything(), 5)
+
+    def test_settings_that_cannot_be_read(self):
+        for line in ('aws_secret_access_key: "hush', 'aws_secret_access_key: [hush]', 'aws_secret_access_key: hush: hush', 'hush',
+                     'aws_secret_access_key: "\\hush"', 'aws_secret_key: hush', 'aws_session_token: hush\naws_session_token: hush'):
+            write(self.tmp, {'settings.yaml': line + '\n'})
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                self.assertEqual(etc.main(['-v', '--config', str(self.tmp / 'settings.yaml'), '--url', self.url, 'ls', '-r']), 1)
+            self.said += [out.getvalue(), err.getvalue()]
+            try:
+                etc.Config.load(self.tmp / 'settings.yaml')
+            except etc.Error as e:
+                self.hear(e)
+            self.search()
+
+    def test_answers(self):
+        """Whatever a server says, and wherever it breaks off."""
+        self.settings['aws_session_token'] = 'session/hush'
+        for status in (301, 400, 401, 403, 404, 409, 412, 500, 503):
+            def fault(handler):
+                xml = '<Error><Code>SignatureDoesNotMatch</Code><Message>no</Message><StringToSign>%s</StringToSign><Token-0>%s</Token-0></Error>' % (
+                    escape(str(handler.headers)), handler.headers['x-amz-security-token'])
+                return handler.answer(status, xml.encode(), {'Location': self.server.url + '/elsewhere'}) or True
+            self.server.fault = fault
+            self.assertGreater(self.everything(), 5)
+        self.server.fault = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR) or True
+        self.assertGreater(self.everything(), 5)
+        self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode()) or True
+        self.assertGreater(self.everything(), 4)
+
+    def test_urls(self):
+        """Passwords in URLs, where they cannot be used or are of proxies."""
+        url = self.url
+        for self.url in ('https://user:hush@127.0.0.1:1/x', 's3://user:hush@bucket', 's3://key:hush@bucket/x', 'gs://user:hush@bucket',
+                         'ftp://user:hush@host/x', 'file://user:hush@host/x'):
+            self.assertGreater(self.everything(), 5)
+        self.url = url
+        endpoint = self.settings['endpoint_url']
+        for self.settings['endpoint_url'] in (endpoint.replace('//', '//user:hush@'), 'http://user:hush@', 'user:hush@host'):
+            self.assertGreater(self.everything(), 5)
+        self.settings['endpoint_url'] = 'http://storage.invalid'
+        os.environ['no_proxy'] = ''
+        proxy = Server(Recorder)
+        self.addCleanup(proxy.stop)
+        for os.environ['http_proxy'] in ('http://user:hush@127.0.0.1:1', proxy.url.replace('//', '//user:hush@'), 'http://user:hush@[',
+                                         'user:hush@127.0.0.1:x'):
+            self.assertGreater(self.everything(), 4)
+        self.assertTrue(proxy.log)
+        self.assertIn('Basic ', proxy.log[0])
+
+
+class GoogleSecrets(Hush, GoogleCase):
+    secrets = 'ya29.token', 'hush'
+
+    def test_all(self):
+        good = {'access_token': 'ya29.token', 'expires_in': 3600}
+        impersonated = {'type': 'impersonated_service_account', 'service_account_impersonation_url': self.tokens.url + '/i',
+                        'source_credentials': self.user(client_secret='hush', refresh_token='hush')}
+        (self.tmp / 'subject').write_text('hush')
+        external = {'type': 'external_account', 'audience': 'a', 'subject_token_type': 't', 'token_url': self.tokens.url + '/s',
+                    'credential_source': {'file': str(self.tmp / 'subject')}, 'client_id': 'i', 'client_secret': 'hush'}
+        later = dict(good, accessToken='ya29.token', expireTime='2099-01-01T00:00:00Z')
+        self.tokens.respond = lambda handler, form: later
+        for info in (self.user(client_secret='hush', refresh_token='hush'), impersonated, external):
+            self.use(info)
+            self.assertEqual(self.everything(), 1)
+        for info in (
+                self.user(client_secret='hush', refresh_token=['hush']), self.user(client_secret='hush', token_uri='nonsense'),
+                {'type': 'service_account', 'client_email': 'e', 'private_key': 'hush', 'token_uri': self.tokens.url},
+                {'type': 'service_account', 'client_email': 'e', 'private_key': ['hush'], 'token_uri': self.tokens.url},
+                {'type': 'service_account', 'client_email': 'e', 'token_uri': self.tokens.url,
+                 'private_key': '-----BEGIN PRIVATE KEY-----\nhush\n-----END PRIVATE KEY-----'},
+                {'type': 'service_account', 'private_key': 'hush'}, {'private_key': 'hush'}, ['hush'],
+                dict(external, credential_source={'file': str(self.tmp / 'subject'), 'format': {'type': 'json', 'subject_token_field_name': 'x'}}),
+                dict(external, client_secret=5, audience=None), dict(impersonated, source_credentials='hush')):
+            self.use(info)
+            self.everything()
+        self.use(self.user(client_secret='hush', refresh_token='hush'))
+        (self.tmp / 'key.json').write_text('{"type": "authorized_user", "refresh_token": "hush')
+        self.assertGreater(self.everything(), 5)
+        self.use(self.user(client_secret='hush', refresh_token='hush'))
+        for answer in (dict(good, access_token='hu\nsh hush'), dict(good, access_token='hush\u20ac'), dict(good, access_token=['hush']),
+                       dict(good, expires_in='soon'), {'hush': 1}, ['hush'], 'no'):
+            self.tokens.respond = lambda handler, form: answer
+            self.assertGreater(self.everything(), 5)
+        self.tokens.respond = lambda handler, form: good
+        for status in (301, 308, 400, 401, 403, 404, 412, 500):
+            self.server.fault = lambda handler: handler.answer(status, b'no', {'Location': self.server.url + '/x'}) or True
+            self.assertGreater(self.everything(), 5)
 
 
 # ---------------------------------------------------------------------------------------
