@@ -3182,7 +3182,7 @@ class AwsHandler(S3Handler):
                               form['Action'], xml).encode())
 
 
-class Secrets(dict):
+class AnySecret(dict):
     def __missing__(self, akid):
         return 'secret-of-' + akid
 
@@ -3196,7 +3196,7 @@ class AwsCase(S3Case):
         self.settings = {'endpoint_url': self.server.url}
         self.aws = Server(AwsHandler)
         self.addCleanup(self.aws.stop)
-        self.server.secrets = self.aws.secrets = Secrets()
+        self.server.secrets = self.aws.secrets = AnySecret()
         self.aws.lifetime, self.aws.authorization, self.aws.version_1, self.aws.rotated = 3600, None, False, False
         self.cache = self.tmp / '.aws/sso/cache'
         os.environ.update(AWS_ENDPOINT_URL=self.aws.url, AWS_EC2_METADATA_SERVICE_ENDPOINT=self.aws.url,
@@ -3621,7 +3621,7 @@ class AwsLife(AwsCase):
     def test_endpoints(self):
         other = Server(S3Handler)
         self.addCleanup(other.stop)
-        other.secrets = Secrets()
+        other.secrets = AnySecret()
         del self.settings['endpoint_url']
         write(self.tmp, {'.aws/credentials': '[default]\n' + static('STATIC')})
         services = 'services = s\n[services s]\nsts =\n  endpoint_url = http://127.0.0.1:1\ns3 =\n  addressing_style = path\n' \
@@ -4858,8 +4858,8 @@ class Locked:
         """(home, words, status)"""
         self.put('Bad.tgz', etc._compress(6, bytes(1024)) * 3)
         root = odd(self.tmp / 'ds', 3)
-        return [('home', ['register', '--copy', str(root), 'X'], 0), ('home', ['push', 'X'], 0), ('home', ['push', 'X'], 0), ('home', ['ls', '-r'], 0),
-                ('home', ['info', '-r', 'X'], 0), ('two', ['pull', '-p', 'test', 'X'], 0), ('two', ['pull', '-f', 'X'], 0),
+        return [('home', ['register', '--copy', str(root), 'X'], 0), ('home', ['push', 'X'], 0), ('home', ['push', 'X'], 0),
+                ('home', ['ls', '-r'], 0), ('home', ['info', '-r', 'X'], 0), ('two', ['pull', '-p', 'test', 'X'], 0), ('two', ['pull', '-f', 'X'], 0),
                 ('two', ['pull', 'Bad'], 1), ('two', ['pull', 'Nope'], 1), ('two', ['verify', 'X'], 0), ('home', ['purge', 'X'], 0)]
 
     def check(self, words, status, process):
