@@ -2638,7 +2638,7 @@ class _FileRemote:
 
 def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply]) -> List[_Object]:
     """The datasets of a bucket (ListObjectsV2, page by page); `ask` gives the answer to a query."""
-    found = []
+    found, seen = [], set()  # type: List[_Object], Set[str]
     query = {'list-type': '2', 'prefix': prefix, 'delimiter': '/', 'encoding-type': 'url'}
     while True:
         try:
@@ -2647,8 +2647,9 @@ def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply])
                 raise ValueError('<%s>' % page.tag)
             found += [item for item in map(functools.partial(_listed, page, prefix), page.iter('Contents')) if item]
             token = page.findtext('NextContinuationToken')
-            if page.findtext('IsTruncated') == 'true' and (not token or token == query.get('continuation-token')):
+            if page.findtext('IsTruncated') == 'true' and (not token or token in seen):
                 raise ValueError('a page that leads nowhere')
+            seen.add(token)
         except ValueError as e:
             raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url' % (url, e)) from None
         if page.findtext('IsTruncated') != 'true':
@@ -2932,7 +2933,7 @@ class _GsRemote:
 
     def list(self) -> List[_Object]:
         """All datasets here, page by page."""
-        found = []
+        found, seen = [], set()  # type: List[_Object], Set[str]
         query = {'prefix': self.prefix, 'delimiter': '/', 'fields': 'items(name,size,generation,updated),nextPageToken'}
         while True:
             page = self._parse(self._request('GET', self._address('', query)))
@@ -2943,8 +2944,11 @@ class _GsRemote:
             token = page.get('nextPageToken')
             if not token:
                 return found
-            if token == query.get('pageToken'):
+            if not isinstance(token, str):
+                raise self._stranger()
+            if token in seen:
                 raise RemoteError('%s lists in circles; check the endpoint_url' % self.url)
+            seen.add(token)
             query['pageToken'] = token
 
     def _object(self, item: Dict[str, Any]) -> Optional[_Object]:

@@ -16,6 +16,7 @@ import hmac
 import http.client
 import http.server
 import io
+import itertools
 import json
 import logging
 import os
@@ -1725,6 +1726,13 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertEqual([(m, h.get('x-amz-acl'), h.get('If-None-Match')) for m, p, h in self.server.log if m != 'HEAD'],
                          [('PUT', 'public-read', '*')])
 
+    def test_pages_that_go_round(self):
+        tokens = itertools.cycle('abc')
+        page = '<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken></ListBucketResult>'
+        self.server.fault = lambda h: (h.answer(200, (page % next(tokens)).encode()), True)[1]
+        self.assertIn('leads nowhere', self.etc('ls', '-r', status=1)[1])
+        self.assertEqual(len(self.server.log), 4)
+
     def test_parts_are_sent_while_packing_goes_on(self):
         write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(8)})
         fifo = self.tmp / 'ds/data/train/9'
@@ -2322,10 +2330,13 @@ class GsRemote(RemoteSuite, GsCase):
     def test_strange_answers(self):
         for body in (b'', b'[]', b'{"items": 5}', b'{"items": [{}]}', b'{"items": [{"name": 5}]}', b'<html>', b'[' * 100000,
                      b'{"items": [{"name": "some/prefix/X.tgz", "size": "x", "generation": 1}]}',
-                     b'{"items": [{"name": "some/prefix/X.tgz", "size": 1e999, "generation": 1}]}'):
+                     b'{"items": [{"name": "some/prefix/X.tgz", "size": 1e999, "generation": 1}]}', b'{"nextPageToken": 3}'):
             self.server.fault = lambda h: (h.answer(200, body), True)[1]
             self.etc('ls', '-r', status=1)
             self.etc('pull', 'X', status=1)
+        tokens = itertools.cycle('abc')
+        self.server.fault = lambda h: (h.answer(200, b'{"nextPageToken": "%s"}' % next(tokens).encode()), True)[1]
+        self.assertIn('in circles', self.etc('ls', '-r', status=1)[1])
         self.server.fault = lambda h: (h.answer(200, b'{"name": "some/prefix/Y.tgz", "size": 5, "generation": 1}'), True)[1]
         self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
 
