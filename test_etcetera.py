@@ -4032,7 +4032,7 @@ class Faults(Runs):
             kind = rng.choice(kinds)
             places = sum(self.server.applies(kind, request) for request in requests)
             if places:
-                return kind, rng.randrange(places) + 1, rng.choice([1, 1, 1, 2, 2, 4, 6, 10 ** 6])
+                return kind, rng.randrange(places) + 1, rng.choice([1, 1, 1, 2, 2, 4, 10 ** 6, 10 ** 6])
 
     def after(self, seed, fault, code, err, clean):
         """What holds after each run."""
@@ -4054,7 +4054,7 @@ class Faults(Runs):
 
     def test_pull(self):
         one, tree_one = self.make('one', 1200000)
-        two, tree_two = self.make('two', 1300000)
+        two, tree_two = self.make('two', 1200000)
         part_one = {k: v for k, v in tree_one.items() if not k.startswith('data/train')}
         part_two = {k: v for k, v in tree_two.items() if not k.startswith('data/train')}
         foreign = self.tmp / 'foreign.tgz'
@@ -4087,8 +4087,12 @@ class Faults(Runs):
             self.server.replace = lambda two=rng.choice([one, two, None]): (self.server.objects.clear(), two and self.put('X.tgz', two))
             with self.subTest(seed=seed, args=args, fault=fault):
                 fault = fault[:2] + (self.inject(rng, *fault),)
+                self.server.conditions = rng.random() < .5  # some stores know none
                 code, out, err = self.call(*args, home=home)
+                self.server.conditions = True
                 self.after(seed, fault, code, err, len(clean[at]))
+                if fault[0] == 'replaced' and code:
+                    self.assertRegex(err, "was replaced|no dataset|another 'X' is installed")
                 found = tree(self.tmp / home / 'X') if os.path.lexists(str(self.tmp / home / 'X')) else None
                 if fault[0] == 'replaced' and code == 0:
                     self.assertTrue(found in ([part_one, part_two] if '-p' in args else [tree_one, tree_two]))
@@ -4304,6 +4308,8 @@ class FileFaults(Runs, Case):
                 with self.limit(rng.randrange(1000, 1000000)) if kind == 'full' else contextlib.suppress():
                     code, out, err = self.call(*args, home=home)
                 happened, self.countdown = left[0] <= 0, lambda: None
+                if happened and kind in ('replaced', 'rewritten', 'truncated', 'emptied'):
+                    self.assertIn('was replaced', err)
                 if code or happened and kind not in ('flipped', 'full'):
                     self.assertEqual(code, 1)
                     self.assertRegex(err, r'\Aetc: [^\n]+\n\Z')
@@ -4810,6 +4816,40 @@ class Kills(S3Case):
             found.append(path.read_bytes())
         return [[version for version in self.versions if self.versions[version][1] == data][0] for data in found]
 
+    def signature(self):
+        """What a change to the store or the share would alter."""
+        found = []
+        for name in ('home/X', 'home/X/data', 'home/X/data/train', 'share', 'share/X.tgz'):
+            try:
+                status = os.lstat(str(self.tmp / name))
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+            except OSError:
+                found.append(None)
+        return found
+
+    def wait(self, process, rng, lasts):
+        """Until a moment within its usual running time, a request, or a change of files."""
+        how = rng.choice(['moment', 'change', 'request'])
+        if how == 'request':
+            left = [rng.randrange(1, 9)]
+
+            def fault(handler):
+                left[0] -= 1
+                if left[0] == 0:
+                    process.kill()
+            self.server.fault = fault
+        if how == 'change':
+            left, last = rng.choice([1, 1, 2, 3]), self.signature()
+            while process.poll() is None and left:
+                now = self.signature()
+                left, last = left - (now != last), now
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.25, 1.05) * lasts)
+        process.kill()
+        process.communicate()
+        self.server.fault = None
+
     def test_kills(self):
         push, pull = ['push', 'X'], ['pull', 'X']
         copy = ['register', '--copy', self.tmp / 'two', 'X']
@@ -4832,13 +4872,9 @@ class Kills(S3Case):
                 self.spawn(*args, url=url).communicate()
                 lasts[seed % len(ops)] = time.time() - begin
                 self.prepare(local, remote)
-            moment = rng.uniform(0.25, 1.05) * lasts[seed % len(ops)]
-            with self.subTest(seed=seed, args=[str(arg) for arg in args], moment=moment):
+            with self.subTest(seed=seed, args=[str(arg) for arg in args]):
                 process = self.spawn(*args, url=url)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(moment)
-                process.kill()
-                process.communicate()
+                self.wait(process, rng, lasts[seed % len(ops)])
                 killed += process.returncode == -signal.SIGKILL
                 found = self.local()
                 self.assertIn(found, locals_)
@@ -5287,6 +5323,8 @@ class ArchiveTarget(Target):
         whole = self.indexed(self.FILES)
         text = b''.join(re.findall(rb'\{"etcetera".*\}', whole))
         self.seeds = [b'\0' + whole, b'\0' + self.indexed(self.TRAIN), b'\1' + self.FILES, b'\1' + self.TRAIN, b'\2' + text]
+        for name in ('../x', '/x', 'data/train/../../../x', 'data/train/' + 'd/' * 300):
+            self.seeds.append(b'\1' + self.TRAIN + etc._header(name, b'0', 0o644, 0, ''))
         self.blocks = whole[:whole.index(etc._member(b'ei', text)[:14])]
 
     def indexed(self, payload):
@@ -5338,19 +5376,21 @@ class TgzTarget(ArchiveTarget):
     def __init__(self, place):
         super().__init__(place)
         self.seeds = []
-        for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        for kind, evil in ((tarfile.USTAR_FORMAT, ()), (tarfile.GNU_FORMAT, ()), (tarfile.PAX_FORMAT, ()),
+                           (tarfile.GNU_FORMAT, (('../x', b'0', '', b'x'),)), (tarfile.PAX_FORMAT, (('data/x/../../../x', b'0', '', b'x'),)),
+                           (tarfile.USTAR_FORMAT, (('data/train/up', b'2', '../../..', b''), ('data/train/up/x', b'0', '', b'x')))):
             out = io.BytesIO()
             with tarfile.open(fileobj=out, mode='w', format=kind) as tar:
                 for name, type_, link, data in (('./', b'5', '', b''), ('./data/train/a', b'0', '', b'alpha'),
                                                 ('data/train/%s/%s' % ('n' * 60, 'm' * 60), b'0', '', b''), ('data/train/s', b'2', 'a', b''),
                                                 ('data/train/h', b'1', 'data/train/a', b''), ('meta.json', b'0', '', b'{}'),
-                                                ('data/train/\u00e9', b'0', '', b'x')):
+                                                ('data/train/\u00e9', b'0', '', b'x')) + evil:
                     info = tarfile.TarInfo(name)
                     info.type, info.linkname, info.size, info.mode = type_, link, len(data), 0o755 if type_ == b'5' else 0o644
                     if kind == tarfile.PAX_FORMAT:
                         info.pax_headers = {'mtime': '1.5', 'comment': 'c'}
                     tar.addfile(info, io.BytesIO(data))
-            tar = out.getvalue()[:10240].rstrip(b'\0')
+            tar = out.getvalue().rstrip(b'\0')
             tar += bytes(-len(tar) % 512 + 1024)
             self.seeds += [b'\1' + tar, b'\0' + self.gzip(tar)]
         # a sparse file as old GNU tar writes it
