@@ -4274,7 +4274,7 @@ class FileFaults(Runs, Case):
 
     def test_pull(self):
         one, tree_one = self.make('one', 2500000)
-        two, tree_two = self.make('two', 2600000)
+        two, tree_two = self.make('two', 2500000)
         part_two = {k: v for k, v in tree_two.items() if not k.startswith('data/train')}
         ops = [(None, ['pull', 'X'], tree_two), (None, ['pull', '-p', 'test', 'X'], part_two), ('one', ['pull', '-f', 'X'], tree_two)]
 
@@ -4287,7 +4287,7 @@ class FileFaults(Runs, Case):
                 file.write(bytes([byte ^ 1]))
             os.utime(str(self.archive), ns=(status.st_atime_ns, status.st_mtime_ns))
 
-        for seed, rng in self.runs(24):
+        for seed, rng in self.runs(40):
             home = 'h%d' % seed
             before, args, target = rng.choice(ops)
             if before:
