@@ -23,6 +23,7 @@ import functools
 import io
 import itertools
 import json
+import operator
 import os
 import posixpath
 import re
@@ -141,9 +142,40 @@ def _encodable(text: str, stream: Any) -> str:
     return text.encode(encoding, 'backslashreplace').decode(encoding)
 
 
+def _size(count: Optional[float]) -> str:
+    """Bytes for people, in powers of 1000."""
+    if count is None:
+        return '-'
+    value, units = float(count), ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return '%.3g %s' % (value, units[0])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return '%.2g s' % seconds
+    minutes, seconds = divmod(round(seconds), 60)
+    return '%d:%02d min' % (minutes, seconds) if minutes < 60 else '%d:%02d h' % divmod(minutes, 60)
+
+
+_line = ''  # what the last line of the terminal shows, until something else is to be said there
+
+
+def _show(line: str) -> None:
+    """Let `line` be the last on the terminal, for now; the cursor stays at its start, also where it is folded."""
+    global _line
+    if line != _line:
+        _line = line
+        with contextlib.suppress(OSError):
+            sys.stderr.write('\r\033[J%s\r' % _encodable(line, sys.stderr))  # erase to the end of the screen
+            sys.stderr.flush()
+
+
 def _complain(message: object) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
+            _show('')
             print('etc: ' + _encodable(_printable(str(message)), sys.stderr), file=sys.stderr)
 
 
@@ -429,6 +461,21 @@ def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead
             future.cancel()
 
 
+_Progress = Optional[Callable[[int, int], Any]]  # told how many bytes are done, and of how many
+
+
+def _watched(items: Iterable[_T], size: Callable[[_T], int], progress: _Progress, total: int) -> Iterable[_T]:
+    """The same items, while `progress` is told of those that have passed, in the thread that takes them."""
+    def watched(tell: Callable[[int, int], Any]) -> Iterator[_T]:
+        done = 0
+        for item in items:
+            done += size(item)
+            tell(done, total)
+            yield item
+
+    return watched(progress) if progress else items
+
+
 # ---------------------------------------------------------------------------------------
 # Contents: a directory as a canonical stream of tar bytes, and its digest
 # ---------------------------------------------------------------------------------------
@@ -594,23 +641,24 @@ def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
             yield _Segment(path), _entries(root, inside, links, path)
 
 
-def _survey(root: _Path) -> Tuple[_Listing, int]:
-    """The segments again, and a number of bytes that their archive will not exceed.
+def _survey(root: _Path) -> Tuple[_Listing, int, int]:
+    """The segments again, the bytes of all files, and a number of bytes that their archive will not exceed.
 
     It finds what cannot be packed before any of it is sent. Entries are kept, so that they need not be looked at
     twice, unless they are so many that memory would tell.
     """
     kept = []  # type: List[Tuple[_Segment, List[_Entry]]]
-    count, size = 0, 1 << 20
+    count, size, limit = 0, 0, 1 << 20
     for segment, entries in _segments(root):
         kept.append((segment, []))
-        size += 1 << 12
+        limit += 1 << 12
         for entry in entries:
             count += 1
-            size += 4096 + len(entry.name) + entry.size
+            size += entry.size
+            limit += 4096 + len(entry.name) + entry.size
             if count <= _KEPT_ENTRIES:
                 kept[-1][1].append(entry)
-    return kept if count <= _KEPT_ENTRIES else _segments(root), size + size // 1000
+    return kept if count <= _KEPT_ENTRIES else _segments(root), size, limit + limit // 1000
 
 
 def _pax_record(key: str, value: str) -> bytes:
@@ -659,6 +707,7 @@ def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
 
 
 _Piece = Tuple[Any, int, int]  # what to take, from where to where: of bytes, or of the file of an _Entry
+_Pieces = Tuple[_Segment, List[_Piece]]  # a block whose files are still to be read
 
 
 def _pieces(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[_Piece]:
@@ -677,8 +726,8 @@ def _pieces(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[_Piece]:
     yield padding, 0, len(padding)
 
 
-def _blocks(segments: _Listing) -> Iterator[Tuple[_Segment, List[_Piece]]]:
-    """The dataset's tar stream, cut into blocks whose files are still to be read."""
+def _blocks(segments: _Listing) -> Iterator[_Pieces]:
+    """The dataset's tar stream, cut into blocks."""
     for segment, entries in segments:
         block, room = [], _BLOCK  # type: List[_Piece], int
         for source, start, stop in _pieces(segment, entries):
@@ -718,16 +767,24 @@ def _sha256(data: bytes = b'') -> Any:
     return hashlib.sha256(data)
 
 
-def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any,
+def _file_bytes(block: _Pieces) -> int:
+    return sum([stop - start for source, start, stop in block[1] if type(source) is not bytes])
+
+
+def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any, progress: _Progress = None, total: int = 0,
              ) -> Generator[Tuple[_Segment, _R], None, None]:
-    """Yield (segment, work(payload)) for every block; a segment's digest is set before the next one's blocks come."""
-    def task(item: Tuple[_Segment, List[_Piece]]) -> Tuple[_Segment, bytes, _R]:
+    """Yield (segment, work(payload)) for every block; a segment's digest is set before the next one's blocks come.
+
+    progress, total: told of the bytes of files, `total` in all.
+    """
+    def task(item: _Pieces) -> Tuple[_Segment, bytes, _R]:
         segment, pieces = item
         payload = _load(pieces)
         return segment, _sha256(payload).digest(), work(payload)
 
     current, digests = None, _sha256()
-    for segment, digest, result in _ordered(pool, task, _blocks(listing), 2 * _cores()):
+    blocks = _watched(_blocks(listing), _file_bytes, progress, total)
+    for segment, digest, result in _ordered(pool, task, blocks, 2 * _cores()):
         if segment is not current:
             current, digests = segment, _sha256()
         digests.update(digest)
@@ -742,11 +799,12 @@ def _dataset_digest(segments: Iterable[_Segment]) -> str:
     return 'sha256:%s' % total.hexdigest()
 
 
-def _digest_segments(root: _Path, only: Optional[Sequence[str]] = None) -> List[_Segment]:
+def _digest_segments(root: _Path, only: Optional[Sequence[str]] = None, progress: _Progress = None) -> List[_Segment]:
     """Hash the files of a dataset, or of some of its segments."""
     found = []  # type: List[_Segment]
+    listing, total, _ = _survey(root) if progress else (_segments(root, only), 0, 0)
     with _threads(_cores()) as pool:
-        for segment, _ in _process(_segments(root, only), len, pool):
+        for segment, _ in _process(listing, len, pool, progress, total):
             if not found or found[-1] is not segment:
                 found.append(segment)
     return found
@@ -952,11 +1010,11 @@ def _index(segments: Sequence[_Segment], offset: int) -> bytes:
                     + [_member(b'ef', struct.pack('<Q', offset)), _EMPTY])
 
 
-def _pack(listing: _Listing, level: int, pool: Any, segments: List[_Segment],
-          ) -> Generator[bytes, None, None]:
+def _pack(listing: _Listing, level: int, pool: Any, segments: List[_Segment], progress: _Progress = None,
+          total: int = 0) -> Generator[bytes, None, None]:
     """A dataset's archive, piece by piece; `segments` is filled on the way and complete before the index."""
     offset = 0
-    for segment, block in _process(listing, functools.partial(_compress, level), pool):
+    for segment, block in _process(listing, functools.partial(_compress, level), pool, progress, total):
         if not segments or segments[-1] is not segment:
             segment.offset = offset
             segments.append(segment)
@@ -1405,7 +1463,7 @@ def _replay(root: _Path, journal: Callable[[], Iterator[List[Any]]], segments: I
     def lines() -> Iterator[List[Any]]:
         return (line for line in journal() if line[0] in wanted)
 
-    def task(item: Tuple[List[Any], Tuple[_Segment, List[_Piece]]]) -> _Block:
+    def task(item: Tuple[List[Any], _Pieces]) -> _Block:
         (path, length, expected, _, _), (found, pieces) = item
         payload = _load(pieces)
         digest = _sha256(payload).digest()
@@ -3823,11 +3881,12 @@ def _unpinned(name: str, pin: str, digest: Optional[str]) -> Corrupt:
 
 @_public
 def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence[str]] = None,
-            config: Optional[Config] = None) -> Dataset:
+            config: Optional[Config] = None, progress: _Progress = None) -> Dataset:
     """The installed dataset `name`; with `auto_install` it is pulled first if need be.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     partitions: those that must be there; None means all.
+    progress: as for pull().
     Raises NotFound, UnknownPartition, Corrupt if the digest is another, and other Errors.
     """
     _check_partitions(partitions)
@@ -3837,7 +3896,7 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     installed = home.has(bare)
     missing = _missing(bare, home.receipt(bare), partitions)
     if auto_install and (not installed or missing):
-        return pull(name, partitions=partitions, config=config)
+        return pull(name, partitions=partitions, config=config, progress=progress)
     if not installed:
         raise _not_installed(home, bare)
     found, _ = home.open(bare)
@@ -3878,11 +3937,13 @@ def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequen
 
 @_public
 def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = None,
-         config: Optional[Config] = None) -> Dataset:
+         config: Optional[Config] = None, progress: _Progress = None) -> Dataset:
     """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     force: replace other contents of that name.
+    progress: is called with (done, total), bytes of the archive, in the thread that called pull(), some hundred times
+        a second at most; what it raises ends the pull.
     What a partial install has already is not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
@@ -3890,11 +3951,12 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
     config = config or Config.load()
     bare, pin = _parse_name(name)
     home = _Home(config.home)
+    started = time.monotonic()
     with contextlib.closing(_open_remote(config)) as store, home.lock(bare):
         found = _find(store, bare)
         segments = _read_index(store, found)
         if segments is None:
-            return _pull_foreign(home, store, found, pin, force, config.connections)
+            return _pull_foreign(home, store, found, pin, force, config.connections, progress)
         digest = _dataset_digest(segments)
         if pin and digest != pin:
             raise _unpinned(bare, pin, digest)
@@ -3910,12 +3972,20 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
                 return local
         with home.staging(bare) as staged:
             have = _reuse(home, bare, receipt, [s for s in segments if s.path in wanted], staged)
-            _download(store, found, [s for s in segments if s.path in wanted and s.path not in have], staged,
-                      config.connections)
+            lacking = [s for s in segments if s.path in wanted and s.path not in have]
+            _download(store, found, lacking, staged, config.connections, progress)
             _validate(staged, "'%s' in %s" % (bare, store.url))
             _settle(home, staged, bare, force or bool(receipt), _receipt(segments, wanted, store.url, found.version))
-        _say("pulled '%s', %s", bare, digest)
+        _say('pulled %s: %s', bare, _tally(lacking, started))
+        _say('%s@%s', bare, digest, level=_DEBUG)
         return Dataset(home.path(bare), bare, digest)
+
+
+def _tally(segments: Sequence[_Segment], started: float) -> str:
+    files, size = sum(s.files for s in segments), sum(s.size for s in segments)
+    seconds = max(time.monotonic() - started, 0.001)
+    return '{:,} file{}, {} in {} ({}/s)'.format(files, 's' * (files != 1), _size(size), _duration(seconds),
+                                                 _size(size / seconds))
 
 
 def _differs_locally(name: str) -> Exists:
@@ -3937,7 +4007,8 @@ def _settle(home: _Home, staged: Path, name: str, replace: bool, receipt: Dict[s
             raise _differs_locally(name) from None
 
 
-def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], staged: Path, connections: int) -> None:
+def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], staged: Path, connections: int,
+              progress: _Progress = None) -> None:
     """Fetch segments of an indexed archive and write them to a staged directory.
 
     What an earlier pull of this very object left beside it is not fetched again.
@@ -3966,7 +4037,8 @@ def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], stag
     with _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store), contextlib.closing(
             blocks()) as source, open(str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal:
         journal.write(head)
-        _extract(source, sink, pool, journal)
+        total = sum(segment.length for segment in segments)
+        _extract(_watched(source, operator.itemgetter(1), progress, total), sink, pool, journal)
 
 
 def _read_journal(path: Path, head: bytes) -> Iterator[List[Any]]:
@@ -4002,9 +4074,10 @@ def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segmen
 
 
 def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str], force: bool,
-                  connections: int) -> Dataset:
+                  connections: int, progress: _Progress) -> Dataset:
     """Pull a .tgz that another tool made: as a whole, and its digest is known only when it is here."""
     name = found.name
+    started = time.monotonic()
     receipt = home.receipt(name)
     if not force and receipt.get('digest') and (receipt['source'], receipt['version']) == (store.url, found.version):
         _say("'%s' is installed already, and identical", name)
@@ -4013,7 +4086,7 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
         with _threads(connections) as io_pool, contextlib.closing(
                 _fetch(store, found, [(0, found.size)], io_pool, connections)) as chunks, _threads(
                 1) as pool, contextlib.closing(store):
-            _unpack_foreign(chunks, staged, pool)
+            _unpack_foreign(_watched(chunks, len, progress, found.size), staged, pool)
         _validate(staged, "'%s' in %s" % (name, store.url))
         segments = _digest_segments(staged)
         digest = _dataset_digest(segments)
@@ -4026,21 +4099,24 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
             _say("'%s' is installed already, and identical", name)
             return local
         _settle(home, staged, name, force, _receipt(segments, [s.path for s in segments], store.url, found.version))
-    _say("pulled '%s', %s", name, digest)
+    _say('pulled %s: %s', name, _tally(segments, started))
+    _say('%s@%s', name, digest, level=_DEBUG)
     return Dataset(home.path(name), name, digest)
 
 
 @_public
-def push(name: str, force: bool = False, config: Optional[Config] = None) -> str:
+def push(name: str, force: bool = False, config: Optional[Config] = None, progress: _Progress = None) -> str:
     """Share a local dataset; its digest is returned.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     force: replace other contents of that name in the remote storage.
+    progress: as for pull(), but of the bytes of the files that have been packed.
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
     home = _Home(config.home)
+    started = time.monotonic()
     if not home.has(name):
         raise _not_installed(home, name)
     local, receipt = home.open(name)
@@ -4052,10 +4128,10 @@ def push(name: str, force: bool = False, config: Optional[Config] = None) -> str
     with contextlib.closing(_open_remote(config)) as store:
         if not force and _is_there(store, local):
             return local.digest
-        listing, limit = _survey(local.root)
+        listing, size, limit = _survey(local.root)
         segments = []  # type: List[_Segment]
-        with _threads(_cores()) as pool, contextlib.closing(_pack(listing, config.compression_level, pool, segments)
-                                                            ) as blocks:
+        with _threads(_cores()) as pool, contextlib.closing(
+                _pack(listing, config.compression_level, pool, segments, progress, size)) as blocks:
             try:
                 store.write(name, _checked(blocks, local, segments), limit, not force)
             except _Taken:
@@ -4064,7 +4140,8 @@ def push(name: str, force: bool = False, config: Optional[Config] = None) -> str
                                       % (name, store.url)) from None
                 return local.digest
     digest = _dataset_digest(segments)
-    _say("pushed '%s' to %s, %s", name, store.url, digest)
+    _say('pushed %s to %s: %s', name, store.url, _tally(segments, started))
+    _say('%s@%s', name, digest, level=_DEBUG)
     return digest
 
 
@@ -4096,14 +4173,16 @@ def _checked(blocks: Iterable[bytes], local: Dataset, segments: List[_Segment]) 
 
 @_public
 def register(directory: _Path, name: Optional[str] = None, force: bool = False, copy: bool = False,
-             config: Optional[Config] = None) -> Dataset:
+             config: Optional[Config] = None, progress: _Progress = None) -> Dataset:
     """Give a directory a dataset's name, by default its own; it stays where it is and must not change any more.
 
     copy: install a private read-only copy instead of a link.
     force: replace a local dataset of that name.
+    progress: as for pull(), but of the bytes of the files that have been copied.
     Raises InvalidDataset, Exists and other Errors.
     """
     config = config or Config.load()
+    started = time.monotonic()
     root = Path(os.path.realpath(os.fspath(directory)))
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
@@ -4121,13 +4200,16 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     try:
         if copy:
             with home.staging(name) as staged:
-                segments = _copy(root, staged)
+                segments = _copy(root, staged, progress)
                 home.install(staged, name, force, _receipt(segments, [s.path for s in segments], root.as_uri(), ''))
         else:
             home.link(root, name, force)
     except FileExistsError:
         raise _taken_locally(name) from None
-    _say("registered '%s': %s", name, root)
+    if copy:
+        _say('copied %s: %s', name, _tally(segments, started))
+    else:
+        _say("registered '%s': %s", name, root)
     return Dataset(home.path(name), name)
 
 
@@ -4135,7 +4217,7 @@ def _taken_locally(name: str) -> Exists:
     return Exists("a local dataset '%s' exists already; take another name, or -f (force) to replace it" % name)
 
 
-def _copy(root: Path, target: Path) -> List[_Segment]:
+def _copy(root: Path, target: Path, progress: _Progress) -> List[_Segment]:
     """Copy a dataset as if it had been pushed and pulled."""
     segments = []  # type: List[_Segment]
 
@@ -4145,7 +4227,8 @@ def _copy(root: Path, target: Path) -> List[_Segment]:
                 segments.append(segment)
             yield segment, 0, payload, _sha256(payload).digest()
 
-    with _threads(_cores()) as pool, contextlib.closing(_process(_segments(root), bytes, pool)) as source:
+    listing, size, _ = _survey(root)
+    with _threads(_cores()) as pool, contextlib.closing(_process(listing, bytes, pool, progress, size)) as source:
         _extract(blocks(), _Sink(target), pool)
     return segments
 
@@ -4175,22 +4258,24 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
 
 
 @_public
-def verify(name: str, config: Optional[Config] = None) -> str:
+def verify(name: str, config: Optional[Config] = None, progress: _Progress = None) -> str:
     """Read all files of an installed dataset and return their digest.
 
     Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... demands. A registered or
     created dataset has nothing to be compared with.
+    progress: as for pull(), but of the bytes of the files that have been read.
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
     home = _Home(config.home)
+    started = time.monotonic()
     if not home.has(name):
         raise _not_installed(home, name)
     _, receipt = home.open(name)
-    found = _digest_segments(home.path(name))
+    found = _digest_segments(home.path(name), progress=progress)
     if not receipt:
         digest = _dataset_digest(found)
-        _say("'%s' is %s", name, digest)
+        outcome = 'nothing known to compare it with'
     else:
         digests = {segment.path: segment.digest for segment in found}
         promised = {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}
@@ -4200,9 +4285,11 @@ def verify(name: str, config: Optional[Config] = None) -> str:
             raise Corrupt("'%s' is not what was installed: %s differ%s; %s"
                           % (name, ', '.join(wrong), 's' * (len(wrong) == 1), remedy))
         digest = _dataset_digest(receipt['segments'])
-        _say("'%s' is complete and unchanged%s, %s", name, ' as far as it is installed' * _is_partial(receipt), digest)
+        outcome = 'partly installed, and unchanged' if _is_partial(receipt) else 'complete and unchanged'
     if pin and digest != pin:
         raise _unpinned(name, pin, digest)
+    _say('verified %s: %s; %s', name, 'as demanded' if pin else outcome, _tally(found, started))
+    _say('%s@%s', name, digest, level=_INFO if not receipt else _DEBUG)
     return digest
 
 
@@ -4272,16 +4359,6 @@ def _print(text: str = '') -> None:
     print(_encodable(text, sys.stdout))
 
 
-def _size(count: Optional[int]) -> str:
-    """Bytes for people, in powers of 1000."""
-    if count is None:
-        return '-'
-    value, units = float(count), ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return '%.3g %s' % (value, units[0])
-
-
 def _print_list(items: List[Dict[str, Any]]) -> None:
     rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if sys.stdout.isatty() else []
     for item in items:
@@ -4317,6 +4394,35 @@ def _print_info(found: Dict[str, Any]) -> None:
             _print(_printable(text.expandtabs()))
 
 
+def _meter(what: str) -> _Progress:
+    """Shows on the terminal how far a piece of work is, at most ten times a second; None where that would disturb."""
+    if _spoken != _INFO and _spoken != _DEBUG or sys.stderr is None or not sys.stderr.isatty() \
+            or os.environ.get('TERM') == 'dumb':
+        return None
+    if os.name == 'nt':
+        os.system('')  # lets the console understand escape sequences
+    marks = collections.deque([(time.monotonic(), 0)], 50)  # when it was shown last, and the bytes then: some 5 s
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - marks[-1][0] < 0.1:
+            return
+        rate = max(0.0, done - marks[0][1]) / (now - marks[0][0])
+        marks.append((now, done))
+        parts = [what, '%d%%' % (100 * done / max(total, 1)), '%s of %s' % (_size(done), _size(total))]
+        if rate:
+            parts += [_duration((total - done) / rate) + ' left', _size(rate) + '/s']
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        except (OSError, ValueError):
+            width = 80
+        while len(parts) > 1 and len('  '.join(parts)) >= width:
+            parts.pop()
+        _show('  '.join(parts)[:max(1, width - 1)])
+
+    return show
+
+
 def _run(args: Any, config: Config) -> None:
     """Do what one command says, for one dataset where it takes several."""
     if args.command == 'ls':
@@ -4330,15 +4436,15 @@ def _run(args: Any, config: Config) -> None:
         found = info(args.name, args.remote, config)
         _print(json.dumps(found, indent=1)) if args.json else _print_info(found)
     elif args.command == 'pull':
-        pull(args.name, args.force, args.partitions, config)
+        pull(args.name, args.force, args.partitions, config, _meter('pulling ' + args.name))
     elif args.command == 'push':
-        push(args.name, args.force, config)
+        push(args.name, args.force, config, _meter('pushing ' + args.name))
     elif args.command == 'register':
-        register(args.directory, args.name, args.force, args.copy, config)
+        register(args.directory, args.name, args.force, args.copy, config, _meter('copying ' + args.directory))
     elif args.command == 'create':
         create(args.name, args.partitions or ('train', 'test'), args.force, config)
     elif args.command == 'verify':
-        verify(args.name, config)
+        verify(args.name, config, _meter('verifying ' + args.name))
     elif args.command == 'purge':
         purge(args.name, config)
 
@@ -4392,6 +4498,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         _complain('interrupted')
         return 130
     finally:
+        _show('')
         _spoken = None
 
 
