@@ -468,6 +468,7 @@ def _watched(items: Iterable[_T], size: Callable[[_T], int], progress: _Progress
     """The same items, while `progress` is told of those that have passed, in the thread that takes them."""
     def watched(tell: Callable[[int, int], Any]) -> Iterator[_T]:
         done = 0
+        tell(done, total)
         for item in items:
             done += size(item)
             tell(done, total)
@@ -4401,14 +4402,14 @@ def _meter(what: str) -> _Progress:
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
-    marks = collections.deque([(time.monotonic(), 0)], 50)  # when it was shown last, and the bytes then: some 5 s
+    marks = collections.deque(maxlen=50)  # type: Any  # when it was shown, and the bytes then: some 5 s
 
     def show(done: int, total: int) -> None:
         now = time.monotonic()
-        if now - marks[-1][0] < 0.1:
+        if marks and now - marks[-1][0] < 0.1:
             return
-        rate = max(0.0, done - marks[0][1]) / (now - marks[0][0])
         marks.append((now, done))
+        rate = (done - marks[0][1]) / max(now - marks[0][0], 0.001)
         parts = [what, '%d%%' % (100 * done / max(total, 1)), '%s of %s' % (_size(done), _size(total))]
         if rate:
             parts += [_duration((total - done) / rate) + ' left', _size(rate) + '/s']

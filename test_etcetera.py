@@ -5163,6 +5163,92 @@ class GoogleSecrets(Hush, GoogleCase):
 # As a file to copy, pipe, vendor and import
 # ---------------------------------------------------------------------------------------
 
+class Progress(Case):
+    def told(self, function, *args, **kwargs):
+        """What `progress` is told, after a look whether that makes sense."""
+        calls = []
+        function(*args, progress=lambda done, total: calls.append((done, total, threading.get_ident())),
+                 config=self.config(kwargs.pop('home', 'home')), **kwargs)
+        self.assertEqual(calls[0][0], 0)
+        self.assertEqual([done for done, _, _ in calls], sorted(done for done, _, _ in calls))
+        self.assertEqual({(total, thread) for _, total, thread in calls}, {(calls[-1][0], threading.get_ident())})
+        return calls[-1][0]
+
+    def test_api(self):
+        root = odd(self.tmp / 'ds', 20)
+        size = etc.info('X', config=etc.register(root, 'X', config=self.config()) and self.config())['size']
+        self.assertEqual(self.told(etc.push, 'X'), size)
+        archive = os.path.getsize(str(self.tmp / 'share/X.tgz'))
+        self.assertTrue(archive - 4096 < self.told(etc.pull, 'X', home='two') < archive)
+        self.assertTrue(0 < self.told(etc.pull, 'X', partitions=['empty'], home='three') < 4096)
+        self.assertTrue(archive - 8192 < self.told(etc.dataset, 'X', True, home='three') < archive)
+        self.assertEqual(self.told(etc.verify, 'X', home='two'), size)
+        self.assertEqual(self.told(etc.register, root, 'Y', copy=True), size)
+        for kept in ('two', 'three'):
+            self.assertEqual(tree(self.tmp / kept / 'X'), tree(root))
+
+    def test_foreign_archive(self):
+        (self.tmp / 'share').mkdir()
+        with tarfile.open(str(self.tmp / 'share/X.tgz'), 'w:gz') as tar:
+            tar.add(str(small(self.tmp / 'ds')), '.')
+        self.assertEqual(self.told(etc.pull, 'X'), os.path.getsize(str(self.tmp / 'share/X.tgz')))
+
+    def test_what_it_raises_ends_the_work(self):
+        class Enough(Exception):
+            pass
+
+        def progress(done, total):
+            if done > total // 2:
+                raise Enough
+
+        etc.register(odd(self.tmp / 'ds', 20), 'X', config=self.config())
+        with self.assertRaises(Enough):
+            etc.push('X', config=self.config(), progress=progress)
+        self.assertEqual(etc.ls(True, self.config()), [])
+        etc.push('X', config=self.config())
+        with self.assertRaises(Enough):
+            etc.pull('X', config=self.config('two'), progress=progress)
+        self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []))
+
+    def on_terminal(self, *args, columns=80, term='xterm'):
+        """What a command writes to a terminal of that width."""
+        import fcntl
+        import pty
+        import termios
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+        process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url] + list(args), stdout=subprocess.DEVNULL,
+                                   stderr=theirs, env=dict(os.environ, TERM=term))
+        os.close(theirs)
+        out = b''
+        with open(ours, 'rb', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
+            for data in iter(lambda: file.read(4096), b''):
+                out += data
+        self.assertEqual(process.wait(), 0, out)
+        return out.decode()
+
+    @unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
+    def test_terminal(self):
+        write(self.tmp / 'ds', {'data/train/big': noise(3 * MIB), 'data/train/small': 'x'})
+        etc.register(self.tmp / 'ds', 'MNIST', config=etc.Config())
+        summary = r'etc: %s MNIST%s: 2 files, 3\.15 MB in [0-9.]+ s \([0-9.]+ [MG]B/s\)\r\n\Z'
+        for columns in (80, 40, 12):
+            for args, what, done in ((['push', '-f', 'MNIST'], 'pushing', 'pushed'), (['verify', 'MNIST'], 'verifying', 'verified'),
+                                     (['--home', str(self.tmp / str(columns)), 'pull', 'MNIST'], 'pulling', 'pulled')):
+                out = self.on_terminal(*args, columns=columns)
+                *drawn, last = out.split('\r\033[J')
+                drawn = [line for line in drawn if line]
+                for line in drawn:
+                    self.assertTrue(line.endswith('\r') and '\n' not in line and len(line) <= columns, drawn)
+                whole = '%s MNIST  0%%  0 B of 3.15 MB' % what
+                self.assertTrue(drawn and drawn[0].startswith(whole if columns > 12 else whole[:11]), drawn)
+                self.assertRegex(last if what != 'verifying' else last.partition('etc: MNIST@')[0].replace(
+                    'nothing known to compare it with; ', ''), summary % (done, ' to ' + self.url if done == 'pushed' else ''))
+        for args, term in ((['-q', 'push', '-f', 'MNIST'], 'xterm'), (['push', '-f', 'MNIST'], 'dumb')):
+            self.assertNotRegex(self.on_terminal(*args, term=term), r'\033|pushing')
+        self.assertNotRegex(self.etc('pull', 'MNIST')[1], r'[\r\033]')
+
+
 class Program(Case):
     def run_(self, *command, **kwargs):
         process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
