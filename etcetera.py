@@ -123,8 +123,9 @@ def _public(function: _F) -> _F:
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
-    close = difflib.get_close_matches(word, list(known), 1)
-    return "; did you mean '%s'?" % close[0] if close else ''
+    spelled = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(word.lower(), spelled, 1)
+    return "; did you mean '%s'?" % spelled[close[0]] if close else ''
 
 
 def _printable(text: str) -> str:
@@ -830,7 +831,7 @@ class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
 
     def __getitem__(self, partition: str) -> Path:
         if partition not in self._partitions:
-            raise UnknownPartition("no partition '%s' in %s; it has: %s" % (partition, self.name, ', '.join(self)))
+            raise _no_partition(partition, self.name, self._partitions)
         return self.root / 'data' / _to_os(partition)
 
     def __iter__(self) -> Iterator[str]:
@@ -861,14 +862,21 @@ class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
         return self._digest
 
 
+def _no_partition(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
+    return UnknownPartition("no partition '%s' in %s; it has: %s%s"
+                            % (partition, name, ', '.join(known), _did_you_mean(str(partition), known)))
+
+
 def _validate(root: Path, label: str = '') -> List[str]:
     """The partitions of the dataset at `root`; InvalidDataset says what is wrong with it, or with `label`."""
     label = label or str(root)
     if not root.is_dir():
-        raise InvalidDataset('no directory %s' % label)
+        raise InvalidDataset('%s is a file, not a directory; unpack it first' % label if root.exists()
+                             else 'no directory %s' % label)
     if not (root / 'data').is_dir():
-        raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition"
-                             % label)
+        within = '; %s is one' % root.parent if root.name == 'data' else ''
+        raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition%s"
+                             % (label, within))
     partitions = []
     for name in _scan(root / 'data')[0]:
         if not stat.S_ISDIR(_stat('data/' + name, _join(root / 'data', name)).st_mode):
@@ -923,8 +931,9 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
     if not match:
         raise InvalidDataset("'%s' is not NAME@sha256:... with 64 hexadecimal digits" % text)
     if not _is_name(match.group(1)):
+        hint = '; a url is given by --url' if '://' in text else ''
         raise InvalidDataset("'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
-                             'the first a letter or digit' % match.group(1))
+                             'the first a letter or digit%s' % (match.group(1), hint))
     return match.group(1), match.group(2)
 
 
@@ -3768,12 +3777,15 @@ def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
 
 
 @_public
-def info(name: str, remote: bool = False, config: Optional[Config] = None) -> Dict[str, Any]:
+def info(name: str, remote: bool = False, config: Optional[Config] = None, progress: _Progress = None,
+         ) -> Dict[str, Any]:
     """What is known of a dataset; of a remote one without downloading its data.
 
     Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local one also
     root, source, when, partial; of a remote one archive_size (bytes) and when. What another tool packed has None for
-    what only a download would tell; so have meta and readme beside large files. Raises NotFound and other Errors.
+    what only a download would tell; so have meta and readme beside large files.
+    progress: as for verify(), where all files must be read, as nothing else knows a local dataset's digest.
+    Raises NotFound and other Errors.
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
@@ -3784,7 +3796,7 @@ def info(name: str, remote: bool = False, config: Optional[Config] = None) -> Di
         home = _Home(config.home)
         if not home.has(name):
             raise _not_installed(home, name)
-        found = _describe_local(home, name, measure=True)
+        found = _describe_local(home, name, measure=True, progress=progress)
         root = home.path(name)
         found.update(meta=_read_meta(root), readme=_readme(root))
     if pin and found['digest'] != pin:
@@ -3808,17 +3820,19 @@ def _summary(name: str, digest: Optional[str], segments: Optional[List[_Segment]
     return summary
 
 
-def _describe_local(home: _Home, name: str, measure: bool) -> Dict[str, Any]:
+def _describe_local(home: _Home, name: str, measure: bool, progress: _Progress = None) -> Dict[str, Any]:
     """From the receipt; without one from the files, if `measure`."""
     receipt = home.receipt(name)
+    path = home.path(name)
+    source = Path(os.path.realpath(str(path))).as_uri() if path.is_symlink() else receipt.get('source')
     digest, segments = receipt.get('digest'), receipt.get('segments')
     if segments:
         segments = [s for s in segments if s.path in receipt['installed']]
     if not digest and measure:
-        _validate(home.path(name))
-        segments = _digest_segments(home.path(name))
+        _validate(path)
+        segments = _digest_segments(path, progress=progress)
         digest = _dataset_digest(segments)
-    return _summary(name, digest, segments, root=str(home.path(name)), source=receipt.get('source'),
+    return _summary(name, digest, segments, root=str(path), source=source,
                     when=receipt.get('when'), partial=bool(receipt) and _is_partial(receipt))
 
 
@@ -3871,9 +3885,9 @@ def _find(store: _Remote, name: str) -> _Object:
     return found
 
 
-def _not_installed(home: _Home, name: str) -> NotFound:
+def _not_installed(home: _Home, name: str, remedy: str = "'etc pull %s' would fetch it") -> NotFound:
     return NotFound("no local dataset '%s'%s" % (name, _did_you_mean(name, home.names())
-                                                 or "; 'etc pull %s' would fetch it" % name))
+                                                 or '; ' + remedy.replace('%s', name)))
 
 
 def _unpinned(name: str, pin: str, digest: Optional[str]) -> Corrupt:
@@ -3931,8 +3945,7 @@ def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequen
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
-            raise UnknownPartition("no partition '%s' in %s (it has: %s)%s"
-                                   % (partition, name, ', '.join(known), _did_you_mean(partition, known)))
+            raise _no_partition(partition, name, known)
     return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
 
 
@@ -4119,7 +4132,7 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
     home = _Home(config.home)
     started = time.monotonic()
     if not home.has(name):
-        raise _not_installed(home, name)
+        raise _not_installed(home, name, "'etc register DIR %s' gives a directory that name")
     local, receipt = home.open(name)
     if receipt and _is_partial(receipt):
         raise InvalidDataset("'%s' is only partly installed, so it cannot be pushed; 'etc pull %s' fetches the rest"
@@ -4185,6 +4198,9 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     config = config or Config.load()
     started = time.monotonic()
     root = Path(os.path.realpath(os.fspath(directory)))
+    if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
+        raise InvalidDataset("no directory %s; the directory comes first: 'etc register %s %s'"
+                             % (root, name, root.name))
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
     if pin and local.digest != pin:
@@ -4301,7 +4317,7 @@ def purge(name: str, config: Optional[Config] = None) -> None:
     name, pin = _parse_name(name)
     home = _Home(config.home)
     if not home.has(name):
-        raise _not_installed(home, name)
+        raise _not_installed(home, name, "'etc ls' lists what there is")
     if pin:
         dataset(name + '@' + pin, config=config)
     home.remove(name)
@@ -4312,44 +4328,112 @@ def purge(name: str, config: Optional[Config] = None) -> None:
 # Command line
 # ---------------------------------------------------------------------------------------
 
-def _parser() -> Any:
+_Command = collections.namedtuple('_Command', 'what words flags names examples')
+
+_COMMANDS = {  # names: those that `etc completion` offers; the order is that of a first session
+    'register': _Command('give a directory a name', 'DIR [as] [NAME]', ('--force', '--copy'), '', (
+        ('etc register ./digits MNIST', 'it stays where it is'),
+        ('etc register ./digits as MNIST', 'the same'),
+        ('etc register --copy ./digits MNIST', 'install a read-only copy of it'))),
+    'push': _Command('share local datasets', 'NAME...', ('--force',), 'local', (
+        ('etc push MNIST', ''),
+        ('etc push -f MNIST', 'even over other contents of that name'))),
+    'ls': _Command('list datasets', '', ('--remote', '--long', '--json'), '', (
+        ('etc ls -r', 'what is shared'),
+        ('etc ls', 'what is here'),
+        ('etc ls -l', 'with size, files, when and digest'))),
+    'pull': _Command('install remote datasets', 'NAME...', ('--force', '--partition'), 'remote', (
+        ('etc pull MNIST', ''),
+        ('etc pull MNIST -p test', 'only one partition; the rest may follow later'),
+        ('etc pull -f MNIST', 'replace other contents of that name'),
+        ('etc pull MNIST@sha256:...', 'insist on these contents'))),
+    'info': _Command('show what is known of a dataset', 'NAME', ('--remote', '--json'), 'local', (
+        ('etc info MNIST', ''),
+        ('etc info -r MNIST', 'of a remote one, without downloading its data'))),
+    'verify': _Command('read all files again and compare them with the digest', 'NAME...', (), 'local', (
+        ('etc verify MNIST', ''),
+        ('etc verify MNIST@sha256:...', 'with this digest'))),
+    'create': _Command('make an empty dataset to fill', 'NAME [PARTITION...]', ('--force',), '', (
+        ('etc create MNIST', 'with the partitions train and test'),
+        ('etc create MNIST train val test', ''))),
+    'purge': _Command('remove local datasets', 'NAME...', (), 'local', (
+        ('etc purge MNIST', 'a registered directory itself is not touched'),)),
+    'completion': _Command('print what lets a shell complete commands and names', 'SHELL', (), '', (
+        ('eval "$(etc completion bash)"', 'in ~/.bashrc; of zsh: in ~/.zshrc, after compinit'),
+        ('etc completion fish | source', 'in ~/.config/fish/config.fish'))),
+}
+_SWITCH = {'action': 'store_true'}
+_FLAGS = {  # the short flag, if there is one; help; what else argparse is to know
+    '--force': ('-f', 'replace what stands under that name', _SWITCH),
+    '--copy': ('', 'install a read-only copy instead of a link', _SWITCH),
+    '--remote': ('-r', 'in the remote storage', _SWITCH),
+    '--long': ('-l', 'with size, files, when and digest', _SWITCH),
+    '--json': ('', 'as JSON', _SWITCH),
+    '--partition': ('-p', 'only this partition (can be repeated)',
+                    {'action': 'append', 'dest': 'partitions', 'metavar': 'PARTITION'}),
+    '--config': ('', 'settings file, instead of $ETC_CONFIG or ~/.etc.yaml', {'metavar': 'FILE'}),
+    '--url': ('', 'where remote datasets live, instead of $ETC_URL or the settings', {}),
+    '--home': ('', 'local store, instead of $ETC_HOME, the settings or ~/.etc', {'metavar': 'DIR'}),
+    '--quiet': ('-q', 'say nothing but errors', _SWITCH),
+    '--verbose': ('-v', 'say more, with a traceback of an error', _SWITCH),
+}  # type: Dict[str, Tuple[str, str, Dict[str, str]]]
+_README_LINES = 20  # that `etc info` shows
+_PATIENCE = 3  # seconds that one who has pressed Tab may wait
+_COMMON = ('--config', '--url', '--home', '--quiet', '--verbose')
+_WORDS = {  # in _Command.words: what argparse is to know
+    'DIR [as] [NAME]': [('words', {'nargs': '+', 'metavar': 'DIR'})],
+    'NAME...': [('names', {'nargs': '+', 'metavar': 'NAME'})],
+    'NAME': [('name', {'metavar': 'NAME'})],
+    'NAME [PARTITION...]': [('name', {'metavar': 'NAME'}), ('partitions', {'nargs': '*', 'metavar': 'PARTITION',
+                                                                                   'default': ()})],
+    'SHELL': [('shell', {'choices': ('bash', 'zsh', 'fish'), 'metavar': 'SHELL'})],
+}  # type: Dict[str, List[Tuple[str, Dict[str, Any]]]]
+
+
+def _overview() -> str:
+    """What `etc` alone shows."""
+    lines = ['etc shares immutable datasets through cloud storage.', '']
+    lines += ['  %-33s %s' % (command.examples[0][0], command.what) for command in _COMMANDS.values()]
+    lines += ['', "Where remote datasets live says a line such as 'url: s3://my-bucket' in ~/.etc.yaml, or $ETC_URL.",
+              "'etc pull -h' tells more of pull; 'etc -h' lists all."]
+    if os.path.basename(sys.argv[0]) in ('etcetera.py', '-'):
+        lines.append("('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)")
+    return '\n'.join(lines)
+
+
+def _parser(argv: Sequence[str]) -> Any:
+    """For these words: only the commands that occur among them, as to make all takes longer than to parse."""
     import argparse
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument('--config', metavar='FILE', help='settings file, instead of $ETC_CONFIG or ~/.etc.yaml')
-    common.add_argument('--url', help='where remote datasets live, instead of $ETC_URL or the settings')
-    common.add_argument('--home', metavar='DIR', help='local store, instead of $ETC_HOME, the settings or ~/.etc')
-    common.add_argument('-q', '--quiet', action='store_true', help='say nothing but errors')
-    common.add_argument('-v', '--verbose', action='store_true', help='say more, with a traceback of an error')
-    parser = argparse.ArgumentParser(prog='etc', parents=[common], description='Share immutable datasets.')
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            mistyped = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+            if mistyped:
+                message = "no command '%s'%s" % (mistyped.group(1), _did_you_mean(mistyped.group(1), _COMMANDS))
+            _complain("%s%s '%s -h' shows how" % (message, '' if message.endswith('?') else ';', self.prog))
+            sys.exit(2)
+
+    def add(parser: Any, flags: Iterable[str], **default: str) -> None:
+        for flag in flags:
+            short, what, more = _FLAGS[flag]
+            parser.add_argument(*filter(None, (short, flag)), help=what, **dict(more, **default))
+
+    parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
+                    epilog="'etc COMMAND -h' tells more of a command.")
+    add(parser, _COMMON, default=argparse.SUPPRESS)
     parser.add_argument('--version', action='version', version='etcetera ' + __version__)
     commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
-
-    def command(name: str, what: str, *options: str) -> Any:
-        added = commands.add_parser(name, parents=[common], help=what, description=what[0].upper() + what[1:] + '.')
-        if '-f' in options:
-            added.add_argument('-f', '--force', action='store_true', help='replace what stands under that name')
-        if '-r' in options:
-            added.add_argument('-r', '--remote', action='store_true', help='in the remote storage')
-        if '--json' in options:
-            added.add_argument('--json', action='store_true', help='as JSON')
-        return added
-
-    ls_ = command('ls', 'list datasets', '-r', '--json')
-    ls_.add_argument('-l', '--long', action='store_true', help='with size, files, digest and when')
-    command('info', 'show what is known of a dataset', '-r', '--json').add_argument('name', metavar='NAME')
-    pull_ = command('pull', 'install remote datasets', '-f')
-    pull_.add_argument('names', metavar='NAME', nargs='+', help='NAME or NAME@sha256:... to insist on these contents')
-    pull_.add_argument('-p', '--partition', action='append', dest='partitions', metavar='PARTITION',
-                       help='only this partition (can be repeated)')
-    command('push', 'share local datasets', '-f').add_argument('names', metavar='NAME', nargs='+')
-    register_ = command('register', 'give a directory a dataset name', '-f')
-    register_.add_argument('words', metavar='DIR [as] [NAME]', nargs='+')
-    register_.add_argument('--copy', action='store_true', help='install a read-only copy instead of a link')
-    create_ = command('create', 'make an empty dataset to fill', '-f')
-    create_.add_argument('name', metavar='NAME')
-    create_.add_argument('partitions', metavar='PARTITION', nargs='*', help='by default: train test')
-    command('verify', 'check installed datasets against their digests').add_argument('names', metavar='NAME', nargs='+')
-    command('purge', 'remove local datasets').add_argument('names', metavar='NAME', nargs='+')
+    wanted = {'-h', '--help'}.isdisjoint(argv) and _COMMANDS.keys() & set(argv)
+    for name, (what, words, flags, _, examples) in _COMMANDS.items():
+        if not wanted or name in wanted:
+            added = commands.add_parser(
+                name, help=what, usage=' '.join(filter(None, ('etc', name, words, '[options]'))),
+                description=what[0].upper() + what[1:] + '.', formatter_class=argparse.RawDescriptionHelpFormatter,
+                epilog='examples:\n' + '\n'.join(('  %-33s  %s' % example).rstrip() for example in examples))
+            for word, more in _WORDS.get(words, ()):
+                added.add_argument(word, **more)
+            add(added, flags)
+            add(added, _COMMON, default=argparse.SUPPRESS)
     return parser
 
 
@@ -4360,39 +4444,62 @@ def _print(text: str = '') -> None:
     print(_encodable(text, sys.stdout))
 
 
+def _ago(when: Optional[str]) -> str:
+    """How long ago, of a time as info() gives it."""
+    if not when:
+        return '-'
+    seconds = time.time() - _timestamp(when)
+    for unit, name in ((31557600, 'year'), (2629800, 'month'), (604800, 'week'), (86400, 'day'), (3600, 'hour'),
+                       (60, 'minute')):
+        if seconds >= unit:
+            return '%d %s%s ago' % (seconds // unit, name, 's' * (seconds >= 2 * unit))
+    return 'just now'
+
+
 def _print_list(items: List[Dict[str, Any]]) -> None:
-    rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if sys.stdout.isatty() else []
+    """In columns; on a terminal with a heading, and with as much of the digests as tells them apart."""
+    people = sys.stdout is not None and sys.stdout.isatty()
+    rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if people and items else []
     for item in items:
-        rows.append((item['name'], _size(item['size']), str('-' if item['files'] is None else item['files']),
-                     item.get('when') or '-', item['digest'] or '-'))
+        files = '-' if item['files'] is None else '{:,}'.format(item['files'])
+        digest = (item['digest'] or '')[:19 if people else None]
+        rows.append((item['name'], _size(item['size']), files, _ago(item['when']), digest or item.get('source') or '-'))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         _print('  '.join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]),
-                          row[3].ljust(widths[3]), row[4]]))
+                          row[3].ljust(widths[3]), _printable(row[4])]))
 
 
 def _print_info(found: Dict[str, Any]) -> None:
-    def line(key: str, value: Any) -> None:
-        _print('%-9s %s' % (key, _printable(str(value))))
+    def line(key: str, value: str) -> None:
+        _print('%-11s %s' % (key, _printable(value)))
+
+    def amount(counted: Dict[str, Any]) -> str:
+        return '{} in {:,} file{}'.format(_size(counted['size']), counted['files'], 's' * (counted['files'] != 1))
 
     line('name', found['name'])
     line('digest', found['digest'] or '- (packed by another tool; pull it to learn more)')
     if found['files'] is not None:
-        line('size', '%s in %d files%s' % (_size(found['size']), found['files'],
-                                           ' (partly installed)' if found.get('partial') else ''))
-    for key, label in (('root', 'root'), ('source', 'from'), ('when', 'when')):
-        if found.get(key):
-            line(label, found[key])
+        line('size', amount(found) + ' (partly installed)' * bool(found.get('partial')))
     if 'archive_size' in found:
         line('archive', _size(found['archive_size']))
-    for name, partition in (found['partitions'] or {}).items():
-        line('partition', '%s: %s in %d files' % (name, _size(partition['size']), partition['files']))
+    for key, label in (('root', 'root'), ('source', 'from')):
+        if found.get(key):
+            line(label, found[key])
+    if found.get('when'):
+        line('when', '%s (%s)' % (_ago(found['when']), found['when']))
+    for number, (name, partition) in enumerate((found['partitions'] or {}).items()):
+        line('' if number else 'partitions', '%s: %s' % (name, amount(partition)))
     if found.get('meta'):
-        line('meta', json.dumps(found['meta'], ensure_ascii=False))
-    if found.get('readme'):
+        meta = json.dumps(found['meta'], ensure_ascii=False)
+        line('meta', meta if len(meta) <= 500 else meta[:500] + ' ...')
+    lines = (found.get('readme') or '').splitlines()
+    if lines:
         _print()
-        for text in found['readme'].splitlines():
-            _print(_printable(text.expandtabs()))
+    for text in lines[:_README_LINES]:
+        _print(_printable(text.expandtabs()))
+    if len(lines) > _README_LINES:
+        _print('... (%d more lines of README.md)' % (len(lines) - _README_LINES))
 
 
 def _meter(what: str) -> _Progress:
@@ -4424,6 +4531,71 @@ def _meter(what: str) -> _Progress:
     return show
 
 
+_COMPLETION = {  # what `etc completion` prints; it asks `etc completion SHELL WORD...` what the last word may become
+    'bash': r'''_etc() {
+    local line=${COMP_LINE:0:COMP_POINT} IFS=$' \t\n' words
+    read -r -a words <<< "$line"
+    [[ $line == *[[:space:]] ]] && words+=('')
+    IFS=$'\n'
+    COMPREPLY=($("${words[0]}" completion bash "${words[@]:1}" 2>/dev/null))
+}
+complete -o default -F _etc etc''',
+    'zsh': r'''#compdef etc
+_etc() {
+    local -a found
+    found=(${(f)"$("${words[1]}" completion zsh "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
+    if (( $#found )); then compadd -a found; else _files; fi
+}
+if [[ ${funcstack[1]} == _etc ]]; then _etc "$@"; else compdef _etc etc; fi''',
+    'fish': r"""function __etc
+    set -l words (commandline -opc)
+    set -l word (commandline -ct)
+    set -l found ($words[1] completion fish $words[2..-1] "$word" 2>/dev/null)
+    if count $found >/dev/null
+        printf '%s\n' $found
+    else
+        __fish_complete_path "$word"
+    end
+end
+complete -c etc -f -a '(__etc)'""",
+}
+
+
+def _completions(words: Sequence[str]) -> List[str]:
+    """What the last of the words after `etc` may become; nothing, where the shell shall offer files."""
+    *before, last = words
+    command = next((word for word in before if word in _COMMANDS), '')
+    place = {flag: value for flag, value in zip(before, before[1:]) if flag in _COMMON[:3]}
+    if before and (before[-1] in place or before[-1] in _COMMON[:3]):
+        known = []  # type: Iterable[str]
+    elif last.startswith('-'):
+        known = (_COMMANDS[command].flags if command else ('--version',)) + _COMMON + ('--help',)
+    elif not command:
+        known = _COMMANDS
+    elif command == 'completion':
+        known = _COMPLETION
+    else:
+        known = _names(_COMMANDS[command].names == 'remote' or bool({'-r', '--remote'} & set(before)), place) \
+            if _COMMANDS[command].names else ()
+    return [word for word in known if word.startswith(last) and word not in before]
+
+
+def _names(remote: bool, place: Dict[str, str]) -> List[str]:
+    """What ls() finds in a short time; nothing, if it fails."""
+    import threading
+    found = []  # type: List[str]
+
+    def look() -> None:
+        with contextlib.suppress(Error):
+            config = Config.load(place.get('--config'), url=place.get('--url'), home=place.get('--home'))
+            found.extend(ls(remote, config))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return found
+
+
 def _run(args: Any, config: Config) -> None:
     """Do what one command says, for one dataset where it takes several."""
     if args.command == 'ls':
@@ -4434,7 +4606,7 @@ def _run(args: Any, config: Config) -> None:
             for name in ls(args.remote, config):
                 _print(name)
     elif args.command == 'info':
-        found = info(args.name, args.remote, config)
+        found = info(args.name, args.remote, config, _meter('reading ' + args.name))
         _print(json.dumps(found, indent=1)) if args.json else _print_info(found)
     elif args.command == 'pull':
         pull(args.name, args.force, args.partitions, config, _meter('pulling ' + args.name))
@@ -4448,23 +4620,44 @@ def _run(args: Any, config: Config) -> None:
         verify(args.name, config, _meter('verifying ' + args.name))
     elif args.command == 'purge':
         purge(args.name, config)
+    elif args.command == 'completion':
+        _print(_COMPLETION[args.shell])
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command `etc`; returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
-    parser = _parser()
+def _arguments(argv: List[str]) -> Any:
+    """The parsed command line; SystemExit after a usage error."""
+    parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
+    parser.prog = ' '.join(filter(None, ('etc', args.command)))
     if rest and getattr(args, 'partitions', None) and not any(word.startswith('-') for word in rest):
         args.partitions += rest  # as in `etc pull NAME -p ONE TWO`
     elif rest:
-        parser.error('unrecognized arguments: ' + ' '.join(rest))
+        odd = next((word for word in rest if word.startswith('-')), rest[0])
+        known = _COMMANDS[args.command].flags if args.command else ()
+        parser.error("'%s' takes no '%s'%s" % (parser.prog, odd, _did_you_mean(odd, known + _COMMON)))
     if not args.command:
-        parser.error('say what to do; etc -h lists the commands')
+        parser.error('say what to do')
     if args.command == 'register':
         words = [word for at, word in enumerate(args.words) if at != 1 or word != 'as' or len(args.words) != 3]
         if len(words) > 2 or words[1:] == ['as']:
             parser.error('register takes DIR, DIR NAME or DIR as NAME')
         args.directory, args.name = (words + [None])[:2]
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command `etc`; returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ['completion'] and len(argv) > 2:
+        for word in _completions(argv[2:]):
+            _print(word)
+        return 0
+    if not argv:
+        print(_overview(), file=sys.stderr)
+        return 2
+    if argv[0] == 'help':
+        argv = argv[1:] + ['-h']
+    args = _arguments(argv)
     verbose = getattr(args, 'verbose', False)
     global _spoken
     _spoken = _DEBUG if verbose else _WARNING if getattr(args, 'quiet', False) else _INFO
