@@ -4410,6 +4410,7 @@ def _parser(argv: Sequence[str]) -> Any:
             mistyped = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
             if mistyped:
                 message = "no command '%s'%s" % (mistyped.group(1), _did_you_mean(mistyped.group(1), _COMMANDS))
+            message = message.replace('the following arguments are required:', "'%s' needs" % self.prog)
             _complain("%s%s '%s -h' shows how" % (message, '' if message.endswith('?') else ';', self.prog))
             sys.exit(2)
 

@@ -5249,6 +5249,213 @@ class Progress(Case):
         self.assertNotRegex(self.etc('pull', 'MNIST')[1], r'[\r\033]')
 
 
+class Mistakes(Case):
+    """What people mistype or mistake, and the one line that each prints."""
+
+    def setUp(self):
+        super().setUp()
+        os.chdir(str(self.tmp))
+        self.addCleanup(os.chdir, str(HERE))
+
+    def test_each_gets_its_line(self):
+        write(self.tmp, {'digits/data/train/1': 'one', 'digits/data/test/2': 'two', 'images/1.png': 'png', 'digits.tgz': 'x',
+                         'my data/data/train/x': 'x', 'typo.yaml': '# mine\nulr: s3://bucket\n', 'toml.yaml': 'url = "s3://b"\n'})
+        self.etc('register', './digits', 'MNIST')
+        self.etc('push', 'MNIST')
+        self.etc('create', 'Mine')
+        here, share = str(self.tmp), self.url
+        no_dataset = "%s is no dataset: it needs a directory 'data' with a directory for each partition"
+        no_name = "'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', the first a letter or digit"
+        for command, status, line in (
+            (['pul', 'MNIST'], 2, "no command 'pul'; did you mean 'pull'? 'etc -h' shows how"),
+            (['frobnicate'], 2, "no command 'frobnicate'; 'etc -h' shows how"),
+            (['pull'], 2, "'etc pull' needs NAME; 'etc pull -h' shows how"),
+            (['pull', 'MNIST', '--forse'], 2, "'etc pull' takes no '--forse'; did you mean '--force'? 'etc pull -h' shows how"),
+            (['ls', 'MNIST'], 2, "'etc ls' takes no 'MNIST'; 'etc ls -h' shows how"),
+            (['register', 'a', 'b', 'c'], 2, "register takes DIR, DIR NAME or DIR as NAME; 'etc register -h' shows how"),
+            (['pull', 'MNITS'], 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
+            (['pull', 'mnist'], 1, "no dataset 'mnist' in %s; did you mean 'MNIST'?" % share),
+            (['pull', 'MNIST.tgz'], 1, "no dataset 'MNIST.tgz' in %s; did you mean 'MNIST'?" % share),
+            (['pull', 'Flowers'], 1, "no dataset 'Flowers' in %s; 'etc ls -r' lists what is there" % share),
+            (['--home', 'two', 'pull', 'MNIST', '-p', 'trian'], 1,
+             "no partition 'trian' in MNIST; it has: test, train; did you mean 'train'?"),
+            (['pull', 's3://bucket/MNIST'], 1, no_name % 's3://bucket/MNIST' + '; a url is given by --url'),
+            (['pull', 'MNIST@sha256:abc'], 1, "'MNIST@sha256:abc' is not NAME@sha256:... with 64 hexadecimal digits"),
+            (['register', 'MNIST', './digits'], 1,
+             "no directory %s/MNIST; the directory comes first: 'etc register ./digits MNIST'" % here),
+            (['register', './digits/data', 'as', 'X'], 1, no_dataset % (here + '/digits/data') + '; %s/digits is one' % here),
+            (['register', './images', 'X'], 1, no_dataset % (here + '/images')),
+            (['register', 'digits.tgz'], 1, '%s/digits.tgz is a file, not a directory; unpack it first' % here),
+            (['register', './my data'], 1, no_name % 'my data'),
+            (['register', './my data', 'MNIST'], 1,
+             "a local dataset 'MNIST' exists already; take another name, or -f (force) to replace it"),
+            (['push', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name"),
+            (['purge', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc ls' lists what there is"),
+            (['verify', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc pull Flowers' would fetch it"),
+            (['info', 'mine'], 1, "no local dataset 'mine'; did you mean 'Mine'?"),
+            (['--url', 'bucket', 'ls', '-r'], 1,
+             "cannot use the url 'bucket'; it must start with file:// or s3:// or gs:// or https:// or http://"),
+            (['--url', 'file://share', 'ls', '-r'], 1, "'file://share' is no absolute path; write file:///path, with three slashes"),
+            (['--url', 'file://%s/no' % here, 'ls', '-r'], 1,
+             'no directory %s/no; check the url, or make it with the first push' % here),
+            (['--config', 'typo.yaml', 'ls'], 1, "%s/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?" % here),
+            (['--config', 'toml.yaml', 'ls'], 1,
+             "%s/toml.yaml:1: not of the form 'key: value' (lists, nesting and indentation are not supported)" % here),
+            (['--config', 'no.yaml', 'ls'], 1, 'no settings file %s/no.yaml; create it, or drop --config and $ETC_CONFIG' % here),
+        ):
+            self.assertEqual(self.etc(*command, status=status), ('', 'etc: %s\n' % line), command)
+        self.assertIn("'etc create' needs NAME", self.etc('create', status=2)[1])
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            self.assertEqual(etc.main(['pull', 'MNIST']), 1)
+        self.assertIn('etc: no url: say where remote datasets live', err.getvalue())
+
+    def test_other_contents(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        self.etc('create', '-f', 'X')
+        self.assertIn("push it under another name, or 'etc push -f X' replaces it", self.etc('push', 'X', status=1)[1])
+        self.assertIn("'etc pull -f X' replaces it", self.etc('pull', 'X', status=1)[1])
+
+    def test_help(self):
+        overview = io.StringIO()
+        with contextlib.redirect_stderr(overview):
+            self.assertEqual(etc.main([]), 2)
+        whole = self.etc('-h')[0]
+        commands = re.findall(r'^    (\w+) +\w', whole, re.M)
+        self.assertEqual(len(commands), 9)
+        for command in commands:
+            shown = self.etc(command, '-h')[0]
+            self.assertEqual(shown, etc._parser([command])._subparsers._group_actions[0].choices[command].format_help())
+            examples = re.findall(r'^  .*?(etc \w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
+            self.assertTrue(examples[0] in overview.getvalue(), (command, examples))
+            for example in examples:
+                words = example.split(' | ')[0].split()[1:]
+                self.assertEqual(etc._arguments(words).command, command)  # they can be typed as they are
+
+    def test_help_as_a_command(self):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), self.assertRaises(SystemExit) as caught:
+            etc.main(['help', 'pull'])
+        self.assertEqual(caught.exception.code, 0)
+        self.assertIn('etc pull MNIST -p test', out.getvalue())
+
+
+class People(Case):
+    def test_lists(self):
+        root = small(self.tmp / 'ds')
+        self.etc('register', root, 'Registered')
+        self.etc('register', '--copy', root, 'C')
+        digest = etc.Dataset(root).digest
+        rows = self.etc('ls', '-l')[0].splitlines()
+        self.assertEqual(rows, ['C           5.04 kB  6  just now  ' + digest, 'Registered        -  -  -         ' + root.as_uri()])
+        listed = json.loads(self.etc('ls', '--json')[0])
+        self.assertEqual([sorted(item) for item in listed],
+                         [['digest', 'files', 'name', 'partial', 'partitions', 'root', 'size', 'source', 'when']] * 2)
+        self.etc('push', 'C')
+        listed = json.loads(self.etc('ls', '-r', '--json')[0])[0]
+        self.assertEqual(sorted(listed), sorted(['archive_size', 'digest', 'files', 'meta', 'name', 'partitions', 'readme',
+                                                 'size', 'when']))
+        when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() - 3 * 86400 - 60))
+        receipt, = (self.tmp / 'home/.etcetera/receipts').glob('C@*')
+        receipt.write_text(json.dumps(dict(json.loads(receipt.read_text()), when=when)))
+        self.assertIn('  3 days ago  ', self.etc('ls', '-l')[0])
+
+    def test_info(self):
+        root = write(self.tmp / 'ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': '\n'.join(map(str, range(50)))})
+        self.etc('register', '--copy', root, 'X')
+        text, readme = self.etc('info', 'X')[0].split('\n\n', 1)
+        lines = [line[:11].strip() + '|' + line[12:] for line in text.splitlines()]
+        self.assertEqual(lines[0], 'name|X')
+        self.assertEqual(lines[1], 'digest|' + etc.Dataset(root).digest)
+        self.assertIn('size|1.64 kB in 3 files', lines)
+        self.assertEqual(lines[-2:], ['partitions|test: 0 B in 1 file', '|train: 1.5 kB in 1 file'])
+        self.assertEqual(readme, '\n'.join(map(str, range(20))) + '\n... (30 more lines of README.md)\n')
+
+
+@needs(os.name == 'posix' and shutil.which('bash'), 'bash is not installed')
+class Bash(Case):
+    """Completion as a user sees it: typed into a shell on a terminal."""
+    shell = ['bash', '--norc', '--noprofile', '-i']
+    load = 'eval "$(etc completion bash)"'
+
+    def setUp(self):
+        super().setUp()
+        bin_ = write(self.tmp / 'bin', {'etc': '#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, SCRIPT)})
+        (bin_ / 'etc').chmod(0o755)
+        os.environ.update(PATH='%s:%s' % (bin_, os.environ['PATH']), ETC_URL=self.url, ETC_HOME=str(self.tmp / 'home'),
+                          TERM='xterm', PS1='ready$ ', XDG_CONFIG_HOME=str(self.tmp), XDG_DATA_HOME=str(self.tmp))
+
+    def type(self, lines):
+        """Each line is sent when the shell shows its prompt."""
+        import fcntl
+        import pty
+        import termios
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(self.shell, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, cwd=str(self.tmp),
+                                   preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(theirs)
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        shown = b''
+        with open(ours, 'r+b', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
+            for line in lines:
+                while b'ready' not in shown:
+                    shown += file.read(4096) or b'ready'
+                shown = b''
+                file.write(line.encode() + b'\n')
+            for _ in iter(lambda: file.read(4096), b''):
+                pass
+        process.wait()
+        guard.cancel()
+
+    def test_typed(self):
+        etc.push(etc.register(small(self.tmp / 'ds'), 'Small', config=self.config('pub')).name, config=self.config('pub'))
+        self.type([self.load, 'etc pul\tSm\t',           # a command, and a remote name
+                   'etc ls --js\t >listed',               # an option
+                   'etc register d\tCopy --c\t',          # a file
+                   'etc purg\tSm\t', 'etc pur\tN\tCo\t',  # local names
+                   'exit'])
+        self.assertEqual([item['name'] for item in json.loads((self.tmp / 'listed').read_text())], ['Small'])
+        self.assertEqual(self.installed(), [])
+
+
+@needs(shutil.which('zsh'), 'zsh is not installed')
+class Zsh(Bash):
+    shell = ['zsh', '-f', '-i']
+    load = 'autoload -Uz compinit; compinit -u; eval "$(etc completion zsh)"'
+
+
+@needs(shutil.which('fish'), 'fish is not installed')
+class Fish(Bash):
+    shell = ['fish', '--no-config', '-i', '-C', 'function fish_prompt; echo "ready> "; end']
+    load = 'etc completion fish | source'
+
+
+class Completion(Case):
+    def words(self, *words):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            self.assertEqual(etc.main(['completion', 'bash'] + list(words)), 0)
+        self.assertEqual(err.getvalue(), '')
+        return out.getvalue().split()
+
+    def test_words(self):
+        home = str(self.tmp / 'home')
+        etc.create('Alpha', config=self.config())
+        etc.create('Beta', config=self.config())
+        self.assertEqual(self.words('pu'), ['push', 'pull', 'purge'])
+        self.assertEqual(self.words('--ver'), ['--version', '--verbose'])
+        self.assertEqual(self.words('pull', '--'), ['--force', '--partition', '--config', '--url', '--home', '--quiet', '--verbose',
+                                                    '--help'])
+        self.assertEqual(self.words('--home', home, 'purge', ''), ['Alpha', 'Beta'])
+        self.assertEqual(self.words('--home', home, 'purge', 'Alpha', ''), ['Beta'])
+        self.assertEqual(self.words('completion', 'z'), ['zsh'])
+        for words in (['--home', ''], ['register', ''], ['pull', ''], ['--url', 'http://127.0.0.1:9', 'pull', ''],
+                      ['--config', '/nowhere', 'push', '']):
+            self.assertEqual(self.words(*words), [], words)
+
+
 class Program(Case):
     def run_(self, *command, **kwargs):
         process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
