@@ -16,7 +16,6 @@ Nothing but the standard library of Python 3.6 or later is needed. `README.md` h
 """
 
 import collections
-import collections.abc
 import contextlib
 import errno
 import functools
@@ -40,7 +39,9 @@ from typing import (
     Generator,
     Iterable,
     Iterator,
+    KeysView,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -347,14 +348,18 @@ class Config:
 
     @classmethod
     def load(cls, path: Optional[_Path] = None, **overrides: Any) -> 'Config':
-        """Read settings from `path`, else $ETC_CONFIG, else ~/.etc.yaml if there is one.
+        """Read settings from `path`, else $ETC_CONFIG, else ~/.etc.yaml (or 0.0.x's ~/.etc.toml) if there is one.
 
         $ETC_URL and $ETC_HOME override the file, and `overrides` that are not None override both.
         Raises ConfigError, which names the file and the line.
         """
         named = path or os.environ.get('ETC_CONFIG')
         homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
-        values = {} if homeless and not named else _read_settings(_expand(named or '~/.etc.yaml'), bool(named))
+        values = {}  # type: Dict[str, Any]
+        if named or not homeless:
+            file = _expand(named or '~/.etc.yaml')
+            old = _expand('~/.etc.toml') if not named and not file.exists() else file
+            values = _read_settings(old if old.exists() else file, bool(named))
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
@@ -413,6 +418,8 @@ def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
         raise ConfigError('%s: not UTF-8 text; save it as UTF-8' % path) from None
     except OSError as e:
         raise ConfigError('%s: cannot be read: %s' % (path, e.strerror)) from None
+    if path.suffix == '.toml':  # a flat one differs but in this from YAML
+        text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
     try:
         found = _parse_yaml_lines(text)
     except _YamlError as e:
@@ -816,10 +823,14 @@ def _digest_segments(root: _Path, only: Optional[Sequence[str]] = None, progress
 # Datasets
 # ---------------------------------------------------------------------------------------
 
-class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
+class Dataset(Mapping[str, Path]):
     """A directory with data/<partition>/...: a read-only mapping of partition names to their pathlib.Path.
 
-    Iteration is sorted. Raises InvalidDataset if `root` is not a dataset's directory.
+        for file in ds['train'].iterdir(): ...      UnknownPartition, a KeyError, if there is no such partition
+
+    root: pathlib.Path of the directory. name: str. meta: what meta.json holds. digest: 'sha256:...'.
+    Iteration is sorted. It can be copied and pickled, as for worker processes, which do not read it anew.
+    Raises InvalidDataset if `root` is not a dataset's directory.
     """
 
     @_public
@@ -843,9 +854,29 @@ class Dataset(collections.abc.Mapping):  # type: ignore[type-arg]
     def __repr__(self) -> str:
         return '<Dataset %s: %s>' % (self.name, ', '.join(self))
 
-    def keys(self) -> 'collections.abc.KeysView[str]':
+    def keys(self) -> KeysView[str]:
         """The partitions' names, as a set that compares and prints like dict's."""
         return dict.fromkeys(self._partitions).keys()
+
+    # what etcetera 0.0.x had besides
+
+    @property
+    def location(self) -> Path:
+        """The same as `root`."""
+        return self.root
+
+    @property
+    def data(self) -> Path:
+        """The directory of the partitions' directories."""
+        return self.root / 'data'
+
+    def file(self, *parts: str) -> Path:
+        """The path of what is in the dataset's directory."""
+        return self.root.joinpath(*parts)
+
+    def partitions(self) -> List[str]:
+        """The same as list(self)."""
+        return list(self)
 
     @property
     @_public
@@ -3896,12 +3927,13 @@ def _unpinned(name: str, pin: str, digest: Optional[str]) -> Corrupt:
 
 @_public
 def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence[str]] = None,
-            config: Optional[Config] = None, progress: _Progress = None) -> Dataset:
+            config: Optional[Config] = None, progress: _Progress = None, auto_pull: bool = False) -> Dataset:
     """The installed dataset `name`; with `auto_install` it is pulled first if need be.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     partitions: those that must be there; None means all.
     progress: as for pull().
+    auto_pull: the name of `auto_install` in etcetera 0.0.x.
     Raises NotFound, UnknownPartition, Corrupt if the digest is another, and other Errors.
     """
     _check_partitions(partitions)
@@ -3910,7 +3942,7 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     home = _Home(config.home)
     installed = home.has(bare)
     missing = _missing(bare, home.receipt(bare), partitions)
-    if auto_install and (not installed or missing):
+    if (auto_install or auto_pull) and (not installed or missing):
         return pull(name, partitions=partitions, config=config, progress=progress)
     if not installed:
         raise _not_installed(home, bare)

@@ -5456,6 +5456,139 @@ class Completion(Case):
             self.assertEqual(self.words(*words), [], words)
 
 
+def paths_of(ds):
+    """What a worker process does with a dataset."""
+    return sorted(str(path) for partition in ds.values() for path in partition.iterdir()), ds.digest, ds.name
+
+
+class Python(Case):
+    def test_copies(self):
+        import copy
+        import pickle
+        ds = etc.register(odd(self.tmp / 'ds', 3), 'X', config=self.config())
+        ds.digest
+        for other in [copy.copy(ds), copy.deepcopy(ds)] + [pickle.loads(pickle.dumps(ds, protocol)) for protocol in range(5)]:
+            self.assertEqual((other, other.name, other.root, other._digest), (ds, 'X', ds.root, ds.digest))
+        self.assertEqual(repr(pickle.loads(pickle.dumps(ds))), '<Dataset X: empty, test, train>')
+        for error in (etc.RemoteError('gone', 404, 'NoSuchKey'), etc.UnknownPartition('no')):
+            other = pickle.loads(pickle.dumps(error))
+            self.assertEqual((type(other), str(other), vars(other)), (type(error), str(error), vars(error)))
+
+    def test_worker_processes(self):
+        import multiprocessing
+        ds = etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
+        expected = paths_of(ds)
+        self.assertEqual(len(expected[0]), 3)
+        for method in multiprocessing.get_all_start_methods():
+            with multiprocessing.get_context(method).Pool(2) as pool:
+                self.assertEqual(pool.map(paths_of, [ds] * 4), [expected] * 4, method)
+
+    def test_logging(self):
+        etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
+        with self.assertLogs('etcetera', 'DEBUG') as logged:
+            digest = etc.push('X', config=self.config())
+        self.assertEqual([record.levelname for record in logged.records], ['INFO', 'DEBUG'])
+        self.assertRegex(logged.records[0].getMessage(), r'\Apushed X to file://.*: 6 files, 5\.04 kB in .* s \(.*B/s\)\Z')
+        self.assertEqual(logged.records[1].getMessage(), 'X@' + digest)
+
+    def test_help(self):
+        import pydoc
+        text = pydoc.render_doc(etc, renderer=pydoc.plaintext)
+        for name in etc.__all__:
+            self.assertRegex(text, r'\b(def |class )?%s\(' % name)
+        self.assertNotRegex(text, r'(?m)^    (class )?_[a-z]')
+
+
+class Before(Case):
+    """What users of etcetera 0.0.x have: its settings, its local store, its calls."""
+
+    def test_settings(self):
+        (self.tmp / '.etc.toml').write_text(
+            '# mine\nurl = "s3://my-bucket"\npublic = true\n  aws_access_key_id="A\\\\x"  # quoted\nendpoint_url = \'http://h:1\'\n')
+        config = etc.Config.load()
+        self.assertEqual((config.url, config.public, config.aws_access_key_id, config.endpoint_url),
+                         ('s3://my-bucket', True, 'A\\x', 'http://h:1'))
+        (self.tmp / '.etc.toml').write_text('url = "s3://b"\n[profile]\n')
+        with self.assertRaisesRegex(etc.ConfigError, r'\.etc\.toml:2: '):
+            etc.Config.load()
+        (self.tmp / '.etc.yaml').write_text('url: s3://newer\n')
+        self.assertEqual(etc.Config.load().url, 's3://newer')
+        (self.tmp / 'other.toml').write_text('url = "s3://other"\n')
+        self.assertEqual(etc.Config.load(self.tmp / 'other.toml').url, 's3://other')
+
+    def test_store_and_calls(self):
+        (self.tmp / '.etc').mkdir()
+        os.symlink(str(small(self.tmp / 'ds')), str(self.tmp / '.etc/Registered'))
+        shutil.copytree(str(self.tmp / 'ds'), str(self.tmp / '.etc/Pulled'))
+        (self.tmp / '.etc.toml').write_text('url = "%s"\n' % self.url)
+        self.assertEqual(list(etc.ls()), ['Pulled', 'Registered'])
+        etc.push('Registered')
+        etc.push('Pulled')
+        self.assertEqual(list(etc.ls(remote=True)), ['Pulled', 'Registered'])
+        etc.purge('Pulled')
+        ds = etc.dataset('Pulled', auto_pull=True)
+        self.assertEqual((ds.location, ds.data, ds.file('data', 'train')), (ds.root, ds.root / 'data', ds['train']))
+        self.assertEqual((ds.partitions(), ds.keys(), dict(ds.items())['test']), (['test', 'train'], {'test', 'train'}, ds['test']))
+        etc.pull('Registered', force=True)
+        self.assertFalse((self.tmp / '.etc/Registered').is_symlink())
+        self.assertTrue((self.tmp / 'ds/data').is_dir())
+
+
+USER = """
+import os
+from pathlib import Path
+from typing import Any, Dict, List
+
+import etcetera as etc
+
+
+def progress(done: int, total: int) -> None:
+    print(done / total)
+
+
+config = etc.Config('file:///tmp/share', home=Path('home'), connections=4)
+ds: etc.Dataset = etc.dataset('X', auto_install=True, partitions=['train'], config=config, progress=progress)
+train: Path = ds['train']
+paths: List[Path] = [path for path in ds.values()]
+names: List[str] = sorted(ds.keys() | {'more'})
+meta: Dict[str, Any] = ds.meta
+digest: str = etc.push('X', force=True, config=config)
+size: int = sum(os.path.getsize(str(path)) for path in train.iterdir())
+try:
+    etc.pull('X', config=etc.Config.load())
+except etc.RemoteError as e:
+    status: int = e.status
+except (etc.NotFound, etc.UnknownPartition) as e:
+    print(str(e))
+"""
+
+
+@needs(importable('mypy'), 'mypy is not installed')
+class Mypy(Case):
+    def check(self, program, python, status):
+        (self.tmp / 'user.py').write_text(program)
+        process = subprocess.Popen([sys.executable, '-m', 'mypy', '--strict', '--python-executable', str(python), '--cache-dir',
+                                    str(self.tmp / 'cache'), 'user.py'], cwd=str(self.tmp), stdout=subprocess.PIPE)
+        out = process.communicate()[0].decode()
+        self.assertEqual(process.returncode, status, out)
+        return out
+
+    def test_a_users_program(self):
+        """Where etcetera is vendored, and where it is installed: there setup.py puts stubs, too."""
+        subprocess.check_call([sys.executable, '-m', 'venv', '--without-pip', str(self.tmp / 'venv')])
+        python = self.tmp / 'venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
+        site = subprocess.check_output([str(python), '-c', 'import site; print(site.getsitepackages()[-1])']).decode().strip()
+        shutil.copy(SCRIPT, site)
+        self.assertIn('import-untyped', self.check(USER, python, 1))
+        os.mkdir(os.path.join(site, 'etcetera-stubs'))
+        shutil.copy(SCRIPT, os.path.join(site, 'etcetera-stubs', '__init__.pyi'))
+        self.check(USER, python, 0)
+        self.assertIn('"Path" has no attribute "nope"', self.check(USER + 'train.nope\n', python, 1))
+        self.assertIn('incompatible type "int"', self.check(USER + 'etc.pull(3)\n', python, 1))
+        shutil.copy(SCRIPT, str(self.tmp))
+        self.check(USER, sys.executable, 0)
+
+
 class Program(Case):
     def run_(self, *command, **kwargs):
         process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
