@@ -2210,17 +2210,17 @@ class _Aws:
 
     def _from_library(self, name: str, command: str) -> _AwsKeys:
         """What asks people, or needs more than the standard library: by botocore, if it is there."""
+        from importlib import import_module  # so that no type checker looks for what need not be there
         source = "the AWS profile '%s'" % name
         try:
-            import botocore.session
-            import botocore.utils
+            session_module, utils = import_module('botocore.session'), import_module('botocore.utils')
         except ImportError:
             raise ConfigError("%s needs more than the standard library; run: pip install boto3, or: %s"
                               % (source, command)) from None
         try:
             if self.library is None:
-                session = botocore.session.Session(profile=name)
-                cache = botocore.utils.JSONFileCache(_expanduser('~/.aws/cli/cache'))  # so it asks once an hour
+                session = session_module.Session(profile=name)
+                cache = utils.JSONFileCache(_expanduser('~/.aws/cli/cache'))  # so it asks once an hour
                 session.get_component('credential_provider').get_provider('assume-role').cache = cache
                 self.library = session.get_credentials()
             found = self.library.get_frozen_credentials()
@@ -2585,15 +2585,15 @@ def _google_metadata_token(scope: str) -> Tuple[Optional[str], float]:
 
 def _google_library_token(path: str, kind: str, scope: str) -> Tuple[Optional[str], float]:
     """Of kinds that need a program, a certificate or what else may come: by Google's library, if it is there."""
+    from importlib import import_module  # as for botocore
     try:
-        import google.auth
-        import google.auth.transport.requests
+        auth, transport = import_module('google.auth'), import_module('google.auth.transport.requests')
     except ImportError:
         raise ConfigError("credentials of type '%s' in %s are beyond etcetera; run: pip install google-cloud-storage"
                           % (_printable(kind), path)) from None
     try:
-        credentials, _ = google.auth.load_credentials_from_file(path, scopes=[scope])  # type: ignore[no-untyped-call]
-        credentials.refresh(google.auth.transport.requests.Request())
+        credentials, _ = auth.load_credentials_from_file(path, scopes=[scope])
+        credentials.refresh(transport.Request())
     except Exception as e:  # it lets out TypeErrors and the like, too
         raise ConfigError('the Google credentials %s cannot be used: %s' % (path, e)) from None
     return credentials.token, 600.0

@@ -5587,6 +5587,7 @@ class Mypy(Case):
         self.assertIn('incompatible type "int"', self.check(USER + 'etc.pull(3)\n', python, 1))
         shutil.copy(SCRIPT, str(self.tmp))
         self.check(USER, sys.executable, 0)
+        self.check(USER, python, 0)  # without the optional libraries
 
 
 class Program(Case):
