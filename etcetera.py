@@ -418,8 +418,9 @@ def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
         raise ConfigError('%s: not UTF-8 text; save it as UTF-8' % path) from None
     except OSError as e:
         raise ConfigError('%s: cannot be read: %s' % (path, e.strerror)) from None
-    if path.suffix == '.toml':  # a flat one differs but in this from YAML
+    if path.suffix == '.toml':  # a flat one differs but in this from YAML; 0.0.x had another name for one key
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
+        text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
     try:
         found = _parse_yaml_lines(text)
     except _YamlError as e:

@@ -5504,8 +5504,11 @@ class Before(Case):
 
     def test_settings(self):
         (self.tmp / '.etc.toml').write_text(
-            '# mine\nurl = "s3://my-bucket"\npublic = true\n  aws_access_key_id="A\\\\x"  # quoted\nendpoint_url = \'http://h:1\'\n')
+            '# mine\nurl = "s3://my-bucket"\npublic = true\n  aws_access_key_id="A\\\\x"  # quoted\nendpoint_url = \'http://h:1\'\n'
+            'aws_access_key_secret = "s"\n')
+        (self.tmp / '.etc.toml').chmod(0o600)
         config = etc.Config.load()
+        self.assertEqual(config.aws_secret_access_key, 's')
         self.assertEqual((config.url, config.public, config.aws_access_key_id, config.endpoint_url),
                          ('s3://my-bucket', True, 'A\\x', 'http://h:1'))
         (self.tmp / '.etc.toml').write_text('url = "s3://b"\n[profile]\n')
