@@ -5577,18 +5577,18 @@ class Mypy(Case):
         return out
 
     def test_a_users_program(self):
-        """Where etcetera is vendored, and where it is installed: there setup.py puts stubs, too."""
+        """Where etcetera is vendored, and where it is installed: there mypy wants to be told to follow it."""
         subprocess.check_call([sys.executable, '-m', 'venv', '--without-pip', str(self.tmp / 'venv')])
         python = self.tmp / 'venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
         site = subprocess.check_output([str(python), '-c', 'import site; print(site.getsitepackages()[-1])']).decode().strip()
         shutil.copy(SCRIPT, site)
         self.assertIn('import-untyped', self.check(USER, python, 1))
-        os.mkdir(os.path.join(site, 'etcetera-stubs'))
-        shutil.copy(SCRIPT, os.path.join(site, 'etcetera-stubs', '__init__.pyi'))
+        write(self.tmp, {'mypy.ini': '[mypy-etcetera]\nfollow_untyped_imports = True\n'})
         self.check(USER, python, 0)
         self.assertIn('"Path" has no attribute "nope"', self.check(USER + 'train.nope\n', python, 1))
         self.assertIn('incompatible type "int"', self.check(USER + 'etc.pull(3)\n', python, 1))
         shutil.copy(SCRIPT, str(self.tmp))
+        (self.tmp / 'mypy.ini').unlink()
         self.check(USER, sys.executable, 0)
         self.check(USER, python, 0)  # without the optional libraries
 
