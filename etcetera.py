@@ -1528,6 +1528,7 @@ class _Stream(io.RawIOBase):
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self.chunks = iter(chunks)
         self.rest = memoryview(b'')
+        self.count = 0  # bytes that have been taken from it
 
     def readable(self) -> bool:
         return True
@@ -1540,12 +1541,13 @@ class _Stream(io.RawIOBase):
             self.rest = memoryview(chunk)
         count = min(len(buffer), len(self.rest))
         buffer[:count] = self.rest[:count]
+        self.count += count
         self.rest = self.rest[count:]
         return count
 
 
-def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any) -> None:
-    """Write what any .tgz holds below `root`, while the one thread of `pool` inflates what comes next."""
+def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any, progress: _Progress, total: int) -> None:
+    """Write what any .tgz of `total` bytes holds below `root`; the one thread of `pool` inflates what comes next."""
     import gzip
     import tarfile
 
@@ -1565,11 +1567,17 @@ def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any) -> None:
                 raise tarfile.ReadError('a name of %d bytes' % found.size)
             return found
 
-    sink = _Sink(root)
+    sink, source, before = _Sink(root), _Stream(chunks), 0
+
+    def came(_: bytes) -> int:
+        nonlocal before
+        more, before = source.count - before, source.count
+        return more
+
     try:
-        plain = gzip.GzipFile(fileobj=io.BufferedReader(_Stream(chunks), _BLOCK))
+        plain = gzip.GzipFile(fileobj=io.BufferedReader(source, _BLOCK))
         with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), 4)) as inflated:
-            rest = itertools.takewhile(len, inflated)
+            rest = itertools.takewhile(len, _watched(inflated, came, progress, total))
             with tarfile.open(fileobj=io.BufferedReader(_Stream(rest), _BLOCK), mode='r|', bufsize=_BLOCK,
                               encoding='utf-8', tarinfo=Strict) as tar:
                 for member in iter(tar.next, None):
@@ -4133,7 +4141,7 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
         with _threads(connections) as io_pool, contextlib.closing(
                 _fetch(store, found, [(0, found.size)], io_pool, connections)) as chunks, _threads(
                 1) as pool, contextlib.closing(store):
-            _unpack_foreign(_watched(chunks, len, progress, found.size), staged, pool)
+            _unpack_foreign(chunks, staged, pool, progress, found.size)
         _validate(staged, "'%s' in %s" % (name, store.url))
         segments = _digest_segments(staged)
         digest = _dataset_digest(segments)
