@@ -1571,8 +1571,8 @@ def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any, progress: _
 
     def came(_: bytes) -> int:
         nonlocal before
-        more, before = source.count - before, source.count
-        return more
+        earlier, before = before, source.count
+        return before - earlier
 
     try:
         plain = gzip.GzipFile(fileobj=io.BufferedReader(source, _BLOCK))
