@@ -3891,7 +3891,7 @@ class FlakyServer(Server):
         method, path, headers = request
         if kind in ('range', 'whole', 'flipped'):
             return method == 'GET' and 'Range' in headers
-        if kind in ('short', 'long', 'cut', 'torn', 'stalled', 'garbage'):
+        if kind in ('short', 'long', 'cut', 'torn', 'stalled', 'garbage', (400, 'RequestTimeout')):  # it is told in a body
             return method != 'HEAD'
         if kind == (200, 'InternalError'):
             return method == 'POST' and 'uploadId' in path
@@ -3905,11 +3905,12 @@ class FlakyServer(Server):
                 self.socket.close()
 
     def paused(self, failures=0):
-        self.pauses += 1
-        if self.socket.fileno() < 0:
-            self.shut_for -= 1
-            if self.shut_for <= 0:
-                self.reopen()
+        with self.lock:  # or others would go on while it is half open
+            self.pauses += 1
+            if self.socket.fileno() < 0:
+                self.shut_for -= 1
+                if self.shut_for <= 0:
+                    self.reopen()
 
     def reopen(self):
         with self.lock:
@@ -3977,7 +3978,7 @@ class Faults(Runs):
     SECRETS = [AKID, SECRET, SECRET[:20], 'AWS4-HMAC', 'Signature', 'session/token', 'ya29.token', 'Bearer', 'refresh-secret']
     MENDED = ['refused', 'reset', 'silence', 'lost', 'cut', 'torn', 'stalled', 'long'] + [
         (408, ''), (429, 'SlowDown'), (500, 'InternalError'), (502, ''), (503, 'SlowDown'), (503, 'ServiceUnavailable'), (504, '')]
-    ENDED = ['short', 'garbage', 'range', 'whole', 'flipped', 'headless', (200, 'InternalError'), (400, 'RequestTimeout'), (400, 'InvalidRequest'),
+    ENDED = ['short', 'garbage', 'range', 'whole', 'flipped', 'headless', (400, 'InvalidRequest'),
              (401, ''), (403, 'AccessDenied'), (404, 'NoSuchKey'), (409, 'OperationAborted'), (410, 'Gone'), (412, ''), (416, ''), (501, '')]
 
     def setUp(self):
@@ -4199,6 +4200,7 @@ class S3Faults(Faults, S3Case):
     class handler(Flaky, S3Handler):
         pass
     pulls, pushes, lists, tries_of_delete = 50, 30, 16, 5
+    MENDED = Faults.MENDED + [(200, 'InternalError'), (400, 'RequestTimeout')]
 
     def setUp(self):
         super().setUp()
@@ -5951,6 +5953,18 @@ class JsonTarget(Target):
                     etc._google_token(info, store.http, 'scope', 'file')
 
 
+class HtmlTarget(Target):
+    """Indexes of web servers."""
+
+    seeds = [b'<html><body><pre><a href="X.tgz">X</a> <A HREF=/x/Y.tgz><a href="../Z.tgz"><a href="http://h/x/W%2etgz?q#f">',
+             b'<!-- <a href="V.tgz">',
+             b'<![CDATA[ <a href="X.tgz"> ]]><script><a href="X.tgz"></script><?x ?><a href="&#88;.tgz" href>', b'<a href="http://[x/X.tgz">' * 3]
+
+    def read(self, data):
+        for name in etc._linked('http://h/x/', data):
+            assert etc._is_name(name), name
+
+
 class AwsTarget(Target):
     """Settings and credentials files of AWS."""
 
@@ -5972,7 +5986,7 @@ class AwsTarget(Target):
 
 
 TARGETS = {'archive': ArchiveTarget, 'tgz': TgzTarget, 'index': IndexTarget, 'yaml': YamlTarget, 'xml': XmlTarget, 'headers': HeadersTarget,
-           'json': JsonTarget, 'aws': AwsTarget}
+           'json': JsonTarget, 'html': HtmlTarget, 'aws': AwsTarget}
 
 
 def mutated(rng, seeds):
@@ -6046,7 +6060,7 @@ def fuzz(seconds=60.0, target=None):
 class Fuzzing(Case):
     def test_targets(self):
         for name, inputs in (('archive', 60), ('tgz', 60), ('index', 4000), ('yaml', 3000), ('xml', 800), ('headers', 1500), ('json', 800),
-                             ('aws', 700)):
+                             ('html', 800), ('aws', 700)):
             run = TARGETS[name](write(self.tmp / name, {'.': None}))
             for seed in run.seeds:
                 run(seed)
