@@ -3777,7 +3777,7 @@ class Flaky:
 
     GARBAGE = [b'', b'<', b'[]', b'null', b'"x"', b'{"items": 5}', b'\xff\xfe' * 99, b'<html><body>Welcome to our hotel</body></html>',
                b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;">]><ListBucketResult>&b;</ListBucketResult>',
-               b'<ListBucketResult><Contents>', b'<Error/>', b'{"' * 5000, b'[' * 200000, b'{"access_token": ' + b'1' * 100000 + b'}']
+               b'<ListBucketResult><Contents>', b'<Error/>', b'{"' * 5000, b'[' * 200000, b'[' + b'1' * 100000 + b']']
 
     def handle_one(self):
         server, self.damage = self.server, None
