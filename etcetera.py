@@ -3556,6 +3556,11 @@ class _Home:
                 with contextlib.suppress(OSError):
                     os.rename(str(outer), str(self._scratch(name, pid=0)))
             raise
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise Error("%s: %s; free some space there, or set 'home' to a place that has more"
+                            % (e.strerror, self.root)) from e
+            raise
         finally:
             _remove(outer)
 
