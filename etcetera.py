@@ -3393,8 +3393,8 @@ def _open_remote(config: Config) -> _Remote:
     return kind(config)
 
 
-def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, int]]:
-    """Cut spans (start, stop) to pieces of at most `step` bytes, after joining those that touch."""
+def _ranges(spans: Iterable[Tuple[int, int]], step: Callable[[], int]) -> Iterator[Tuple[int, int]]:
+    """Cut spans (start, stop) to pieces of at most `step()` bytes, after joining those that touch."""
     joined = []  # type: List[List[int]]
     for start, stop in spans:
         if joined and joined[-1][1] == start:
@@ -3402,8 +3402,10 @@ def _ranges(spans: Iterable[Tuple[int, int]], step: int) -> Iterator[Tuple[int, 
         else:
             joined.append([start, stop])
     for start, stop in joined:
-        for at in range(start, stop, step):
-            yield at, min(at + step, stop)
+        while start < stop:
+            end = min(start + step(), stop)
+            yield start, end
+            start = end
 
 
 def _read(remote: _Remote, found: _Object, start: int, stop: int) -> bytes:
@@ -3417,10 +3419,24 @@ def _read(remote: _Remote, found: _Object, start: int, stop: int) -> bytes:
 
 def _fetch(remote: _Remote, found: _Object, spans: Sequence[Tuple[int, int]], pool: Any, connections: int,
            ) -> Generator[bytes, None, None]:
-    """The bytes of some spans of an object, one after the other, fetched in parallel."""
-    step = max(1 << 20, min(_RANGE, sum(stop - start for start, stop in spans) // (2 * connections)))
-    ahead = min(2 * connections, max(connections, _IN_FLIGHT // step))  # so that no connection waits for a consumer
-    return _ordered(pool, lambda span: _read(remote, found, *span), _ranges(spans, step), ahead)
+    """The bytes of some spans of an object, one after the other, fetched in parallel.
+
+    Ranges begin small and grow while they come fast: on slow connections long ones would make for little progress to
+    see, and for much to be lost.
+    """
+    longest = max(1 << 20, min(_RANGE, sum(stop - start for start, stop in spans) // (2 * connections)))
+    ahead = min(2 * connections, max(connections, _IN_FLIGHT // longest))  # so that none waits for the consumer
+    step = 1 << 20
+
+    def read(span: Tuple[int, int]) -> bytes:
+        nonlocal step
+        begin = time.monotonic()
+        data = _read(remote, found, *span)
+        if time.monotonic() - begin < 0.25:
+            step = min(max(step, 2 * (span[1] - span[0])), longest)
+        return data
+
+    return _ordered(pool, read, _ranges(spans, lambda: step), ahead)
 
 
 def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
