@@ -2211,8 +2211,9 @@ class _Aws:
                     role = reply.body.decode('ascii', 'replace').strip()
                     if reply.status == 200 and re.match(r'[\w+=,.@-]+\Z', role):
                         reply = http.request('GET', path + role, headers, limit=65536, tries=1)
-                        if _json_object(reply).get('AccessKeyId'):
-                            return _aws_temporary(_json_object(reply), "the instance's role '%s'" % role)
+                        answer = _json_object(reply)
+                        if answer.get('AccessKeyId'):
+                            return _aws_temporary(answer, "the instance's role '%s'" % role)
             except RemoteError as e:
                 _say('no instance metadata: %s', e, level=_DEBUG)
         return None
@@ -2903,10 +2904,7 @@ class _S3Remote:
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version; RemoteError if it was replaced. Some stores ignore If-Match, so compare, too."""
-        headers = {'Range': 'bytes=%d-%d' % (start, stop - 1)}
-        if found.version.startswith('"'):
-            headers['If-Match'] = found.version
-        reply = self._request('GET', self._key(found.name), headers=headers, accept=[404, 412, 416],
+        reply = self._request('GET', self._key(found.name), headers=_pinned(found, start, stop), accept=[404, 412, 416],
                               limit=stop - start + 65536)
         if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
             raise _replaced(self, found)
@@ -3018,7 +3016,7 @@ class _GsRemote:
 
     def _error(self, reply: _Reply, authorized: bool) -> RemoteError:
         try:
-            message = str(json.loads(reply.body.decode('utf-8'))['error']['message'])
+            message = str(_json_object(reply)['error']['message'])
         except (ValueError, KeyError, TypeError):
             message = reply.body[:300].decode('utf-8', 'replace') or 'no explanation'
         hint = 'check the url'
@@ -3252,11 +3250,9 @@ class _HttpRemote:
     def read(self, found: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version; RemoteError if it was replaced."""
         if found not in self.whole:
-            headers = {'Range': 'bytes=%d-%d' % (start, stop - 1)}
-            if found.version.startswith('"'):
-                headers['If-Match'] = found.version
             try:
-                reply = self._request('GET', self._address(found.name), headers, [404, 412, 416], stop - start + 65536)
+                reply = self._request('GET', self._address(found.name), _pinned(found, start, stop), [404, 412, 416],
+                                      stop - start + 65536)
                 if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
                     raise _replaced(self, found)
                 if reply.status != 200 or 'Content-Range' in reply.headers or len(reply.body) != found.size:
@@ -3356,6 +3352,14 @@ def _version(etag: Optional[str], modified: float) -> str:
 
 def _reply_version(reply: _Reply) -> str:
     return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
+
+
+def _pinned(found: _Object, start: int, stop: int) -> Dict[str, str]:
+    """The headers that ask for a range of this very version (RFC 7232, 3.1: only a strong ETag will do)."""
+    headers = {'Range': 'bytes=%d-%d' % (start, stop - 1)}
+    if found.version.startswith('"'):
+        headers['If-Match'] = found.version
+    return headers
 
 
 def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
