@@ -460,7 +460,7 @@ def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead
     pending = collections.deque()  # type: Any
     try:
         for item in items:
-            while len(pending) >= ahead or pending and pending[0].done():
+            while len(pending) >= ahead or len(pending) > ahead // 2 and pending[0].done():
                 yield pending.popleft().result()
             pending.append(pool.submit(function, item))
         while pending:
