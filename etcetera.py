@@ -690,8 +690,8 @@ def _ustar_frame(kind: bytes, mode: int, link: bytes, mtime: int) -> Tuple[bytes
 def _ustar(name: bytes, kind: bytes, mode: int, size: int, link: bytes = b'', mtime: int = _MTIME) -> bytes:
     before, after, end, fixed = _ustar_frame(kind, mode, link, mtime)
     digits = b'%011o' % size
-    checksum = b'%06o\x00 ' % (fixed + sum(name) + sum(digits))
-    return b''.join((name.ljust(100, b'\0'), before, digits, after, checksum, end))
+    total = zlib.adler32(digits, zlib.adler32(name)) & 0xffff  # the sum of so few bytes, and 1 (RFC 1950, 8.2), fast
+    return b''.join((name.ljust(100, b'\0'), before, digits, after, b'%06o\x00 ' % (fixed + total - 1), end))
 
 
 def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
@@ -1290,6 +1290,7 @@ class _Extractor:
         at, end = 0, len(data)
         while at < end:
             if not self.left:
+                at = self.siblings(data, view, at)
                 header = self.header(data, at)
                 if not header:
                     break
@@ -1314,6 +1315,40 @@ class _Extractor:
                 if data[stop:at] != _ZEROS[:at - stop]:
                     raise self.odd()
         return large
+
+    def siblings(self, data: bytes, view: Any, at: int) -> int:
+        """Write the small files at `at` that differ from the last entry only in their names and sizes; what follows.
+
+        For them it does what entry() and sink.put() do for all, in half the time.
+        """
+        parent, own, mode, most = self.parent + '/', self.own, 0o755 if self.executable else 0o644, len(data) - 1024
+        if not self.directories or self.segment.path == '.' or self.sink.twin or os.sep != '/' \
+                or parent.count('/') >= _DEPTH:
+            return at
+        place, start, left = self.sink.path(self.parent) + '/', len(parent), self.segment.size - self.size
+        while at <= most:
+            raw = data[at:at + 100].rstrip(b'\0')
+            try:
+                name, size = raw.decode('ascii'), int(data[at + 124:at + 135], 8)
+                before, own = own, name[start:]
+                begin, end = at + 512, at + 512 + size
+                if not (0 < size < _LARGE and end <= most and size <= left and own > before and own[0] != '.'
+                        and '/' not in own and name.startswith(parent) and data.startswith(_ZEROS[:-size % 512], end)
+                        and data.startswith(_ustar(raw, _FILE, mode, size), at)):
+                    break
+                file = os.open(place + own, _CREATE, mode & 0o555)
+            except (ValueError, OSError):  # which entry() explains
+                break
+            try:
+                _write(file, view[begin:end])
+            finally:
+                os.close(file)
+            self.path, self.own = name, own
+            self.files += 1
+            left -= size
+            at = end + -size % 512
+        self.size = self.segment.size - left
+        return at
 
     def header(self, data: bytes, at: int) -> bytes:
         """The header at `at`; nothing, if it goes on in the next block."""

@@ -1249,6 +1249,41 @@ class Hostile(Case):
             self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
             self.assertEqual(self.installed(), [])
 
+    def test_small_files_in_a_row(self):
+        top = etc._header('data/train/', b'5', 0o755, 0, '')
+
+        def entry(name, mode=0o644, data=b'hi', **fields):
+            """A file's header, with other bytes in some fields, and its data."""
+            info = tarfile.TarInfo('data/train/' + name)
+            info.mode, info.size, info.mtime = mode, len(data), 315532800
+            head = bytearray(info.tobuf(tarfile.USTAR_FORMAT, 'utf-8', 'surrogateescape'))
+            head[329:345] = bytes(16)  # as Python 3.9 and later have it
+            for start, value in fields.items():
+                head[int(start[1:]):int(start[1:]) + len(value)] = value
+            if '_148' not in fields:
+                head[148:156] = b'%06o\0 ' % (sum(head[:148]) + 8 * 32 + sum(head[156:]))
+            return bytes(head) + data.ljust(512, b'\0')
+
+        around = [entry('a'), entry('b'), entry('x', data=b'x'), entry('z')]
+        for good in ([], [entry('m')], [entry('m', 0o755)], [entry('.m'), entry('c')], [entry('m', data=bytes(512))]):
+            row = b''.join(sorted(around + good))
+            self.pull_indexed(self.indexed(top + row, files=4 + len(good), size=7 + sum(
+                512 if m.endswith(bytes(512)) else 2 for m in good)), status=0)
+            self.etc('verify', 'X')
+            self.etc('purge', 'X')
+        for bad in (entry('b'), entry('am'), entry('m', 0o600), entry('m', 0o4755), entry('../m'), entry('..'), entry('m/n'),
+                    entry('m\u00e9'), entry('m', _11=b'm\0n'), entry('m', _99=b'm'), entry('m', _0=b'/'), entry('m', _5=b'T'),
+                    entry('m', _10=b'-'), entry('m', _11=b'\0'), entry('m', _108=b'0000001'), entry('m', _116=b'0000001'),
+                    entry('m', _124=b'00000000003'), entry('m', _124=b'00000000001'), entry('m', _124=b'         2\0 '),
+                    entry('m', _124=b'0000000_002'), entry('m', _124=b'00000000009'), entry('m', _124=b'-0000000002'),
+                    entry('m', _124=b'00000010002'), entry('m', _136=b'1'), entry('m', _148=b'000000\0 '), entry('m', _156=b'1'),
+                    entry('m', _156=b'\0'), entry('m', _157=b'a'), entry('m', _257=b'ustar  '), entry('m', _265=b'root'),
+                    entry('m', _345=b'p'), entry('m', _511=b'p'), bytes(1024), noise(1024)):
+            self.pull_indexed(self.indexed(top + b''.join(around[:2] + [bad] + around[2:]), files=5, size=9))
+        bad = b''.join(around[:2] + [entry('m')[:512] + b'hi'.ljust(512, b'p')] + around[2:])
+        self.pull_indexed(self.indexed(top + bad, files=5, size=9))
+        self.pull_indexed(self.indexed(top + b''.join(around), files=4, size=3))  # more bytes than the index says
+
     def test_blocks_that_lie(self):
         top = etc._header('data/train/', b'5', 0o755, 0, '')
         good = self.indexed(top, files=0)
