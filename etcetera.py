@@ -4520,17 +4520,20 @@ def _parser(argv: Sequence[str]) -> Any:
             short, what, more = _FLAGS[flag]
             parser.add_argument(*filter(None, (short, flag)), help=what, **dict(more, **default))
 
+    helps = not {'-h', '--help'}.isdisjoint(argv)
+    # without a width, even where no help is to be shown, it would load modules to ask how wide the terminal is
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if helps else 80)  # type: Any
     parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
-                    epilog="'etc COMMAND -h' tells more of a command.")
+                    epilog="'etc COMMAND -h' tells more of a command.", formatter_class=formatter)
     add(parser, _COMMON, default=argparse.SUPPRESS)
     parser.add_argument('--version', action='version', version='etcetera ' + __version__)
     commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
-    wanted = {'-h', '--help'}.isdisjoint(argv) and _COMMANDS.keys() & set(argv)
+    wanted = not helps and _COMMANDS.keys() & set(argv)
     for name, (what, words, flags, _, examples) in _COMMANDS.items():
         if not wanted or name in wanted:
             added = commands.add_parser(
                 name, help=what, usage=' '.join(filter(None, ('etc', name, words, '[options]'))),
-                description=what[0].upper() + what[1:] + '.', formatter_class=argparse.RawDescriptionHelpFormatter,
+                description=what[0].upper() + what[1:] + '.', formatter_class=formatter,
                 epilog='examples:\n' + '\n'.join(('  %-33s  %s' % example).rstrip() for example in examples))
             for word, more in _WORDS.get(words, ()):
                 added.add_argument(word, **more)
