@@ -492,6 +492,7 @@ def _watched(items: Iterable[_T], size: Callable[[_T], int], progress: _Progress
 
 _BLOCK = 1 << 20  # bytes of tar that one gzip member holds
 _KEPT_ENTRIES = 100000
+_MANY = 32  # files in a block, if it is better read by one thread
 _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
 _DEPTH = 256  # levels of directories that a dataset may have
@@ -658,16 +659,17 @@ def _survey(root: _Path) -> Tuple[_Listing, int, int]:
     twice, unless they are so many that memory would tell.
     """
     kept = []  # type: List[Tuple[_Segment, List[_Entry]]]
-    count, size, limit = 0, 0, 1 << 20
+    count, names, size = 0, 0, 0
     for segment, entries in _segments(root):
-        kept.append((segment, []))
-        limit += 1 << 12
+        own = []  # type: List[_Entry]
+        kept.append((segment, own))
         for entry in entries:
             count += 1
+            names += len(entry.name)
             size += entry.size
-            limit += 4096 + len(entry.name) + entry.size
             if count <= _KEPT_ENTRIES:
-                kept[-1][1].append(entry)
+                own.append(entry)
+    limit = (1 << 20) + 4096 * (len(kept) + count) + names + size
     return kept if count <= _KEPT_ENTRIES else _segments(root), size, limit + limit // 1000
 
 
@@ -716,43 +718,45 @@ def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
     return block
 
 
-_Piece = Tuple[Any, int, int]  # what to take, from where to where: of bytes, or of the file of an _Entry
+_Piece = Tuple[bytes, Optional[_Entry], int, int]  # bytes, and what follows them: of a file, from where to where
 _Pieces = Tuple[_Segment, List[_Piece]]  # a block whose files are still to be read
 
 
-def _pieces(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[_Piece]:
-    """The segment's tar stream."""
+def _heads(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[Tuple[bytes, Optional[_Entry], int]]:
+    """The segment's tar stream: what goes before each file, the file and its size."""
     padding = b''
     for entry in entries:
         name, kind, mode, size, link, _ = entry
-        head = padding + _header(name, kind, mode, size, link)
-        yield head, 0, len(head)
-        padding = b''
+        yield padding + _header(name, kind, mode, size, link), entry, size
+        padding = _ZEROS[:-size % 512]
         segment.files += kind != _DIRECTORY
-        if size:
-            segment.size += size
-            yield entry, 0, size
-            padding = _ZEROS[:-size % 512]
-    yield padding, 0, len(padding)
+        segment.size += size
+    yield padding, None, 0
 
 
 def _blocks(segments: _Listing) -> Iterator[_Pieces]:
     """The dataset's tar stream, cut into blocks."""
     for segment, entries in segments:
         block, room = [], _BLOCK  # type: List[_Piece], int
-        for source, start, stop in _pieces(segment, entries):
-            while stop - start > room:
-                block.append((source, start, start + room))
+        for head, entry, size in _heads(segment, entries):
+            start = 0
+            while len(head) + size - start > room:
+                stop = start + max(0, room - len(head))
+                block.append((head[:room], entry, start, stop))
                 yield segment, block
-                block, start, room = [], start + room, _BLOCK
-            block.append((source, start, stop))
-            room -= stop - start
+                head, start, block, room = head[room:], stop, [], _BLOCK
+            block.append((head, entry, start, size))
+            room -= len(head) + size - start
         yield segment, block
 
 
 def _load(block: Iterable[_Piece]) -> bytes:
-    return b''.join([source[start:stop] if type(source) is bytes else _read_file(source, start, stop)
-                     for source, start, stop in block if start < stop])
+    found = []
+    for head, entry, start, stop in block:
+        found.append(head)
+        if entry and start < stop:
+            found.append(_read_file(entry, start, stop))
+    return b''.join(found)
 
 
 def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
@@ -778,7 +782,7 @@ def _sha256(data: bytes = b'') -> Any:
 
 
 def _file_bytes(block: _Pieces) -> int:
-    return sum([stop - start for source, start, stop in block[1] if type(source) is not bytes])
+    return sum([stop - start for _, _, start, stop in block[1]])
 
 
 def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any, progress: _Progress = None, total: int = 0,
@@ -792,9 +796,18 @@ def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any, progress
         payload = _load(pieces)
         return segment, _sha256(payload).digest(), work(payload)
 
+    def blocks() -> Iterator[_Pieces]:
+        fast = True
+        for segment, pieces in _watched(_blocks(listing), _file_bytes, progress, total):
+            if fast and len(pieces) > _MANY:  # threads that open many files would mostly wait for each other
+                begin = time.monotonic()
+                payload = _load(pieces)
+                fast = time.monotonic() - begin < 4e-5 * len(pieces)  # or they had better wait for the disk together
+                pieces = [(payload, None, 0, 0)]
+            yield segment, pieces
+
     current, digests = None, _sha256()
-    blocks = _watched(_blocks(listing), _file_bytes, progress, total)
-    for segment, digest, result in _ordered(pool, task, blocks, 2 * _cores()):
+    for segment, digest, result in _ordered(pool, task, blocks(), 2 * _cores()):
         if segment is not current:
             current, digests = segment, _sha256()
         digests.update(digest)
