@@ -727,10 +727,10 @@ def _heads(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[Tuple[bytes
     padding = b''
     for entry in entries:
         name, kind, mode, size, link, _ = entry
-        yield padding + _header(name, kind, mode, size, link), entry, size
-        padding = _ZEROS[:-size % 512]
         segment.files += kind != _DIRECTORY
         segment.size += size
+        yield padding + _header(name, kind, mode, size, link), entry, size
+        padding = _ZEROS[:-size % 512]
     yield padding, None, 0
 
 

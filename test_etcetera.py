@@ -5363,7 +5363,7 @@ class Mistakes(Case):
         self.assertEqual(len(commands), 9)
         for command in commands:
             shown = self.etc(command, '-h')[0]
-            self.assertEqual(shown, etc._parser([command])._subparsers._group_actions[0].choices[command].format_help())
+            self.assertEqual(shown, etc._parser([command, '-h'])._subparsers._group_actions[0].choices[command].format_help())
             examples = re.findall(r'^  .*?(etc \w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
             self.assertTrue(examples[0] in overview.getvalue(), (command, examples))
             for example in examples:
