@@ -454,13 +454,16 @@ def _threads(count: int) -> Any:
     return ThreadPoolExecutor(count)
 
 
-def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int,
+def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int, keep: int = 0,
              ) -> Generator[_R, None, None]:
-    """Yield function(item) for every item, in order, while up to `ahead` of them are under way."""
+    """Yield function(item) for every item, in order, while up to `ahead` of them are under way.
+
+    keep: of those that are done, so many may wait for the next item, so that the pool has work while a result is used.
+    """
     pending = collections.deque()  # type: Any
     try:
         for item in items:
-            while len(pending) >= ahead or len(pending) > ahead // 2 and pending[0].done():
+            while len(pending) >= ahead or len(pending) > keep and pending[0].done():
                 yield pending.popleft().result()
             pending.append(pool.submit(function, item))
         while pending:
@@ -807,7 +810,7 @@ def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any, progress
             yield segment, pieces
 
     current, digests = None, _sha256()
-    for segment, digest, result in _ordered(pool, task, blocks(), 2 * _cores()):
+    for segment, digest, result in _ordered(pool, task, blocks(), 2 * _cores(), _cores()):
         if segment is not current:
             current, digests = segment, _sha256()
         digests.update(digest)
@@ -1502,7 +1505,7 @@ def _unpack(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]], p
         payload = _inflate(body)
         return segment, _HEADER + len(body), payload, _sha256(payload).digest()
 
-    return _ordered(pool, task, _cut(chunks, segments), 2 * _cores())
+    return _ordered(pool, task, _cut(chunks, segments), 2 * _cores(), _cores())
 
 
 def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = None) -> None:
