@@ -458,7 +458,8 @@ def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead
              ) -> Generator[_R, None, None]:
     """Yield function(item) for every item, in order, while up to `ahead` of them are under way.
 
-    keep: of those that are done, so many may wait for the next item, so that the pool has work while a result is used.
+    keep: so many that are done may wait for the next item, so that the pool has work while a result is used; but a
+        break of the network, or a kill, loses what waits.
     """
     pending = collections.deque()  # type: Any
     try:
@@ -668,11 +669,11 @@ def _survey(root: _Path) -> Tuple[_Listing, int, int]:
         kept.append((segment, own))
         for entry in entries:
             count += 1
-            names += len(entry.name)
+            names += len(entry.name) + len(entry.link)
             size += entry.size
             if count <= _KEPT_ENTRIES:
                 own.append(entry)
-    limit = (1 << 20) + 4096 * (len(kept) + count) + names + size
+    limit = (1 << 20) + 4096 * (len(kept) + count) + 4 * names + size
     return kept if count <= _KEPT_ENTRIES else _segments(root), size, limit + limit // 1000
 
 
@@ -1505,7 +1506,7 @@ def _unpack(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]], p
         payload = _inflate(body)
         return segment, _HEADER + len(body), payload, _sha256(payload).digest()
 
-    return _ordered(pool, task, _cut(chunks, segments), 2 * _cores(), _cores())
+    return _ordered(pool, task, _cut(chunks, segments), 2 * _cores(), 1)
 
 
 def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = None) -> None:
@@ -4536,7 +4537,7 @@ def _parser(argv: Sequence[str]) -> Any:
             short, what, more = _FLAGS[flag]
             parser.add_argument(*filter(None, (short, flag)), help=what, **dict(more, **default))
 
-    helps = not {'-h', '--help'}.isdisjoint(argv)
+    helps = any(re.match('-[a-z]*h|--he', word) for word in argv)
     # without a width, even where no help is to be shown, it would load modules to ask how wide the terminal is
     formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if helps else 80)  # type: Any
     parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',

@@ -4459,7 +4459,7 @@ class Install(S3Case):
         self.etc('pull', 'X')
         self.assertEqual(self.leftovers(), [])
 
-    def broken_off(self, share, end=lambda process: process.kill()):
+    def broken_off(self, share, end=lambda process: process.kill(), cores=None):
         """Break a pull off when a share of the data has come; gives a function that pulls, and counts the bytes."""
         stuck, go_on = threading.Event(), threading.Event()
         self.addCleanup(go_on.set)
@@ -4472,7 +4472,9 @@ class Install(S3Case):
                 return go_on.wait(30)
         self.server.fault = fault
         self.settings['connections'] = 10
-        process = self.spawn_with_settings('pull', 'X')
+        code = ('import os, runpy, sys; os.sched_getaffinity = lambda pid: range(%s); sys.argv = sys.argv[1:]; '
+                'runpy.run_path(sys.argv[0], run_name="__main__")' % cores)
+        process = self.spawn_with_settings('pull', 'X', python=('-c', code) if cores else ())
         self.assertTrue(stuck.wait(20))
         self.wait_for_journal(share * size - 8 * MIB)
         end(process)
@@ -4483,9 +4485,9 @@ class Install(S3Case):
         before = self.server.sent
         return lambda: (self.etc('pull', 'X'), self.server.sent - before)[1] / size
 
-    def spawn_with_settings(self, *args):
+    def spawn_with_settings(self, *args, **kwargs):
         self.etc('ls')  # writes the settings
-        return self.spawn('--config', self.tmp / 'settings.yaml', *args)
+        return self.spawn('--config', self.tmp / 'settings.yaml', *args, **kwargs)
 
     def wait_for_journal(self, size):
         """Until a pull has written so much of its archive."""
@@ -4511,8 +4513,8 @@ class Install(S3Case):
     @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
     def test_resume(self):
         self.large()
-        for share in (0.5, 0.9):
-            rest = self.broken_off(share)
+        for share, cores in ((0.5, None), (0.9, None), (0.7, 16)):
+            rest = self.broken_off(share, cores=cores)
             self.assertLess(rest(), 1.25 - share)  # what is under way is lost
             self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
             self.etc('verify', 'X')
