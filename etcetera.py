@@ -357,9 +357,9 @@ class Config:
         homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
         values = {}  # type: Dict[str, Any]
         if named or not homeless:
-            file = _expand(named or '~/.etc.yaml')
-            old = _expand('~/.etc.toml') if not named and not file.exists() else file
-            values = _read_settings(old if old.exists() else file, bool(named))
+            file, old = _expand(named or '~/.etc.yaml'), _expand(named or '~/.etc.toml')
+            exists = [os.path.exists(str(path)) for path in (file, old)]  # Path.exists() may raise
+            values = _read_settings(old if exists == [False, True] else file, bool(named))
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]

@@ -5344,6 +5344,7 @@ class Mistakes(Case):
         ):
             self.assertEqual(self.etc(*command, status=status), ('', 'etc: %s\n' % line), command)
         self.assertIn("'etc create' needs NAME", self.etc('create', status=2)[1])
+        self.assertIn('n: cannot be read: ' if os.name == 'posix' else 'etc: ', self.etc('--config', 'n' * 300, 'ls', status=1)[1])
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
             self.assertEqual(etc.main(['pull', 'MNIST']), 1)
