@@ -5358,6 +5358,7 @@ class Mistakes(Case):
         self.assertIn("'etc pull -f X' replaces it", self.etc('pull', 'X', status=1)[1])
 
     def test_help(self):
+        os.environ['COLUMNS'] = '82'  # argparse leaves two of them empty
         overview = io.StringIO()
         with contextlib.redirect_stderr(overview):
             self.assertEqual(etc.main([]), 2)
