@@ -2676,6 +2676,10 @@ class _Taken(Exception):
     """An object of that name exists, and was to be written only if absent."""
 
 
+class _Unlisted(RemoteError):
+    """The server gives objects by name, but shows no list of them."""
+
+
 def _bucket_and_prefix(url: str) -> Tuple[str, str]:
     """('bucket', 'pre/fix/') of s3://bucket/pre/fix; the prefix may be empty."""
     match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', url)
@@ -3283,8 +3287,8 @@ class _HttpRemote:
         for address, prefix in ((site, path), (site + _quote(bucket), rest)):  # the bucket may be in the host's name
             with contextlib.suppress(RemoteError):
                 return _list_bucket(self.url, prefix, functools.partial(ask, address))
-        raise RemoteError('%s shows no list of what it has (%d); pull works by name, or check the url'
-                          % (self.url, reply.status), reply.status)
+        raise _Unlisted('%s shows no list of what it has (%d); pull works by name, or check the url'
+                        % (self.url, reply.status), reply.status)
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
@@ -3996,9 +4000,11 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
 def _find(store: _Remote, name: str) -> _Object:
     found = store.stat(name)
     if found is None:
-        names = [other.name for other in store.list()]
-        raise NotFound("no dataset '%s' in %s%s" % (name, store.url, _did_you_mean(name, names)
-                                                    or "; 'etc ls -r' lists what is there"))
+        hint = '; check the name and the url'
+        with contextlib.suppress(_Unlisted):
+            names = [other.name for other in store.list()]
+            hint = _did_you_mean(name, names) or "; 'etc ls -r' lists what is there"
+        raise NotFound("no dataset '%s' in %s%s" % (name, store.url, hint))
     return found
 
 

@@ -2790,6 +2790,7 @@ class Web(WebSuite, Case):
         self.server.fault = lambda h: h.path.endswith('/') and (h.answer(403), True)[1]
         self.assertIn('pull works by name', self.etc('ls', '-r', status=1)[1])
         self.etc('pull', 'X', home='two')
+        self.assertIn("no dataset 'Nope' in %s; check the name and the url" % self.url, self.etc('pull', 'Nope', status=1)[1])
         err = self.etc('ls', '-r', url='https://me:hush@127.0.0.1/', status=1)[1]
         self.assertNotIn('hush', err)
         for url in ('http://', 'https:///x', 'http://h/?q=1', 'http://h:x/'):
