@@ -3960,11 +3960,9 @@ def _describe_local(home: _Home, name: str, measure: bool, progress: _Progress =
 def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Dict[str, Any]:
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(found.modified)) if found.modified else None
     segments = _read_index(store, found)
-    if segments is None:
-        return _summary(found.name, None, None, archive_size=found.size, when=when)
-    summary = _summary(found.name, _dataset_digest(segments), segments, archive_size=found.size, when=when,
-                       meta=None, readme=None)
-    if readme and max(segments[0].length, segments[0].size) <= _META_LIMIT + _README_LIMIT:
+    digest = None if segments is None else _dataset_digest(segments)
+    summary = _summary(found.name, digest, segments, archive_size=found.size, when=when, meta=None, readme=None)
+    if segments and readme and max(segments[0].length, segments[0].size) <= _META_LIMIT + _README_LIMIT:
         import tempfile
         with tempfile.TemporaryDirectory() as scratch:
             root = Path(scratch) / 'new'

@@ -1548,7 +1548,8 @@ class RemoteSuite:
         with tarfile.open(str(self.tmp / 'X.tgz'), 'w:gz', format=tarfile.PAX_FORMAT) as tar:
             tar.add(str(root), '.')
         self.put('X.tgz', (self.tmp / 'X.tgz').read_bytes())
-        self.assertIsNone(etc.info('X', remote=True, config=self.config())['digest'])
+        found = etc.info('X', remote=True, config=self.config())
+        self.assertEqual([found[key] for key in ('digest', 'files', 'size', 'partitions', 'meta', 'readme')], [None] * 6)
         self.assertEqual(tree(etc.pull('X', partitions=['test'], config=self.config()).root), tree(root))
         self.assertIn('identical', self.etc('pull', 'X')[1])
         self.etc('pull', '-f', 'X@' + etc.Dataset(root).digest)
