@@ -3588,7 +3588,7 @@ class _Home:
     def _receipt_path(self, name: str, status: os.stat_result) -> Path:
         return self.inner / 'receipts' / ('%s@%d.json' % (name, status.st_ino))
 
-    def open(self, name: str) -> Tuple[Dataset, Dict[str, Any]]:
+    def open(self, name: str, progress: _Progress = None) -> Tuple[Dataset, Dict[str, Any]]:
         """An installed dataset and its receipt; where it was touched, its files tell whether it still is the same."""
         path = self.path(name)
         if path.is_symlink() and not path.exists():
@@ -3596,7 +3596,7 @@ class _Home:
                            % (name, os.readlink(str(path)), name))
         receipt = self.receipt(name)
         if receipt and not receipt.get('digest'):
-            found = {segment.path: segment.digest for segment in _digest_segments(path)}
+            found = {segment.path: segment.digest for segment in _digest_segments(path, progress=progress)}
             if found == {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}:
                 receipt['digest'] = _dataset_digest(receipt['segments'])
         return Dataset(path, name, receipt.get('digest')), receipt
@@ -3943,14 +3943,13 @@ def _summary(name: str, digest: Optional[str], segments: Optional[List[_Segment]
 
 def _describe_local(home: _Home, name: str, measure: bool, progress: _Progress = None) -> Dict[str, Any]:
     """From the receipt; without one from the files, if `measure`."""
-    receipt = home.receipt(name)
+    receipt = home.open(name, progress)[1] if measure else home.receipt(name)
     path = home.path(name)
     source = Path(os.path.realpath(str(path))).as_uri() if path.is_symlink() else receipt.get('source')
     digest, segments = receipt.get('digest'), receipt.get('segments')
     if segments:
         segments = [s for s in segments if s.path in receipt['installed']]
     if not digest and measure:
-        _validate(path)
         segments = _digest_segments(path, progress=progress)
         digest = _dataset_digest(segments)
     return _summary(name, digest, segments, root=str(path), source=source,

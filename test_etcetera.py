@@ -658,7 +658,7 @@ class Datasets(Case):
     def test_registered_directory_that_is_gone(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         shutil.rmtree(str(self.tmp / 'ds'))
-        for command in ('push', 'verify'):
+        for command in ('push', 'verify', 'info'):
             self.assertIn("'etc purge X' forgets it", self.etc(command, 'X', status=1)[1])
         self.etc('ls', '-l')
         self.etc('purge', 'X')
@@ -1458,6 +1458,7 @@ class RemoteSuite:
         (self.tmp / 'two/X/.DS_Store').unlink()
         self.assertIn('partly', self.etc('push', 'X', home='two', status=1)[1])
         self.assertEqual(etc.dataset('X@' + digest, partitions=['test'], config=self.config('two')).keys(), {'test'})
+        self.assertEqual(etc.info('X', config=self.config('two'))['digest'], digest)
         modes = {p: p.stat().st_mode for p in (self.tmp / 'two/X').rglob('*') if p.is_file()}
         for path in modes:
             path.parent.chmod(0o555)
