@@ -3920,8 +3920,7 @@ def info(name: str, remote: bool = False, config: Optional[Config] = None, progr
         found = _describe_local(home, name, measure=True, progress=progress)
         root = home.path(name)
         found.update(meta=_read_meta(root), readme=_readme(root))
-    if pin and found['digest'] != pin:
-        raise _unpinned(name, pin, found['digest'])
+    _check_pin(name, pin, found['digest'])
     return found
 
 
@@ -4010,8 +4009,9 @@ def _not_installed(home: _Home, name: str, remedy: str = "'etc pull %s' would fe
                                                  or '; ' + remedy.replace('%s', name)))
 
 
-def _unpinned(name: str, pin: str, digest: Optional[str]) -> Corrupt:
-    return Corrupt("'%s' is %s, not %s as demanded" % (name, digest or 'of unknown digest', pin))
+def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
+    if pin and digest != pin:
+        raise Corrupt("'%s' is %s, not %s as demanded" % (name, digest or 'of unknown digest', pin))
 
 
 @_public
@@ -4036,8 +4036,7 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     if not installed:
         raise _not_installed(home, bare)
     found, _ = home.open(bare)
-    if pin and found.digest != pin:
-        raise _unpinned(bare, pin, found.digest)
+    _check_pin(bare, pin, pin and found.digest)
     for partition in partitions or ():
         found[partition]  # raises UnknownPartition
     if missing:
@@ -4093,8 +4092,7 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
         if segments is None:
             return _pull_foreign(home, store, found, pin, force, config.connections, progress)
         digest = _dataset_digest(segments)
-        if pin and digest != pin:
-            raise _unpinned(bare, pin, digest)
+        _check_pin(bare, pin, digest)
         wanted = set(_wanted(bare, segments, partitions))
         receipt = home.receipt(bare)
         if home.has(bare) and not force:
@@ -4225,8 +4223,7 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
         _validate(staged, "'%s' in %s" % (name, store.url))
         segments = _digest_segments(staged)
         digest = _dataset_digest(segments)
-        if pin and digest != pin:
-            raise _unpinned(name, pin, digest)
+        _check_pin(name, pin, digest)
         if home.has(name) and not force:
             local, _ = home.open(name)
             if local.digest != digest:
@@ -4258,8 +4255,7 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
     if receipt and _is_partial(receipt):
         raise InvalidDataset("'%s' is only partly installed, so it cannot be pushed; 'etc pull %s' fetches the rest"
                              % (name, name))
-    if pin and local.digest != pin:
-        raise _unpinned(name, pin, local.digest)
+    _check_pin(name, pin, pin and local.digest)
     with contextlib.closing(_open_remote(config)) as store:
         if not force and _is_there(store, local):
             return local.digest
@@ -4324,8 +4320,7 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
                              % (root, name, root.name))
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
-    if pin and local.digest != pin:
-        raise _unpinned(name, pin, local.digest)
+    _check_pin(name, pin, pin and local.digest)
     home = _Home(config.home)
     if not copy and not home.path(name).is_symlink() and (root / 'x').as_posix().startswith(
             os.path.realpath(str(home.path(name))).replace(os.sep, '/') + '/'):
@@ -4424,8 +4419,7 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
                           % (name, ', '.join(wrong), 's' * (len(wrong) == 1), remedy))
         digest = _dataset_digest(receipt['segments'])
         outcome = 'partly installed, and unchanged' if _is_partial(receipt) else 'complete and unchanged'
-    if pin and digest != pin:
-        raise _unpinned(name, pin, digest)
+    _check_pin(name, pin, digest)
     _say('verified %s: %s; %s', name, 'as demanded' if pin else outcome, _tally(found, started))
     _say('%s@%s', name, digest, level=_INFO if not receipt else _DEBUG)
     return digest
