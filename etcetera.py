@@ -4433,8 +4433,7 @@ def purge(name: str, config: Optional[Config] = None) -> None:
     home = _Home(config.home)
     if not home.has(name):
         raise _not_installed(home, name, "'etc ls' lists what there is")
-    if pin:
-        dataset(name + '@' + pin, config=config)
+    _check_pin(name, pin, pin and home.open(name)[0].digest)
     home.remove(name)
     _say("purged '%s'", name)
 

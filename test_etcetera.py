@@ -1467,6 +1467,9 @@ class RemoteSuite:
         self.assertEqual(modes, {p: p.stat().st_mode for p in modes})
         self.etc('pull', 'X', home='copy')
         self.etc('verify', 'X', home='copy')
+        self.etc('pull', '-f', '-p', 'test', 'X', home='copy')
+        self.etc('purge', 'X@sha256:' + '0' * 64, home='copy', status=1)
+        self.etc('purge', 'X@' + digest, home='copy')
 
     def test_pins_are_about_the_files(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
