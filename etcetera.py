@@ -1131,7 +1131,7 @@ def _check_index(segments: List[_Segment], digest: Any, offset: int) -> None:
     order = []
     for s in segments:
         if [type(v) for v in vars(s).values()] != [str, int, int, int, int, str] \
-                or not re.match(r'sha256:[0-9a-f]{64}\Z', s.digest) or not _is_safe(s.path) \
+                or not re.match(r'sha256:[0-9a-f]{64}\Z', s.digest) or s.path != '.' and not _is_safe(s.path) \
                 or s.offset != at or s.length <= 0 or min(s.files, s.size) < 0:
             raise ValueError
         at += s.length
@@ -1149,8 +1149,6 @@ _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a
 
 def _is_safe(name: str) -> bool:
     """Whether a name in an archive stays below where it is unpacked, on this system."""
-    if name == '.':
-        return True
     padded = '/%s/' % name
     if '//' in padded or '/./' in padded or '/../' in padded or '\0' in name:
         return False
@@ -1180,7 +1178,7 @@ class _Sink:
         self.links = []  # type: List[Tuple[str, str]]
 
     def path(self, name: str) -> str:
-        if not _is_safe(name) or name == '.' or name.count('/') >= _DEPTH:
+        if not _is_safe(name) or name.count('/') >= _DEPTH:
             raise Corrupt("the archive holds the unsafe name '%.300s'; do not trust it" % name)
         try:
             return self.root + _to_os(name)
@@ -4376,7 +4374,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
         raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
     _check_partitions(partitions or ())
     for partition in partitions:
-        if not _is_safe(partition) or '/' in partition or partition == '.':
+        if not _is_safe(partition) or '/' in partition:
             raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % partition)
     home = _Home(config.home)
     with home.staging(name) as staged:
