@@ -2950,11 +2950,7 @@ class _S3Remote:
         reply = self._request('HEAD', self._key(name), accept=[404])
         if reply.status == 404:
             return None
-        size = reply.headers.get('Content-Length') or ''
-        if not re.match(r'\d{1,19}\Z', size, re.ASCII):
-            raise RemoteError('%s does not say how large an object is; check the endpoint_url' % self.url, reply.status)
-        return _Object(name, int(size), _reply_version(reply),
-                       _http_time(reply.headers.get('Last-Modified') or ''))
+        return _described(self, name, reply)
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version; RemoteError if it was replaced. Some stores ignore If-Match, so compare, too."""
@@ -3293,10 +3289,7 @@ class _HttpRemote:
         reply = self._request('HEAD', self._address(name), accept=[404, 410])
         if reply.status in (404, 410):
             return None
-        size = reply.headers.get('Content-Length') or ''
-        if not size.isdigit():
-            raise RemoteError("%s does not say how large '%s' is; check the url" % (self.url, name))
-        return _Object(name, int(size), _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+        return _described(self, name, reply)
 
     def _address(self, name: str) -> str:
         return self.base + name + '.tgz'
@@ -3406,6 +3399,13 @@ def _version(etag: Optional[str], modified: float) -> str:
 
 def _reply_version(reply: _Reply) -> str:
     return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
+
+
+def _described(remote: Any, name: str, reply: _Reply) -> _Object:
+    size = reply.headers.get('Content-Length') or ''
+    if not re.match(r'\d{1,19}\Z', size, re.ASCII):
+        raise RemoteError("%s does not say how large '%s' is; check the url" % (remote.url, name), reply.status)
+    return _Object(name, int(size), _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
 
 
 def _pinned(found: _Object, start: int, stop: int) -> Dict[str, str]:
