@@ -2353,7 +2353,8 @@ def _read_secret(path: str) -> str:
         with open(path, encoding='utf-8') as file:
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError('cannot read the token %s: %s' % (path, getattr(e, 'strerror', 'not text'))) from None
+        raise ConfigError('cannot read the token %s: %s; check the path and who may read it'
+                          % (path, getattr(e, 'strerror', 'not text'))) from None
 
 
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
@@ -2489,7 +2490,8 @@ def _google_token(info: Dict[str, Any], http: '_Http', scope: str, path: str) ->
             token, _ = _google_token(info['source_credentials'], http, _GOOGLE_PLATFORM, path)
             return _google_impersonate(info, http, scope, token)
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ConfigError('the Google credentials %s cannot be used: %s is missing or wrong' % (path, e)) from None
+        raise ConfigError('the Google credentials %s cannot be used: %s is missing or wrong'
+                          % (path or 'of this machine', e)) from None
     return _google_library_token(path, str(kind), scope)
 
 
@@ -2587,11 +2589,7 @@ def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: '_Http'
     """Workload identity federation: another identity's token for one of Google's (https://google.aip.dev/auth/4117)."""
     from base64 import b64encode
     if 'file' in source:
-        try:
-            with open(source['file'], encoding='utf-8') as file:
-                subject = file.read()
-        except OSError as e:
-            raise ConfigError("cannot read the identity token %s: %s" % (source['file'], e.strerror)) from None
+        subject = _read_secret(source['file'])
     else:
         reply = http.request('GET', source['url'], dict(source.get('headers') or {}), limit=1 << 20)
         if reply.status != 200:
@@ -2629,17 +2627,12 @@ def _google_metadata_token(scope: str) -> Tuple[Optional[str], float]:
     host = os.environ.get('GCE_METADATA_HOST') or os.environ.get('GCE_METADATA_ROOT') or 'metadata.google.internal'
     if os.environ.get('NO_GCE_CHECK', '').lower() == 'true':
         return None, 1e9
-    http = _Http(None, direct=True, timeout=3)
-    try:
+    with contextlib.closing(_Http(None, direct=True, timeout=3)) as http, contextlib.suppress(RemoteError):
         reply = http.request('GET', 'http://%s/computeMetadata/v1/instance/service-accounts/default/token?scopes=%s'
                              % (host, _quote(scope)), {'Metadata-Flavor': 'Google'}, limit=65536, tries=1)
         if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200:
-            answer = json.loads(reply.body.decode('utf-8'))
+            answer = _json_object(reply)
             return _google_bearer(answer['access_token']), float(answer['expires_in'])
-    except RemoteError:
-        pass
-    finally:
-        http.close()
     return None, 1e9
 
 

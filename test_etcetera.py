@@ -2543,7 +2543,7 @@ class GoogleCredentials(GoogleCase):
         self.works()
         self.assertEqual(self.asked[-3:], ['/subject', '/sts', '/sa:generateAccessToken'])
         self.use(dict(base, credential_source={'file': str(self.tmp / 'nowhere')}))
-        self.assertIn('identity token', self.etc('ls', '-r', status=1)[1])
+        self.assertIn('cannot read the token', self.etc('ls', '-r', status=1)[1])
 
     def test_impersonated_service_account(self):
         def respond(handler, form):
