@@ -3776,7 +3776,7 @@ class _Home:
             newest = max(newest, os.lstat(str(path / 'new')).st_mtime)
         return time.time() - newest
 
-    def sweep(self, name: str = '') -> None:
+    def sweep(self, name: str) -> None:
         """Remove what processes that died left behind; of other datasets than `name` not what may be of use yet."""
         for kind in ('staging', 'old'):
             with contextlib.suppress(FileNotFoundError):
@@ -4613,7 +4613,7 @@ def _print_info(found: Dict[str, Any]) -> None:
 
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is, at most ten times a second; None where that would disturb."""
-    if _spoken != _INFO and _spoken != _DEBUG or sys.stderr is None or not sys.stderr.isatty() \
+    if _spoken not in (_INFO, _DEBUG) or sys.stderr is None or not sys.stderr.isatty() \
             or os.environ.get('TERM') == 'dumb':
         return None
     if os.name == 'nt':
@@ -4675,7 +4675,7 @@ def _completions(words: Sequence[str]) -> List[str]:
     *before, last = words
     command = next((word for word in before if word in _COMMANDS), '')
     place = {flag: value for flag, value in zip(before, before[1:]) if flag in _COMMON[:3]}
-    if before and (before[-1] in place or before[-1] in _COMMON[:3]):
+    if before and before[-1] in _COMMON[:3]:
         known = []  # type: Iterable[str]
     elif last.startswith('-'):
         known = (_COMMANDS[command].flags if command else ('--version',)) + _COMMON + ('--help',)
