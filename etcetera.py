@@ -2417,7 +2417,7 @@ _GOOGLE_TOKEN_URL = 'https://oauth2.googleapis.com/token'
 class _GoogleCredentials:
     """Access tokens, kept until they expire. Application default credentials: https://google.aip.dev/auth/4110"""
 
-    def __init__(self, config: Config, http: '_Http') -> None:
+    def __init__(self, config: Config, http: _Http) -> None:
         self.http = http
         self.path = _google_file(config)
         self.info = _read_google_file(self.path) if self.path else {}
@@ -2468,7 +2468,7 @@ def _read_google_file(path: str) -> Dict[str, Any]:
     return info
 
 
-def _google_token(info: Dict[str, Any], http: '_Http', scope: str, path: str) -> Tuple[Optional[str], float]:
+def _google_token(info: Dict[str, Any], http: _Http, scope: str, path: str) -> Tuple[Optional[str], float]:
     """An access token and the seconds that it lives; (None, ever) without credentials."""
     try:
         kind = info.get('type')
@@ -2495,7 +2495,7 @@ def _google_token(info: Dict[str, Any], http: '_Http', scope: str, path: str) ->
     return _google_library_token(path, str(kind), scope)
 
 
-def _google_post(http: '_Http', url: str, form: Dict[str, str], headers: Optional[Dict[str, str]] = None,
+def _google_post(http: _Http, url: str, form: Dict[str, str], headers: Optional[Dict[str, str]] = None,
                  ) -> Tuple[str, float]:
     """Ask a token endpoint (RFC 6749, 4.1.4)."""
     from urllib.parse import urlencode
@@ -2511,7 +2511,7 @@ def _google_bearer(token: Any) -> str:
     return token
 
 
-def _google_json(http: '_Http', method: str, url: str, headers: Dict[str, str], body: Sequence[bytes],
+def _google_json(http: _Http, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes],
                  ) -> Dict[str, Any]:
     if not re.match(r'https?://', url):
         raise ValueError(url)
@@ -2585,7 +2585,7 @@ def _der_sequence(data: bytes) -> List[Any]:
         raise ValueError('private_key') from None
 
 
-def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: '_Http', scope: str) -> Tuple[str, float]:
+def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: _Http, scope: str) -> Tuple[str, float]:
     """Workload identity federation: another identity's token for one of Google's (https://google.aip.dev/auth/4117)."""
     from base64 import b64encode
     if 'file' in source:
@@ -2612,7 +2612,7 @@ def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: '_Http'
     return _google_impersonate(info, http, scope, token) if impersonate else (token, seconds)
 
 
-def _google_impersonate(info: Dict[str, Any], http: '_Http', scope: str, token: Optional[str]) -> Tuple[str, float]:
+def _google_impersonate(info: Dict[str, Any], http: _Http, scope: str, token: Optional[str]) -> Tuple[str, float]:
     """A service account's token with another identity's (IAM Credentials API, generateAccessToken)."""
     lifetime = (info.get('service_account_impersonation') or {}).get('token_lifetime_seconds') or 3600
     answer = _google_json(http, 'POST', info['service_account_impersonation_url'], {
