@@ -228,12 +228,8 @@ class _YamlError(ValueError):
         self.line = line
 
 
-def _parse_yaml(text: str) -> Dict[str, Any]:
-    """Read a flat map of scalars, meaning what PyYAML would; refuse everything else."""
-    return {key: value for key, (value, _) in _parse_yaml_lines(text).items()}
-
-
-def _parse_yaml_lines(text: str) -> Dict[str, Tuple[Any, int]]:
+def _parse_yaml(text: str) -> Dict[str, Tuple[Any, int]]:
+    """Read a flat map of scalars and their lines, meaning what PyYAML would; refuse everything else."""
     found = {}  # type: Dict[str, Tuple[Any, int]]
     started = False
     for number, line in enumerate(re.split('\r\n|\n|\r', text[1:] if text[:1] == '\ufeff' else text), 1):
@@ -422,7 +418,7 @@ def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
     try:
-        found = _parse_yaml_lines(text)
+        found = _parse_yaml(text)
     except _YamlError as e:
         raise ConfigError('%s:%d: %s' % (path, e.line, e)) from None
     for key, (value, line) in found.items():

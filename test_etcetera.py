@@ -392,10 +392,14 @@ class S3Case(Case):
 # Settings
 # ---------------------------------------------------------------------------------------
 
+def parse_yaml(text):
+    return {key: value for key, (value, _) in etc._parse_yaml(text).items()}
+
+
 class Settings(Case):
     def parse(self, text):
         try:
-            return etc._parse_yaml(text)
+            return parse_yaml(text)
         except ValueError as e:
             return e
 
@@ -512,7 +516,7 @@ class SettingsOracle(unittest.TestCase):
                 lines.append(shape % ((key, value)[:shape.count('%s')]))
             text = rng.choice(['', '---\n', '\n', '# c\n', '\ufeff']) + rng.choice(['\n', '\n', '\r\n', '\n\n']).join(lines)
             try:
-                found = etc._parse_yaml(text)
+                found = parse_yaml(text)
             except ValueError:
                 continue
             read += 1
@@ -5918,7 +5922,7 @@ class YamlTarget(Target):
     def __call__(self, data):
         try:
             text = data.decode('utf-8')
-            found = etc._parse_yaml(text)
+            found = parse_yaml(text)
         except ValueError:
             return
         if importable('yaml'):
