@@ -93,10 +93,9 @@ class Corrupt(Error):
 class RemoteError(Error):
     """The storage could not be reached, or refused. `status` is its HTTP status, or 0."""
 
-    def __init__(self, message: str, status: int = 0, code: str = '') -> None:
+    def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
-        self.code = code
 
 
 class UnknownPartition(Error, KeyError):
@@ -2131,7 +2130,7 @@ class _Aws:
         if reply.status != 200:
             raise RemoteError('%s: AWS STS answers %s: %s; check the role_arn %s and who may assume it' % (
                 source, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation',
-                _printable(str(form['RoleArn']))), reply.status, code)
+                _printable(str(form['RoleArn']))), reply.status)
         try:
             found = {item.tag: item.text for part in _xml(reply.body).iter('Credentials') for item in part}
         except ValueError:
@@ -2724,9 +2723,10 @@ class _FileRemote:
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
         try:
-            return self._object(name, os.stat(self._path(name)))
+            status = os.stat(self._path(name))
         except FileNotFoundError:
             return None
+        return self._object(name, status) if stat.S_ISREG(status.st_mode) else None
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version; RemoteError if it was replaced."""
@@ -2928,7 +2928,7 @@ class _S3Remote:
             hint = 'the credentials, which come from %s, need %s here' % (source, need)
         return RemoteError('%s answers %s: %s; %s' % (
             self.url, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation', hint),
-            reply.status, code)
+            reply.status)
 
     def list(self) -> List[_Object]:
         """All datasets here."""
@@ -3486,20 +3486,31 @@ def _fetch(remote: _Remote, found: _Object, spans: Sequence[Tuple[int, int]], po
     return _ordered(pool, read, _ranges(spans, lambda: step), ahead)
 
 
+@contextlib.contextmanager
+def _naming(remote: _Remote, found: _Object) -> Iterator[None]:
+    """Say which archive it is that is damaged or unsafe, and what to do."""
+    try:
+        yield
+    except Corrupt as e:
+        remedy = '' if ';' in str(e) else '; push it again from where it is whole'
+        raise Corrupt("'%s' in %s: %s%s" % (found.name, remote.url, e, remedy)) from e
+
+
 def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
     """The segments of a remote archive, in one or two reads; None if another tool made it."""
-    start = max(0, found.size - _TAIL)
-    tail = _read(remote, found, start, found.size) if found.size else b''
-    offset = _footer(tail, found.size)
-    if offset is None:
-        head = tail if start == 0 else _read(remote, found, 0, _HEADER)
-        if head[:16] == _member(b'et', bytes(4))[:16]:
-            raise Corrupt("'%s' in %s is damaged: its index is missing; push it again" % (found.name, remote.url))
-        return None
-    if offset < start:
-        tail = _read(remote, found, offset, start) + tail
-        start = offset
-    return _parse_index(tail[offset - start:], offset)
+    with _naming(remote, found):
+        start = max(0, found.size - _TAIL)
+        tail = _read(remote, found, start, found.size) if found.size else b''
+        offset = _footer(tail, found.size)
+        if offset is None:
+            head = tail if start == 0 else _read(remote, found, 0, _HEADER)
+            if head[:16] == _member(b'et', bytes(4))[:16]:
+                raise Corrupt('the archive is damaged: its index is missing')
+            return None
+        if offset < start:
+            tail = _read(remote, found, offset, start) + tail
+            start = offset
+        return _parse_index(tail[offset - start:], offset)
 
 
 # ---------------------------------------------------------------------------------------
@@ -4154,8 +4165,9 @@ def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], stag
                 _unpack(chunks, rest, pool)) as fetched:
             yield from fetched
 
-    with _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store), contextlib.closing(
-            blocks()) as source, open(str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal:
+    with _naming(store, found), _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(
+            store), contextlib.closing(blocks()) as source, open(
+            str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal:
         journal.write(head)
         total = sum(segment.length for segment in segments)
         _extract(_watched(source, operator.itemgetter(1), progress, total), sink, pool, journal)
@@ -4203,7 +4215,7 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
         _say("'%s' is installed already, and identical", name)
         return Dataset(home.path(name), name, receipt['digest'])
     with home.staging(name) as staged:
-        with _threads(connections) as io_pool, contextlib.closing(
+        with _naming(store, found), _threads(connections) as io_pool, contextlib.closing(
                 _fetch(store, found, [(0, found.size)], io_pool, connections)) as chunks, _threads(
                 1) as pool, contextlib.closing(store):
             _unpack_foreign(chunks, staged, pool, progress, found.size)

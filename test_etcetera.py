@@ -1169,6 +1169,7 @@ class Hostile(Case):
         err = self.etc('pull', 'X', status=status)[1]
         if status:
             self.assertEqual((self.installed(), self.leftovers()), ([], []))
+            self.assertRegex(err, "^etc: 'X' in file:///.*; ")
         return err
 
     def test_indexed_archives_are_canonical_or_refused(self):
@@ -1596,6 +1597,13 @@ class FileRemote(RemoteSuite, Case):
         (self.tmp / 'with space').mkdir()
         self.assertEqual(self.etc('ls', '-r', url=(self.tmp / 'with space').as_uri()), ('', ''))
         self.assertIn('no directory', self.etc('ls', '-r', url=(self.tmp / 'nowhere').as_uri(), status=1)[1])
+
+    def test_directories_and_dead_links_are_no_datasets(self):
+        write(self.tmp / 'share', {'X.tgz/file': 'x'})
+        (self.tmp / 'share/Y.tgz').symlink_to('nowhere')
+        self.assertEqual(self.etc('ls', '-r')[0], '')
+        for name in 'X', 'Y':
+            self.assertIn("no dataset '%s'" % name, self.etc('pull', name, status=1)[1])
 
     def test_killed_push_leaves_nothing_under_the_name(self):
         root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(20)})
