@@ -1327,7 +1327,7 @@ class _Extractor:
         return large
 
     def siblings(self, data: bytes, view: Any, at: int) -> int:
-        """Write the small files at `at` that differ from the last entry only in their names and sizes; what follows.
+        """Write the small files from `at` on that differ from the last entry in name and size alone; return where they end.
 
         For them it does what entry() and sink.put() do for all, in half the time.
         """
