@@ -1327,7 +1327,7 @@ class _Extractor:
         return large
 
     def siblings(self, data: bytes, view: Any, at: int) -> int:
-        """Write the small files from `at` on that differ from the last entry in name and size alone; return where they end.
+        """Write the files at `at` that differ from the last entry in name and size alone; return where they end.
 
         For them it does what entry() and sink.put() do for all, in half the time.
         """
@@ -1507,9 +1507,11 @@ def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = No
 
     journal: a file for what _replay() needs to go on where this one ended before its time.
     """
+    import threading
     extractor = None  # type: Optional[_Extractor]
+    lock, unsettled = threading.Lock(), collections.deque()  # type: Any, Any  # what is not in the journal yet
 
-    def feed() -> Iterator[Tuple[List[Tuple[str, bool, Any]], List[Any]]]:
+    def feed() -> Iterator[List[Any]]:
         nonlocal extractor
         for number, (segment, length, payload, digest) in enumerate(blocks):
             if number % 256 == 0:
@@ -1520,19 +1522,24 @@ def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = No
                 extractor = _Extractor(sink, segment)
             files = extractor.feed(payload, digest)
             split = [extractor.path, extractor.whole] if extractor.left else ['', 0]
-            yield files, [segment.path, length, digest.hex()] + split
+            unsettled.append([files, [segment.path, length, digest.hex()] + split])
+            yield unsettled[-1]
         if extractor:
             extractor.finish()
 
-    def put(item: Tuple[List[Tuple[str, bool, Any]], List[Any]]) -> List[Any]:
+    def put(item: List[Any]) -> None:
         for name, executable, data in item[0]:
             sink.put(name, executable, data)
-        return item[1]
+        item[0] = None
+        with lock:  # at once, as the next block may be long in coming
+            while unsettled and unsettled[0][0] is None:
+                line = unsettled.popleft()[1]
+                if journal:
+                    journal.write(json.dumps(line).encode() + b'\n')
 
     try:
-        for line in _ordered(pool, put, feed(), 2 * _cores()):
-            if journal:
-                journal.write(json.dumps(line).encode() + b'\n')
+        for _ in _ordered(pool, put, feed(), 2 * _cores()):
+            pass
     finally:
         if extractor:
             extractor.close()
@@ -4165,9 +4172,9 @@ def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], stag
                 _unpack(chunks, rest, pool)) as fetched:
             yield from fetched
 
-    with _naming(store, found), _threads(connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(
-            store), contextlib.closing(blocks()) as source, open(
-            str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal:
+    with _naming(store, found), open(str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal, _threads(
+            connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store), contextlib.closing(
+            blocks()) as source:
         journal.write(head)
         total = sum(segment.length for segment in segments)
         _extract(_watched(source, operator.itemgetter(1), progress, total), sink, pool, journal)
