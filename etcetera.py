@@ -352,9 +352,11 @@ class Config:
         homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
         values = {}  # type: Dict[str, Any]
         if named or not homeless:
-            file, old = _expand(named or '~/.etc.yaml'), _expand(named or '~/.etc.toml')
-            exists = [os.path.exists(str(path)) for path in (file, old)]  # Path.exists() may raise
-            values = _read_settings(old if exists == [False, True] else file, bool(named))
+            file = _expand(named or '~/.etc.yaml')
+            if not named and not os.path.exists(str(file)):  # Path.exists() may raise
+                old = _expand('~/.etc.toml')
+                file = old if os.path.exists(str(old)) else file
+            values = _read_settings(file, bool(named))
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
