@@ -3065,7 +3065,7 @@ class _GsRemote:
     def _error(self, reply: _Reply, authorized: bool) -> RemoteError:
         try:
             message = str(_json_object(reply)['error']['message'])
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             message = reply.body[:300].decode('utf-8', 'replace') or 'no explanation'
         hint = 'check the url'
         if reply.status in (401, 403):
