@@ -1334,8 +1334,8 @@ class _Extractor:
         For them it does what entry() and sink.put() do for all, in half the time.
         """
         parent, own, mode, most = self.parent + '/', self.own, 0o755 if self.executable else 0o644, len(data) - 1024
-        if not self.directories or self.segment.path == '.' or self.sink.twin or os.sep != '/' \
-                or parent.count('/') >= _DEPTH:
+        if data[at + 156:at + 157] != _FILE or not self.directories or self.segment.path == '.' or self.sink.twin \
+                or os.sep != '/' or parent.count('/') >= _DEPTH:
             return at
         place, start, left = self.sink.path(self.parent) + '/', len(parent), self.segment.size - self.size
         while at <= most:
