@@ -4220,7 +4220,7 @@ def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str
     name = found.name
     started = time.monotonic()
     receipt = home.receipt(name)
-    if not force and receipt.get('digest') and (receipt['source'], receipt['version']) == (store.url, found.version):
+    if not force and _is_from(receipt, store, found):
         _say("'%s' is installed already, and identical", name)
         return Dataset(home.path(name), name, receipt['digest'])
     with home.staging(name) as staged:
@@ -4249,6 +4249,11 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
     """Share a local dataset; its digest is returned.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
+def _is_from(receipt: Dict[str, Any], store: _Remote, found: _Object) -> bool:
+    """Whether what is installed is untouched and was pulled from this very object."""
+    return bool(receipt.get('digest')) and (receipt['source'], receipt['version']) == (store.url, found.version)
+
+
     force: replace other contents of that name in the remote storage.
     progress: as for pull(), but of the bytes of the files that have been packed.
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
@@ -4265,7 +4270,7 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
                              % (name, name))
     _check_pin(name, pin, pin and local.digest)
     with contextlib.closing(_open_remote(config)) as store:
-        if not force and _is_there(store, local):
+        if not force and _is_there(store, local, receipt):
             return local.digest
         listing, size, limit = _survey(local.root)
         segments = []  # type: List[_Segment]
@@ -4274,7 +4279,7 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
             try:
                 store.write(name, _checked(blocks, local, segments), limit, not force)
             except _Taken:
-                if not _is_there(store, local):
+                if not _is_there(store, local, receipt):
                     raise RemoteError("another push of '%s' to %s is under way; try again when it has ended"
                                       % (name, store.url)) from None
                 return local.digest
@@ -4284,13 +4289,17 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
     return digest
 
 
-def _is_there(store: _Remote, local: Dataset) -> bool:
+def _is_there(store: _Remote, local: Dataset, receipt: Dict[str, Any]) -> bool:
     """Whether the remote has this very dataset; raises Exists if it has another of that name."""
     found = store.stat(local.name)
     if found is None:
         return False
     segments = _read_index(store, found)
-    if segments is None or _dataset_digest(segments) != local.digest:
+    if segments is None:
+        same = _is_from(receipt, store, found)
+    else:
+        same = _dataset_digest(segments) == local.digest
+    if not same:
         raise Exists("another '%s' is in %s already; push it under another name, or 'etc push -f %s' replaces it"
                      % (local.name, store.url, local.name))
     _say("'%s' is in %s already, and identical", local.name, store.url)
