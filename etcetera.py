@@ -641,12 +641,32 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
 
 _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
 
+_LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'  # of file managers, beside partitions
+
+
+def _is_litter(name: str) -> bool:
+    """Whether an entry is what a file manager left beside the partitions; it is no part of the dataset."""
+    return bool(re.match(_LITTER, name))
+
+
+def _partitions(root: _Path) -> List[str]:
+    """The names of the partitions of a dataset, sorted; InvalidDataset if something else is among them."""
+    partitions = []
+    for name in _scan(_join(root, 'data'))[0]:
+        path = 'data/' + name
+        if stat.S_ISDIR(_stat(path, _join(root, path)).st_mode):
+            partitions.append(name)
+        elif not _is_litter(path):
+            raise InvalidDataset("'data' may hold only directories (partitions), but '%s' is a file; move it" % path)
+    return partitions
+
+
 
 def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
     """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
     names, links = _scan(root)
     others = [name for name in names if name != 'data' and stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)]
-    partitions = ['data/' + name for name in _scan(_join(root, 'data'))[0]]
+    partitions = ['data/' + name for name in _partitions(root)]
     own = sorted(set(names) - set(others))
     for path, inside in [('.', own)] + [(name, [name]) for name in others + partitions]:
         if only is None or path in only:
@@ -920,19 +940,28 @@ def _validate(root: Path, label: str = '') -> List[str]:
         raise InvalidDataset('%s is a file, not a directory; unpack it first' % label if root.exists()
                              else 'no directory %s' % label)
     if not (root / 'data').is_dir():
-        within = '; %s is one' % root.parent if root.name == 'data' else ''
         raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition%s"
-                             % (label, within))
-    partitions = []
-    for name in _scan(root / 'data')[0]:
-        if not stat.S_ISDIR(_stat('data/' + name, _join(root / 'data', name)).st_mode):
-            raise InvalidDataset("%s is no dataset: 'data' may hold only directories (partitions), but 'data/%s' is a "
-                                 'file; move it' % (label, name))
-        partitions.append(name)
+                             % (label, _nearby(root, label)))
+    try:
+        partitions = _partitions(root)
+    except InvalidDataset as e:
+        raise InvalidDataset('%s is no dataset: %s' % (label, e)) from None
     if not partitions:
         raise InvalidDataset("%s is no dataset: 'data' is empty; make a directory in it for each partition" % label)
     _read_meta(root, label)
     return partitions
+
+def _nearby(root: Path, label: str) -> str:
+    """What to say of a dataset that is just above or below `root`, which is none."""
+    if root.name == 'data':
+        return '; %s is one' % root.parent
+    inner = [path.name for path in sorted(root.iterdir()) if (path / 'data').is_dir()]
+    if not inner:
+        return ''
+    if label == str(root):
+        return '; %s is one' % (root / inner[0])
+    return "; its directory '%s' is one: pack that with 'tar czf NAME.tgz -C %s .'" % (inner[0], inner[0])
+
 
 
 def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
@@ -4249,11 +4278,6 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
     """Share a local dataset; its digest is returned.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
-def _is_from(receipt: Dict[str, Any], store: _Remote, found: _Object) -> bool:
-    """Whether what is installed is untouched and was pulled from this very object."""
-    return bool(receipt.get('digest')) and (receipt['source'], receipt['version']) == (store.url, found.version)
-
-
     force: replace other contents of that name in the remote storage.
     progress: as for pull(), but of the bytes of the files that have been packed.
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
