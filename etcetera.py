@@ -19,7 +19,6 @@ import collections
 import contextlib
 import errno
 import functools
-import io
 import itertools
 import json
 import operator
@@ -641,6 +640,7 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
 
 _Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
 
+
 _LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'  # of file managers, beside partitions
 
 
@@ -659,7 +659,6 @@ def _partitions(root: _Path) -> List[str]:
         elif not _is_litter(path):
             raise InvalidDataset("'data' may hold only directories (partitions), but '%s' is a file; move it" % path)
     return partitions
-
 
 
 def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
@@ -951,17 +950,17 @@ def _validate(root: Path, label: str = '') -> List[str]:
     _read_meta(root, label)
     return partitions
 
+
 def _nearby(root: Path, label: str) -> str:
     """What to say of a dataset that is just above or below `root`, which is none."""
     if root.name == 'data':
         return '; %s is one' % root.parent
-    inner = [path.name for path in sorted(root.iterdir()) if (path / 'data').is_dir()]
+    inner = [name for name in sorted(os.listdir(str(root))) if os.path.isdir(os.path.join(str(root), name, 'data'))]
     if not inner:
         return ''
     if label == str(root):
         return '; %s is one' % (root / inner[0])
     return "; its directory '%s' is one: pack that with 'tar czf NAME.tgz -C %s .'" % (inner[0], inner[0])
-
 
 
 def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
@@ -1025,6 +1024,9 @@ _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 _LARGE = 32768  # bytes of a file that are worth another thread to write them
 _RANGE = 6 << 20  # bytes fetched by one request, at most
 _TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
+_TAR_HEADERS = 4 << 20  # bytes of names, pax records and sparse maps that may stand before one entry
+_TAR_PAX = (b'x', b'g', b'X')  # POSIX's for one entry, for all that follow, and Solaris's
+_TAR_LABEL = b'V'  # GNU tar's name of the volume
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # enough for some 80,000 partitions
 
@@ -1201,7 +1203,7 @@ class _Sink:
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
         self.twin = ''  # a directory with the same files, while there is one
-        self.links = []  # type: List[Tuple[str, str]]
+        self.links: Dict[str, str] = {}  # their targets, by the names of the links
 
     def path(self, name: str) -> str:
         if not _is_safe(name) or name.count('/') >= _DEPTH:
@@ -1251,24 +1253,26 @@ class _Sink:
         return Corrupt("the archive holds '%s' twice (or names that this disk cannot tell apart)" % name)
 
     def link(self, name: str, target: str) -> None:
-        """Links are made at the very end, so that nothing can be written through one."""
+        """Make a link, but not before finish(), so that nothing can be written through it."""
         self.path(name)
+        if name in self.links:
+            raise self.twice(name)
         try:
             if not target or '\0' in _to_os(target):
                 raise ValueError
         except ValueError:
             raise self.astray_link(name, ascii(target)) from None
-        self.links.append((name, target))
+        self.links[name] = target
 
     def finish(self, confined: bool) -> None:
         """Make the links; each must lead to something in the dataset or, if `confined`, in its own segment."""
-        for name, target in self.links:
+        for name, target in self.links.items():
             try:
                 os.symlink(_to_os(target), self.path(name))
             except FileExistsError:
                 raise self.twice(name) from None
         root = os.path.realpath(self.root)
-        for name, target in self.links:
+        for name, target in self.links.items():
             try:
                 os.stat(self.path(name))  # the system's own limit, before realpath() follows a chain without end
             except OSError:
@@ -1605,69 +1609,131 @@ def _replay(root: _Path, journal: Callable[[], Iterator[List[Any]]], segments: I
             yield from blocks
 
 
-class _Stream(io.RawIOBase):
-    """Chunks of bytes as a file that can be read."""
+class _Stream:
+    """Chunks of bytes as a file that is read once, from its start to its end."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self.chunks = iter(chunks)
-        self.rest = memoryview(b'')
-        self.count = 0  # bytes that have been taken from it
+        self.rest = memoryview(b'')  # of the chunks that have been taken
+        self.position = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.rest:
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, or all up to the end if it is nearer; they stay to be read."""
+        while len(self.rest) < size:
             chunk = next(self.chunks, None)
             if chunk is None:
-                return 0
-            self.rest = memoryview(chunk)
-        count = min(len(buffer), len(self.rest))
-        buffer[:count] = self.rest[:count]
-        self.count += count
-        self.rest = self.rest[count:]
-        return count
+                break
+            self.rest = memoryview(bytes(self.rest) + chunk)
+        return bytes(self.rest[:size])
+
+    def read(self, size: int) -> bytes:
+        data = self.peek(size)
+        self.rest = self.rest[len(data):]
+        self.position += len(data)
+        return data
+
+
+class _TarStream(_Stream):
+    """The bytes of a tar, as tarfile reads them: only forward, and never past the end without an error."""
+
+    limit: Optional[int] = None  # a position that the headers of one entry may not go past
+
+    def tell(self) -> int:
+        return self.position
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, position: int) -> None:
+        if position < self.position:
+            raise EOFError('it leads backwards')
+        while self.position < position:
+            self.read(min(position - self.position, _BLOCK))
+
+    def peek(self, size: int) -> bytes:
+        if size < 0 or self.limit is not None and self.position + size > self.limit:
+            raise EOFError('the headers of one entry take more than %d bytes' % _TAR_HEADERS)
+        data = super().peek(size)
+        if len(data) < size:
+            raise EOFError('it ends too early')
+        return data
+
+    def finish(self) -> None:
+        """Read on after the end, where only padding may stand."""
+        for chunk in itertools.chain([self.rest], self.chunks):
+            if bytes(chunk).count(0) != len(chunk):
+                raise EOFError('another archive follows its end; pack the files of both as one')
+
+
+def _tar_members(stream: Any) -> Iterator[Tuple[Any, Any]]:
+    """Each entry of a tar, from a _TarStream, with the TarFile that reads it.
+
+    tarfile by itself takes a header that is broken or missing for the end of the archive.
+    """
+    import tarfile
+
+    class Strict(tarfile.TarInfo):
+        @classmethod
+        def fromtarfile(cls, tar: Any) -> Any:
+            header = stream.peek(512)
+            if header.count(0) == len(header):
+                return super().fromtarfile(tar)  # raises what tells tarfile of the end
+            outermost = stream.limit is None  # or this is the header that an extended one belongs to
+            if outermost:
+                stream.limit = stream.position + _TAR_HEADERS
+            try:
+                if header[156:157] in _TAR_PAX:
+                    size = cls.frombuf(header, tar.encoding, tar.errors).size
+                    _check_pax_records(stream.peek(512 + size)[512:])
+                return super().fromtarfile(tar)
+            except tarfile.HeaderError as e:
+                raise tarfile.ReadError(str(e)) from None
+            finally:
+                if outermost:
+                    stream.limit = None
+
+    tar: Any
+    with tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict) as tar:
+        for member in iter(tar.next, None):
+            tar.members = []  # or they would pile up in memory
+            yield tar, member
+    stream.finish()
+
+
+def _check_pax_records(data: bytes) -> None:
+    """ValueError unless all is records of the form `length key=value` (POSIX pax, "Extended Header").
+
+    Up to Python 3.12 tarfile ignores the rest where a record is malformed.
+    """
+    data = data.rstrip(b'\0')
+    start = 0
+    while start < len(data):
+        length = re.compile(rb'(\d{1,20}) [^=]+=').match(data, start)
+        stop = start + int(length.group(1)) if length else 0
+        if not length or stop < length.end() or data[stop - 1:stop] != b'\n':
+            raise ValueError('a malformed pax header')
+        start = stop
 
 
 def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any, progress: _Progress, total: int) -> None:
     """Write what any .tgz of `total` bytes holds below `root`; the one thread of `pool` inflates what comes next."""
     import gzip
     import tarfile
-
-    class Strict(tarfile.TarInfo):
-        @classmethod
-        def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> Any:
-            """tarfile itself takes a broken header for the end, and reads names of any length into memory."""
-            if len(buf) < 512:
-                raise tarfile.ReadError('it ends too early')
-            try:
-                found = super().frombuf(buf, encoding, errors)
-            except tarfile.HeaderError as e:
-                if buf.count(b'\0') == 512:
-                    raise
-                raise tarfile.ReadError(str(e)) from None
-            if found.type in (b'L', b'K', b'x', b'g', b'X') and found.size > _BLOCK:
-                raise tarfile.ReadError('a name of %d bytes' % found.size)
-            return found
-
-    sink, source, before = _Sink(root), _Stream(chunks), 0
+    sink = _Sink(root)
+    source = _Stream(chunks)
+    before = 0
 
     def came(_: bytes) -> int:
         nonlocal before
-        earlier, before = before, source.count
+        earlier, before = before, source.position
         return before - earlier
 
     try:
-        plain = gzip.GzipFile(fileobj=io.BufferedReader(source, _BLOCK))
+        plain = gzip.GzipFile(fileobj=source)  # type: ignore[call-overload]
         with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), 4)) as inflated:
             rest = itertools.takewhile(len, _watched(inflated, came, progress, total))
-            with tarfile.open(fileobj=io.BufferedReader(_Stream(rest), _BLOCK), mode='r|', bufsize=_BLOCK,
-                              encoding='utf-8', tarinfo=Strict) as tar:
-                for member in iter(tar.next, None):
-                    tar.members = []  # type: ignore[attr-defined]  # or they would pile up in memory
-                    _extract_member(tar, member, sink)
-            for _ in rest:  # up to the last CRC
-                pass
+            for tar, member in _tar_members(_TarStream(rest)):
+                _extract_member(tar, member, sink)
     except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
         raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
     except OSError as e:
@@ -1684,7 +1750,7 @@ def _plain_name(name: str) -> str:
 
 def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     name = _plain_name(member.name)
-    if not name and member.isdir():
+    if not name and member.isdir() or member.type == _TAR_LABEL or _is_litter(name):
         return
     sink.path(name)
     for slash in re.finditer('/', name):
@@ -1694,23 +1760,39 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     elif member.issym():
         sink.link(name, member.linkname)
     elif member.islnk():
-        target = sink.path(_plain_name(member.linkname))
-        if not os.path.isfile(target) or os.path.lexists(sink.path(name)):
-            raise Corrupt("the archive holds the hard link '%s' to '%s', which is not in it" % (name, member.linkname))
-        _link_or_copy(target, sink.path(name))
-    elif member.isreg() and not member.mode & 0o6000:
-        stored = sum(length for _, length in member.sparse) if member.issparse() else member.size
-        if member.size > (stored << 10) + (1 << 30):
-            raise Corrupt("the archive holds '%s', which would be %d bytes of nothing" % (name, member.size))
-        file = sink.create(name, bool(member.mode & 0o100))
-        try:
-            source = tar.extractfile(member)
-            for data in iter(lambda: source.read(_BLOCK), b''):
-                _write(file, data)
-        finally:
-            os.close(file)
+        _extract_hard_link(name, member.linkname, sink)
+    elif member.isreg():
+        _extract_file(tar, member, name, sink)
+    elif member.isdev():
+        raise Corrupt("the archive holds '%s', a device or pipe; do not trust it" % name)
     else:
-        raise Corrupt("the archive holds '%s', a device, pipe or file with setuid bits; do not trust it" % name)
+        raise Corrupt("the archive holds '%s' of the unknown type %s; pack it with tar's default options"
+                      % (name, ascii(member.type.decode('latin-1'))))
+
+
+def _extract_hard_link(name: str, linkname: str, sink: _Sink) -> None:
+    original = _plain_name(linkname)
+    if original in sink.links:
+        sink.link(name, sink.links[original])
+        return
+    target = sink.path(original)
+    if not os.path.isfile(target) or os.path.lexists(sink.path(name)):
+        raise Corrupt("the archive holds the hard link '%s' to '%s', which is not in it" % (name, linkname))
+    _link_or_copy(target, sink.path(name))
+
+
+def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
+    """Write a regular file; of its mode only the owner's x bit is kept, as on push."""
+    stored = sum(length for _, length in member.sparse) if member.issparse() else member.size
+    if member.size > (stored << 10) + (1 << 30):
+        raise Corrupt("the archive holds '%s', which would be %d bytes of nothing" % (name, member.size))
+    file = sink.create(name, bool(member.mode & 0o100))
+    try:
+        source = tar.extractfile(member)
+        for data in iter(lambda: source.read(_BLOCK), b''):
+            _write(file, data)
+    finally:
+        os.close(file)
 
 
 # ---------------------------------------------------------------------------------------
@@ -3605,7 +3687,7 @@ class _Home:
                     copied = self._read_receipt(other)
                     if copied.get('mtime') == status.st_mtime_ns:
                         return copied
-            there = {'data/' + partition for partition in _scan(path / 'data')[0]}
+            there = {'data/' + partition for partition in _partitions(path)}
             if receipt and there == {p for p in receipt['installed'] if p.startswith('data/')}:
                 return dict(receipt, digest=None)
         except OSError:
@@ -4165,6 +4247,11 @@ def _receipt(segments: List[_Segment], installed: Iterable[str], source: str, ve
     return {'digest': _dataset_digest(segments), 'source': source, 'version': version,
             'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
             'installed': sorted(installed), 'segments': segments}
+
+
+def _is_from(receipt: Dict[str, Any], store: _Remote, found: _Object) -> bool:
+    """Whether what is installed is untouched and was pulled from this very object."""
+    return bool(receipt.get('digest')) and (receipt['source'], receipt['version']) == (store.url, found.version)
 
 
 def _settle(home: _Home, staged: Path, name: str, replace: bool, receipt: Dict[str, Any]) -> None:
