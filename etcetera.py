@@ -1804,8 +1804,35 @@ _CONNECT = 15  # seconds in which a connection must stand
 _TRIES = 5
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer whose length nobody knows before
+_RETRY_AFTER = 60.0  # seconds, at most, for which a try waits because the server asks for it
+_INTERIM = 100  # interim answers that may come before the final one
 
-_Reply = collections.namedtuple('_Reply', 'status headers body')
+
+class _Reply(NamedTuple):
+    status: int
+    headers: Any  # an email.message.Message: names in any case
+    body: Any  # bytes, as they came
+
+    def page(self) -> bytes:
+        """The body of what is no object, inflated: some proxies compress it although they are asked not to."""
+        body = bytes(self.body)
+        if self.headers.get('Content-Encoding', 'identity').lower() == 'identity':
+            return body
+        try:
+            return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _REPLY_LIMIT)  # 32: gzip or zlib
+        except zlib.error:
+            return body
+
+    def asked_delay(self) -> float:
+        """The seconds for which the server asks to be left alone (RFC 9110, 10.2.3), within reason; or 0."""
+        text = self.headers.get('Retry-After') or ''
+        if re.match(r'[0-9]{1,9}\Z', text):
+            delay = float(text)
+        else:
+            delay = _http_time(text) - (_http_time(self.headers.get('Date') or '') or time.time())
+        return min(max(delay, 0.0), _RETRY_AFTER)
+
+
 _Signer = Callable[[str, str, Dict[str, str], Iterable[bytes]], Dict[str, str]]
 
 
@@ -1843,17 +1870,26 @@ class _Http:
         for attempt in range(1, tries + 1):
             signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
             problem = None  # type: Optional[Exception]
+            delay = 0.0
             try:
                 reply = self._once(method, url, signed, body, limit, into)
                 if reply.status not in _TRANSIENT or attempt == tries:
                     return reply
+                delay = reply.asked_delay()
             except (OSError, http.client.HTTPException) as e:
                 problem = e
                 if attempt == tries or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise self._failure(url, e) from None
             _say('%s %s: %s; trying again', method, url.partition('?')[0], problem or reply.status, level=_DEBUG)
             _pause(attempt)
+            self._wait(delay)
         raise AssertionError
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep, but not on after close()."""
+        while seconds > 0 and not self.closed:
+            time.sleep(min(seconds, 1.0))
+            seconds -= 1.0
 
     def _failure(self, url: str, e: Exception) -> RemoteError:
         from urllib.parse import urlsplit
@@ -2050,7 +2086,7 @@ def _timestamp(text: str) -> float:
 def _json_object(reply: _Reply) -> Dict[str, Any]:
     """The object that an answer holds; {} if it holds none."""
     try:
-        answer = json.loads(reply.body.decode('utf-8'))
+        answer = json.loads(reply.page().decode('utf-8'))
     except (ValueError, RecursionError):
         return {}
     return answer if isinstance(answer, dict) else {}
@@ -2252,7 +2288,7 @@ class _Aws:
                 source, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation',
                 _printable(str(form['RoleArn']))), reply.status)
         try:
-            found = {item.tag: item.text for part in _xml(reply.body).iter('Credentials') for item in part}
+            found = {item.tag: item.text for part in _xml(reply.page()).iter('Credentials') for item in part}
         except ValueError:
             found = {}
         return _aws_temporary(found, source)
@@ -2475,7 +2511,7 @@ def _read_secret(path: str) -> str:
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
     """The code, message and region of an S3 error; empty if it is none."""
     try:
-        root = _xml(reply.body)
+        root = _xml(reply.page())
     except ValueError:
         return '', '', ''
     error = root.find('.//Error') if root.tag == 'ErrorResponse' else root  # as STS wraps it
@@ -2914,7 +2950,7 @@ def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply])
     query = {'list-type': '2', 'prefix': prefix, 'delimiter': '/', 'encoding-type': 'url'}
     while True:
         try:
-            page = _xml(ask(query).body)
+            page = _xml(ask(query).page())
             if page.tag != 'ListBucketResult':
                 raise ValueError('<%s>' % page.tag)
             found += [item for item in map(functools.partial(_listed, page, prefix), page.iter('Contents')) if item]
@@ -3082,7 +3118,7 @@ class _S3Remote:
             return
         reply = self._request('POST', self._key(name), {'uploads': ''}, self.created)
         try:
-            upload = _xml(reply.body).findtext('UploadId')
+            upload = _xml(reply.page()).findtext('UploadId')
         except ValueError:
             upload = None
         if not upload:
@@ -3177,7 +3213,7 @@ class _GsRemote:
         try:
             message = str(_json_object(reply)['error']['message'])
         except (KeyError, TypeError):
-            message = reply.body[:300].decode('utf-8', 'replace') or 'no explanation'
+            message = reply.page()[:300].decode('utf-8', 'replace') or 'no explanation'
         hint = 'check the url'
         if reply.status in (401, 403):
             hint = "check this account's permissions" if authorized else (
@@ -3192,7 +3228,7 @@ class _GsRemote:
 
     def _parse(self, reply: _Reply) -> Dict[str, Any]:
         answer = _json_object(reply)
-        if not answer and reply.body.strip() != b'{}':
+        if not answer and reply.page().strip() != b'{}':
             raise self._stranger()
         return answer
 
@@ -3377,9 +3413,9 @@ class _HttpRemote:
         """All datasets that the directory's index links to, or that the listing of a public bucket has."""
         from urllib.parse import unquote, urlsplit
         reply = self._request('GET', self.base, accept=[403, 404])
-        if reply.status == 200 and b'<ListBucketResult' not in reply.body[:1000]:
+        if reply.status == 200 and b'<ListBucketResult' not in reply.page()[:1000]:
             with _threads(self.connections) as pool:
-                return [found for found in pool.map(self.stat, _linked(self.base, reply.body)) if found]
+                return [found for found in pool.map(self.stat, _linked(self.base, reply.page())) if found]
         site, path = '%s://%s/' % urlsplit(self.base)[:2], unquote(urlsplit(self.base).path)[1:]
         bucket, _, rest = path.partition('/')
 
