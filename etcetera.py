@@ -2015,7 +2015,26 @@ class _Http:
         else:
             connection = http.client.HTTPConnection(address, timeout=patience)
         connection.auto_open = 0  # only _ask() connects
+        connection.response_class = _final_response()
         return connection, False, plain
+
+
+@functools.lru_cache(maxsize=None)
+def _final_response() -> Any:
+    """The class of responses that come after all interim ones (RFC 9110, 15.2); http.client itself skips only 100."""
+    import http.client
+
+    class FinalResponse(http.client.HTTPResponse):
+        def begin(self) -> None:
+            super().begin()
+            for _ in range(_INTERIM):
+                if not 101 < self.status < 200:
+                    return
+                self.headers = None  # type: ignore[assignment]  # so that it reads on
+                super().begin()
+            raise http.client.HTTPException('more than %d interim answers' % _INTERIM)
+
+    return FinalResponse
 
 
 def _pause(failures: int) -> None:
