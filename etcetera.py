@@ -2054,13 +2054,14 @@ def _tls(ca_bundle: Optional[str]) -> Any:
     return context
 
 
-def _content_range(reply: _Reply) -> Tuple[int, int, int]:
-    """First byte, byte after the last, and size of the whole (RFC 7233, 4.2); ValueError if it does not say so."""
-    match = re.match(r'bytes (\d+)-(\d+)/(\d+)\Z', reply.headers.get('Content-Range') or '')
+def _content_range(reply: _Reply) -> Tuple[Optional[int], Optional[int], Optional[int]]:
+    """First byte, byte after the last, and size of the whole (RFC 9110, 14.4); None for each that it does not say."""
+    pattern = r'bytes (?:(\d{1,19})-(\d{1,19})|\*)/(?:(\d{1,19})|\*)\Z'
+    match = re.match(pattern, reply.headers.get('Content-Range') or '', re.ASCII | re.IGNORECASE)
     if not match:
-        raise ValueError
-    start, last, size = map(int, match.groups())
-    return start, last + 1, size
+        return None, None, None
+    start, last, size = [None if digits is None else int(digits) for digits in match.groups()]
+    return start, None if last is None else last + 1, size
 
 
 def _xml(body: bytes) -> Any:
@@ -3386,6 +3387,10 @@ class _GsRemote:
                           % (name, self.url))
 
 
+_MISSING = (404, 410)
+_HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: what gives GET away by signed URLs refuses HEAD
+
+
 class _HttpRemote:
     """http(s)://host/path: what a web server shows, or a public bucket; read-only."""
 
@@ -3450,8 +3455,10 @@ class _HttpRemote:
 
     def stat(self, name: str) -> Optional[_Object]:
         """What is there under this name now."""
-        reply = self._request('HEAD', self._address(name), accept=[404, 410])
-        if reply.status in (404, 410):
+        reply = self._request('HEAD', self._address(name), accept=_MISSING + _HEAD_REFUSED)
+        if reply.status not in _MISSING and (reply.status >= 400 or _whole_size(reply) is None):
+            reply = self._request('GET', self._address(name), {'Range': 'bytes=0-0'}, _MISSING + (416,), 65536)
+        if reply.status in _MISSING:
             return None
         return _described(self, name, reply)
 
@@ -3566,10 +3573,18 @@ def _reply_version(reply: _Reply) -> str:
 
 
 def _described(remote: Any, name: str, reply: _Reply) -> _Object:
-    size = reply.headers.get('Content-Length') or ''
-    if not re.match(r'\d{1,19}\Z', size, re.ASCII):
+    size = _whole_size(reply)
+    if size is None:
         raise RemoteError("%s does not say how large '%s' is; check the url" % (remote.url, name), reply.status)
-    return _Object(name, int(size), _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+def _whole_size(reply: _Reply) -> Optional[int]:
+    """The size of the object that an answer tells of, to HEAD or to GET of a range; None if it does not say."""
+    if 'Content-Range' in reply.headers or reply.status not in (200, 204):
+        return _content_range(reply)[2]
+    length = reply.headers.get('Content-Length') or ''
+    return int(length) if re.match(r'[0-9]{1,19}\Z', length) else None
+
+
+    return _Object(name, size, _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
 
 
 def _pinned(found: _Object, start: int, stop: int) -> Dict[str, str]:
@@ -3582,10 +3597,9 @@ def _pinned(found: _Object, start: int, stop: int) -> Dict[str, str]:
 
 def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
     """The body, if it is the very range that was asked for, or as much of it as came before the connection broke."""
-    try:  # `rclone serve s3` says 200 instead of 206, but gives the range
-        right = reply.status in (200, 206) and _content_range(reply) == (start, stop, size)
-    except ValueError:
-        right = False
+    first, after, whole = _content_range(reply)
+    # `rclone serve s3` says 200 instead of 206, but gives the range
+    right = reply.status in (200, 206) and (first, after) == (start, stop) and whole in (size, None)
     length = stop - start
     if not right or not (len(reply.body) == length or 0 < len(reply.body) < length
                          and reply.headers.get('Content-Length') == str(length)):
