@@ -3122,7 +3122,7 @@ class _S3Remote:
         reply = self._request('GET', self._key(found.name), headers=_pinned(found, start, stop), accept=[404, 412, 416],
                               limit=stop - start + 65536)
         if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
-            raise _replaced(self, found)
+            raise _replaced(self, found, reply)
         return _ranged(self, reply, start, stop, found.size)
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
@@ -3404,6 +3404,7 @@ class _HttpRemote:
             raise ConfigError("'%s' is not of the form https://host or https://host/path" % _printable(self.url))
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
         self.connections = config.connections
+        self.always = {'Cache-Control': 'no-transform'}  # of proxies (RFC 9111, 5.2.1.6)
         self.http = _Http(config.ca_bundle)
         self.lock = threading.Lock()
         self.whole = {}  # type: Dict[_Object, Any]  # files with all bytes of objects from servers that give no ranges
@@ -3419,7 +3420,10 @@ class _HttpRemote:
         """Follows redirects; RemoteError for any answer but 2xx and what `accept` lists."""
         from urllib.parse import urljoin
         for _ in range(6):
-            reply = self.http.request(method, url, headers, limit=limit, into=into)
+            reply = self.http.request(method, url, dict(self.always, **(headers or {})), limit=limit, into=into)
+            if reply.headers.get('x-goog-stored-content-encoding') == 'gzip' and 'Accept-Encoding' not in self.always:
+                self.always['Accept-Encoding'] = 'gzip'  # or Google gunzips: cloud.google.com/storage/docs/transcoding
+                continue
             if 200 <= reply.status < 300 or reply.status in accept:
                 return reply
             target = urljoin(url, reply.headers.get('Location') or '')
@@ -3472,7 +3476,7 @@ class _HttpRemote:
                 reply = self._request('GET', self._address(found.name), _pinned(found, start, stop), [404, 412, 416],
                                       stop - start + 65536)
                 if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
-                    raise _replaced(self, found)
+                    raise _replaced(self, found, reply)
                 if reply.status != 200 or 'Content-Range' in reply.headers or len(reply.body) != found.size:
                     return _ranged(self, reply, start, stop, found.size)
                 return reply.body[start:stop]  # type: ignore[no-any-return]
@@ -3492,7 +3496,7 @@ class _HttpRemote:
         try:
             reply = self._request('GET', self._address(found.name), accept=[404], into=file)
             if reply.status != 200 or _reply_version(reply) != found.version or file.seek(0, os.SEEK_END) != found.size:
-                raise _replaced(self, found)
+                raise _replaced(self, found, reply)
         except BaseException:
             file.close()
             raise
@@ -3572,10 +3576,6 @@ def _reply_version(reply: _Reply) -> str:
     return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
 
 
-def _described(remote: Any, name: str, reply: _Reply) -> _Object:
-    size = _whole_size(reply)
-    if size is None:
-        raise RemoteError("%s does not say how large '%s' is; check the url" % (remote.url, name), reply.status)
 def _whole_size(reply: _Reply) -> Optional[int]:
     """The size of the object that an answer tells of, to HEAD or to GET of a range; None if it does not say."""
     if 'Content-Range' in reply.headers or reply.status not in (200, 204):
@@ -3584,6 +3584,10 @@ def _whole_size(reply: _Reply) -> Optional[int]:
     return int(length) if re.match(r'[0-9]{1,19}\Z', length) else None
 
 
+def _described(remote: Any, name: str, reply: _Reply) -> _Object:
+    size = _whole_size(reply)
+    if size is None:
+        raise RemoteError("%s does not say how large '%s' is; check the url" % (remote.url, name), reply.status)
     return _Object(name, size, _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
 
 
@@ -3608,7 +3612,10 @@ def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> byt
     return reply.body  # type: ignore[no-any-return]
 
 
-def _replaced(remote: Any, found: _Object) -> RemoteError:
+def _replaced(remote: Any, found: _Object, reply: Optional[_Reply] = None) -> RemoteError:
+    if reply and reply.status < 300 and reply.headers.get('Content-Encoding', 'identity') != 'identity':
+        return RemoteError("%s, or a proxy before it, compresses '%s' although it is asked not to; ask who runs it"
+                           % (remote.url, found.name), reply.status)
     return RemoteError("'%s' in %s was replaced while it was read; run the command again"
                        % (found.name, remote.url), 412)
 

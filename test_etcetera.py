@@ -214,7 +214,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.log = []  # (method, path with query, headers)
         self.connections = set()
         self.sent = 0
-        self.fault = None
+        self.fault = self.respell = None
         self.page = 1000
         self.conditions = self.encoding = True
         self.secrets = {AKID: SECRET}
@@ -232,6 +232,12 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True
     service = 's3'
+
+    def send_header(self, keyword, value):
+        """`server.respell` may send another value of a header, or None for not to send it."""
+        value = self.server.respell(keyword, value) if self.server.respell else value
+        if value is not None:
+            super().send_header(keyword, value)
 
     def log_message(self, *args):
         pass
@@ -2935,6 +2941,119 @@ class Web(WebSuite, Case):
         self.server.fault = lambda h: (h.answer(302, Location='file:///etc/passwd'), True)[1]
         self.assertIn('answers 302', self.etc('ls', '-r', status=1)[1])
 
+    def test_head_that_tells_nothing(self):
+        """Where GET with a range works."""
+        self.etc('register', small(self.tmp / 'small'), 'Y')
+        self.etc('push', 'Y', url=self.file_url)
+
+        def refuse(handler):
+            if handler.command == 'HEAD':
+                handler.answer(status)
+                return True
+
+        def redirect(handler):
+            if handler.path.endswith('.tgz'):
+                handler.answer(307, Location=handler.path + '?signed-for=' + 'GET')
+                return True
+            return 'signed-for=GET' in handler.path and refuse(handler)
+
+        def keep_silent(handler):
+            if handler.command == 'HEAD':
+                handler.send_response(200)
+                handler.end_headers()
+                return True
+
+        for what, status, fault in (('forbidden', 403, refuse), ('not allowed', 405, refuse), ('not implemented', 501, refuse),
+                                    ('a signed redirect', 403, redirect), ('bad request', 400, refuse), ('no length', 200, keep_silent)):
+            with self.subTest(what):
+                self.server.fault = fault
+                self.etc('pull', 'X', 'Y', home='two')
+                self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+                self.etc('purge', 'X', 'Y', home='two')
+                self.assertEqual(self.etc('ls', '-r')[0], 'X\nY\n')
+                self.assertIn("no dataset 'Z'", self.etc('pull', 'Z', status=1)[1] if what != 'no length' else "no dataset 'Z'")
+        status, self.server.fault = 403, lambda handler: handler.path.endswith('.tgz') and (handler.answer(403), True)[1]
+        self.assertIn('answers 403', self.etc('pull', 'X', home='two', status=1)[1])
+
+        def foreign_range(handler):  # by which the size cannot be known
+            if handler.command == 'GET' and handler.path.endswith('.tgz'):
+                handler.answer(206, b'x', **{'Content-Range': 'bytes 0-0/*'})
+                return True
+            return refuse(handler)
+        self.server.fault = foreign_range
+        self.assertIn("does not say how large 'X' is", self.etc('pull', 'X', home='two', status=1)[1])
+
+    def test_empty_file_where_head_is_refused(self):
+        (self.share / 'Z.tgz').write_bytes(b'')
+
+        def fault(handler):
+            if handler.command == 'HEAD':
+                handler.answer(405)
+                return True
+            if handler.headers.get('Range'):
+                handler.answer(416, b'out of range', **{'Content-Range': 'bytes */0'})
+                return True
+        self.server.fault = fault
+        with contextlib.closing(etc._open_remote(self.config())) as store:
+            self.assertEqual(store.stat('Z').size, 0)
+
+    def test_compressed_against_the_request(self):
+        def fault(handler):
+            if handler.path.endswith(suffix):
+                path = Path(handler.translate_path(handler.path))
+                body = gzip.compress(path.read_bytes() if path.is_file() else b'<a href="X.tgz">X</a>')
+                handler.answer(200, body, **{'Content-Encoding': 'gzip', 'ETag': 'W/"x"'})
+                return True
+        self.server.fault, suffix = fault, '/'
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.etc('pull', 'X', home='two')
+        suffix = '.tgz'
+        self.server.fault = lambda handler: handler.command == 'GET' and fault(handler)
+        self.assertIn("compresses 'X' although it is asked not to; ask who runs it", self.etc('pull', 'X', home='three', status=1)[1])
+        for _, _, headers in self.server.log:
+            self.assertEqual((headers['Accept-Encoding'], headers['Cache-Control']), ('identity', 'no-transform'))
+
+    def test_apache_that_calls_tgz_an_encoding(self):
+        """AddEncoding x-gzip .tgz: the bytes are what they are."""
+        for self.server.ranges in (True, False):
+            class Encoding(WebHandler):
+                def end_headers(self):
+                    if self.path.endswith('.tgz'):
+                        self.send_header('Content-Encoding', 'x-gzip')
+                    super().end_headers()
+            self.server.RequestHandlerClass = Encoding
+            self.etc('pull', 'X', home='two')
+            self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+            self.etc('purge', 'X', home='two')
+
+    def test_google_does_not_gunzip_on_the_way(self):
+        """https://cloud.google.com/storage/docs/transcoding: without Accept-Encoding: gzip, and then without ranges."""
+        data = (self.share / 'X.tgz').read_bytes()
+
+        def fault(handler):
+            if not handler.path.endswith('X.tgz'):
+                return
+            handler.headers_sent = {'x-goog-stored-content-encoding': 'gzip', 'x-goog-stored-content-length': str(len(data))}
+            if 'gzip' in handler.headers.get('Accept-Encoding', ''):
+                match = re.match(r'bytes=(\d+)-(\d+)$', handler.headers.get('Range', ''))
+                start, stop = (int(match.group(1)), int(match.group(2)) + 1) if match else (0, len(data))
+                handler.headers_sent.update({'Content-Encoding': 'gzip', 'ETag': '"as-it-is"'})
+                if match:
+                    handler.headers_sent['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
+                handler.answer(206 if match else 200, data[start:stop])
+                return True
+            handler.send_response(200)
+            for key, value in handler.headers_sent.items():
+                handler.send_header(key, value)
+            handler.end_headers()
+            if handler.command == 'GET':
+                handler.wfile.write(gzip.decompress(data))
+            handler.close_connection = True
+            return True
+        self.server.fault = fault
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
     def test_refusals(self):
         for status, word in ((401, 'wants a login'), (403, 'what everyone may read'), (500, 'who runs that server')):
             self.server.fault = lambda h: (h.answer(status), True)[1]
@@ -2949,6 +3068,111 @@ class Web(WebSuite, Case):
         self.assertNotIn('hush', err)
         for url in ('http://', 'https:///x', 'http://h/?q=1', 'http://h:x/'):
             self.assertIn('not of the form', self.etc('ls', '-r', url=url, status=1)[1])
+
+
+class Rfc9110(S3Case):
+    """Answers that are rare, but right by RFC 9110."""
+
+    def setUp(self):
+        super().setUp()
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB), 'data/test/y': 'y', 'README.md': '# Hi'}), 'X')
+
+    def round_trip(self):
+        self.etc('push', '-f', 'X')
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertIn('# Hi', self.etc('info', '-r', 'X')[0])
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.etc('purge', 'X', home='two')
+
+    def slept(self):
+        """The seconds of all calls of sleep() from now on, which do not wait."""
+        slept = []
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = slept.append
+        return slept
+
+    def test_interim_answers(self):
+        hints = b'HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\nContent-Length: 5\r\n\r\n'
+        for what, interim in (('100', b'HTTP/1.1 100 Continue\r\n\r\n'), ('102', b'HTTP/1.1 102 Processing\r\n\r\n'),
+                              ('103', hints), ('several', hints + b'HTTP/1.1 100 Continue\r\n\r\n' + hints * 3)):
+            with self.subTest(what):
+                self.server.fault = lambda handler: handler.wfile.write(interim) and None
+                self.server.connections.clear()
+                self.etc('push', '-f', 'X')
+                self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+                self.assertLess(len(self.server.connections), 15)  # so connections were used again
+                self.round_trip()
+
+    def test_interim_answers_without_end(self):
+        self.slept()
+
+        def flood(handler):
+            with contextlib.suppress(OSError):
+                for _ in range(10000):
+                    handler.wfile.write(b'HTTP/1.1 102 Processing\r\n\r\n')
+            handler.close_connection = True
+            return True
+        self.server.fault = flood
+        self.assertIn('interim answers', self.etc('ls', '-r', status=1)[1])
+
+    def test_spelling_of_ranges(self):
+        for what, change in (('size not told', lambda span: span.rpartition('/')[0] + '/*'), ('unit', lambda span: 'B' + span[1:]),
+                             ('both', lambda span: 'BYTES' + span[5:].rpartition('/')[0] + '/*')):
+            with self.subTest(what):
+                self.server.respell = lambda key, value: change(value) if key == 'Content-Range' else value
+                self.round_trip()
+        for what, change in (('other unit', lambda span: 'lines' + span[5:]), ('another start', lambda span: 'bytes 7' + span[7:]),
+                             ('another size', lambda span: span + '0'), ('no number', lambda span: 'bytes x-y/z'),
+                             ('unsatisfied', lambda span: 'bytes */' + span.rpartition('/')[2])):
+            with self.subTest(what):
+                self.server.respell = lambda key, value: change(value) if key == 'Content-Range' else value
+                self.assertIn('range that was asked for', self.etc('pull', 'X', home='two', status=1)[1])
+
+    def test_retry_after(self):
+        slept = self.slept()
+        now = time.time()
+        for what, status, headers, least, most in (
+                ('seconds', 429, {'Retry-After': '7'}, 7, 9), ('seconds', 503, {'Retry-After': '30'}, 30, 32),
+                ('a time', 503, {'Retry-After': email.utils.formatdate(now + 20, usegmt=True)}, 15, 22),
+                ('a time, by the clock of the server', 503, {'Retry-After': 'Mon, 06 May 2024 07:08:29 GMT',
+                                                             'X-Date': 'Mon, 06 May 2024 07:08:09 GMT'}, 20, 22),
+                ('a time that has passed', 503, {'Retry-After': 'Mon, 06 May 2024 07:08:09 GMT'}, 0, 2),
+                ('beyond reason', 429, {'Retry-After': '999999999'}, 60, 62), ('negative', 429, {'Retry-After': '-9'}, 0, 2),
+                ('nonsense', 429, {'Retry-After': 'soon'}, 0, 2), ('nothing', 429, {}, 0, 2)):
+            with self.subTest(what, status=status):
+                del slept[:]
+                pending = [True]
+                date = headers.pop('X-Date', None)
+                self.server.respell = lambda key, value: date if date and key == 'Date' else value
+
+                def busy(handler):
+                    if pending:
+                        pending.pop()
+                        handler.answer(status, b'', headers)
+                        return True
+                self.server.fault = busy
+                self.etc('ls', '-r')
+                self.assertTrue(least <= sum(slept) <= most and max(slept) <= 1, slept)
+
+    def test_pages_that_are_compressed_against_the_request(self):
+        class Compressing(S3Handler):
+            encoding = 'gzip'
+
+            def answer(self, status, body=b'', headers=(), length=None):
+                if body and 'Content-Range' not in dict(headers) and self.command == 'GET':
+                    packer = zlib.compressobj(6, zlib.DEFLATED, 31 if 'gzip' in self.encoding else 15)
+                    body, headers = packer.compress(body) + packer.flush(), dict(headers, **{'Content-Encoding': self.encoding})
+                super().answer(status, body, headers, length)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
+
+        self.server.RequestHandlerClass = Compressing
+        for Compressing.encoding in ('gzip', 'X-GZIP', 'deflate'):
+            with self.subTest(Compressing.encoding):
+                self.round_trip()
+                self.assertIn("no dataset 'Y'", self.etc('pull', 'Y', status=1)[1])
+                self.assertIn('NoSuchBucket: about NoSuchBucket', self.etc('ls', '-r', url='s3://other', status=1)[1])
 
 
 class WebBucket(S3Case):
