@@ -1707,7 +1707,9 @@ class RemoteSuite:
         self.etc('pull', '-f', 'X@' + etc.Dataset(root).digest)
         self.etc('pull', '-f', 'X@sha256:' + '2' * 64, status=1)
         self.etc('verify', 'X')
-        self.assertIn('push -f', self.etc('push', 'X', status=1)[1])
+        self.assertIn('is in %s already, and identical' % self.url, self.etc('push', 'X')[1])
+        self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
+        self.assertIn('push -f', self.etc('push', 'X', home='another', status=1)[1])
         self.etc('push', '-f', 'X')
         self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], etc.Dataset(root).digest)
 
