@@ -2065,12 +2065,15 @@ def _content_range(reply: _Reply) -> Tuple[Optional[int], Optional[int], Optiona
 
 
 def _xml(body: bytes) -> Any:
-    """The root element, its namespaces cut off; ValueError if it is none or could grow (entities)."""
+    """The root element, its namespaces cut off; ValueError if it is none or could grow (entities).
+
+    White space may stand before it: S3 sends some to keep a connection open while it works.
+    """
     from xml.etree import ElementTree
     if b'<!' in body.replace(b'<![CDATA[', b''):
         raise ValueError('XML with declarations')
     try:
-        root = ElementTree.fromstring(body)
+        root = ElementTree.fromstring(body.strip())
     except ElementTree.ParseError as e:
         raise ValueError(str(e)) from None
     for element in root.iter():
@@ -2217,10 +2220,9 @@ class _Aws:
         if self._flag('ignore_configured_endpoint_urls'):
             return ''
         services = self.sections.get(('services', self.profile.get('services', '')), {})
-        match = re.search(r'^\s*endpoint_url\s*=\s*(\S+)', services.get(service, ''), re.M)
         return _check_endpoint(
             os.environ.get('AWS_ENDPOINT_URL_' + service.upper()) or os.environ.get('AWS_ENDPOINT_URL')
-            or match and match.group(1) or self.profile.get('endpoint_url') or '')
+            or _aws_nested(services, service, 'endpoint_url') or self.profile.get('endpoint_url') or '')
 
     def _flag(self, key: str) -> bool:
         return (os.environ.get('AWS_' + key.upper()) or self.profile.get(key) or '').lower() == 'true'
@@ -2487,6 +2489,12 @@ def _aws_sections() -> _AwsSections:
                 for lesser in {'aws_session_token'} - set(own) | {'credential_process', 'login_session'}:
                     values.pop(lesser, None)
     return found
+
+
+def _aws_nested(section: Dict[str, str], name: str, key: str) -> str:
+    """The value of `key` among the indented lines below `name`, or ''."""
+    match = re.search(r'^\s*%s\s*=\s*(\S+)' % key, section.get(name, ''), re.MULTILINE)
+    return match.group(1) if match else ''
 
 
 def _aws_static(values: Any, source: str) -> Optional[_AwsKeys]:
@@ -2838,6 +2846,10 @@ class _Taken(Exception):
     """An object of that name exists, and was to be written only if absent."""
 
 
+class _Unconfirmed(RemoteError):
+    """The answer to a write does not say, in the form that the API defines, that the object is there."""
+
+
 class _Unlisted(RemoteError):
     """The server gives objects by name, but shows no list of them."""
 
@@ -2861,6 +2873,8 @@ def _headers(values: Dict[str, Optional[str]]) -> Dict[str, str]:
 
 class _FileRemote:
     """file:///path: a shared directory."""
+
+    conditional = True
 
     def __init__(self, config: Config) -> None:
         from urllib.request import url2pathname
@@ -2997,13 +3011,15 @@ def _listed(page: Any, prefix: str, item: Any) -> Optional[_Object]:
     return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
 
 
-# that an answer with status 400, or even 200 from CompleteMultipartUpload, may hold:
+# that an answer with status 400, or even 200 of CompleteMultipartUpload, may hold:
 # https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
 _S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable')
 
 
 class _S3Remote:
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
+
+    conditional: bool  # whether write(exclusive=True) alone decides, even where stat() may not look
 
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
@@ -3015,6 +3031,9 @@ class _S3Remote:
         self.http = self.aws.http
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.aws.endpoint('s3')
+        self.conditional = not self.endpoint  # other stores may ignore If-None-Match
+        self.by_host = self._is_bucket_in_host()
+        self.checksum = '' if _md5() else 'sha256'  # what parts carry; a bucket may want one (see _learn)
         self.connections = config.connections
         self.always = _headers({'x-amz-request-payer': config.request_payer})
         self.created = _headers({  # of requests that begin an object
@@ -3028,12 +3047,19 @@ class _S3Remote:
 
     def _address(self, key: str, query: Dict[str, str]) -> str:
         base = self.endpoint or self.aws.host('s3', self.region)
-        if self.endpoint or not re.match(r'[a-z0-9-]+\Z', self.bucket):  # a dot in the name would break the certificate
-            base += '/' + self.bucket
-        else:
-            base = base.replace('//', '//%s.' % self.bucket)
+        base = base.replace('//', '//%s.' % self.bucket) if self.by_host else base + '/' + self.bucket
         pairs = '&'.join('%s=%s' % (_quote(k), _quote(v)) for k, v in sorted(query.items()))
         return '%s/%s%s' % (base, _quote(key, safe='/'), '?' + pairs if pairs else '')
+
+    def _is_bucket_in_host(self) -> bool:
+        """Whether the bucket goes into the host's name (virtual-hosted style) instead of the path.
+
+        https://docs.aws.amazon.com/sdkref/latest/guide/feature-s3-addressing-style.html (not in all SDKs)
+        """
+        style = _aws_nested(self.aws.profile, 's3', 'addressing_style')
+        if style in ('virtual', 'path'):
+            return style == 'virtual'
+        return not self.endpoint and bool(re.match(r'[a-z0-9-]+\Z', self.bucket))  # a dot would break the certificate
 
     def _key(self, name: str) -> str:
         return self.prefix + name + '.tgz'
@@ -3050,9 +3076,11 @@ class _S3Remote:
             payload.update(chunk)
         headers = dict(self.always, **(headers or {}))
         for attempt in range(1, _TRIES + 1):
-            state = self.region, self.aws.skew, self.aws.keys()
+            state = self._state()
             address = self._address(key, query or {})
             sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
+            if method == 'PUT':
+                headers.update(self._checksums(body, payload))
             reply = self.http.request(method, address, headers, body, sign, limit)
             if (method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
                 if attempt < _TRIES:
@@ -3061,24 +3089,46 @@ class _S3Remote:
             if 200 <= reply.status < 300:
                 return reply
             if method == 'HEAD' and reply.status not in accept:  # its answers have no body that would tell more
-                probe = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
-                reply = probe if probe.status >= 300 else reply
+                reply = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
+                if 200 <= reply.status < 300:
+                    return reply
             self._learn(reply, state[2])
-            if reply.status >= 300 and state == (self.region, self.aws.skew, self.aws.keys()):
+            if reply.status >= 300 and state == self._state():
                 if reply.status in accept:
                     return reply
                 break
         reads = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
         raise self._error(reply, reads if method in ('GET', 'HEAD') else 's3:PutObject')
 
+    def _state(self) -> Tuple[Any, ...]:
+        """What a refusal may teach to do otherwise."""
+        return self.region, self.aws.skew, self.aws.keys(), self.checksum
+
+    def _checksums(self, body: Sequence[bytes], sha256: Any) -> Dict[str, str]:
+        """The header that lets a bucket with Object Lock check what it is given.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+        """
+        from base64 import b64encode
+        if self.checksum == 'sha256':
+            return {'x-amz-checksum-sha256': b64encode(sha256.digest()).decode()}
+        if self.checksum == 'md5':
+            md5 = _md5()
+            for chunk in body:
+                md5.update(chunk)
+            return {'Content-MD5': b64encode(md5.digest()).decode()}
+        return {}
+
     def _learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
         region = reply.headers.get('x-amz-bucket-region') or _aws_error(reply)[2]
         if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
             self.region = region
-        code = _aws_error(reply)[0]
+        code, message, _ = _aws_error(reply)
         self.aws.learn(reply, code)
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(keys)
+        if reply.status == 400 and 'content-md5' in message.lower() and not self.checksum:
+            self.checksum = 'md5'
 
     def _error(self, reply: _Reply, need: str) -> RemoteError:
         """need: the permission without which this is refused."""
@@ -3094,6 +3144,7 @@ class _S3Remote:
             'InvalidToken': 'renew the credentials, which come from %s' % source,
             'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
             'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
+            'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
             'InvalidObjectState': 'it was moved to an archive class; restore it there first',
         }.get(code) or 'check the url, the endpoint_url and the region'
         if not keys and reply.status in (400, 401, 403):
@@ -3136,13 +3187,14 @@ class _S3Remote:
         if second is None:
             self._finish('PUT', name, {}, self.created, first, exclusive)
             return
-        reply = self._request('POST', self._key(name), {'uploads': ''}, self.created)
+        algorithm = {'x-amz-checksum-algorithm': 'SHA256'} if self.checksum == 'sha256' else {}
+        reply = self._request('POST', self._key(name), {'uploads': ''}, dict(self.created, **algorithm))
         try:
             upload = _xml(reply.page()).findtext('UploadId')
         except ValueError:
             upload = None
         if not upload:
-            raise RemoteError('%s does not answer as S3 does; check the endpoint_url' % self.url)
+            raise self._stranger()
         parts = itertools.chain([first, second], parts)
         del first, second  # or memory would hold them to the end
         try:
@@ -3152,12 +3204,20 @@ class _S3Remote:
                 self._request('DELETE', self._key(name), {'uploadId': upload}, accept=[404])
             raise
 
+    def _stranger(self) -> RemoteError:
+        return RemoteError('%s does not answer as S3 does; check the endpoint_url, and whether a proxy or login page '
+                           'answers in its place' % self.url)
+
     def _upload(self, name: str, upload: str, parts: Iterable[List[bytes]], size: int, exclusive: bool) -> None:
         def send(item: Tuple[int, List[bytes]]) -> str:
             query = {'partNumber': str(item[0]), 'uploadId': upload}
             reply = self._request('PUT', self._key(name), query, body=item[1])
-            return '<Part><PartNumber>%d</PartNumber><ETag>%s</ETag></Part>' % (
-                item[0], escape(reply.headers.get('ETag') or ''))
+            if not reply.headers.get('ETag'):
+                raise self._stranger()
+            checksum = reply.headers.get('x-amz-checksum-sha256') or ''
+            return '<Part><PartNumber>%d</PartNumber><ETag>%s</ETag>%s</Part>' % (
+                item[0], escape(reply.headers['ETag']),
+                '<ChecksumSHA256>%s</ChecksumSHA256>' % escape(checksum) if checksum else '')
 
         from xml.sax.saxutils import escape
         ahead = max(1, min(self.connections, _IN_FLIGHT // size))
@@ -3172,7 +3232,7 @@ class _S3Remote:
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
-        if exclusive and self.endpoint and self.stat(name):  # not all stores know conditions
+        if exclusive and not self.conditional and self.stat(name):
             raise _Taken
         conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
         reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 404, 409, 412, 501])
@@ -3180,10 +3240,28 @@ class _S3Remote:
         if exclusive and reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument',
                                                                  'InvalidRequest'):
             reply = self._request(method, self._key(name), query, headers, body)
-        if exclusive and reply.status in (409, 412) or code == 'NoSuchUpload' and self.stat(name):
+            code = _aws_error(reply)[0]
+        if exclusive and reply.status in (409, 412):
             raise _Taken  # perhaps by ourselves, if the first answer was lost
-        if reply.status != 200 or _aws_error(reply)[0]:
+        if code == 'NoSuchUpload':  # likewise
+            raise _Unconfirmed(str(self._error(reply, 's3:PutObject')), reply.status)
+        if reply.status != 200 or code:
             raise self._error(reply, 's3:PutObject')
+        if not self._is_done(method, reply):
+            raise _Unconfirmed(str(self._stranger()), reply.status)
+
+    def _is_done(self, method: str, reply: _Reply) -> bool:
+        """Whether this is how PutObject or CompleteMultipartUpload say that the object is there.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html, …/API_CompleteMultipartUpload.html
+        """
+        if method == 'PUT':
+            return bool(reply.headers.get('ETag')) and not reply.body.strip()
+        try:
+            result = _xml(reply.page())
+        except ValueError:
+            return False
+        return result.tag == 'CompleteMultipartUploadResult' and bool(result.findtext('ETag'))
 
 
 class _GsRemote:
@@ -3191,6 +3269,8 @@ class _GsRemote:
 
     Its JSON API: https://cloud.google.com/storage/docs/json_api/v1
     """
+
+    conditional = True
 
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
@@ -3337,13 +3417,13 @@ class _GsRemote:
             parts = _numbered(_parts(chunks, _PART))
             with _threads(1) as pool, contextlib.closing(_ordered(pool, send, parts, 2)) as sent:
                 last = collections.deque(sent, 1)[0]
-            if last is None:
-                raise self._stranger()
-            answer = self._parse(last)
+            answer = _json_object(last) if last else {}
         except BaseException:
             with contextlib.suppress(RemoteError):
                 self._request('DELETE', session, accept=range(400, 500), tries=1)
             raise
+        if answer.get('name') != self._key(name) or not answer.get('generation'):
+            raise _Unconfirmed(str(self._stranger()))
         self._check_md5(name, answer, md5)
 
     def _send(self, session: str, start: int, part: List[bytes], last: bool) -> Optional[_Reply]:
@@ -3365,6 +3445,8 @@ class _GsRemote:
             if reply.status == 412:
                 raise _Taken
             if reply.status != 308:
+                if not last:
+                    raise self._stranger()
                 return reply
             received = re.match(r'bytes=0-(\d+)\Z', reply.headers.get('Range') or '')
             have = int(received.group(1)) + 1 if received else 0
@@ -3393,6 +3475,8 @@ _HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: what gives GET away by signed 
 
 class _HttpRemote:
     """http(s)://host/path: what a web server shows, or a public bucket; read-only."""
+
+    conditional = False
 
     def __init__(self, config: Config) -> None:
         import threading
@@ -3529,12 +3613,14 @@ def _linked(base: str, page: bytes) -> List[str]:
 
 
 def _md5() -> Any:
-    """None where the interpreter has no MD5 (FIPS)."""
+    """For what stores demand, not for security; None where the interpreter has no MD5 (FIPS)."""
     import hashlib
-    try:
-        return hashlib.md5()
-    except ValueError:
-        return None
+    md5: Any = hashlib.md5
+    with contextlib.suppress(ValueError):
+        return md5()
+    with contextlib.suppress(ValueError, TypeError):  # TypeError: up to Python 3.8
+        return md5(usedforsecurity=False)
+    return None
 
 
 def _numbered(parts: Iterator[List[bytes]]) -> Iterator[Tuple[int, List[bytes], bool]]:
@@ -4466,19 +4552,44 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
             try:
                 store.write(name, _checked(blocks, local, segments), limit, not force)
             except _Taken:
-                if not _is_there(store, local, receipt):
+                there = _is_there(store, local, receipt)
+                if there is None:
+                    raise Exists("'%s' is in %s already, and these credentials may not look whether it is the same; "
+                                 'push it under another name' % (name, store.url)) from None
+                if not there:
                     raise RemoteError("another push of '%s' to %s is under way; try again when it has ended"
                                       % (name, store.url)) from None
                 return local.digest
+            except _Unconfirmed as e:
+                if not _holds(store, name, _dataset_digest(segments)):
+                    raise e
     digest = _dataset_digest(segments)
     _say('pushed %s to %s: %s', name, store.url, _tally(segments, started))
     _say('%s@%s', name, digest, level=_DEBUG)
     return digest
 
 
-def _is_there(store: _Remote, local: Dataset, receipt: Dict[str, Any]) -> bool:
-    """Whether the remote has this very dataset; raises Exists if it has another of that name."""
-    found = store.stat(local.name)
+def _holds(store: _Remote, name: str, digest: str) -> bool:
+    """Whether what the remote shows under this name is an archive with this digest."""
+    try:
+        found = store.stat(name)
+        segments = _read_index(store, found) if found else None
+    except (RemoteError, Corrupt):
+        return False
+    return segments is not None and _dataset_digest(segments) == digest
+
+
+def _is_there(store: _Remote, local: Dataset, receipt: Dict[str, Any]) -> Optional[bool]:
+    """Whether the remote has this very dataset; raises Exists if it has another of that name.
+
+    None if it may not be looked at, but the condition of the write decides.
+    """
+    try:
+        found = store.stat(local.name)
+    except RemoteError as e:
+        if e.status == 403 and store.conditional:
+            return None
+        raise
     if found is None:
         return False
     segments = _read_index(store, found)

@@ -6,6 +6,7 @@ real peers (see [options.extras_require] test in setup.cfg) are skipped without 
 skipped where ETC_TEST_REQUIRE_PEERS=1.
 """
 
+import base64
 import calendar
 import contextlib
 import email.utils
@@ -215,8 +216,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.connections = set()
         self.sent = 0
         self.fault = self.respell = None
+        self.final = None  # answers instead, once an object is stored
         self.page = 1000
         self.conditions = self.encoding = True
+        self.must_check = False  # as a bucket with Object Lock
+        self.may_list = True
         self.secrets = {AKID: SECRET}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -226,6 +230,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def stop(self):
         self.shutdown()
         self.server_close()
+
+
+COMPLETED = (b'<?xml version="1.0" encoding="UTF-8"?>\n<CompleteMultipartUploadResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+             b'<Location>%s/bucket/%s</Location><Bucket>bucket</Bucket><Key>%s</Key><ETag>&quot;%s&quot;</ETag>'
+             b'</CompleteMultipartUploadResult>')
 
 
 class S3Handler(http.server.BaseHTTPRequestHandler):
@@ -252,8 +261,8 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.server.sent += len(body)
 
-    def error(self, status, code, headers=()):
-        xml = '<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about %s</Message></Error>' % (code, code)
+    def error(self, status, code, headers=(), message=''):
+        xml = '<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>' % (code, message or 'about ' + code)
         self.answer(status, xml.encode(), headers)
 
     def handle_one(self):
@@ -330,7 +339,7 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
 
     def s3_get(self, body):
         if self.key not in self.server.objects:
-            return self.error(404, 'NoSuchKey')
+            return self.error(404, 'NoSuchKey') if self.server.may_list else self.error(403, 'AccessDenied')
         data, etag, _ = self.server.objects[self.key]
         headers = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}
         if self.server.conditions and self.headers.get('If-Match', etag) != etag:
@@ -343,11 +352,22 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
         self.answer(206, data[start:stop], headers)
 
     def s3_put(self, body):
+        expected = {'Content-MD5': md5(body).digest(), 'x-amz-checksum-sha256': hashlib.sha256(body).digest()}
+        given = {name: self.headers[name] for name in expected if self.headers[name]}
+        if self.server.must_check and not given:
+            return self.error(400, 'InvalidRequest', message='Content-MD5 OR x-amz-checksum- HTTP header is required for Put %s '
+                              'requests with Object Lock parameters' % ('Part' if 'partNumber' in self.query else 'Object'))
+        if any(base64.b64decode(value) != expected[name] for name, value in given.items()):
+            return self.error(400, 'BadDigest')
         if 'partNumber' in self.query:
             if self.query['uploadId'] not in self.server.uploads:
                 return self.error(404, 'NoSuchUpload')
-            self.server.uploads[self.query['uploadId']][1][int(self.query['partNumber'])] = body
-            return self.answer(200, b'', {'ETag': '"%s"' % hashlib.sha1(body).hexdigest()})
+            headers, parts = self.server.uploads[self.query['uploadId']]
+            if 'x-amz-checksum-sha256' in given and headers['x-amz-checksum-algorithm'] != 'SHA256':
+                return self.error(400, 'InvalidRequest', message='Checksum Type mismatch occurred')
+            parts[int(self.query['partNumber'])] = body
+            given.pop('Content-MD5', None)
+            return self.answer(200, b'', dict(given, ETag='"%s"' % hashlib.sha1(body).hexdigest()))
         self.store(body, self.headers)
 
     def store(self, data, headers):
@@ -355,18 +375,25 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
             return self.error(412, 'PreconditionFailed')
         etag = '"%s-x"' % hashlib.sha1(data).hexdigest()
         self.server.objects[self.key] = data, etag, headers
-        self.answer(200, b'<R/>' if self.command == 'POST' else b'', {'ETag': etag})
+        if self.server.final:
+            return self.server.final(self)
+        if self.command == 'PUT':
+            return self.answer(200, b'', {'ETag': etag})
+        self.answer(200, COMPLETED % (self.server.url.encode(), self.key.encode(), self.key.encode(), etag.strip('"').encode()))
 
     def s3_post(self, body):
         if 'uploads' in self.query:
             upload = os.urandom(8).hex()
             self.server.uploads[upload] = self.headers, {}
-            xml = '<InitiateMultipartUploadResult><UploadId>%s</UploadId></InitiateMultipartUploadResult>' % upload
+            xml = ('<?xml version="1.0" encoding="UTF-8"?>\n<InitiateMultipartUploadResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+                   '<Bucket>bucket</Bucket><Key>%s</Key><UploadId>%s</UploadId></InitiateMultipartUploadResult>' % (escape(self.key), upload))
             return self.answer(200, xml.encode())
         upload = self.server.uploads.get(self.query['uploadId'])
         if upload is None:
             return self.error(404, 'NoSuchUpload')
         headers, parts = upload
+        if headers['x-amz-checksum-algorithm'] and body.count(b'<ChecksumSHA256>') != len(parts):
+            return self.error(400, 'InvalidRequest', message='The upload was created using a sha256 checksum.')
         listed = re.findall(r'<PartNumber>(\d+)</PartNumber><ETag>([^<]*)</ETag>', body.decode())
         if [int(n) for n, _ in listed] != sorted(parts) or any(
                 etag.replace('&quot;', '"') != '"%s"' % hashlib.sha1(parts[int(n)]).hexdigest() for n, etag in listed):
@@ -1852,6 +1879,173 @@ class S3Remote(RemoteSuite, S3Case):
         self.etc('info', '-r', 'X')
         self.assertEqual(tree(scratch), {'journal': (b'mine', False)})
 
+    def test_answers_that_are_not_understood(self):
+        """A push is done if the store says so as its API defines, or if what is there is what was sent."""
+        self.addCleanup(setattr, etc, '_pause', etc._pause)
+        etc._pause = lambda failures: None
+        one = write(self.tmp / 'one', {'data/train/x': noise(9 * MIB)})
+        other = write(self.tmp / 'other', {'data/train/x': noise(9 * MIB, 1)})  # as large as the other, packed
+        tiny, tinier = small(self.tmp / 'tiny'), write(small(self.tmp / 'tinier'), {'README.md': '# Other'})
+        for name, root in (('X', one), ('Y', tiny)):
+            self.etc('register', root, name, home=name)
+        for name, root in (('X', other), ('Y', tinier)):
+            self.etc('register', root, name, home='old' + name)
+        portal = b'<!DOCTYPE html><html><body>Please log in</body></html>'
+        done = b'<CompleteMultipartUploadResult><ETag>"e"</ETag></CompleteMultipartUploadResult>'
+        error = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>no</Message></Error>'
+        for name, what, body, headers, believed in (
+                ('X', 'white space before success', b' \n \r\n<?xml version="1.0" encoding="UTF-8"?>\n' + done, {}, True),
+                ('X', 'white space before an error', b' \n ' + error, {}, False),
+                ('X', 'nothing', b'', {'ETag': '"e"'}, None), ('X', 'white space', b'   ', {}, None),
+                ('X', 'a page', portal, {'ETag': '"portal"'}, None), ('X', 'another result', b'<R/>', {}, None),
+                ('X', 'a result without ETag', b'<CompleteMultipartUploadResult/>', {}, None), ('X', 'half a result', done[:40], {}, None),
+                ('Y', 'a page', portal, {'ETag': '"portal"', 'Content-Type': 'text/html'}, None),
+                ('Y', 'no ETag', b'', {}, None)):
+            path = '/bucket/some/prefix/%s.tgz' % name
+
+            def answer(handler):
+                handler.answer(200, body, headers)
+
+            def fault(handler):
+                last = 'uploadId=' in handler.path and handler.command == 'POST' if name == 'X' else handler.command == 'PUT'
+                return handler.path.startswith(path) and last and (answer(handler), True)[1]
+
+            for before in ('nothing', 'another'):
+                for stored in (True, False):
+                    with self.subTest(what, name=name, before=before, stored=stored):
+                        self.server.fault = self.server.final = None
+                        self.server.objects.clear()
+                        if before == 'another':
+                            self.etc('push', name, home='old' + name)
+                        objects = dict(self.server.objects)
+                        self.server.fault, self.server.final = (None, answer) if stored else (fault, None)
+                        success = believed if believed is not None else stored
+                        out = self.etc('push', *['-f'] * (before == 'another') + [name], home=name, status=int(not success))[1]
+                        self.server.fault = self.server.final = None
+                        self.assertIn('pushed' if success else 'no;' if believed is False else 'does not answer as S3 does', out)
+                        if not stored and not success:
+                            self.assertTrue(self.server.objects == objects and not self.server.uploads)
+                        self.server.uploads.clear()
+
+    def test_parts_that_are_not_confirmed(self):
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
+        self.server.fault = lambda handler: 'partNumber=' in handler.path and (handler.answer(200, b'<html>Log in</html>'), True)[1]
+        self.assertIn('does not answer as S3 does', self.etc('push', 'X', status=1)[1])
+        self.server.fault = lambda handler: handler.path.endswith('?uploads=') and (handler.answer(200, b'<html>Log in</html>'), True)[1]
+        self.assertIn('does not answer as S3 does', self.etc('push', 'X', status=1)[1])
+        self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
+
+    def test_white_space_before_answers(self):
+        class Slow(S3Handler):
+            def answer(self, status, body=b'', headers=(), length=None):
+                super().answer(status, b' \n' * 3 + body if body[:1] == b'<' else body, headers, length)
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
+        self.server.RequestHandlerClass = Slow
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
+        self.etc('push', 'X')
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertIn('NoSuchBucket', self.etc('ls', '-r', url='s3://other', status=1)[1])
+
+    def test_object_lock(self):
+        """Such buckets want a checksum of every body: MD5, or SHA-256 where there is no MD5."""
+        self.server.must_check = True
+        self.etc('register', small(self.tmp / 'small'), 'X')
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}), 'Y')
+        for there in (True, False):
+            if not there:  # as in FIPS mode
+                self.addCleanup(setattr, hashlib, 'md5', hashlib.md5)
+                hashlib.md5 = lambda *args, **kwargs: (_ for _ in ()).throw(ValueError('disabled for FIPS'))
+            with self.subTest(md5=there):
+                self.server.objects.clear()
+                del self.server.log[:]
+                self.etc('push', 'X', 'Y')
+                self.etc('pull', 'X', 'Y', home='two%s' % there)
+                self.assertEqual(tree(self.tmp / ('two%s/Y' % there)), tree(self.tmp / 'ds'))
+                name = 'Content-MD5' if there else 'x-amz-checksum-sha256'
+                self.assertTrue(all(headers[name] for method, path, headers in self.server.log[-12:] if method == 'PUT'))
+        hashlib.md5 = md5
+        self.server.must_check = False
+        del self.server.log[:]
+        self.etc('push', '-f', 'X')
+        self.assertFalse(any(headers['Content-MD5'] for _, _, headers in self.server.log))  # where none is wanted, none is computed
+
+    def test_acls_that_a_bucket_does_not_know(self):
+        self.settings['public'] = True
+        self.server.fault = lambda handler: handler.command == 'PUT' and (
+            handler.error(400, 'AccessControlListNotSupported', message='The bucket does not allow ACLs'), True)[1]
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.assertIn("drop 'public: true', and let a bucket policy make the objects public", self.etc('push', 'X', status=1)[1])
+
+    def test_addressing_style(self):
+        """Of ~/.aws/config; the server here knows only the style that is set."""
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        port = self.server.url.rpartition(':')[2]
+        os.environ.update(http_proxy=self.server.url, no_proxy='')  # so that any name leads to the server
+        self.settings['endpoint_url'] = 'http://store.example:' + port
+        hosts = set()
+
+        def fault(handler):
+            parts = urllib.parse.urlsplit(handler.path)
+            hosts.add(parts.hostname)
+            bucket = '/bucket' if parts.hostname == 'bucket.store.example' else ''
+            problem = handler.unsigned_as(parts.path + ('?' + parts.query if parts.query else ''))
+            handler.path = bucket + parts.path + ('?' + parts.query if parts.query else '')
+            handler.unsigned = lambda body: problem(body)
+
+        class Proxy(S3Handler):
+            def unsigned_as(self, path):
+                def problem(body):
+                    handler, self.path = self.path, path
+                    try:
+                        return S3Handler.unsigned(self, body)
+                    finally:
+                        self.path = handler
+                return problem
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
+        self.server.RequestHandlerClass, self.server.fault = Proxy, fault
+        for style, host in (('virtual', 'bucket.store.example'), ('path', 'store.example'), ('auto', 'store.example')):
+            with self.subTest(style):
+                hosts.clear()
+                write(self.tmp, {'.aws/config': '[default]\ns3 =\n    max_concurrent_requests = 20\n    addressing_style = %s\n' % style})
+                self.etc('push', '-f', 'X')
+                self.etc('pull', '-f', 'X', home='two')
+                self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+                self.assertEqual(hosts, {host})
+
+    def test_keys_that_may_not_list(self):
+        """Without s3:ListBucket what is missing is forbidden; on Amazon's own hosts the condition of the write decides."""
+        self.server.may_list = False
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.assertIn('s3:ListBucket', self.etc('push', 'X', status=1)[1])  # this store may ignore conditions
+        port = self.server.url.rpartition(':')[2]
+        del self.settings['endpoint_url']
+        self.addCleanup(setattr, etc._Aws, 'host', etc._Aws.host)
+        self.addCleanup(setattr, etc._S3Remote, '_is_bucket_in_host', etc._S3Remote._is_bucket_in_host)
+        etc._Aws.host = lambda aws, service, region: 'http://127.0.0.1:' + port
+        etc._S3Remote._is_bucket_in_host = lambda remote: False
+        self.etc('push', 'X')
+        self.assertIn('already, and identical', self.etc('push', 'X')[1])
+        self.server.fault = lambda handler: handler.command in ('GET', 'HEAD') and (handler.error(403, 'AccessDenied'), True)[1]
+        before = dict(self.server.objects)
+        self.assertIn('may not look whether it is the same', self.etc('push', 'X', status=1)[1])
+        self.assertEqual(self.server.objects, before)
+        self.etc('register', small(self.tmp / 'ds'), 'Y')
+        self.etc('push', 'Y')
+        self.assertEqual(len(self.server.objects), 2)
+
+    def test_head_that_is_refused(self):
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
+        self.etc('push', 'X')
+        for status in (403, 405, 501):
+            with self.subTest(status):
+                self.server.fault = lambda handler: handler.command == 'HEAD' and (handler.answer(status), True)[1]
+                self.etc('pull', 'X', home='two')
+                self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+                self.etc('purge', 'X', home='two')
+                self.assertIn('already, and identical', self.etc('push', 'X')[1])
+
     def test_errors_that_hide(self):
         """InternalError in a 200 of CompleteMultipartUpload, RequestTimeout in a 400."""
         self.addCleanup(setattr, etc, '_pause', etc._pause)
@@ -2351,8 +2545,9 @@ class GsHandler(S3Handler):
 
     def resource(self, name):
         data, generation, headers = self.server.objects[name]
-        import base64
-        return {'name': name, 'size': str(len(data)), 'generation': generation, 'updated': '2024-05-06T07:08:09.123Z',
+        return {'kind': 'storage#object', 'id': 'bucket/%s/%s' % (name, generation), 'name': name, 'bucket': 'bucket',
+                'contentType': 'application/gzip', 'storageClass': 'STANDARD', 'metageneration': '1',
+                'size': str(len(data)), 'generation': generation, 'updated': '2024-05-06T07:08:09.123Z',
                 'md5Hash': base64.b64encode(md5(data).digest()).decode()}
 
     def list(self):
@@ -2417,6 +2612,8 @@ class GsHandler(S3Handler):
         if self.server.garble:
             resource['md5Hash'] = 'AAAA'
         del self.server.uploads[self.query['upload_id']]
+        if self.server.final:
+            return self.server.final(self)
         self.answer(200, json.dumps(resource).encode())
 
 
@@ -2437,6 +2634,31 @@ class GsCase(Case):
 
 
 class GsRemote(RemoteSuite, GsCase):
+    def test_answers_that_are_not_understood(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB)}), 'Y')
+        for what, body in (('an empty object', b'{}'), ('nothing', b''), ('a page', b'<html>Log in</html>'), ('a list', b'[]'),
+                           ('another object', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}'),
+                           ('no generation', b'{"name": "some/prefix/X.tgz"}')):
+            for stored in (True, False):
+                with self.subTest(what, stored=stored):
+                    self.server.objects.clear()
+                    answer = lambda handler: handler.answer(200, body)
+                    self.server.final = answer if stored else None
+                    self.server.fault = None if stored else lambda handler: handler.command == 'PUT' and (answer(handler), True)[1]
+                    self.assertIn('pushed' if stored else 'does not answer as Google', self.etc('push', 'X', status=int(not stored))[1])
+                    self.server.final = None
+                    self.assertEqual(len(self.server.objects), int(stored))
+        self.server.fault = lambda handler: '/*' in handler.headers.get('Content-Range', '') and (handler.answer(200, b'{}'), True)[1]
+        self.assertIn('does not answer as Google', self.etc('push', 'Y', status=1)[1])
+
+    def test_accounts_that_may_only_create(self):
+        """The condition of the write decides where storage.objects.get is missing."""
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.server.fault = lambda handler: handler.command == 'GET' and (handler.problem(403, 'no storage.objects.get access'), True)[1]
+        self.etc('push', 'X')
+        self.assertIn('may not look whether it is the same', self.etc('push', 'X', status=1)[1])
+
     def test_pages(self):
         for number in range(25):
             self.put('D%02d.tgz' % number, b'x')
@@ -2647,8 +2869,7 @@ class GoogleCredentials(GoogleCase):
                                    str(self.tmp / 'pub.pem')])
 
             def decode(text):
-                import base64
-                return base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
+                        return base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
 
             def right(assertion):
                 head, claims, signature = assertion.split('.')
