@@ -101,11 +101,19 @@ class UnknownPartition(Error, KeyError):
     """The dataset has no partition of that name."""
 
 
+class _FromCaller(BaseException):
+    """Carries what a caller's own function raised past all handlers that are not meant for it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 _F = TypeVar('_F', bound=Callable[..., Any])
 
 
 def _public(function: _F) -> _F:
-    """Let only an Error out: what the system refuses becomes one that says what and where."""
+    """Let out an Error where the system refuses something, and what a caller's function raised as it is."""
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -113,11 +121,24 @@ def _public(function: _F) -> _F:
         except OSError as e:
             where = ': %s' % e.filename if e.filename is not None else ''
             raise Error('%s%s' % (e.strerror or e, where)) from e
-        except UnicodeError as e:
-            raise Error('a name cannot be written in this locale: %s; set LC_ALL=C.UTF-8' % e) from e
-        except ValueError as e:  # such as a NUL in a path
-            raise Error('%s; check what was given' % e) from e
+        except MemoryError as e:
+            raise Error("there is not enough memory; set 'connections: 1', or raise the limit (ulimit -v)") from e
+        except _FromCaller as e:
+            error = e.error
+        raise error
     return wrapper  # type: ignore[return-value]
+
+
+def _check_path(path: _Path) -> str:
+    """The path as text; Error if no file can have it here."""
+    text = os.fspath(path)
+    if '\0' in text:
+        raise Error('%s cannot be a path, as it holds a NUL; check what was given' % ascii(text))
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise Error('%s cannot be written in this locale; set LC_ALL=C.UTF-8' % ascii(text)) from None
+    return text
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -378,7 +399,7 @@ def _expanduser(path: str) -> str:
 
 
 def _expand(path: _Path) -> Path:
-    text = os.fspath(path)
+    text = _check_path(path)
     expanded = _expanduser(text)
     if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
         raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
@@ -446,8 +467,21 @@ def _cores() -> int:
 
 
 def _threads(count: int) -> Any:
+    """A pool of `count` threads, all started; of fewer, where the system gives no more."""
+    import threading
     from concurrent.futures import ThreadPoolExecutor
-    return ThreadPoolExecutor(count)
+    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count)
+    try:
+        for _ in range(count):
+            pool.submit(all_started.wait)
+        return pool
+    except (RuntimeError, MemoryError):
+        all_started.abort()
+        pool.shutdown()
+    if count == 1:
+        raise Error("the system gives this process no more threads; set 'connections: 1', or raise the limits "
+                    '(ulimit -u, ulimit -v)')
+    return _threads(count // 2)
 
 
 def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int, keep: int = 0,
@@ -475,12 +509,18 @@ _Progress = Optional[Callable[[int, int], Any]]  # told how many bytes are done,
 
 def _watched(items: Iterable[_T], size: Callable[[_T], int], progress: _Progress, total: int) -> Iterable[_T]:
     """The same items, while `progress` is told of those that have passed, in the thread that takes them."""
-    def watched(tell: Callable[[int, int], Any]) -> Iterator[_T]:
+    def watched(progress: Callable[[int, int], Any]) -> Iterator[_T]:
+        def tell() -> None:
+            try:
+                progress(done, total)
+            except Exception as e:
+                raise _FromCaller(e) from e
+
         done = 0
-        tell(done, total)
+        tell()
         for item in items:
             done += size(item)
-            tell(done, total)
+            tell()
             yield item
 
     return watched(progress) if progress else items
@@ -869,7 +909,7 @@ class Dataset(Mapping[str, Path]):
 
     @_public
     def __init__(self, root: _Path, name: Optional[str] = None, digest: Optional[str] = None) -> None:
-        self.root = Path(root)  #: pathlib.Path of the dataset's directory
+        self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
         self.name = name or self.root.resolve().name  #: str
         self._digest = digest
         self._partitions = _validate(self.root)
@@ -1134,41 +1174,47 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
         if data[at:at + 16] != _member(b'ei', text[-1])[:16] or data[at + 16 + length:at + 26 + length] != _EMPTY:
             raise Corrupt('the archive is damaged: its index is unreadable')
         at += 26 + length
+    unreadable = Corrupt('the archive is damaged: its index is unreadable')
+    whole = b''.join(text)
+    if whole.count(b'[') + whole.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', whole):
+        raise unreadable  # it would take much memory or time to read
     try:
-        whole = b''.join(text)
-        if whole.count(b'[') + whole.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', whole):
-            raise ValueError  # it would take much memory or time to read
         index = json.loads(whole.decode('utf-8'))
-        if type(index['etcetera']) is not int:
-            raise TypeError
-        if index['etcetera'] != 1:
-            return None
-        segments = [_Segment(*(s[key] for key in ('path', 'offset', 'length', 'files', 'size', 'digest')))
-                    for s in index['segments']]
-        _check_index(segments, index['digest'], offset)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise Corrupt('the archive is damaged: its index is unreadable') from None
-    if at != end:
-        raise Corrupt('the archive is damaged: its index is unreadable')
+    except (ValueError, RecursionError):
+        raise unreadable from None
+    if not isinstance(index, dict) or type(index.get('etcetera')) is not int:
+        raise unreadable
+    if index['etcetera'] != 1:
+        return None
+    rows = index.get('segments')
+    if at != end or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise unreadable
+    segments = [_Segment(*map(row.get, ('path', 'offset', 'length', 'files', 'size', 'digest'))) for row in rows]
+    if not _is_valid_index(segments, index.get('digest'), offset):
+        raise unreadable
     return segments
 
 
-def _check_index(segments: List[_Segment], digest: Any, offset: int) -> None:
-    """ValueError unless the segments are well-formed and follow one another, from 0 to before the index."""
+def _is_valid_index(segments: List[_Segment], digest: Any, offset: int) -> bool:
+    """Whether the segments are well-formed and follow one another, from 0 to before the index."""
     at = 0
     order = []
     for s in segments:
-        if [type(v) for v in vars(s).values()] != [str, int, int, int, int, str] \
-                or not re.match(r'sha256:[0-9a-f]{64}\Z', s.digest) or s.path != '.' and not _is_safe(s.path) \
-                or s.offset != at or s.length <= 0 or min(s.files, s.size) < 0:
-            raise ValueError
+        if [type(value) for value in vars(s).values()] != [str, int, int, int, int, str]:
+            return False
+        if not re.match(r'sha256:[0-9a-f]{64}\Z', s.digest) or re.search('[\ud800-\udfff]', s.path):
+            return False
+        if s.path != '.' and not _is_safe(s.path):
+            return False
+        if s.offset != at or s.length <= 0 or s.files < 0 or s.size < 0:
+            return False
         at += s.length
         parts = s.path.split('/')
-        order.append((0, '') if s.path == '.' else (len(parts), s.path))
         if len(parts) > 2 or (len(parts) == 2) != (parts[0] == 'data'):
-            raise ValueError
-    if order[:1] != [(0, '')] or sorted(set(order)) != order or at > offset or digest != _dataset_digest(segments):
-        raise ValueError
+            return False
+        order.append((0, '') if s.path == '.' else (len(parts), s.path))
+    return (order[:1] == [(0, '')] and order == sorted(set(order)) and at <= offset
+            and digest == _dataset_digest(segments))
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1194,7 +1240,12 @@ def _link_or_copy(source: str, target: str) -> None:
             raise OSError  # to remove one link, it would have to be made writable, and so the other
         os.link(source, target)
     except OSError:
-        shutil.copy(source, target)
+        mode = os.stat(source).st_mode & 0o777
+        file = os.open(target, _CREATE, mode | 0o200)  # the x bit at once, as some disks know no chmod
+        with open(source, 'rb') as original, open(file, 'wb') as copy:
+            shutil.copyfileobj(original, copy, _BLOCK)
+        with contextlib.suppress(OSError):
+            os.chmod(target, mode)
 
 
 class _Sink:
@@ -1202,6 +1253,7 @@ class _Sink:
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
+        self.writable: List[Tuple[str, int]] = []  # files that are yet to be made read-only, and their modes
         self.twin = ''  # a directory with the same files, while there is one
         self.links: Dict[str, str] = {}  # their targets, by the names of the links
 
@@ -1225,8 +1277,16 @@ class _Sink:
 
     def create(self, name: str, executable: bool) -> int:
         """A new read-only file, as a descriptor to write to."""
+        path, mode = self.path(name), 0o555 if executable else 0o444
         try:
-            return os.open(self.path(name), _CREATE, 0o555 if executable else 0o444)
+            try:
+                return os.open(path, _CREATE, mode)
+            except PermissionError:  # some network file systems open nothing for writing that is read-only
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                file = os.open(path, _CREATE, mode | 0o200)
+                self.writable.append((path, mode))
+                return file
         except FileExistsError:
             raise self.twice(name) from None
         except (FileNotFoundError, NotADirectoryError):
@@ -1266,6 +1326,9 @@ class _Sink:
 
     def finish(self, confined: bool) -> None:
         """Make the links; each must lead to something in the dataset or, if `confined`, in its own segment."""
+        for path, mode in self.writable:
+            with contextlib.suppress(OSError):
+                os.chmod(path, mode)
         for name, target in self.links.items():
             try:
                 os.symlink(_to_os(target), self.path(name))
@@ -1974,7 +2037,11 @@ class _Http:
     def _ask(self, connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
         import http.client
         if not connection.sock:
-            connection.connect()
+            try:
+                connection.connect()
+            except UnicodeError:  # of the codec idna
+                raise ConfigError("'%s' cannot be a host's name; check the url, the endpoint_url and the proxy"
+                                  % _printable(connection.host)) from None
             connection.sock.settimeout(self.timeout)
         if self.closed:  # close() may have looked before the socket was there
             raise http.client.HTTPException('interrupted')
@@ -2044,7 +2111,11 @@ def _pause(failures: int) -> None:
 
 
 def _tls(ca_bundle: Optional[str]) -> Any:
-    import ssl
+    try:
+        import ssl
+    except ImportError:
+        raise ConfigError('this Python has no ssl module, so it cannot use https://; take another Python, or a url '
+                          'that needs none') from None
     try:
         context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except OSError as e:
@@ -2093,6 +2164,15 @@ def _http_time(text: str) -> float:
         return parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, OverflowError, OSError):  # OSError: on Windows, for years before 1970
         return 0.0
+
+
+def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
+    """A unix time as text, or '' beyond the year 9999; time.gmtime() ends in 2038 on some 32-bit systems."""
+    from datetime import datetime, timedelta
+    try:
+        return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).strftime(form)
+    except OverflowError:
+        return ''
 
 
 def _timestamp(text: str) -> float:
@@ -2186,7 +2266,7 @@ class _Aws:
     def learn(self, reply: _Reply, code: str) -> None:
         """Go by the server's clock where it refuses a signature and the two differ much."""
         ahead = _http_time(reply.headers.get('Date') or '') - time.time()
-        if code in _AWS_CLOCK and abs(ahead - self.skew) > 300 and 'Date' in reply.headers:
+        if code in _AWS_CLOCK and 300 < abs(ahead - self.skew) < 1e9 and 'Date' in reply.headers:
             self.skew = ahead
             _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60,
                  level=_WARNING)
@@ -2361,7 +2441,7 @@ class _Aws:
         answer = _json_object(reply)
         if reply.status != 200 or 'accessToken' not in answer:
             return None
-        expires = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() + float(answer.get('expiresIn') or 0)))
+        expires = _utc(time.time() + float(answer.get('expiresIn') or 0))
         token = dict(token, accessToken=answer['accessToken'], expiresAt=expires,
                      refreshToken=answer.get('refreshToken') or token['refreshToken'])
         new = '%s.%s' % (path, os.urandom(8).hex())
@@ -2563,7 +2643,7 @@ def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str,
     import hmac
     from urllib.parse import urlsplit
     parts = urlsplit(url)
-    stamp = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
+    stamp = _utc(now, '%Y%m%dT%H%M%SZ')
     headers = dict(headers, **{'x-amz-date': stamp, 'x-amz-content-sha256': payload_hash})
     if keys.token:
         headers['x-amz-security-token'] = keys.token
@@ -2882,9 +2962,9 @@ class _FileRemote:
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
             raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % _masked(self.url))
-        self.root = url2pathname(match.group(1))
-        if '\0' in self.root:
-            raise ConfigError("'%s' cannot be a path" % self.url)
+        # in a file's name these mean nothing else, but url2pathname() of Python 3.14 and later cuts there
+        self.root = _check_path(url2pathname(match.group(1).replace('?', '%3F').replace('#', '%23')))
+        self.public = config.public
 
     def close(self) -> None:
         pass
@@ -2931,16 +3011,17 @@ class _FileRemote:
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
         """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything."""
-        os.makedirs(self.root, exist_ok=True)
-        self._sweep()
         path = self._path(name)
         new = os.path.join(self.root, '.%s.tgz.%s' % (name, os.urandom(8).hex()))
         try:
+            self._make_root()
+            self._sweep()
             with open(new, 'xb') as file:
                 for chunk in chunks:
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
+            self._open_to_readers(new, name)
             if not exclusive:
                 os.replace(new, path)
             elif os.name == 'nt':
@@ -2949,9 +3030,30 @@ class _FileRemote:
                 self._link(new, path)
         except FileExistsError:
             raise _Taken from None
+        except PermissionError as e:
+            if e.filename and not e.filename.startswith(self.root):
+                raise  # of a file that is to be pushed
+            raise RemoteError("cannot write '%s' to %s: %s; ask who owns it to replace it, or who owns the directory "
+                              'to let you write there' % (name, self.root, e.strerror)) from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
+
+    def _make_root(self) -> None:
+        if not os.path.isdir(self.root):
+            os.makedirs(self.root, exist_ok=True)
+            if self.public:
+                os.chmod(self.root, os.stat(self.root).st_mode | 0o555)
+
+    def _open_to_readers(self, path: str, name: str) -> None:
+        """Let everyone read a file if it is to be public; warn if it is not for all who may list the directory."""
+        mode = os.stat(path).st_mode
+        if self.public:
+            with contextlib.suppress(OSError):
+                os.chmod(path, mode | 0o444)
+        elif os.name == 'posix' and os.stat(self.root).st_mode & ~mode & 0o044:
+            _say("not all who can list %s can read '%s'; set 'public: true', or another umask", self.root, name,
+                 level=_WARNING)
 
     def _link(self, new: str, path: str) -> None:
         try:
@@ -3960,6 +4062,8 @@ class _Home:
         self._drop_receipts(name)
 
     def _place(self, new: str, target: str, replace: bool) -> None:
+        if replace:
+            _make_movable(target)
         while True:
             try:
                 if not os.path.lexists(target):
@@ -3983,6 +4087,11 @@ class _Home:
             os.rename(target, str(aside))
         except FileNotFoundError:
             return False  # another process was at work here
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            self._supplant(self._move(new, target, 'successors'), target)
+            return True
         try:
             os.rename(new, target)
         except OSError:
@@ -3996,6 +4105,24 @@ class _Home:
         self._retire(str(aside))
         return True
 
+    def _move(self, path: str, target: str, kind: str) -> str:
+        """Rename what is, or comes, in the place of `target` to a new name of this kind."""
+        moved = str(self._scratch(os.path.basename(target), kind))
+        os.rename(path, moved)
+        return moved
+
+    def _supplant(self, successor: str, target: str) -> None:
+        """Put a directory, or an empty file for nothing, in the place of a directory that cannot be renamed.
+
+        So it is with those of a lower layer of overlayfs (EXDEV), as in a container's image. The successor is
+        complete before anything is removed, and recover() goes on where this was killed.
+        """
+        _remove(Path(target))
+        if os.path.isdir(successor):
+            os.rename(successor, target)
+        else:
+            os.unlink(successor)
+
     def _retire(self, path: str) -> None:
         """Let those who are reading a replaced directory come to an end; sweep() removes it."""
         with contextlib.suppress(OSError):
@@ -4005,7 +4132,13 @@ class _Home:
         _remove(Path(path))
 
     def recover(self) -> None:
-        """Put back what install() had set aside when it was killed."""
+        """Put back what install() had set aside when it was killed, or go on with what it was to put there."""
+        with contextlib.suppress(FileNotFoundError):
+            for successor in (self.inner / 'successors').iterdir():
+                place = str(self.path(successor.name.partition('@')[0]))
+                with contextlib.suppress(OSError):
+                    if not self._alive(successor):  # the rename lets one process do it
+                        self._supplant(self._move(str(successor), place, 'successors'), place)
         with contextlib.suppress(FileNotFoundError):
             for aside in (self.inner / 'replaced').iterdir():
                 target = self.path(aside.name.partition('@')[0])
@@ -4033,12 +4166,18 @@ class _Home:
         if path.is_symlink():
             path.unlink()
         else:
-            trash = self._scratch(name, 'old')
-            with contextlib.suppress(OSError):
-                os.chmod(str(path), 0o755)  # a read-only directory cannot be moved
-            os.rename(str(path), str(trash))
+            _make_movable(str(path))
+            try:
+                trash = self._move(str(path), name, 'old')
+            except OSError as e:
+                if e.errno != errno.EXDEV:
+                    raise
+                nothing = self._scratch(name, 'successors')
+                nothing.touch()
+                self._supplant(str(nothing), str(path))
+            else:
+                _remove(Path(trash))
             self._drop_receipts(name)
-            _remove(trash)
         self.sweep(name)
 
     def _alive(self, path: Path) -> bool:
@@ -4090,8 +4229,13 @@ class _Home:
         except ImportError:
             yield
             return
-        (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
-        with open(str(self.inner / 'locks' / name), 'ab') as file:
+        try:
+            (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
+            file = open(str(self.inner / 'locks' / name), 'ab')
+        except OSError:  # as in a store that can only be read
+            yield
+            return
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
@@ -4144,6 +4288,13 @@ def _swap(one: str, other: str) -> bool:
         return False
 
 
+def _make_movable(path: str) -> None:
+    """A read-only directory cannot be renamed, except by root."""
+    with contextlib.suppress(OSError):
+        if not os.path.islink(path):
+            os.chmod(path, 0o755)
+
+
 def _remove(path: Path) -> None:
     """Remove a file, link or tree, if it is there."""
     import shutil
@@ -4155,7 +4306,7 @@ def _remove(path: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError:  # read-only directories, or on Windows files
-        os.chmod(str(path), 0o700)
+        _make_movable(str(path))
         for top, directories, files in os.walk(str(path)):
             for name in directories + (files if os.name == 'nt' else []):
                 if not os.path.islink(os.path.join(top, name)):
@@ -4236,7 +4387,7 @@ def _describe_local(home: _Home, name: str, measure: bool, progress: _Progress =
 
 
 def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Dict[str, Any]:
-    when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(found.modified)) if found.modified else None
+    when = _utc(found.modified) or None if found.modified else None
     segments = _read_index(store, found)
     digest = None if segments is None else _dataset_digest(segments)
     summary = _summary(found.name, digest, segments, archive_size=found.size, when=when, meta=None, readme=None)
@@ -4312,7 +4463,7 @@ def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence
     installed = home.has(bare)
     missing = _missing(bare, home.receipt(bare), partitions)
     if (auto_install or auto_pull) and (not installed or missing):
-        return pull(name, partitions=partitions, config=config, progress=progress)
+        return _pull(name, False, partitions, config, progress)
     if not installed:
         raise _not_installed(home, bare)
     found, _ = home.open(bare)
@@ -4362,7 +4513,10 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
     _check_partitions(partitions)
-    config = config or Config.load()
+    return _pull(name, force, partitions, config or Config.load(), progress)
+
+
+def _pull(name: str, force: bool, partitions: Optional[Sequence[str]], config: Config, progress: _Progress) -> Dataset:
     bare, pin = _parse_name(name)
     home = _Home(config.home)
     started = time.monotonic()
@@ -4407,7 +4561,7 @@ def _differs_locally(name: str) -> Exists:
 
 def _receipt(segments: List[_Segment], installed: Iterable[str], source: str, version: str) -> Dict[str, Any]:
     return {'digest': _dataset_digest(segments), 'source': source, 'version': version,
-            'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+            'when': _utc(time.time()),
             'installed': sorted(installed), 'segments': segments}
 
 
@@ -4629,7 +4783,7 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     """
     config = config or Config.load()
     started = time.monotonic()
-    root = Path(os.path.realpath(os.fspath(directory)))
+    root = Path(os.path.realpath(_check_path(directory)))
     if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
         raise InvalidDataset("no directory %s; the directory comes first: 'etc register %s %s'"
                              % (root, name, root.name))
@@ -4691,7 +4845,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
         raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
     _check_partitions(partitions or ())
     for partition in partitions:
-        if not _is_safe(partition) or '/' in partition:
+        if not _is_safe(partition) or '/' in partition or re.search('[\ud800-\udfff]', partition):
             raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % partition)
     home = _Home(config.home)
     with home.staging(name) as staged:
@@ -5042,7 +5196,7 @@ def _run(args: Any, config: Config) -> None:
         found = info(args.name, args.remote, config, _meter('reading ' + args.name))
         _print(json.dumps(found, indent=1)) if args.json else _print_info(found)
     elif args.command == 'pull':
-        pull(args.name, args.force, args.partitions, config, _meter('pulling ' + args.name))
+        pull(args.name, args.force, args.partitions or None, config, _meter('pulling ' + args.name))
     elif args.command == 'push':
         push(args.name, args.force, config, _meter('pushing ' + args.name))
     elif args.command == 'register':
@@ -5097,8 +5251,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         config = Config.load(getattr(args, 'config', None), url=getattr(args, 'url', None),
                              home=getattr(args, 'home', None))
-        if getattr(args, 'partitions', None):
-            args.partitions = list(map(_from_os, args.partitions))
+        try:
+            args.partitions = list(map(_from_os, getattr(args, 'partitions', None) or ()))
+        except UnicodeError:
+            raise InvalidDataset('the names of partitions must be UTF-8; rename them') from None
         failed = 0
         for name in getattr(args, 'names', [getattr(args, 'name', None)]):
             args.name = name
@@ -5112,9 +5268,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return failed
     except Error as e:
         _show_error(e, verbose)
-        return 1
-    except UnicodeError:
-        _complain('the names of partitions must be UTF-8')
         return 1
     except OSError as e:  # nowhere to print to, as in `etc ls | head -1`
         if not isinstance(e, BrokenPipeError):

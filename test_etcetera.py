@@ -141,6 +141,7 @@ class Case(unittest.TestCase):
 
     def setUp(self):
         self.tmp = Path(os.path.realpath(tempfile.mkdtemp(prefix='etc-test-')))
+        self.tmp.chmod(0o755)
         self.addCleanup(self.clean)
         saved = dict(os.environ)
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(saved)))
@@ -195,6 +196,24 @@ class Case(unittest.TestCase):
         """What is in staging and the like."""
         inner = self.tmp / home / '.etcetera'
         return [p for kind in ('staging', 'replaced') if (inner / kind).is_dir() for p in (inner / kind).iterdir()]
+
+
+@contextlib.contextmanager
+def unprivileged(*places):
+    """As a user who is not root; root becomes one for a while, who owns these directories."""
+    if os.name != 'posix' or os.geteuid():
+        yield
+        return
+    for place in map(str, places):
+        os.chown(place, 65534, -1)
+        for top, directories, files in os.walk(place):
+            for name in directories + files:
+                os.chown(os.path.join(top, name), 65534, -1, follow_symlinks=False)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1794,11 +1813,65 @@ class FileRemote(RemoteSuite, Case):
         self.assertEqual(os.listdir(str(self.tmp / 'share')), ['X.tgz'])
 
     def test_signs_in_paths(self):
-        for name in ('a#b', 'a?b', 'a b', 'per%cent'):
-            url = 'file://%s/%s' % (self.tmp, name.replace('%', '%25'))
-            self.etc('register', '-f', small(self.tmp / name / 'ds'), 'X')
-            self.etc('push', 'X', url=url)
-            self.assertTrue((self.tmp / name / 'X.tgz').exists())
+        for name in ('a#b', 'a?b', 'a?b#c', '#', 'a b', 'per%cent', 'a%23b'):
+            for url in ('file://%s/%s' % (self.tmp, name.replace('%', '%25')), (self.tmp / name).as_uri()):
+                with self.subTest(url):
+                    self.etc('register', '-f', small(self.tmp / name / 'ds'), 'X')
+                    self.etc('push', 'X', url=url)
+                    self.assertTrue((self.tmp / name / 'X.tgz').exists())
+                    (self.tmp / name / 'X.tgz').unlink()
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_who_may_read(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        share = self.tmp / 'share'
+        for umask, directory, public, mode, warned in (
+                (0o077, None, True, 0o644, False), (0o077, 0o755, True, 0o644, False), (0o077, 0o755, False, 0o600, True),
+                (0o027, 0o755, False, 0o640, True), (0o027, 0o750, False, 0o640, False), (0o077, 0o700, False, 0o600, False),
+                (0o022, 0o755, False, 0o644, False), (0o002, 0o775, False, 0o664, False), (0o077, None, False, 0o600, False)):
+            with self.subTest(umask=oct(umask), directory=directory and oct(directory), public=public):
+                etc._remove(share)
+                if directory:
+                    share.mkdir()
+                    share.chmod(directory)
+                self.settings = {'public': public}
+                before = os.umask(umask)
+                try:
+                    err = self.etc('push', 'X')[1]
+                finally:
+                    os.umask(before)
+                self.assertEqual(stat.S_IMODE((share / 'X.tgz').stat().st_mode), mode)
+                self.assertEqual("read 'X'; set 'public: true', or another umask" in err, warned, err)
+                if public:
+                    self.assertEqual(share.stat().st_mode & 0o055, 0o055)
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_places_where_one_may_not_write(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        self.etc('register', '-f', odd(self.tmp / 'other', 3), 'X')
+        self.etc('push', 'Y', status=1)  # what is imported for an error is there from here on
+        share = self.tmp / 'share'
+        if os.geteuid() == 0:  # others' files in a sticky directory
+            share.chmod(0o1777)
+            with unprivileged(self.tmp / 'home', self.tmp / 'settings.yaml', self.tmp / 'other'):
+                err = self.etc('push', '-f', 'X', status=1)[1]
+            self.assertIn("cannot write 'X' to %s: Operation not permitted; ask who owns it to replace it" % share, err)
+        share.chmod(0o555)
+        with unprivileged(self.tmp / 'home', self.tmp / 'settings.yaml'):
+            err = self.etc('push', '-f', 'X', status=1)[1]
+        share.chmod(0o755)
+        self.assertIn("cannot write 'X' to %s: Permission denied; ask who owns it to replace it" % share, err)
+        self.assertEqual(os.listdir(str(share)), ['X.tgz'])
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_files_that_cannot_be_read(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'Y', status=1)
+        with unprivileged(self.tmp):
+            (self.tmp / 'ds/data/train/a.txt').chmod(0)
+            err = self.etc('push', 'X', status=1)[1]
+        self.assertIn('Permission denied: %s' % (self.tmp / 'home/X/data/train/a.txt'), err)
 
     def test_races_without_hard_links(self):
         link = os.link
@@ -5405,6 +5478,183 @@ class Install(S3Case):
         if os.name == 'posix' and os.geteuid() != 0:  # root may write anywhere
             (self.tmp / 'locked').chmod(0o555)
             self.assertIn('Permission denied', self.etc('pull', 'X', home='locked', status=1)[1])
+
+
+PICKY = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#define REFUSE(code) { errno = code; return -1; }
+#define OPEN(name) int name(const char *path, int flags, ...) { \
+    static int (*next)(const char *, int, ...); \
+    va_list list; va_start(list, flags); mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0; va_end(list); \
+    if (!next) next = dlsym(RTLD_NEXT, #name); \
+    if ((flags & O_CREAT) && (flags & O_ACCMODE) != O_RDONLY && !(mode & 0200)) REFUSE(EACCES) \
+    return next(path, flags, mode); }
+OPEN(open)
+OPEN(open64)
+int link(const char *a, const char *b) REFUSE(EPERM)
+int linkat(int a, const char *b, int c, const char *d, int e) REFUSE(EPERM)
+int chmod(const char *a, mode_t b) REFUSE(EPERM)
+int fchmodat(int a, const char *b, mode_t c, int d) REFUSE(EPERM)
+"""
+
+
+class Disks(Case):
+    """File systems that cannot do all that is usual."""
+
+    def publish(self):
+        self.etc('register', odd(self.tmp / 'ds', 40), 'X', home='pub')
+        self.etc('push', 'X', home='pub')
+
+    @unittest.skipUnless(sys.platform == 'linux' and shutil.which('gcc'), 'no gcc here')
+    def test_disk_that_is_picky(self):
+        """It opens no read-only file for writing, makes no hard links, and changes no modes."""
+        self.publish()
+        write(self.tmp, {'picky.c': PICKY})
+        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', str(self.tmp / 'picky.so'), str(self.tmp / 'picky.c'), '-ldl'])
+        os.environ['LD_PRELOAD'] = str(self.tmp / 'picky.so')
+        for command in (['pull', '-p', 'test', 'X'], ['pull', 'X'], ['pull', '-f', 'X'], ['verify', 'X'],
+                        ['register', '--copy', str(self.tmp / 'ds'), 'Y'], ['push', 'Y'], ['purge', 'Y']):
+            process = self.spawn(*command)
+            self.assertEqual((process.communicate()[1][:5], process.returncode), (b'etc: ', 0), command)
+        del os.environ['LD_PRELOAD']
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.tmp / 'ds'))
+        self.assertEqual(sorted(os.listdir(str(self.tmp / 'share'))), ['X.tgz', 'Y.tgz'])
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_files_end_up_read_only_even_so(self):
+        """Where opening is refused, but chmod is not."""
+        self.publish()
+        opened = os.open
+        self.addCleanup(setattr, os, 'open', opened)
+
+        def picky(path, flags, mode=0o777, **kwargs):
+            if flags & os.O_CREAT and not mode & 0o200:
+                raise PermissionError(13, 'Permission denied', path)
+            return opened(path, flags, mode, **kwargs)
+        os.open = picky
+        self.etc('pull', 'X')
+        os.open = opened
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.tmp / 'ds'))
+        for path in (self.tmp / 'home/X').rglob('*'):
+            if path.is_file():
+                self.assertFalse(path.stat().st_mode & 0o222, path)
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_read_only_store(self):
+        self.publish()
+        self.etc('pull', 'X')
+        self.etc('pull', 'Z', status=1)
+        etc._remove(self.tmp / 'home/.etcetera/locks')
+        places = [path for path in (self.tmp / 'home').rglob('*') if path.is_dir()] + [self.tmp / 'home']
+        for path in places:
+            path.chmod(0o555)
+        try:
+            with unprivileged(self.tmp / 'settings.yaml'):
+                self.assertIn('installed already, and identical', self.etc('pull', 'X')[1])
+                self.assertEqual(self.etc('ls')[0], 'X\n')
+                self.assertEqual(etc.dataset('X', auto_install=True, config=self.config()).keys(), {'empty', 'test', 'train'})
+                self.etc('verify', 'X')
+                self.assertIn('Permission denied', self.etc('pull', '-f', 'X', status=1)[1])
+                self.assertIn('Permission denied', self.etc('purge', 'X', status=1)[1])
+        finally:
+            for path in places:
+                path.chmod(0o755)
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.tmp / 'ds'))
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_read_only_directories_are_replaced(self):
+        self.publish()
+        self.etc('pull', 'Z', status=1)
+        for exchange in (etc._swap, lambda one, other: False):
+            self.addCleanup(setattr, etc, '_swap', etc._swap)
+            etc._swap = exchange
+            self.etc('pull', '-p', 'test', 'X')
+            with unprivileged(self.tmp):
+                for command in (['pull', 'X'], ['pull', '-f', 'X'], ['purge', 'X']):
+                    for path in [self.tmp / 'home/X'] + [p for p in (self.tmp / 'home/X').rglob('*') if p.is_dir() and not p.is_symlink()]:
+                        path.chmod(0o555)
+                    self.etc(*command)
+            self.assertEqual((self.installed(), self.leftovers()), ([], []))
+
+    OVERLAY = """
+        set -e
+        mount -t tmpfs tmpfs "$1/over"
+        mkdir "$1/over/upper" "$1/over/work"
+        mount -t overlay overlay -o "lowerdir=$1/image,upperdir=$1/over/upper,workdir=$1/over/work" "$1/home"
+        shift
+        exec "$@"
+    """
+
+    def overlaid(self, *command, **kwargs):
+        """Run a command in which home is an overlay over `image`, as in a container; its changes vanish with it."""
+        return subprocess.run(['unshare', '-m', 'sh', '-c', self.OVERLAY, 'sh', str(self.tmp)] + list(command), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, **kwargs)
+
+    def test_overlay(self):
+        """Directories of a lower layer cannot be renamed (EXDEV)."""
+        for name in ('over', 'home', 'image'):
+            (self.tmp / name).mkdir()
+        if sys.platform != 'linux' or self.overlaid('true').returncode:
+            self.skipTest('no overlay can be mounted here')
+        self.publish()
+        self.etc('pull', '-p', 'test', 'X', home='image')
+        self.etc('register', '--copy', small(self.tmp / 'small'), 'Y', home='image')
+        program = r"""
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import etcetera as etc
+config = etc.Config(sys.argv[2], sys.argv[3])
+try:
+    os.rename(sys.argv[3] + '/X', sys.argv[3] + '/Z')
+    sys.exit('this overlay renames')
+except OSError as e:
+    print(e.errno)
+remove = etc._remove
+class Killed(BaseException): pass
+def killed(path):
+    if path.name in 'XY' and not etc.stop:
+        etc.stop = True
+        remove(path / 'data')
+        raise Killed
+    remove(path)
+etc.stop = True
+etc._remove = killed
+for task in sys.argv[4:]:
+    print(task, flush=True)
+    name = task.rpartition(' ')[2].rstrip('!')
+    etc.stop = not task.endswith('!')
+    try:
+        if task.startswith('pull -f'): etc.pull(name, force=True, config=config)
+        elif task.startswith('pull'): etc.pull(name, config=config)
+        elif task.startswith('purge'): etc.purge(name, config=config)
+        elif task.startswith('push'): print(etc.push(name, config=config))
+        elif task.startswith('ls'): print(etc.ls(config=config))
+        elif task.startswith('verify'): print(etc.verify(name, config=config))
+        print('done')
+    except Killed:
+        for kind in os.listdir(sys.argv[3] + '/.etcetera'):  # as if its process were gone
+            for left in os.listdir(sys.argv[3] + '/.etcetera/' + kind):
+                if '@%d@' % os.getpid() in left:
+                    os.rename(sys.argv[3] + '/.etcetera/%s/' % kind + left, sys.argv[3] + '/.etcetera/%s/' % kind + left.replace(
+                        '@%d@' % os.getpid(), '@0@'))
+        print('killed')
+"""
+        digest = etc.Dataset(self.tmp / 'ds').digest
+        for tasks, printed in (
+                (['pull X', 'verify X', 'pull -f X', 'verify X', 'purge X', 'ls'], ['done', digest, 'done', 'done', digest, 'done', 'done', "['Y']"]),
+                (['pull -f X', 'verify X'], ['done', digest]), (['purge X', 'ls', 'pull X', 'verify X'], ['done', "['Y']", 'done', 'done', digest]),
+                (['pull -f X!', 'ls', 'verify X'], ['killed', "['X', 'Y']", 'done', digest]),
+                (['purge X!', 'ls'], ['killed', "['Y']"]), (['purge Y!', 'purge X', 'ls'], ['killed', 'done', '[]'])):
+            with self.subTest(tasks):
+                done = self.overlaid(sys.executable, '-c', program, str(HERE), self.url, str(self.tmp / 'home'), *tasks)
+                lines = [line for line in done.stdout.splitlines() if line not in tasks]
+                self.assertEqual((lines[0], lines[1:1 + len(printed)], done.returncode), ('18', printed, 0), done.stdout)
 
 
 @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
