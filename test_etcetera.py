@@ -6390,6 +6390,164 @@ class Python(Case):
         self.assertNotRegex(text, r'(?m)^    (class )?_[a-z]')
 
 
+class Refusals(Case):
+    """Whatever goes wrong is an etc.Error in one line; what is no user's fault comes out as it is."""
+
+    def run_python(self, program, *args, **kwargs):
+        done = subprocess.run([sys.executable, '-c', 'import sys\nsys.path.insert(0, %r)\n%s' % (str(HERE), program)] + [str(a) for a in args],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, **kwargs)
+        return done.returncode, done.stdout
+
+    def test_no_ssl(self):
+        program = 'sys.modules["ssl"] = None\nimport etcetera\nsys.exit(etcetera.main(sys.argv[1:]))'
+        for args in (['--url', 'https://127.0.0.1:1/x', 'ls', '-r'], ['--url', 's3://bucket', 'pull', 'X'], ['--url', 'gs://bucket', 'pull', 'X']):
+            with self.subTest(args):
+                os.environ.update(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', NO_GCE_CHECK='true')
+                code, out = self.run_python(program, '--home', self.tmp / 'home', *args)
+                self.assertEqual((code, out), (1, 'etc: this Python has no ssl module, so it cannot use https://; take another Python, or a '
+                                                  'url that needs none\n'))
+
+    @unittest.skipUnless(sys.platform == 'linux', 'no /proc here')
+    def test_few_threads(self):
+        """Fewer are used where the system gives no more; none at all is an error that says what to do."""
+        self.etc('register', odd(self.tmp / 'ds', 30), 'X')
+        program = r"""
+import threading, etcetera as etc
+started, start, lock = [0], threading.Thread.start, threading.Lock()
+def limited(thread):
+    with lock:
+        if started[0] >= int(sys.argv[1]):
+            raise RuntimeError("can't start new thread")
+        started[0] += 1
+    run = thread.run
+    def counted():
+        try:
+            run()
+        finally:
+            with lock:
+                started[0] -= 1
+    thread.run = counted
+    try:
+        start(thread)
+    except BaseException:
+        started[0] -= 1
+        raise
+threading.Thread.start = limited
+sys.exit(etc.main(sys.argv[2:]))
+"""
+        place = ['--url', self.url, '--home', self.tmp / 'home']
+        write(self.tmp, {'one.yaml': 'connections: 1\n'})
+        for limit, settings in ((3, []), (5, []), (2, ['--config', self.tmp / 'one.yaml'])):
+            with self.subTest(limit):
+                for command in (['push', '-f', 'X'], ['--home', self.tmp / 'two', 'pull', 'X'], ['--home', self.tmp / 'two', 'verify', 'X'],
+                                ['--home', self.tmp / 'two', 'purge', 'X']):
+                    code, out = self.run_python(program, limit, *settings + place + command)
+                    self.assertEqual(code, 0, out)
+        code, out = self.run_python(program, 0, *place + ['push', '-f', 'X'])
+        self.assertEqual((code, out), (1, "etc: the system gives this process no more threads; set 'connections: 1', or raise the limits "
+                                          '(ulimit -u, ulimit -v)\n'))
+
+    @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
+    def test_little_memory(self):
+        """As with ulimit -v: the command succeeds, or says what to do."""
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}), 'X')
+        self.etc('push', 'X')
+        program = r"""
+import resource, etcetera as etc
+now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
+resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), -1))
+sys.exit(etc.main(sys.argv[2:]))
+"""
+        outcomes = set()
+        for room in (1, 12, 24, 40, 70, 150, 1500):
+            with self.subTest(room):
+                code, out = self.run_python('import re' + program, room, '--url', self.url, '--home', self.tmp / ('home%d' % room), 'pull', 'X')
+                self.assertEqual(len(out.splitlines()), 1, out)
+                self.assertRegex(out, r'\Aetc: (pulled X|.*(memory|threads).*; set .connections: 1.)' if code else r'\Aetc: pulled X')
+                outcomes.add(code)
+        self.assertEqual(outcomes, {0, 1})
+
+    def test_times_past_2038(self):
+        """On some 32-bit systems the functions of `time` end there."""
+        def narrow(function):
+            def limited(seconds=None):
+                if seconds is None or not 0 <= seconds < 1 << 31:
+                    raise OverflowError('timestamp out of range for platform time_t')
+                return function(seconds)
+            return limited
+
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        for name in ('gmtime', 'localtime'):
+            self.addCleanup(setattr, etc.time, name, getattr(time, name))
+            setattr(etc.time, name, narrow(getattr(time, name)))
+        try:
+            os.utime(str(self.tmp / 'share/X.tgz'), (2524608000, 2524608000))
+        except OverflowError:
+            self.skipTest('this system cannot set such times')
+        self.assertIn('2050-01-01T00:00:00Z', self.etc('info', '-r', 'X')[0])
+        self.assertIn('just now', self.etc('ls', '-r', '-l')[0])
+        self.addCleanup(setattr, etc.time, 'time', time.time)
+        etc.time.time = lambda: 2524608000.5
+        self.etc('pull', 'X', home='two')
+        self.assertIn('2050-01-01T00:00:00Z', self.etc('info', 'X', home='two')[0])
+        signed = etc._aws_sign('GET', 'http://h/', {}, 'hash', etc._AwsKeys('a', 'b'), 'r', 's3', 2524608000.5)
+        self.assertEqual(signed['x-amz-date'], '20500101T000000Z')
+
+    def test_names_that_no_host_can_have(self):
+        for url, endpoint in (('https://data..example.org', None), ('http://%s.example' % ('x' * 70), None),
+                              ('s3://bucket', 'https://data..example.org'), ('gs://bucket', 'https://data..example.org')):
+            with self.subTest(url, endpoint=endpoint):
+                self.settings = {'endpoint_url': endpoint} if endpoint else {}
+                os.environ['NO_GCE_CHECK'] = 'true'
+                self.assertIn("cannot be a host's name; check the url", self.etc('ls', '-r', url=url, status=1)[1])
+
+    def test_paths_that_no_file_can_have(self):
+        bad = 'a\0b'
+        for what, call in (('register', lambda: etc.register(bad, 'X', config=self.config())), ('Dataset', lambda: etc.Dataset(bad)),
+                           ('settings', lambda: etc.Config.load(bad)), ('url', lambda: etc.ls(True, self.config(url='file:///a%00b')))):
+            with self.subTest(what):
+                with self.assertRaises(etc.Error) as caught:
+                    call()
+                self.assertIn('holds a NUL', str(caught.exception))
+
+    def test_what_a_progress_function_raises(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        with tarfile.open(str(self.tmp / 'share/Y.tgz'), 'w:gz') as tar:
+            tar.add(str(self.tmp / 'ds'), '.')
+        config = self.config()
+        for error in (ValueError('mine'), OSError(5, 'mine'), KeyError('mine'), EOFError('mine'), UnicodeError('mine'), MemoryError(),
+                      etc.Corrupt('mine'), KeyboardInterrupt(), SystemExit(3), tarfile.ReadError('mine'), RecursionError('mine')):
+            def progress(done, total):
+                raise error
+            for what, call in (
+                    ('pull', lambda: etc.pull('X', config=self.config('two'), progress=progress)),
+                    ('pull of another tool\'s', lambda: etc.pull('Y', config=self.config('two'), progress=progress)),
+                    ('dataset', lambda: etc.dataset('X', auto_install=True, config=self.config('two'), progress=progress)),
+                    ('push', lambda: etc.push('X', force=True, config=config, progress=progress)),
+                    ('register', lambda: etc.register(self.tmp / 'ds', 'Z', copy=True, config=config, progress=progress)),
+                    ('verify', lambda: etc.verify('X', config=config, progress=progress)),
+                    ('info', lambda: etc.info('X', config=config, progress=progress))):
+                with self.subTest(what, error=error):
+                    with self.assertRaises(type(error)) as caught:
+                        call()
+                    self.assertIs(caught.exception, error)
+            self.assertEqual((self.installed('two'), self.installed()), ([], ['X']))
+
+    def test_faults_of_ours_are_not_called_damage(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        for error in (TypeError, ValueError, KeyError):
+            def broken(*args):
+                raise error('a fault in etcetera')
+            with self.subTest(error):
+                self.addCleanup(setattr, etc, '_is_safe', etc._is_safe)
+                etc._is_safe = broken
+                with self.assertRaises(error):
+                    etc.pull('X', config=self.config('two'))
+
+
 class Before(Case):
     """What users of etcetera 0.0.x have: its settings, its local store, its calls."""
 
