@@ -5232,8 +5232,39 @@ def _arguments(argv: List[str]) -> Any:
     return args
 
 
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing behind that is paid for.
+
+    A signal that is ignored, as by nohup, stays ignored; one that a program around us handles is its own.
+    """
+    import signal
+    replaced = []  # type: List[int]
+
+    def end(number: int, _: Any) -> None:
+        for other in replaced:  # a terminal that closes may send several
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
+
+    try:
+        with contextlib.suppress(ValueError):  # only the main thread may do so
+            for name in ('SIGTERM', 'SIGHUP'):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, end)
+                    replaced.append(number)
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@_tidy_end()
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command `etc`; returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    """The command `etc`; returns its exit status.
+
+    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it: 130 for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ['completion'] and len(argv) > 2:
         for word in _completions(argv[2:]):
@@ -5274,9 +5305,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             _complain('cannot write to standard output: %s' % e.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         _complain('interrupted')
-        return 130
+        return 128 + (e.args[0] if e.args else 2)
     finally:
         _show('')
         _spoken = None

@@ -136,6 +136,12 @@ def tree(root):
     return found
 
 
+def default_signals():
+    """In a child: let signals reach it even where the tests run in the background, or under nohup, and ignore them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Case(unittest.TestCase):
     maxDiff = 2000
 
@@ -184,8 +190,8 @@ class Case(unittest.TestCase):
         env = dict(os.environ, **{'AWS_' + k[4:].upper(): v for k, v in self.settings.items() if k.startswith('aws_')})
         if self.settings.get('endpoint_url'):
             env['AWS_ENDPOINT_URL'] = self.settings['endpoint_url']
-        if os.name == 'posix':  # Ctrl-C shall reach it even where the tests run in the background, and ignore it
-            kwargs['preexec_fn'] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.name == 'posix':
+            kwargs.setdefault('preexec_fn', default_signals)
         return subprocess.Popen(command + [str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env=env, **kwargs)
 
@@ -5112,26 +5118,64 @@ class Install(S3Case):
         self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
         self.assertEqual(self.leftovers(), [])
 
-    @unittest.skipIf(os.name == 'nt', 'no SIGINT to send')
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interrupt(self):
         self.publish()
-        started = threading.Event()
+        for name, status in (('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
+            with self.subTest(name):
+                started = threading.Event()
+                del self.server.log[:]
+
+                def fault(handler):
+                    if len(self.requests('GET')) > 3:
+                        started.set()
+                        time.sleep(30)
+                self.server.fault = fault
+                process = self.spawn('pull', 'X', home=name)
+                self.assertTrue(started.wait(20))
+                begin = time.time()
+                process.send_signal(getattr(signal, name))
+                out, err = process.communicate()
+                self.assertEqual((process.returncode, err.decode()), (status, 'etc: interrupted\n'))
+                self.assertLess(time.time() - begin, 15, 'it waits for no answer')
+                self.assertEqual((self.installed(name), len(self.leftovers(name))), ([], 1))  # for the next to go on from
+                self.server.fault = None
+                self.etc('pull', 'X', home=name)
+                self.assertEqual((tree(self.tmp / name / 'X'), self.leftovers(name)), (tree(self.root), []))
+
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    def test_signals_that_are_not_for_us(self):
+        """nohup's SIGHUP is ignored; a program that calls main() keeps its handlers, also in another thread."""
+        self.publish()
+        started, go_on = threading.Event(), threading.Event()
 
         def fault(handler):
-            if len(self.requests('GET')) > 3:
-                started.set()
-                time.sleep(30)
+            started.set()
+            go_on.wait(30)
         self.server.fault = fault
-        process = self.spawn('pull', 'X')
+        process = self.spawn('pull', 'X', preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
         self.assertTrue(started.wait(20))
-        begin = time.time()
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-        self.assertEqual((process.returncode, err.decode()), (130, 'etc: interrupted\n'))
-        self.assertLess(time.time() - begin, 15, 'it waits for no answer')
-        self.assertEqual((self.installed(), len(self.leftovers())), ([], 1))  # for the next to go on from
-        self.server.fault = None
-        self.etc('pull', 'X')
+        process.send_signal(signal.SIGHUP)
+        go_on.set()
+        self.assertEqual(process.wait(), 0, process.communicate())
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        self.addCleanup(lambda: [signal.signal(*item) for item in handlers.items()])
+        during = []
+        self.server.fault = lambda handler: during.append([signal.getsignal(number) for number in handlers])
+        heard = []
+        for own in (signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: heard.append(number)):
+            for number in handlers:
+                signal.signal(number, own)
+            del during[:]
+            self.etc('info', '-r', 'X')
+            self.assertEqual([handler == own for handler in during[0]], [own != signal.SIG_DFL] * 2)
+            self.assertEqual([signal.getsignal(number) for number in handlers], [own] * 2)
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+        del during[:]
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.etc, 'info', '-r', 'X').result()
+        self.assertEqual(during[0], [signal.SIG_DFL] * 2)
         self.assertEqual(self.leftovers(), [])
 
     def broken_off(self, share, end=lambda process: process.kill()):
@@ -5288,19 +5332,25 @@ class Install(S3Case):
     def test_interrupted_push(self):
         self.publish()
         write(self.root, {'data/train/new': noise(30 * MIB)})
-        started = threading.Event()
+        for name, status in (('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
+            with self.subTest(name):
+                started, later = threading.Event(), ['SIGHUP', 'SIGTERM', 'SIGHUP'] if name == 'SIGHUP' else []
 
-        def fault(handler):
-            if 'partNumber=3' in handler.path:
-                started.set()
-                time.sleep(1)
-        self.server.fault = fault
-        process = self.spawn('push', '-f', 'X', home='pub')
-        self.assertTrue(started.wait(20))
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-        self.assertEqual(process.returncode, 130)
-        self.assertEqual(self.server.uploads, {})
+                def fault(handler):
+                    if 'partNumber=3' in handler.path:
+                        started.set()
+                        time.sleep(1)
+                    if handler.command == 'DELETE' and later:  # as a terminal that closes may send several
+                        while later:
+                            process.send_signal(getattr(signal, later.pop()))
+                        return handler.answer(503) or True
+                self.server.fault = fault
+                process = self.spawn('push', '-f', 'X', home='pub')
+                self.assertTrue(started.wait(20))
+                process.send_signal(getattr(signal, name))
+                err = process.communicate()[1].decode()
+                self.assertEqual((process.returncode, err), (status, 'etc: interrupted\n'))
+                self.assertEqual(self.server.uploads, {})
 
     def swaps(self):
         """Replace a dataset many times; how often its name was seen to be absent."""
