@@ -251,7 +251,7 @@ def _parse_yaml(text: str) -> Dict[str, Tuple[Any, int]]:
     """Read a flat map of scalars and their lines, meaning what PyYAML would; refuse everything else."""
     found = {}  # type: Dict[str, Tuple[Any, int]]
     started = False
-    for number, line in enumerate(re.split('\r\n|\n|\r', text[1:] if text[:1] == '\ufeff' else text), 1):
+    for number, line in enumerate(re.split('\r\n|\n|\r', text), 1):
         if re.search(_YAML_FORBIDDEN, line):
             raise _YamlError(number, 'a character that YAML does not allow here; remove it')
         if line.rstrip(' ') == '---' and not started:
@@ -426,7 +426,7 @@ def _check_setting(key: str, value: Any) -> None:
 
 def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
     try:
-        text = path.read_bytes().decode('utf-8')
+        text = path.read_bytes().decode('utf-8-sig')
     except FileNotFoundError:
         if required:
             raise ConfigError("no settings file %s; create it, or drop --config and $ETC_CONFIG" % path) from None
@@ -2410,7 +2410,7 @@ class _Aws:
                             hashlib.sha1((session or settings['sso_start_url']).encode()).hexdigest() + '.json')
         try:
             with open(path, 'rb') as file:
-                token = json.loads(file.read().decode('utf-8'))
+                token = json.loads(file.read().decode('utf-8-sig'))
             left = _timestamp(token['expiresAt']) - time.time()
             if left < 300 and session and 'refreshToken' in token:
                 token = self._renew_sso(token, path, region) or token
@@ -2465,7 +2465,7 @@ class _Aws:
             raise ConfigError('%s fails (%d): %s' % (source, done.returncode, _printable(
                 done.stderr.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'))
         try:
-            answer = json.loads(done.stdout.decode('utf-8'))
+            answer = json.loads(done.stdout.decode('utf-8-sig'))
         except ValueError:
             answer = None
         return _aws_temporary(answer if isinstance(answer, dict) and answer.get('Version') == 1 else None, source)
@@ -2549,10 +2549,10 @@ def _aws_sections() -> _AwsSections:
     found = {}  # type: _AwsSections
     for variable, default in (('AWS_CONFIG_FILE', '~/.aws/config'),
                               ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials')):
-        path = _expanduser(os.environ.get(variable) or default)
+        path = _expanduser(os.path.expandvars(os.environ.get(variable) or default))  # as botocore does
         parser = configparser.RawConfigParser(strict=False)
         try:
-            with open(path, encoding='utf-8') as file:
+            with open(path, encoding='utf-8-sig') as file:
                 parser.read_file(file)
         except OSError:
             continue
@@ -2609,7 +2609,7 @@ def _aws_temporary(answer: Any, source: str, reply: Optional[_Reply] = None) -> 
 
 def _read_secret(path: str) -> str:
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding='utf-8-sig') as file:
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError('cannot read the token %s: %s; check the path and who may read it'
@@ -2716,7 +2716,7 @@ def _google_file(config: Config) -> str:
 def _read_google_file(path: str) -> Dict[str, Any]:
     try:
         with open(path, 'rb') as file:
-            info = json.loads(file.read().decode('utf-8'))
+            info = json.loads(file.read().decode('utf-8-sig'))
     except OSError as e:
         raise ConfigError("cannot read the Google credentials %s: %s" % (path, e.strerror)) from None
     except ValueError:

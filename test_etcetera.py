@@ -463,7 +463,7 @@ class Settings(Case):
 
     def test_what_is_read(self):
         self.assertEqual(self.parse(
-            '\ufeff# comment\n---\nurl: s3://bucket/x#y  # why\nhome:   ~/data \npublic: yes\nregion: "a\\tb\\u00e9"\n'
+            '# comment\n---\nurl: s3://bucket/x#y  # why\nhome:   ~/data \npublic: yes\nregion: "a\\tb\\u00e9"\n'
             "endpoint_url: 'it''s'\nconnections: 0x10\ncompression_level: 0\nca_bundle:\n\naws_profile: null\r\n"
             "aws_access_key_id: a:b\n'google_credentials': x y\n"),
             {'url': 's3://bucket/x#y', 'home': None if False else '~/data', 'public': True, 'region': 'a\tb\u00e9',
@@ -503,6 +503,14 @@ class Settings(Case):
         self.fails('compression_level: 10', 'from 0 to 9')
         self.fails('url: [x]', file + ':1', 'quotes')
         self.fails(b'url: \xff', file, 'UTF-8')
+
+    def test_byte_order_mark(self):
+        """Notepad and PowerShell begin files with one."""
+        for name, text in (('.etc.toml', 'url = "s3://toml"\nregion = "x"\n'), ('.etc.yaml', 'url: s3://yaml\nregion: x\n')):
+            (self.tmp / name).write_bytes(b'\xef\xbb\xbf' + text.encode())
+            config = etc.Config.load()
+            self.assertEqual((config.url, config.region), ('s3://' + name[5:], 'x'))
+        self.fails(b'\xef\xbb\xbfurl: x\nulr: x', '.yaml:2', "did you mean 'url'")
 
     def test_precedence(self):
         self.load('url: file:///a\nhome: /h/a')
@@ -572,7 +580,7 @@ class SettingsOracle(unittest.TestCase):
                 key = rng.choice(['url', 'k', 'a-b', 'yes', 'null', 'x1', '_', '<<', 'n'])
                 value = ''.join(rng.choice(atoms) for _ in range(1 if rng.random() < .7 else 2))
                 lines.append(shape % ((key, value)[:shape.count('%s')]))
-            text = rng.choice(['', '---\n', '\n', '# c\n', '\ufeff']) + rng.choice(['\n', '\n', '\r\n', '\n\n']).join(lines)
+            text = rng.choice(['', '---\n', '\n', '# c\n']) + rng.choice(['\n', '\n', '\r\n', '\n\n']).join(lines)
             try:
                 found = parse_yaml(text)
             except ValueError:
@@ -2920,6 +2928,19 @@ class GoogleCredentials(GoogleCase):
         self.assertIn('gives no access token: wrong refresh_token', err)
         self.assertNotIn('se+cret', err)
 
+    def test_byte_order_marks(self):
+        base = {'type': 'external_account', 'audience': 'a', 'token_url': self.tokens.url + '/sts', 'subject_token_type': 't'}
+        (self.tmp / 'subject').write_bytes(b'\xef\xbb\xbfsubject-jwt')
+        (self.tmp / 'subject.json').write_bytes(b'\xef\xbb\xbf{"id_token": "subject-jwt"}')
+        for info, checks in (
+                (self.user(), {}), (dict(base, credential_source={'file': str(self.tmp / 'subject')}), {'subject_token': 'subject-jwt'}),
+                (dict(base, credential_source={'file': str(self.tmp / 'subject.json'), 'format': {
+                    'type': 'json', 'subject_token_field_name': 'id_token'}}), {'subject_token': 'subject-jwt'})):
+            self.use(info)
+            (self.tmp / 'key.json').write_bytes(b'\xef\xbb\xbf' + (self.tmp / 'key.json').read_bytes())
+            self.respond(checks)
+            self.works()
+
     def test_renewed_when_refused_and_before_it_expires(self):
         self.use(self.user())
         tokens = iter(['old', 'ya29.token'])
@@ -4193,6 +4214,38 @@ class AwsLife(AwsCase):
         self.fails('ExpiredToken', "the instance's role 'my-role'")
         self.assertEqual(len(self.server.log), 1)
 
+    def test_variables_in_the_paths_of_files(self):
+        os.environ.update(PLACE=str(self.tmp / 'place'), AWS_CONFIG_FILE='$PLACE/config', AWS_PROFILE='p',
+                          AWS_SHARED_CREDENTIALS_FILE='${PLACE}/$NAME.ini', NAME='mine')
+        write(self.tmp / 'place', {'config': '[profile p]\nsource_profile = base\n' + ROLE + 'dev',
+                                   'mine.ini': '[base]\n' + static('STATIC')})
+        self.assertEqual(self.akid(), 'dev-by-STATIC')
+        os.environ.update(AWS_CONFIG_FILE='$HOME/place/config', AWS_SHARED_CREDENTIALS_FILE='~/place/$NAME.ini')
+        self.assertEqual(self.akid(), 'dev-by-STATIC')
+
+    def test_byte_order_marks(self):
+        bom = '\ufeff'
+        write(self.tmp, {'.aws/credentials': bom + '[default]\n' + static('STATIC')})
+        self.assertEqual(self.akid(), 'STATIC')
+        write(self.tmp, {'.aws/credentials': '', 'process.py': PROCESS.replace('print(', 'print(chr(0xfeff) + ')})
+        os.environ['PYTHONIOENCODING'] = 'utf-8'
+        write(self.tmp, {'.aws/config': bom + '[default]\ncredential_process = "%s" "%s"\n' % (sys.executable, self.tmp / 'process.py')})
+        self.assertEqual(self.akid(), 'PROCESS')
+        self.profile('sso_session = corp\nsso_account_id = 123\nsso_role_name = Reader\n[sso-session corp]\n'
+                     'sso_region = us-east-1\nsso_start_url = https://corp')
+        path = self.sso('corp')
+        path.write_bytes(bom.encode('utf-8') + path.read_bytes())
+        self.assertEqual(self.akid(), 'SSO-123-Reader')
+        write(self.tmp, {'.aws/config': '', 'token': bom + 'web-token\n'})
+        os.environ.update(AWS_WEB_IDENTITY_TOKEN_FILE=str(self.tmp / 'token'), AWS_ROLE_ARN='arn:aws:iam::1:role/pod')
+        self.assertEqual(self.akid(), 'WEB-pod')
+        del os.environ['AWS_WEB_IDENTITY_TOKEN_FILE']
+        self.aws.authorization = 'right'
+        write(self.tmp, {'token': bom + 'right'})
+        os.environ.update(AWS_CONTAINER_CREDENTIALS_FULL_URI=self.aws.url + '/container',
+                          AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=str(self.tmp / 'token'))
+        self.assertEqual(self.akid(), 'CONTAINER')
+
     def test_keys_that_are_changed_in_their_file(self):
         write(self.tmp, {'.aws/credentials': '[default]\n' + static('STATIC-OLD')})
 
@@ -5329,6 +5382,7 @@ class Install(S3Case):
         self.etc('create', 'Z')
         self.assertFalse(old.exists())
 
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interrupted_push(self):
         self.publish()
         write(self.root, {'data/train/new': noise(30 * MIB)})
