@@ -119,7 +119,10 @@ def _public(function: _F) -> _F:
         try:
             return function(*args, **kwargs)
         except OSError as e:
-            where = ': %s' % e.filename if e.filename is not None else ''
+            where = ''
+            if e.filename is not None:
+                e.filename, e.filename2 = _existing(str(e.filename)), None  # its traceback shows them, too
+                where = ': %s' % e.filename
             raise Error('%s%s' % (e.strerror or e, where)) from e
         except MemoryError as e:
             raise Error("there is not enough memory; set 'connections: 1', or raise the limit (ulimit -v)") from e
@@ -133,11 +136,11 @@ def _check_path(path: _Path) -> str:
     """The path as text; Error if no file can have it here."""
     text = os.fspath(path)
     if '\0' in text:
-        raise Error('%s cannot be a path, as it holds a NUL; check what was given' % ascii(text))
+        raise Error('what holds a NUL cannot be a path; check what was given')
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise Error('%s cannot be written in this locale; set LC_ALL=C.UTF-8' % ascii(text)) from None
+        raise Error("the path '%s' cannot be written in this locale; set LC_ALL=C.UTF-8" % _masked(text)) from None
     return text
 
 
@@ -153,9 +156,21 @@ def _printable(text: str) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 
-def _masked(url: str) -> str:
-    """`url` as it may be shown, without a password."""
-    return _printable(re.sub(r'(://|\A)[^/]*@', r'\1***@', url))
+# What may be shown of what people set and type. Keys get into places that were made for something else: so what a
+# setting or variable holds is only shown where it has the form that it must have, or else its name; a URL is shown
+# without user, password and query; and of a path only as much as exists.
+
+def _masked(text: str) -> str:
+    """A URL, or a word that may hold one; a password may have any characters, also / ? # and @."""
+    return _printable(re.sub(r'([?#]).+', r'\1***', re.sub(r'\A([^:]*:(?://)?).*@', r'\1***@', text, flags=re.S),
+                             flags=re.S))
+
+
+def _existing(path: str) -> str:
+    known = path
+    while known != os.path.dirname(known) and not os.path.lexists(known):
+        known = os.path.dirname(known)
+    return path if known == path else os.path.join(known, '...')
 
 
 def _encodable(text: str, stream: Any) -> str:
@@ -317,9 +332,9 @@ def _yaml_plain(text: str, line: int) -> Any:
         try:
             return sign * int(digits[2:] if base in (2, 16) else digits, base)
         except ValueError:
-            raise _YamlError(line, "'%s' is no number" % text) from None
+            raise _YamlError(line, 'this is no number; put it in double quotes if it is text') from None
     if re.match(_YAML_OTHER, text) or text[:1] == '-':
-        raise _YamlError(line, "YAML may not read '%s' as text; put it in double quotes" % text)
+        raise _YamlError(line, 'YAML may not read this value as text; put it in double quotes')
     return text
 
 
@@ -376,7 +391,8 @@ class Config:
             if not named and not os.path.exists(str(file)):  # Path.exists() may raise
                 old = _expand('~/.etc.toml')
                 file = old if os.path.exists(str(old)) else file
-            values = _read_settings(file, bool(named))
+            shown = _masked(str(file)) if path else _existing(str(file))
+            values = _read_settings(file, shown, bool(named))
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
@@ -385,8 +401,10 @@ class Config:
 
     def __repr__(self) -> str:
         shown = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
-        shown.update((key, '***') for key in _SECRETS if key in shown)
-        shown.update((key, _masked(shown[key])) for key in ('url', 'endpoint_url') if key in shown)
+        for key, value in shown.items():
+            if isinstance(value, str):
+                shown[key] = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
+        shown['home'] = _existing(str(self.home))
         return 'Config(%s)' % ', '.join('%s=%r' % item for item in shown.items())
 
 
@@ -406,7 +424,7 @@ def _expand(path: _Path) -> Path:
     try:
         return Path(os.path.abspath(expanded))
     except OSError:
-        raise ConfigError("'%s' cannot be found from here, as the current directory is gone" % text) from None
+        raise ConfigError('no relative path can be found from here, as the current directory is gone') from None
 
 
 def _check_setting(key: str, value: Any) -> None:
@@ -424,17 +442,18 @@ def _check_setting(key: str, value: Any) -> None:
         raise ConfigError("'%s' must be from %d to %d" % ((key,) + _LIMITS[key]))
 
 
-def _read_settings(path: Path, required: bool) -> Dict[str, Any]:
+def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
+    """shown: what to call it as long as it may be no path at all."""
     try:
         text = path.read_bytes().decode('utf-8-sig')
     except FileNotFoundError:
         if required:
-            raise ConfigError("no settings file %s; create it, or drop --config and $ETC_CONFIG" % path) from None
+            raise ConfigError("no settings file %s; create it, or drop --config and $ETC_CONFIG" % shown) from None
         return {}
     except UnicodeDecodeError:
         raise ConfigError('%s: not UTF-8 text; save it as UTF-8' % path) from None
     except OSError as e:
-        raise ConfigError('%s: cannot be read: %s' % (path, e.strerror)) from None
+        raise ConfigError('%s: cannot be read: %s' % (shown, e.strerror)) from None
     if path.suffix == '.toml':  # a flat one differs but in this from YAML; 0.0.x had another name for one key
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
@@ -969,7 +988,7 @@ class Dataset(Mapping[str, Path]):
 
 def _no_partition(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
     return UnknownPartition("no partition '%s' in %s; it has: %s%s"
-                            % (partition, name, ', '.join(known), _did_you_mean(str(partition), known)))
+                            % (_masked(str(partition)), name, ', '.join(known), _did_you_mean(str(partition), known)))
 
 
 def _validate(root: Path, label: str = '') -> List[str]:
@@ -977,7 +996,7 @@ def _validate(root: Path, label: str = '') -> List[str]:
     label = label or str(root)
     if not root.is_dir():
         raise InvalidDataset('%s is a file, not a directory; unpack it first' % label if root.exists()
-                             else 'no directory %s' % label)
+                             else 'no directory %s' % _masked(label))
     if not (root / 'data').is_dir():
         raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition%s"
                              % (label, _nearby(root, label)))
@@ -1043,11 +1062,11 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
     """Split NAME[@sha256:...]; a name must be safe in any path and any key."""
     match = re.match(_PINNED, text)
     if not match:
-        raise InvalidDataset("'%s' is not NAME@sha256:... with 64 hexadecimal digits" % text)
+        raise InvalidDataset("'%s' is not NAME@sha256:... with 64 hexadecimal digits" % _masked(text))
     if not _is_name(match.group(1)):
         hint = '; a url is given by --url' if '://' in text else ''
         raise InvalidDataset("'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
-                             'the first a letter or digit%s' % (match.group(1), hint))
+                             'the first a letter or digit%s' % (_masked(text), hint))
     return match.group(1), match.group(2)
 
 
@@ -1869,6 +1888,7 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer whose length nobody knows before
 _RETRY_AFTER = 60.0  # seconds, at most, for which a try waits because the server asks for it
 _INTERIM = 100  # interim answers that may come before the final one
+_SITE = r'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?'
 
 
 class _Reply(NamedTuple):
@@ -1930,6 +1950,9 @@ class _Http:
         into: a file for the body of an answer with status 200, of any size.
         """
         import http.client
+        if not re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII):
+            raise RemoteError('an address that the settings, the credentials or a server give is not of the form '
+                              'https://host[:port][/path]; a user or password cannot be in it')
         for attempt in range(1, tries + 1):
             signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
             problem = None  # type: Optional[Exception]
@@ -1943,7 +1966,7 @@ class _Http:
                 problem = e
                 if attempt == tries or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise self._failure(url, e) from None
-            _say('%s %s: %s; trying again', method, url.partition('?')[0], problem or reply.status, level=_DEBUG)
+            _say('%s %s: %s; trying again', method, _site(url), problem or reply.status, level=_DEBUG)
             _pause(attempt)
             self._wait(delay)
         raise AssertionError
@@ -1955,8 +1978,7 @@ class _Http:
             seconds -= 1.0
 
     def _failure(self, url: str, e: Exception) -> RemoteError:
-        from urllib.parse import urlsplit
-        where = '%s://%s' % urlsplit(url)[:2]
+        where = _site(url)
         if 'CERTIFICATE_VERIFY_FAILED' in str(e):
             reason = ' (%s)' % e.verify_message if hasattr(e, 'verify_message') else ''  # from Python 3.7 on
             return RemoteError("%s shows a certificate that is not trusted%s; if a private CA signed it, set "
@@ -1973,6 +1995,9 @@ class _Http:
         headers = dict({'Accept-Encoding': 'identity'}, **headers)
         if body or method in ('PUT', 'POST'):
             headers['Content-Length'] = str(sum(map(len, body)))
+        if not all(re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', '%s: %s' % item) for item in headers.items()):
+            raise ConfigError('a token, a project or something else that %s is to be told holds characters that it '
+                              'cannot have; check the credentials' % _site(url))
         connection, kept, proxy_headers = self._connect(parts.scheme, parts.netloc)
         if proxy_headers is not None:  # a plain request to a proxy names the whole URL
             target, headers = url, dict(headers, **proxy_headers)
@@ -1995,8 +2020,8 @@ class _Http:
             else:
                 data = response.read() if known else response.read(limit + 1)
             if len(data) > limit:
-                raise RemoteError('%s://%s answers with more than was asked for; a proxy or the endpoint_url is at '
-                                  'fault' % (parts.scheme, parts.netloc), response.status)
+                raise RemoteError('%s answers with more than was asked for; a proxy or the endpoint_url is at fault'
+                                  % _site(url), response.status)
             reusable = response.isclosed() and not response.will_close
             return _Reply(response.status, response.headers, data)
         finally:
@@ -2054,36 +2079,45 @@ class _Http:
         """A connection, whether it has been used before, and the headers for a proxy that forwards plain requests."""
         import http.client
         import urllib.request
-        from base64 import b64encode
-        from urllib.parse import unquote, urlsplit
         if self.closed:
             raise http.client.HTTPException('interrupted')
-        proxy = None if self.direct else urllib.request.getproxies().get(scheme)
-        if proxy and urllib.request.proxy_bypass(netloc):
-            proxy = None
-        try:
-            via = urlsplit(proxy if '://' in proxy else 'http://' + proxy) if proxy else None
-        except ValueError:
-            raise ConfigError('%s_proxy in the environment is no URL; mend it' % scheme) from None
-        proxy_headers = {}
-        if via and via.username:
-            user = '%s:%s' % (unquote(via.username), unquote(via.password or ''))
-            proxy_headers['Proxy-Authorization'] = 'Basic ' + b64encode(user.encode()).decode()
-        plain = proxy_headers if via and scheme == 'http' else None
+        direct = self.direct or urllib.request.proxy_bypass(netloc)
+        proxy = None if direct else urllib.request.getproxies().get(scheme)
+        address, proxy_headers = _proxy(proxy, scheme) if proxy else (netloc, {})
+        plain = proxy_headers if proxy and scheme == 'http' else None
         with contextlib.suppress(IndexError):
             return self.idle[scheme, netloc].pop(), True, plain
-        address, patience = via.netloc.rpartition('@')[2] if via else netloc, min(self.timeout, _CONNECT)
+        patience = min(self.timeout, _CONNECT)
         if scheme == 'https':
             if self.tls is None:
                 self.tls = _tls(self.ca_bundle)
             connection = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)  # type: Any
-            if via:
+            if proxy:
                 connection.set_tunnel(netloc, headers=proxy_headers)
         else:
             connection = http.client.HTTPConnection(address, timeout=patience)
         connection.auto_open = 0  # only _ask() connects
         connection.response_class = _final_response()
         return connection, False, plain
+
+
+def _proxy(url: str, scheme: str) -> Tuple[str, Dict[str, str]]:
+    """The address of a proxy, and the headers that it wants."""
+    import urllib.request
+    from base64 import b64encode
+    from urllib.parse import unquote
+    match = re.match(r'(?:([^/?#@]*)://)?(?:(.*)@)?([^/?#@:\[\]\s]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z',
+                     url, re.ASCII)
+    kind, user, host, port = match.groups() if match else ('none', None, '', None)
+    if kind == 'https' and os.name == 'nt' and not urllib.request.getproxies_environment():
+        kind = 'http'  # up to Python 3.9 those of the registry are called so: https://bugs.python.org/issue42627
+    if (kind or 'http').lower() != 'http' or int(port or 0) > 65535:
+        raise ConfigError('%s_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks neither '
+                          'SOCKS nor TLS to a proxy; change it, or exempt this host with no_proxy' % scheme)
+    name, _, password = (user or '').partition(':')
+    credentials = ('%s:%s' % (unquote(name), unquote(password))).encode('utf-8', 'surrogateescape')
+    headers = {'Proxy-Authorization': 'Basic ' + b64encode(credentials).decode()} if user else {}
+    return '%s:%s' % (host, port or 80), headers
 
 
 @functools.lru_cache(maxsize=None)
@@ -2119,7 +2153,8 @@ def _tls(ca_bundle: Optional[str]) -> Any:
     try:
         context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except OSError as e:
-        raise ConfigError("cannot use the CA bundle '%s': %s" % (ca_bundle, e.strerror or e)) from None
+        raise ConfigError('cannot use the CA bundle: %s; check ca_bundle and $AWS_CA_BUNDLE'
+                          % (e.strerror or e)) from None
     if ca_bundle:  # many a private CA leaves out extensions that Python 3.13 and later insist on
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
@@ -2152,9 +2187,16 @@ def _xml(body: bytes) -> Any:
     return root
 
 
+def _site(url: str) -> str:
+    """What may be shown of the address of a request, as its path and query may hold keys."""
+    from urllib.parse import urlsplit
+    return '%s://%s' % urlsplit(url)[:2]
+
+
 def _check_endpoint(url: str) -> str:
-    if url and not re.match(r'https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#\s]*)?\Z', url, re.ASCII):
-        raise ConfigError("'%s' is no endpoint; it must look like https://host[:port]" % _masked(url))
+    if url and not re.match(_SITE + r'(?:/[^?#\s]*)?\Z', url, re.ASCII):
+        raise ConfigError('the endpoint_url must look like https://host[:port]; check it where it is set: in the '
+                          'settings, the AWS profile or a variable such as $AWS_ENDPOINT_URL')
     return url.rstrip('/')
 
 
@@ -2226,7 +2268,7 @@ class _Renewed:
 _AwsSections = Dict[Tuple[str, str], Dict[str, str]]
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
 _AWS_CLOCK = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
-_AWS_REGION = r'[A-Za-z0-9_.-]+\Z'  # other stores have names of their own
+_AWS_REGION = r'[A-Za-z0-9_.-]{1,32}\Z'  # other stores have names of their own
 _AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
                  'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
 _AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')  # and https, and loopback
@@ -2251,9 +2293,9 @@ class _Aws:
         self.sections = _aws_sections()
         self.name = (config.aws_profile or os.environ.get('AWS_PROFILE') or os.environ.get('AWS_DEFAULT_PROFILE')
                      or 'default')
-        self.profile = self._profile(self.name, 'check aws_profile and $AWS_PROFILE')
-        self.region = (config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
-                       or self.profile.get('region') or 'us-east-1')
+        self.profile = self._profile(self.name, 'aws_profile or $AWS_PROFILE')
+        self.region = _check_region(config.region or os.environ.get('AWS_REGION') or os.environ.get(
+            'AWS_DEFAULT_REGION') or self.profile.get('region') or 'us-east-1')
         self.http = _Http(config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or self.profile.get('ca_bundle'))
         self.skew = 0.0  # seconds that the services' clock is ahead of ours
         self.library = None  # type: Any
@@ -2287,8 +2329,7 @@ class _Aws:
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
-        if not re.match(_AWS_REGION, region):
-            raise ConfigError("'%s' is no region; check 'region', $AWS_REGION and the AWS profile" % _printable(region))
+        _check_region(region)
         if self._flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
             service += '-fips'
         if self._flag('use_dualstack_endpoint') and service in ('s3', 's3-fips'):
@@ -2307,10 +2348,11 @@ class _Aws:
     def _flag(self, key: str) -> bool:
         return (os.environ.get('AWS_' + key.upper()) or self.profile.get(key) or '').lower() == 'true'
 
-    def _profile(self, name: str, remedy: str) -> Dict[str, str]:
+    def _profile(self, name: str, source: str) -> Dict[str, str]:
         found = self.sections.get(('profile', name))
         if found is None and name != 'default':
-            raise ConfigError("no AWS profile '%s' in ~/.aws/config or ~/.aws/credentials; %s" % (name, remedy))
+            raise ConfigError('the AWS profile that %s names is not in ~/.aws/config or ~/.aws/credentials; check both'
+                              % source)
         return found or {}
 
     def _find(self) -> Tuple[Optional[_AwsKeys], float]:
@@ -2327,7 +2369,7 @@ class _Aws:
 
     def _from_profile(self, name: str, above: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
         """above: the profiles for which this one is the source."""
-        profile = self._profile(name, "check the source_profile of '%s'" % ''.join(above[-1:]))
+        profile = self._profile(name, "the source_profile of '%s'" % ''.join(above[-1:]))
         own = _aws_static(profile, "the AWS profile '%s'" % name)
         if 'role_arn' in profile and 'web_identity_token_file' not in profile and not (above and own):
             return self._from_role(name, profile, above)
@@ -2338,9 +2380,10 @@ class _Aws:
 
         token_file = setting('web_identity_token_file')
         if token_file:
+            token = _read_secret(token_file, 'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE')
             return self._sts("web identity", 'AssumeRoleWithWebIdentity', None, {
                 'RoleArn': setting('role_arn'), 'RoleSessionName': setting('role_session_name'),
-                'WebIdentityToken': _read_secret(token_file)})
+                'WebIdentityToken': token})
         if 'sso_account_id' in profile or 'sso_role_name' in profile:
             return self._from_sso(name, profile)
         if 'login_session' in profile:
@@ -2370,8 +2413,8 @@ class _Aws:
     def _sts(self, source: str, action: str, keys: Optional[_AwsKeys], form: Dict[str, Optional[str]]) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
         from urllib.parse import urlencode
-        if not form['RoleArn']:
-            raise ConfigError('%s is configured without a role; set role_arn or $AWS_ROLE_ARN' % source)
+        if not (form['RoleArn'] or '').startswith('arn:'):
+            raise ConfigError("%s is configured without a role; set role_arn or $AWS_ROLE_ARN to 'arn:...'" % source)
         form = dict(form, Action=action, Version='2011-06-15',
                     RoleSessionName=form['RoleSessionName'] or 'etcetera-%d' % time.time())
         body = urlencode({key: value for key, value in form.items() if value}).encode()
@@ -2460,7 +2503,7 @@ class _Aws:
             done = subprocess.run(command if os.name == 'nt' else shlex.split(command), stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE)
         except (OSError, ValueError) as e:
-            raise ConfigError('%s cannot be run: %s' % (source, e)) from None
+            raise ConfigError('%s cannot be run: %s' % (source, getattr(e, 'strerror', None) or e)) from None
         if done.returncode:
             raise ConfigError('%s fails (%d): %s' % (source, done.returncode, _printable(
                 done.stderr.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'))
@@ -2487,8 +2530,9 @@ class _Aws:
         except ValueError:
             raise ConfigError('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
                               'loopback address or one of ' + ', '.join(_AWS_CONTAINER_HOSTS)) from None
-        path = os.environ.get('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
-        token = _read_secret(path) if path else os.environ.get('AWS_CONTAINER_AUTHORIZATION_TOKEN')
+        variable = 'AWS_CONTAINER_AUTHORIZATION_TOKEN'
+        path = os.environ.get(variable + '_FILE')
+        token = _read_secret(path, '$%s_FILE' % variable) if path else os.environ.get(variable)
         if token and not re.match(r'[ -~]+\Z', token):
             raise ConfigError('$AWS_CONTAINER_AUTHORIZATION_TOKEN holds characters that it cannot have')
         with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=2)) as http:
@@ -2541,6 +2585,12 @@ class _Aws:
             raise ConfigError('%s cannot be used: %s; try: %s' % (
                 source, _printable(str(e) or type(e).__name__), command)) from None
         return _AwsKeys(found.access_key, found.secret_key, found.token, time.time() + 600, source)
+
+
+def _check_region(region: str) -> str:
+    if not re.match(_AWS_REGION, region):
+        raise ConfigError("what is set is no region; check 'region', $AWS_REGION and the AWS profile")
+    return region
 
 
 def _aws_sections() -> _AwsSections:
@@ -2607,13 +2657,14 @@ def _aws_temporary(answer: Any, source: str, reply: Optional[_Reply] = None) -> 
     return _AwsKeys(str(access_key), str(secret_key), token or None, expires, source)
 
 
-def _read_secret(path: str) -> str:
+def _read_secret(path: str, source: str) -> str:
+    """A token from a file; `source` is what names it."""
     try:
         with open(path, encoding='utf-8-sig') as file:
             return file.read().strip()
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError('cannot read the token %s: %s; check the path and who may read it'
-                          % (path, getattr(e, 'strerror', 'not text'))) from None
+        raise ConfigError('cannot read the file with a token that %s names: %s; check the path and who may read it'
+                          % (source, getattr(e, 'strerror', 'not text'))) from None
 
 
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
@@ -2718,7 +2769,8 @@ def _read_google_file(path: str) -> Dict[str, Any]:
         with open(path, 'rb') as file:
             info = json.loads(file.read().decode('utf-8-sig'))
     except OSError as e:
-        raise ConfigError("cannot read the Google credentials %s: %s" % (path, e.strerror)) from None
+        raise ConfigError('cannot read the Google credentials: %s; check google_credentials and '
+                          '$GOOGLE_APPLICATION_CREDENTIALS' % e.strerror) from None
     except ValueError:
         info = None
     if not isinstance(info, dict) or 'type' not in info:
@@ -2773,7 +2825,7 @@ def _google_bearer(token: Any) -> str:
 def _google_json(http: _Http, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes],
                  ) -> Dict[str, Any]:
     if not re.match(r'https?://', url):
-        raise ValueError(url)
+        raise ValueError('the address of a token')
     reply = http.request(method, url, headers, body, limit=1 << 20)
     answer = _json_object(reply)
     if reply.status != 200:
@@ -2781,7 +2833,7 @@ def _google_json(http: _Http, method: str, url: str, headers: Dict[str, str], bo
         if isinstance(problem, dict):
             problem = problem.get('message')
         raise RemoteError("%s gives no access token: %s; check the Google credentials, or run 'gcloud auth "
-                          "application-default login'" % (url.partition('?')[0], _printable(str(problem))[:300]),
+                          "application-default login'" % (_site(url), _printable(str(problem))[:300]),
                           reply.status)
     return answer
 
@@ -2848,11 +2900,11 @@ def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: _Http, 
     """Workload identity federation: another identity's token for one of Google's (https://google.aip.dev/auth/4117)."""
     from base64 import b64encode
     if 'file' in source:
-        subject = _read_secret(source['file'])
+        subject = _read_secret(source['file'], 'the credential_source')
     else:
         reply = http.request('GET', source['url'], dict(source.get('headers') or {}), limit=1 << 20)
         if reply.status != 200:
-            raise RemoteError('%s gives no identity token: %d' % (source['url'].partition('?')[0], reply.status))
+            raise RemoteError('%s gives no identity token: %d' % (_site(source['url']), reply.status))
         subject = reply.body.decode('utf-8')
     if (source.get('format') or {}).get('type') == 'json':
         subject = json.loads(subject)[source['format']['subject_token_field_name']]
@@ -2938,8 +2990,7 @@ def _bucket_and_prefix(url: str) -> Tuple[str, str]:
     """('bucket', 'pre/fix/') of s3://bucket/pre/fix; the prefix may be empty."""
     match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', url)
     if not match:
-        kind = url.partition(':')[0]
-        raise ConfigError("'%s' is not of the form %s://bucket or %s://bucket/prefix" % (_masked(url), kind, kind))
+        raise ConfigError('the url is not of the form {0}://bucket or {0}://bucket/prefix'.format(url.partition(':')[0]))
     prefix = (match.group(3) or '').strip('/')
     return match.group(2), prefix + '/' if prefix else ''
 
@@ -2947,7 +2998,7 @@ def _bucket_and_prefix(url: str) -> Tuple[str, str]:
 def _headers(values: Dict[str, Optional[str]]) -> Dict[str, str]:
     for name, value in values.items():
         if value and not re.match(r'[!-~]+\Z', value):
-            raise ConfigError("the settings ask for '%s' as %s, which cannot be sent; check them" % (value, name))
+            raise ConfigError('the settings ask for something as %s, which cannot be sent; check them' % name)
     return {name: value for name, value in values.items() if value}
 
 
@@ -2961,7 +3012,7 @@ class _FileRemote:
         self.url = config.url or ''
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
-            raise ConfigError("'%s' is no absolute path; write file:///path, with three slashes" % _masked(self.url))
+            raise ConfigError('the url is no absolute path; write file:///path, with three slashes')
         # in a file's name these mean nothing else, but url2pathname() of Python 3.14 and later cuts there
         self.root = _check_path(url2pathname(match.group(1).replace('?', '%3F').replace('#', '%23')))
         self.public = config.public
@@ -3124,11 +3175,12 @@ class _S3Remote:
     conditional: bool  # whether write(exclusive=True) alone decides, even where stat() may not look
 
     def __init__(self, config: Config) -> None:
-        self.url = config.url or ''
-        if self.url.startswith('s3://arn:'):
-            raise ConfigError("'%s' is an ARN; of an access point, take the alias (it ends in -s3alias) as the bucket: "
-                              's3://alias' % _printable(self.url))
-        self.bucket, self.prefix = _bucket_and_prefix(self.url)
+        url = config.url or ''
+        if url.startswith('s3://arn:'):
+            raise ConfigError('the url is an ARN; of an access point, take the alias (it ends in -s3alias) as the '
+                              'bucket: s3://alias')
+        self.bucket, self.prefix = _bucket_and_prefix(url)
+        self.url = _masked(url)
         self.aws = _Aws(config)
         self.http = self.aws.http
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
@@ -3375,8 +3427,8 @@ class _GsRemote:
     conditional = True
 
     def __init__(self, config: Config) -> None:
-        self.url = config.url or ''
-        self.bucket, self.prefix = _bucket_and_prefix(self.url)
+        self.bucket, self.prefix = _bucket_and_prefix(config.url or '')
+        self.url = _masked(config.url or '')
         endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
         self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
         self.public = config.public
@@ -3584,10 +3636,11 @@ class _HttpRemote:
         import threading
         from urllib.parse import quote
         self.url = (config.url or '').rstrip('/')
-        if '@' in self.url.partition('://')[2].partition('/')[0]:
-            raise ConfigError('the url has a user or password in it, which etcetera never sends; remove it')
-        if not re.match(r'https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[^?#]*)?\Z', self.url, re.ASCII):
-            raise ConfigError("'%s' is not of the form https://host or https://host/path" % _printable(self.url))
+        if re.match('https?://([^/]*:.*|[^/]*)@', self.url):  # before any / or with one in the password
+            raise ConfigError('the url has a user or password in it, which etcetera never sends; remove it, or write '
+                              '%40 for an @ in the path')
+        if not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
+            raise ConfigError('the url is not of the form https://host or https://host/path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
         self.connections = config.connections
         self.always = {'Cache-Control': 'no-transform'}  # of proxies (RFC 9111, 5.2.1.6)
@@ -3819,8 +3872,7 @@ def _open_remote(config: Config) -> _Remote:
              }  # type: Dict[str, Callable[[Config], _Remote]]
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
-        raise ConfigError("cannot use the url '%s'; it must start with %s"
-                          % (_masked(config.url), ' or '.join(k + '://' for k in kinds)))
+        raise ConfigError('cannot use the url; it must start with %s' % ' or '.join(k + '://' for k in kinds))
     return kind(config)
 
 
@@ -4786,7 +4838,7 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     root = Path(os.path.realpath(_check_path(directory)))
     if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
         raise InvalidDataset("no directory %s; the directory comes first: 'etc register %s %s'"
-                             % (root, name, root.name))
+                             % (_masked(str(root)), name, _masked(root.name)))
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
     _check_pin(name, pin, pin and local.digest)
@@ -4846,7 +4898,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
     _check_partitions(partitions or ())
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or re.search('[\ud800-\udfff]', partition):
-            raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % partition)
+            raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % _masked(partition))
     home = _Home(config.home)
     with home.staging(name) as staged:
         for partition in sorted(set(partitions)):
@@ -4994,7 +5046,7 @@ def _parser(argv: Sequence[str]) -> Any:
             if mistyped:
                 message = "no command '%s'%s" % (mistyped.group(1), _did_you_mean(mistyped.group(1), _COMMANDS))
             message = message.replace('the following arguments are required:', "'%s' needs" % self.prog)
-            _complain("%s%s '%s -h' shows how" % (message, '' if message.endswith('?') else ';', self.prog))
+            _complain("%s%s '%s -h' shows how" % (_masked(message), '' if message.endswith('?') else ';', self.prog))
             sys.exit(2)
 
     def add(parser: Any, flags: Iterable[str], **default: str) -> None:

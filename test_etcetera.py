@@ -2387,7 +2387,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.etc('ls', '-r')
         self.assertIn('/ap-south-1/s3/', self.server.log[-1][2]['Authorization'])
         self.settings['aws_profile'] = 'nope'
-        self.assertIn("no AWS profile 'nope'", self.etc('ls', '-r', status=1)[1])
+        self.assertIn('the AWS profile that aws_profile or $AWS_PROFILE names is not in', self.etc('ls', '-r', status=1)[1])
         self.settings.update(aws_access_key_id=akid, aws_secret_access_key='wrong' + secret[5:])
         self.settings['aws_profile'] = 'work'
         err = self.etc('ls', '-r', status=1)[1]
@@ -3021,7 +3021,7 @@ class GoogleCredentials(GoogleCase):
         self.works()
         self.assertEqual(self.asked[-3:], ['/subject', '/sts', '/sa:generateAccessToken'])
         self.use(dict(base, credential_source={'file': str(self.tmp / 'nowhere')}))
-        self.assertIn('cannot read the token', self.etc('ls', '-r', status=1)[1])
+        self.assertIn('cannot read the file with a token that the credential_source names', self.etc('ls', '-r', status=1)[1])
 
     def test_impersonated_service_account(self):
         def respond(handler, form):
@@ -3063,7 +3063,8 @@ class GoogleCredentials(GoogleCase):
         os.environ['GOOGLE_APPLICATION_CREDENTIALS'] = str(self.tmp / 'sdk/right.json')
         self.works()
         os.environ['GOOGLE_APPLICATION_CREDENTIALS'] = str(self.tmp / 'sdk/gone.json')
-        self.assertIn('gone.json', self.etc('ls', '-r', status=1)[1])
+        self.assertIn('cannot read the Google credentials: No such file or directory; check google_credentials and '
+                      '$GOOGLE_APPLICATION_CREDENTIALS', self.etc('ls', '-r', status=1)[1])
         self.settings['google_credentials'] = str(self.tmp / 'sdk/right.json')
         self.works()
 
@@ -4300,7 +4301,7 @@ class AwsLife(AwsCase):
         self.aws.authorization = 'right'
         self.fails("container's credentials service answers 401: wrong authorization")
         os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE'] = str(self.tmp / 'nowhere')
-        self.fails('nowhere')
+        self.fails('cannot read the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names: No such file')
         os.environ['AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE'] = str(write(self.tmp, {'t': 'secret\r\nX: y'}) / 't')
         self.fails('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         self.aws.fault = lambda h: (h.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\n'}), True)[1]
@@ -4317,7 +4318,7 @@ class AwsLife(AwsCase):
             self.profile(text)
             self.fails('needs, beside role_arn')
         self.profile('source_profile = nope\n' + ROLE + 'x')
-        self.fails("no AWS profile 'nope'", "source_profile of 'default'")
+        self.fails("the AWS profile that the source_profile of 'default' names is not in")
         self.profile('source_profile = a\n' + ROLE + 'x\n[profile a]\n')
         self.fails("'default' finds no credentials in a")
 
@@ -4339,7 +4340,7 @@ class AwsLife(AwsCase):
         os.environ['AWS_ROLE_ARN'] = 'arn:aws:iam::1:role/pod'
         self.fails('web identity: AWS STS answers 403 InvalidIdentityToken')
         os.environ['AWS_WEB_IDENTITY_TOKEN_FILE'] += '-gone'
-        self.fails('token-gone')
+        self.fails('cannot read the file with a token that web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE names')
 
     def test_logged_out(self):
         profile = 'sso_account_id = 123\nsso_role_name = Reader\nsso_region = us-east-1\nsso_start_url = https://corp\n'
@@ -4352,6 +4353,9 @@ class AwsLife(AwsCase):
         for more in (gone, {'accessToken': 'revoked'}, {'accessToken': None}, {'expiresAt': 5}):
             self.sso('https://corp', **more)
             self.fails(login)
+        for token in ('sso-token\nsecret', 'sso-token\u20ac'):
+            self.sso('https://corp', accessToken=token)
+            self.fails('is to be told holds characters that it cannot have')
         self.sso('https://corp').write_text('[')
         self.fails(login)
         self.profile('sso_session = corp\n' + profile + '[sso-session corp]\nsso_region = us-east-1\n', 'profile work')
@@ -6112,6 +6116,163 @@ class Secrets(Hush, S3Case):
         self.assertIn('Basic ', proxy.log[0])
 
 
+# what stands between the marks of a secret
+ALPHABETS = {'slash': '/', 'plus': '+/', 'equals': '=', 'hash': '#', 'question': '?', 'at': '@', 'colon': ':', 'percent': '%2F', 'space': ' ',
+             'unicode': '\u00e9', 'quote': "'", 'json': '", "', 'port': ':1/', 'scheme': '://', 'newline': '\n', 'long': '/' + 'x' * 300}
+
+
+class Places(Hush, S3Case):
+    """Secrets where a URL, a path, a name or a choice should be: nothing that is printed, kept or sent may tell them."""
+
+    secrets = '1hush', '2HUSH', '3hush'
+
+    def setUp(self):
+        super().setUp()
+        os.chdir(str(self.tmp))
+        self.addCleanup(os.chdir, str(HERE))
+        os.environ.update(ETC_HOME=str(self.tmp / 'home'), ETC_URL=self.url, AWS_ENDPOINT_URL=self.server.url, NO_GCE_CHECK='true',
+                          AWS_ACCESS_KEY_ID=AKID, AWS_SECRET_ACCESS_KEY=SECRET)
+        self.settings = {}
+        write(self.tmp, {'file': 'x'})
+        etc.register(small(self.tmp / 'ds'), 'X')
+
+    def told(self, words, statuses, says, env=()):
+        """Let the command line, at each verbosity, and the API say what they say, and look for secrets there."""
+        saved = dict(os.environ)
+        os.environ.update(env)
+        try:
+            for verbosity in (['-v'], [], ['-q']):
+                out, err = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                    try:
+                        code = etc.main(verbosity + words)
+                    except SystemExit as e:
+                        code = e.code
+                self.assertIn(code, statuses, err.getvalue())
+                self.assertIn(says, err.getvalue())
+                self.said += [out.getvalue(), err.getvalue()]
+            self.assertEqual(err.getvalue().count('\n'), 1 if code else 0, err.getvalue())
+            try:
+                config = etc.Config.load(**self.settings)
+                self.said.append(repr(config))
+                etc.ls(True, config)
+                etc.push('X', True, config)
+            except etc.Error as e:
+                self.hear(e)
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+        self.said += ['%s %s\n%s' % item for item in self.server.log]
+        self.search()
+
+    def everywhere(self, places, words=('ls', '-r'), statuses=(1,)):
+        """places: [(variable or setting, what it holds with %s for a secret, other variables, what is said)]"""
+        for alphabet, mark in ALPHABETS.items():
+            secret = mark.join(self.secrets)
+            for name, template, env, says in places:
+                with self.subTest(name=name, alphabet=alphabet, template=template):
+                    value = template % secret
+                    if name in etc._SETTINGS:
+                        if mark == '\n':
+                            says = 'holds characters that cannot be printed'
+                        self.settings = {name: value}
+                        (self.tmp / 'set.yaml').write_text(json.dumps(name)[1:-1] + ': ' + json.dumps(value))
+                        os.chmod(str(self.tmp / 'set.yaml'), 0o600)
+                        self.told(list(words), statuses, says, dict(env, ETC_CONFIG=str(self.tmp / 'set.yaml')))
+                        (self.tmp / 'set.yaml').unlink()
+                    else:
+                        self.settings = {}
+                        if name == 'ETC_URL' and mark == '\n':
+                            says = 'holds characters that cannot be printed'
+                        self.told(list(words), statuses, says, dict(env, **{name: value}))
+
+    def test_paths(self):
+        keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
+        role = dict(keyless, AWS_ROLE_ARN='arn:aws:iam::1:role/x')
+        container = dict(keyless, AWS_CONTAINER_CREDENTIALS_FULL_URI='http://127.0.0.1:1/')
+        google = {'ETC_URL': 'gs://bucket', 'AWS_ENDPOINT_URL': ''}
+        tls = {'AWS_ENDPOINT_URL': 'https://127.0.0.1:1'}
+        self.everywhere((
+            ('AWS_WEB_IDENTITY_TOKEN_FILE', '%s', role, '$AWS_WEB_IDENTITY_TOKEN_FILE names: '),
+            ('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE', '%s', container, '$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names: '),
+            ('GOOGLE_APPLICATION_CREDENTIALS', '%s', google, '$GOOGLE_APPLICATION_CREDENTIALS'),
+            ('google_credentials', '%s', google, 'google_credentials'),
+            ('AWS_CA_BUNDLE', '%s', tls, '$AWS_CA_BUNDLE'), ('ca_bundle', '%s', tls, 'ca_bundle'),
+            ('ETC_CONFIG', '%s', {}, str(self.tmp / '...')), ('ETC_CONFIG', 'file/%s', {}, str(self.tmp / 'file' / '...')),
+            ('AWS_SHARED_CREDENTIALS_FILE', '%s', dict(keyless, AWS_EC2_METADATA_DISABLED='true'), ''),
+            ('AWS_CONFIG_FILE', '%s', dict(keyless, AWS_EC2_METADATA_DISABLED='true'), ''),
+            ('CLOUDSDK_CONFIG', '%s', dict(google, NO_GCE_CHECK='true'), ''),
+        ), statuses=(1,))
+        home = os.path.join(str(self.tmp / 'file'), '...')
+        for words in (['ls'], ['push', 'X'], ['pull', 'X'], ['create', 'Y'], ['register', str(self.tmp / 'ds'), 'Y']):
+            self.everywhere((('ETC_HOME', str(self.tmp / 'file/%s'), {}, ''),
+                             ('home', str(self.tmp / 'file/%s'), {'ETC_HOME': ''}, '')), words, (0, 1))
+
+    def test_choices(self):
+        """Names and kinds, as of a profile."""
+        keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
+        self.everywhere((
+            ('AWS_PROFILE', '%s', {}, '$AWS_PROFILE'), ('aws_profile', '%s', {}, 'aws_profile'),
+            ('AWS_REGION', '%s', {}, '$AWS_REGION'), ('region', '%s', {}, "'region'"),
+            ('AWS_ROLE_ARN', '%s', dict(keyless, AWS_WEB_IDENTITY_TOKEN_FILE='file'), '$AWS_ROLE_ARN'),
+        ))
+        self.everywhere([(name, '%s\u20ac', {}, '') for name in ('storage_class', 'sse', 'sse_kms_key_id', 'request_payer')])
+
+    def test_urls(self):
+        """Passwords and signatures in URLs, and keys instead of URLs."""
+        form = 'the url is not of the form'
+        self.everywhere([(name, template, {'AWS_ENDPOINT_URL': ''}, says) for name in ('ETC_URL', 'url') for template, says in (
+            ('%s', 'it must start with'), ('https://user:%s@127.0.0.1:1/x', ''), ('https://user:x%s@127.0.0.1:1/x', 'user or password'),
+            ('https://127.0.0.1:1/x?sig=%s', form), ('https://127.0.0.1:1/x#%s', form), ('s3://user:%s@bucket', form),
+            ('gs://user:%s@bucket/x', form), ('ftp://user:%s@127.0.0.1:1/x', 'it must start with'), ('s3://arn:%s', 'is an ARN'),
+            ('file://user:%s@host/x', 'is no absolute path'))])
+        must = 'the endpoint_url must look like'
+        self.everywhere([(name, template, more, must) for name, more in (
+            ('endpoint_url', {}), ('AWS_ENDPOINT_URL', {}), ('AWS_ENDPOINT_URL_S3', {}),
+            ('STORAGE_EMULATOR_HOST', {'ETC_URL': 'gs://bucket'}),
+            ('AWS_EC2_METADATA_SERVICE_ENDPOINT', {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': '', 'AWS_EC2_METADATA_DISABLED': ''}))
+            for template in ('http://user:%s@127.0.0.1:1', 'http://127.0.0.1:1/?sig=%s')])
+        self.everywhere([(name, '%s', {}, must) for name in ('endpoint_url', 'AWS_ENDPOINT_URL')])
+        keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
+        self.everywhere([('AWS_CONTAINER_CREDENTIALS_FULL_URI', template, keyless, '') for template in (
+            'http://user:%s@127.0.0.1:1/', 'https://user:%s@127.0.0.1:1/', '%s', 'http://127.0.0.1:1/?%s', 'http://127.0.0.1:1/%s')])
+        self.everywhere([('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI', template, keyless, '') for template in (':%s', '@%s', '%s')])
+
+    def test_queries_that_are_legal(self):
+        """In the name of a "directory" of a bucket."""
+        for alphabet, mark in ALPHABETS.items():
+            if mark != '\n':
+                for url in ('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x'):
+                    self.server.objects.clear()
+                    os.environ['ETC_URL'] = url % mark.join(self.secrets)
+                    for words in (['push', 'X'], ['push', 'X'], ['ls', '-r', '-l'], ['info', '-r', 'X'], ['--home', 'two', 'pull', 'X'],
+                                  ['--home', 'two', 'info', 'X'], ['--home', 'two', 'ls', '-l'], ['pull', 'Nope']):
+                        self.told(words, (words[-1] == 'Nope',), '')
+                        del self.server.log[:]
+
+    def test_words(self):
+        """On the command line: what is typed is shown, but URLs without password and query."""
+        self.settings = {}
+        for alphabet, mark in ALPHABETS.items():
+            secret = mark.join(self.secrets)
+            for template in ('https://user:%s@127.0.0.1:1/x', 's3://user:%s@bucket', 'https://127.0.0.1/x?sig=%s', 'user:%s@127.0.0.1',
+                             'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s'):
+                word = template % secret
+                for words, status, says in (
+                        (['pull', word], 1, ''), (['pull', 'X', word], 1, ''), (['push', word], 1, ''), (['info', word], 1, ''), (['info', '-r', word], 1, ''),
+                        (['purge', word], 1, ''), (['verify', word], 1, ''), (['create', word], 1, "cannot be"),
+                        (['register', word], 1, 'no directory'), (['register', word, 'Y'], 1, 'no directory'),
+                        (['register', 'ds', word], 1, ''), (['register', 'ds', 'as', word], 1, ''), (['register', word, 'ds'], 1, 'no directory'),
+                        ([word], 2, 'no command'), (['ls', word], 2, "takes no"), (['pull', 'X', '--ulr=' + word], 2, 'takes no'),
+                        (['pull', 'X', '--force=' + word], 2, ''), (['--' + word], 2, ''), (['-x' + word], 2, ''), (['--co=' + word, 'ls'], (1, 2), ''),
+                        (['completion', word], 2, ''), (['--config', word, 'ls'], 1, ''), (['--config', 'file/' + word, 'ls'], 1, ''),
+                        (['--home', 'file/' + word, 'ls'], (0, 1), ''), (['--home', 'file/' + word, 'create', 'Y'], 1, ''),
+                        (['--url', word, 'ls', '-r'], 1, ''), (['pull', 'X', '-p', word], 1, ''),
+                        (['create', '-f', 'Y', 'a', word + '/'], 1, "cannot be a partition's name")):
+                    with self.subTest(words=words):
+                        self.told(words, status if isinstance(status, tuple) else (status,), says)
+
+
 class GoogleSecrets(Hush, GoogleCase):
     secrets = 'ya29.token', 'hush'
 
@@ -6127,6 +6288,15 @@ class GoogleSecrets(Hush, GoogleCase):
         for info in (self.user(client_secret='hush', refresh_token='hush'), impersonated, external):
             self.use(info)
             self.assertEqual(self.everything(), 1)
+        for secret in ('hush\nX: y', 'hush\u20ac', 'hu/sh@hush#hush?hush'):
+            url = 'http://user:%s@127.0.0.1:1/x?key=%s' % (secret, secret)
+            for source in ({'url': self.tokens.url, 'headers': {'Authorization': secret + '\n'}}, {'url': url}, {'url': secret}, {'file': secret},
+                           {'url': self.tokens.url + '/ x?key=' + secret}, {'url': 'http://127.0.0.1:1/x?key=' + secret}):
+                self.use(dict(external, credential_source=source))
+                self.assertGreater(self.everything(), 5)
+            for more in ({'token_uri': url}, {'token_uri': secret}, {'quota_project_id': secret + '\n'}):
+                self.use(self.user(**more))
+                self.assertGreater(self.everything(), 5)
         for info in (
                 self.user(client_secret='hush', refresh_token=['hush']), self.user(client_secret='hush', token_uri='nonsense'),
                 {'type': 'service_account', 'client_email': 'e', 'private_key': 'hush', 'token_uri': self.tokens.url},
@@ -6287,8 +6457,8 @@ class Mistakes(Case):
             (['verify', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc pull Flowers' would fetch it"),
             (['info', 'mine'], 1, "no local dataset 'mine'; did you mean 'Mine'?"),
             (['--url', 'bucket', 'ls', '-r'], 1,
-             "cannot use the url 'bucket'; it must start with file:// or s3:// or gs:// or https:// or http://"),
-            (['--url', 'file://share', 'ls', '-r'], 1, "'file://share' is no absolute path; write file:///path, with three slashes"),
+             'cannot use the url; it must start with file:// or s3:// or gs:// or https:// or http://'),
+            (['--url', 'file://share', 'ls', '-r'], 1, "the url is no absolute path; write file:///path, with three slashes"),
             (['--url', 'file://%s/no' % here, 'ls', '-r'], 1,
              'no directory %s/no; check the url, or make it with the first push' % here),
             (['--config', 'typo.yaml', 'ls'], 1, "%s/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?" % here),
@@ -6613,7 +6783,7 @@ sys.exit(etc.main(sys.argv[2:]))
             with self.subTest(what):
                 with self.assertRaises(etc.Error) as caught:
                     call()
-                self.assertIn('holds a NUL', str(caught.exception))
+                self.assertIn('what holds a NUL cannot be a path', str(caught.exception))
 
     def test_what_a_progress_function_raises(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
