@@ -162,8 +162,8 @@ def _printable(text: str) -> str:
 
 def _masked(text: str) -> str:
     """A URL, or a word that may hold one; a password may have any characters, also / ? # and @."""
-    return _printable(re.sub(r'([?#]).+', r'\1***', re.sub(r'\A([^:]*:(?://)?).*@', r'\1***@', text, flags=re.S),
-                             flags=re.S))
+    text = re.sub(r'\A([^:]*:(?://)?)(?:.*[?#].*@.*|.*(?=@))', r'\1***', text, flags=re.S)
+    return _printable(re.sub(r'([?#]).+', r'\1***', text, flags=re.S))
 
 
 def _existing(path: str) -> str:
