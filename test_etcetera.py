@@ -6252,6 +6252,30 @@ class Places(Hush, S3Case):
                                   ['--home', 'two', 'info', 'X'], ['--home', 'two', 'ls', '-l'], ['pull', 'Nope']):
                         self.told(words, (int(words[-1] == 'Nope'),), '', sent=False)
 
+    def test_proxies(self):
+        """A password may have any character; what is no plain proxy is asked nothing."""
+        proxy = Server(Recorder)
+        self.addCleanup(proxy.stop)
+        os.environ['no_proxy'] = ''
+        for alphabet, mark in ALPHABETS.items():
+            secret = mark.join(self.secrets)
+            for scheme in ('http', 'https'):
+                for template in ('https://user:%s@' + proxy.url[7:], 'socks5://user:%s@' + proxy.url[7:], 'socks5h://' + proxy.url[7:] + '/%s',
+                                 'http://user:%s@', 'user:%s@127.0.0.1:x', 'http://user:%s@127.0.0.1:99999', 'http://user:%s@['):
+                    with self.subTest(alphabet=alphabet, scheme=scheme, template=template):
+                        self.told(['ls', '-r'], (1,), scheme + '_proxy is not of the form http://',
+                                  {'AWS_ENDPOINT_URL': scheme + '://storage.invalid', scheme + '_proxy': template % secret})
+                        self.assertEqual(proxy.log, [])
+            if mark != '\n':
+                with self.subTest(alphabet=alphabet):
+                    self.told(['ls', '-r'], (1,), 'does not answer as S3', {
+                        'AWS_ENDPOINT_URL': 'http://storage.invalid', 'http_proxy': 'http://user:%s@%s/' % (secret, proxy.url[7:])})
+                    sent = re.search('Proxy-Authorization: Basic (.*)', proxy.log[0]).group(1)
+                    self.assertEqual(base64.b64decode(sent).decode(), 'user:' + urllib.parse.unquote(secret))
+                    self.told(['ls', '-r'], (1,), 'cannot reach https://storage.invalid', {
+                        'AWS_ENDPOINT_URL': 'https://storage.invalid', 'https_proxy': 'user:%s@%s' % (secret, proxy.url[7:])})
+                    del proxy.log[:]
+
     def test_words(self):
         """On the command line: what is typed is shown, but URLs without password and query."""
         self.settings = {}
