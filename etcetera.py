@@ -3636,7 +3636,7 @@ class _HttpRemote:
         import threading
         from urllib.parse import quote
         self.url = (config.url or '').rstrip('/')
-        if re.match('https?://([^/]*:.*|[^/]*)@', self.url):  # before any / or with one in the password
+        if '@' in self.url:  # anywhere, as a password may have a / in it
             raise ConfigError('the url has a user or password in it, which etcetera never sends; remove it, or write '
                               '%40 for an @ in the path')
         if not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
@@ -4839,6 +4839,8 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
         raise InvalidDataset("no directory %s; the directory comes first: 'etc register %s %s'"
                              % (_masked(str(root)), name, _masked(root.name)))
+    if name is None:
+        _validate(root)  # or a part of a URL might be taken for a name, and shown
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
     _check_pin(name, pin, pin and local.digest)

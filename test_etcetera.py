@@ -6224,9 +6224,9 @@ class Places(Hush, S3Case):
     def test_urls(self):
         """Passwords and signatures in URLs, and keys instead of URLs."""
         form = 'the url is not of the form'
-        self.everywhere([(name, template, {'AWS_ENDPOINT_URL': ''}, says) for name in ('ETC_URL', 'url') for template, says in (
+        self.everywhere([(name, template, {'ETC_URL': '', 'AWS_ENDPOINT_URL': ''}, says) for name in ('ETC_URL', 'url') for template, says in (
             ('%s', 'it must start with'), ('https://user:%s@127.0.0.1:1/x', ''), ('https://user:x%s@127.0.0.1:1/x', 'user or password'),
-            ('https://127.0.0.1:1/x?sig=%s', form), ('https://127.0.0.1:1/x#%s', form), ('s3://user:%s@bucket', form),
+            ('https://127.0.0.1:1/x?sig=%s', 'the url '), ('https://127.0.0.1:1/x#%s', 'the url '), ('s3://user:%s@bucket', form),
             ('gs://user:%s@bucket/x', form), ('ftp://user:%s@127.0.0.1:1/x', 'it must start with'),
             ('file://user:%s@host/x', 'is no absolute path'))])
         must = 'the endpoint_url must look like'
@@ -6273,7 +6273,7 @@ class Places(Hush, S3Case):
                     sent = re.search('Proxy-Authorization: Basic (.*)', proxy.log[0]).group(1)
                     self.assertEqual(base64.b64decode(sent).decode(), 'user:' + urllib.parse.unquote(secret))
                     self.told(['ls', '-r'], (1,), 'cannot reach https://storage.invalid', {
-                        'AWS_ENDPOINT_URL': 'https://storage.invalid', 'https_proxy': 'user:%s@%s' % (secret, proxy.url[7:])})
+                        'AWS_ENDPOINT_URL': 'https://storage.invalid', 'https_proxy': 'http://user:%s@%s' % (secret, proxy.url[7:])})
                     del proxy.log[:]
 
     def test_words(self):
@@ -6289,7 +6289,7 @@ class Places(Hush, S3Case):
                         (['purge', word], 1, ''), (['verify', word], 1, ''), (['create', word], 1, ''),
                         (['register', word], 1, ''), (['register', word, 'Y'], 1, 'no directory'),
                         (['register', 'ds', word], 1, ''), (['register', 'ds', 'as', word], 1, ''), (['register', word, 'ds'], 1, 'no directory'),
-                        ([word], 2, ''), (['ls', word], 2, ''), (['pull', 'X', '--ulr=' + word], 2, ''),
+                        ([word], 2, ''), (['ls', word], 2, ''), (['pull', 'X', '--ulr=' + word], (1, 2), ''),
                         (['pull', 'X', '--force=' + word], 2, ''), (['--' + word], 2, ''), (['-x' + word], 2, ''), (['--co=' + word, 'ls'], (1, 2), ''),
                         (['completion', word], 2, ''), (['--config', word, 'ls'], 1, ''), (['--config', 'file/' + word, 'ls'], 1, ''),
                         (['--home', 'file/' + word, 'ls'], (0, 1), ''), (['--home', 'file/' + word, 'create', 'Y'], 1, ''),
