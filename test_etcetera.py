@@ -6285,12 +6285,14 @@ class Places(Hush, S3Case):
                              'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s'):
                 word = template % secret
                 for words, status, says in (
-                        (['pull', word], 1, ''), (['pull', 'X', word], 1, ''), (['push', word], 1, ''), (['info', word], 1, ''), (['info', '-r', word], 1, ''),
+                        (['pull', word], 1, ''), (['pull', 'X', word], 1, ''), (['push', word], 1, ''), (['info', word], 1, ''),
+                        (['info', '-r', word], 1, ''),
                         (['purge', word], 1, ''), (['verify', word], 1, ''), (['create', word], 1, ''),
                         (['register', word], 1, ''), (['register', word, 'Y'], 1, 'no directory'),
                         (['register', 'ds', word], 1, ''), (['register', 'ds', 'as', word], 1, ''), (['register', word, 'ds'], 1, 'no directory'),
                         ([word], 2, ''), (['ls', word], 2, ''), (['pull', 'X', '--ulr=' + word], (1, 2), ''),
-                        (['pull', 'X', '--force=' + word], 2, ''), (['--' + word], 2, ''), (['-x' + word], 2, ''), (['--co=' + word, 'ls'], (1, 2), ''),
+                        (['pull', 'X', '--force=' + word], 2, ''), (['--' + word], 2, ''), (['-x' + word], 2, ''),
+                        (['--co=' + word, 'ls'], (1, 2), ''),
                         (['completion', word], 2, ''), (['--config', word, 'ls'], 1, ''), (['--config', 'file/' + word, 'ls'], 1, ''),
                         (['--home', 'file/' + word, 'ls'], (0, 1), ''), (['--home', 'file/' + word, 'create', 'Y'], 1, ''),
                         (['--url', word, 'ls', '-r'], 1, ''), (['pull', 'X', '-p', word], 1, ''),
