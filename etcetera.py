@@ -4281,10 +4281,11 @@ class _Home:
         except ImportError:
             yield
             return
-        try:
+        file: Any = None
+        with contextlib.suppress(OSError):  # as in a store that can only be read
             (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
             file = open(str(self.inner / 'locks' / name), 'ab')
-        except OSError:  # as in a store that can only be read
+        if file is None:
             yield
             return
         with file:
