@@ -3393,6 +3393,8 @@ class _S3Remote:
         code = _aws_error(reply)[0]
         if exclusive and reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument',
                                                                  'InvalidRequest'):
+            if self.conditional and self.stat(name):  # now nothing but a look can decide
+                raise _Taken
             reply = self._request(method, self._key(name), query, headers, body)
             code = _aws_error(reply)[0]
         if exclusive and reply.status in (409, 412):

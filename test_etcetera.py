@@ -2118,6 +2118,12 @@ class S3Remote(RemoteSuite, S3Case):
         before = dict(self.server.objects)
         self.assertIn('may not look whether it is the same', self.etc('push', 'X', status=1)[1])
         self.assertEqual(self.server.objects, before)
+        self.server.fault = lambda handler: (
+            handler.command in ('GET', 'HEAD') and (handler.error(403, 'AccessDenied'), True)[1]
+            or bool(handler.headers['If-None-Match']) and (handler.error(501, 'NotImplemented'), True)[1])
+        self.assertIn('s3:ListBucket', self.etc('push', 'X', status=1)[1])  # nobody would tell whether there is another
+        self.assertEqual(self.server.objects, before)
+        self.server.fault = lambda handler: handler.command in ('GET', 'HEAD') and (handler.error(403, 'AccessDenied'), True)[1]
         self.etc('register', small(self.tmp / 'ds'), 'Y')
         self.etc('push', 'Y')
         self.assertEqual(len(self.server.objects), 2)
