@@ -3208,12 +3208,16 @@ class _S3Remote:
     def _is_bucket_in_host(self) -> bool:
         """Whether the bucket goes into the host's name (virtual-hosted style) instead of the path.
 
-        https://docs.aws.amazon.com/sdkref/latest/guide/feature-s3-addressing-style.html (not in all SDKs)
+        Decided as `aws` does, which falls back to the path where no host can have that name:
+        https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
         """
         style = _aws_nested(self.aws.profile, 's3', 'addressing_style')
-        if style in ('virtual', 'path'):
-            return style == 'virtual'
-        return not self.endpoint and bool(re.match(r'[a-z0-9-]+\Z', self.bucket))  # a dot would break the certificate
+        if style == 'path' or self.endpoint and style != 'virtual':
+            return False
+        if re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint):  # an address has no subdomains
+            return False
+        dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, it would break the certificate
+        return bool(re.match(r'[a-z0-9%s-]+\Z' % dot, self.bucket))
 
     def _key(self, name: str) -> str:
         return self.prefix + name + '.tgz'

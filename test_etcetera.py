@@ -2100,6 +2100,14 @@ class S3Remote(RemoteSuite, S3Case):
                 self.etc('pull', '-f', 'X', home='two')
                 self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
                 self.assertEqual(hosts, {host})
+        write(self.tmp, {'.aws/config': '[default]\ns3 =\n    addressing_style = virtual\n'})
+        hosts.clear()
+        self.etc('ls', '-r', url='s3://My_Bucket', status=1)  # no host can have such a name
+        self.assertEqual(hosts, {'store.example'})
+        self.settings['endpoint_url'] = self.server.url
+        hosts.clear()
+        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertEqual(hosts, {'127.0.0.1'})  # nor can a name stand before an address
 
     def test_keys_that_may_not_list(self):
         """Without s3:ListBucket what is missing is forbidden; on Amazon's own hosts the condition of the write decides."""
