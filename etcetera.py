@@ -3237,9 +3237,8 @@ class _S3Remote:
             state = self._state()
             address = self._address(key, query or {})
             sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
-            if method == 'PUT':
-                headers.update(self._checksums(body, payload))
-            reply = self.http.request(method, address, headers, body, sign, limit)
+            checked = dict(headers, **self._checksums(method, query or {}, body, payload))
+            reply = self.http.request(method, address, checked, body, sign, limit)
             if (method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
                 if attempt < _TRIES:
                     _pause(attempt)
@@ -3262,12 +3261,16 @@ class _S3Remote:
         """What a refusal may teach to do otherwise."""
         return self.region, self.aws.skew, self.aws.keys(), self.checksum
 
-    def _checksums(self, body: Sequence[bytes], sha256: Any) -> Dict[str, str]:
+    def _checksums(self, method: str, query: Dict[str, str], body: Sequence[bytes], sha256: Any) -> Dict[str, str]:
         """The header that lets a bucket with Object Lock check what it is given.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
         """
         from base64 import b64encode
+        if 'uploads' in query and self.checksum == 'sha256':
+            return {'x-amz-checksum-algorithm': 'SHA256'}
+        if method != 'PUT':
+            return {}
         if self.checksum == 'sha256':
             return {'x-amz-checksum-sha256': b64encode(sha256.digest()).decode()}
         if self.checksum == 'md5':
@@ -3285,7 +3288,9 @@ class _S3Remote:
         self.aws.learn(reply, code)
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(keys)
-        if reply.status == 400 and 'content-md5' in message.lower() and not self.checksum:
+        if code in ('InvalidArgument', 'NotImplemented') and 'x-amz-checksum' in message.lower():
+            self.checksum = ''  # as at Backblaze: https://www.backblaze.com/docs/cloud-storage-s3-compatible-api
+        elif reply.status == 400 and 'content-md5' in message.lower() and not self.checksum and _md5():
             self.checksum = 'md5'
 
     def _error(self, reply: _Reply, need: str) -> RemoteError:
@@ -3345,8 +3350,7 @@ class _S3Remote:
         if second is None:
             self._finish('PUT', name, {}, self.created, first, exclusive)
             return
-        algorithm = {'x-amz-checksum-algorithm': 'SHA256'} if self.checksum == 'sha256' else {}
-        reply = self._request('POST', self._key(name), {'uploads': ''}, dict(self.created, **algorithm))
+        reply = self._request('POST', self._key(name), {'uploads': ''}, self.created)
         try:
             upload = _xml(reply.page()).findtext('UploadId')
         except ValueError:

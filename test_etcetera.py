@@ -2052,8 +2052,26 @@ class S3Remote(RemoteSuite, S3Case):
                 self.assertEqual(tree(self.tmp / ('two%s/Y' % there)), tree(self.tmp / 'ds'))
                 name = 'Content-MD5' if there else 'x-amz-checksum-sha256'
                 self.assertTrue(all(headers[name] for method, path, headers in self.server.log[-12:] if method == 'PUT'))
-        hashlib.md5 = md5
         self.server.must_check = False
+        for what, status, code, message in (
+                ('Cloudflare', 501, 'NotImplemented', "Header '%s' with value 'SHA256' not implemented"),
+                ('Backblaze', 400, 'InvalidArgument', "Unsupported header '%s' received for this API call.")):
+            refused = ['x-amz-checksum-algorithm'] + ['x-amz-checksum-sha256'] * (what == 'Backblaze')
+
+            def fault(handler):
+                name = next((name for name in refused if handler.headers[name]), None)
+                return bool(name) and (handler.error(status, code, message=message % name), True)[1]
+
+            with self.subTest(what):  # in its own words
+                self.server.fault = fault
+                self.server.objects.clear()
+                self.etc('push', 'X', 'Y')
+                self.etc('pull', 'X', 'Y', home='two' + what)
+                self.assertEqual(tree(self.tmp / ('two%s/Y' % what)), tree(self.tmp / 'ds'))
+        self.server.must_check = True
+        self.assertIn('Content-MD5', self.etc('push', '-f', 'X', status=1)[1])  # Backblaze's, and no MD5 here
+        self.server.fault, self.server.must_check = None, False
+        hashlib.md5 = md5
         del self.server.log[:]
         self.etc('push', '-f', 'X')
         self.assertFalse(any(headers['Content-MD5'] for _, _, headers in self.server.log))  # where none is wanted, none is computed
