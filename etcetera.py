@@ -3569,10 +3569,12 @@ class _GsRemote:
         session = reply.headers.get('Location') or ''
         if not re.match(r'https?://', session):
             raise self._stranger()
-        md5 = _md5()
+        md5, size = _md5(), 0
 
         def send(item: Tuple[int, List[bytes], bool]) -> Optional[_Reply]:
+            nonlocal size
             start, part, last = item
+            size += sum(map(len, part))
             for chunk in part if md5 else ():
                 md5.update(chunk)
             return self._send(session, start, part, last)
@@ -3586,9 +3588,11 @@ class _GsRemote:
             with contextlib.suppress(RemoteError):
                 self._request('DELETE', session, accept=range(400, 500), tries=1)
             raise
-        if answer.get('name') != self._key(name) or not answer.get('generation'):
+        known = answer.get('name') == self._key(name) and answer.get('generation')
+        if known:
+            self._check_md5(name, answer, md5)
+        if not known or str(answer.get('size')) != str(size):
             raise _Unconfirmed(str(self._stranger()))
-        self._check_md5(name, answer, md5)
 
     def _send(self, session: str, start: int, part: List[bytes], last: bool) -> Optional[_Reply]:
         """One chunk, from whatever byte of it the server still lacks; the answer to the last."""

@@ -2758,13 +2758,15 @@ class GsRemote(RemoteSuite, GsCase):
         self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB)}), 'Y')
         for what, body in (('an empty object', b'{}'), ('nothing', b''), ('a page', b'<html>Log in</html>'), ('a list', b'[]'),
                            ('another object', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}'),
-                           ('no generation', b'{"name": "some/prefix/X.tgz"}')):
+                           ('no generation', b'{"name": "some/prefix/X.tgz", "size": "7"}'),
+                           ('no size', b'{"name": "some/prefix/X.tgz", "generation": "5"}'),
+                           ('another size', b'{"name": "some/prefix/X.tgz", "generation": "5", "size": "7"}')):
             for stored in (True, False):
                 with self.subTest(what, stored=stored):
                     self.server.objects.clear()
-                    answer = lambda handler: handler.answer(200, body)
-                    self.server.final = answer if stored else None
-                    self.server.fault = None if stored else lambda handler: handler.command == 'PUT' and (answer(handler), True)[1]
+                    self.server.final = (lambda handler: handler.answer(200, body)) if stored else None
+                    self.server.fault = None if stored else lambda handler: (
+                        handler.command == 'PUT' and (handler.answer(200, body), True)[1])
                     self.assertIn('pushed' if stored else 'does not answer as Google', self.etc('push', 'X', status=int(not stored))[1])
                     self.server.final = None
                     self.assertEqual(len(self.server.objects), int(stored))
