@@ -3003,7 +3003,7 @@ class GoogleCredentials(GoogleCase):
                                    str(self.tmp / 'pub.pem')])
 
             def decode(text):
-                        return base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
+                return base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
 
             def right(assertion):
                 head, claims, signature = assertion.split('.')
