@@ -6801,7 +6801,7 @@ sys.exit(etc.main(sys.argv[2:]))
         program = r"""
 import resource, etcetera as etc
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
-resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), -1))
+resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
 sys.exit(etc.main(sys.argv[2:]))
 """
         outcomes = set()
@@ -7129,7 +7129,8 @@ class Target:
     def reply(self, body, headers=(), status=200):
         message = http.client.HTTPMessage()
         for key, value in dict(headers).items():
-            message[key] = value
+            with contextlib.suppress(ValueError):  # names that newer Pythons refuse, as http.client would before
+                message[key] = value
         return etc._Reply(status, message, body)
 
 
