@@ -39,6 +39,7 @@ import traceback
 import unittest
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import md5
@@ -6178,7 +6179,8 @@ class Places(Hush, S3Case):
         try:
             for verbosity in ([], ['-v'], ['-q']):
                 out, err = io.StringIO(), io.StringIO()
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+                    warnings.simplefilter('ignore', ResourceWarning)  # of sockets, told whenever they are collected
                     try:
                         code = etc.main(verbosity + words)
                     except SystemExit as e:
