@@ -4939,7 +4939,7 @@ class Faults(Runs):
                 code, out, err = self.call(*args, home='makers/' + home)
                 self.after(seed, fault, code, err, len(clean[at]))
                 self.assertTrue(self.remote() in ([target] if code == 0 else [before, target]), (code, err))
-                self.server.fault_at = None
+                self.server.fault_at, self.patience = None, 60
                 self.assertEqual(self.call('push', '-f', 'X', home='makers/' + home), (0, '', ''))
                 self.assertTrue(self.remote() == target)
 
