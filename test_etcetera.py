@@ -5507,7 +5507,6 @@ class Install(S3Case):
         self.etc('verify', 'X')
         self.assertEqual(self.leftovers(), [])
 
-    @unittest.skipUnless(hasattr(os, 'fork'), 'no fork')
     def test_killed_while_it_replaces_in_two_renames(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
         digest = etc.verify('X', config=self.config())
@@ -5515,18 +5514,21 @@ class Install(S3Case):
         self.addCleanup(setattr, etc, '_swap', swap)
         self.addCleanup(setattr, os, 'rename', rename)
         etc._swap = lambda one, other: False
-
-        def die(old, new):
-            rename(old, new)
-            if old.endswith('X'):
-                os._exit(9)
+        program = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import etcetera as etc
+rename = os.rename
+def die(old, new):
+    rename(old, new)
+    if old.endswith('X'):
+        os._exit(9)
+etc._swap, os.rename = lambda one, other: False, die
+sys.exit(etc.main(sys.argv[2:]))
+"""
         write(self.tmp / 'ds', {'data/train/new': 'new'})
-        child = os.fork()
-        if not child:
-            os.rename = die
-            etc.register(self.tmp / 'ds', 'X', force=True, copy=True, config=self.config())
-            os._exit(0)
-        self.assertEqual(os.waitpid(child, 0)[1] >> 8, 9)
+        command = ['--home', self.tmp / 'home', 'register', '-f', '--copy', self.tmp / 'ds', 'X']
+        self.assertEqual(subprocess.call([sys.executable, '-c', program, str(HERE)] + list(map(str, command))), 9)
         self.assertFalse(os.path.lexists(str(self.tmp / 'home/X')))
         self.assertEqual(self.installed(), ['X'])
         self.assertEqual(etc.verify('X', config=self.config()), digest)
