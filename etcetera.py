@@ -494,9 +494,11 @@ def _threads(count: int) -> Any:
         for _ in range(count):
             pool.submit(all_started.wait)
         return pool
-    except (RuntimeError, MemoryError):
+    except BaseException as e:
         all_started.abort()
         pool.shutdown()
+        if not isinstance(e, (RuntimeError, MemoryError)):
+            raise
     if count == 1:
         raise Error("the system gives this process no more threads; set 'connections: 1', or raise the limits "
                     '(ulimit -u, ulimit -v)')
@@ -1337,7 +1339,7 @@ class _Sink:
         if name in self.links:
             raise self.twice(name)
         try:
-            if not target or '\0' in _to_os(target):
+            if not 0 < len(target) < 4096 or '\0' in _to_os(target):
                 raise ValueError
         except ValueError:
             raise self.astray_link(name, ascii(target)) from None
@@ -1368,7 +1370,7 @@ class _Sink:
                 raise self.astray_link(name, target)
 
     def astray_link(self, name: str, target: str) -> Error:
-        return Corrupt("the archive holds the link '%s' to '%s', which leads out of the dataset or nowhere"
+        return Corrupt("the archive holds the link '%s' to '%.300s', which leads out of the dataset or nowhere"
                        % (name, target))
 
 
@@ -1719,6 +1721,7 @@ class _TarStream(_Stream):
     """The bytes of a tar, as tarfile reads them: only forward, and never past the end without an error."""
 
     limit: Optional[int] = None  # a position that the headers of one entry may not go past
+    kept = 0  # bytes of global headers, which tarfile keeps to the end
 
     def tell(self) -> int:
         return self.position
@@ -1766,6 +1769,9 @@ def _tar_members(stream: Any) -> Iterator[Tuple[Any, Any]]:
             try:
                 if header[156:157] in _TAR_PAX:
                     size = cls.frombuf(header, tar.encoding, tar.errors).size
+                    stream.kept += size if header[156:157] == b'g' else 0
+                    if stream.kept > _TAR_HEADERS:
+                        raise tarfile.ReadError('its global headers take more than %d bytes' % _TAR_HEADERS)
                     _check_pax_records(stream.peek(512 + size)[512:])
                 return super().fromtarfile(tar)
             except tarfile.HeaderError as e:
@@ -1832,7 +1838,7 @@ def _plain_name(name: str) -> str:
 
 def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     name = _plain_name(member.name)
-    if not name and member.isdir() or member.type == _TAR_LABEL or _is_litter(name):
+    if not name and member.isdir() or member.type == _TAR_LABEL or _is_litter(name) and not member.isdir():
         return
     sink.path(name)
     for slash in re.finditer('/', name):
@@ -1865,7 +1871,7 @@ def _extract_hard_link(name: str, linkname: str, sink: _Sink) -> None:
 
 def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
     """Write a regular file; of its mode only the owner's x bit is kept, as on push."""
-    stored = sum(length for _, length in member.sparse) if member.issparse() else member.size
+    stored = tar.offset - member.offset_data  # whatever a sparse map says
     if member.size > (stored << 10) + (1 << 30):
         raise Corrupt("the archive holds '%s', which would be %d bytes of nothing" % (name, member.size))
     file = sink.create(name, bool(member.mode & 0o100))
@@ -1930,6 +1936,7 @@ class _Http:
         self.idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
         self.busy = set()  # type: Any
         self.closed = False
+        self.hurried = False  # no request is tried again, as work that failed or was interrupted is being ended
         self.tls = None  # type: Any
 
     def close(self) -> None:
@@ -1941,6 +1948,15 @@ class _Http:
                 connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
 
+    @contextlib.contextmanager
+    def hurry_when_it_fails(self) -> Iterator[None]:
+        """Goes around what waits for threads, so that an error or Ctrl-C need not wait for all their tries."""
+        try:
+            yield
+        except BaseException:
+            self.hurried = True
+            raise
+
     def request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
                 sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT, tries: int = _TRIES,
                 into: Optional[Any] = None) -> _Reply:
@@ -1950,7 +1966,7 @@ class _Http:
         into: a file for the body of an answer with status 200, of any size.
         """
         import http.client
-        if not re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII):
+        if not _is_address(url):
             raise RemoteError('an address that the settings, the credentials or a server give is not of the form '
                               'https://host[:port][/path]; a user or password cannot be in it')
         for attempt in range(1, tries + 1):
@@ -1959,12 +1975,15 @@ class _Http:
             delay = 0.0
             try:
                 reply = self._once(method, url, signed, body, limit, into)
-                if reply.status not in _TRANSIENT or attempt == tries:
+                if reply.status not in _TRANSIENT or attempt == tries or self.hurried:
                     return reply
                 delay = reply.asked_delay()
+            except UnicodeError:  # of the codec idna
+                raise ConfigError("%s or the proxy for it has a name that no host can have; check the url, the "
+                                  'endpoint_url and the proxy' % _site(url)) from None
             except (OSError, http.client.HTTPException) as e:
                 problem = e
-                if attempt == tries or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                if attempt == tries or self.closed or self.hurried or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise self._failure(url, e) from None
             _say('%s %s: %s; trying again', method, _site(url), problem or reply.status, level=_DEBUG)
             _pause(attempt)
@@ -1972,8 +1991,8 @@ class _Http:
         raise AssertionError
 
     def _wait(self, seconds: float) -> None:
-        """Sleep, but not on after close()."""
-        while seconds > 0 and not self.closed:
+        """Sleep, as long as what is waited for is wanted."""
+        while seconds > 0 and not self.closed and not self.hurried:
             time.sleep(min(seconds, 1.0))
             seconds -= 1.0
 
@@ -2062,11 +2081,7 @@ class _Http:
     def _ask(self, connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
         import http.client
         if not connection.sock:
-            try:
-                connection.connect()
-            except UnicodeError:  # of the codec idna
-                raise ConfigError("'%s' cannot be a host's name; check the url, the endpoint_url and the proxy"
-                                  % _printable(connection.host)) from None
+            connection.connect()
             connection.sock.settimeout(self.timeout)
         if self.closed:  # close() may have looked before the socket was there
             raise http.client.HTTPException('interrupted')
@@ -2107,7 +2122,7 @@ def _proxy(url: str, scheme: str) -> Tuple[str, Dict[str, str]]:
     from base64 import b64encode
     from urllib.parse import unquote
     match = re.match(r'(?:([^/?#@]*)://)?(?:(.*)@)?([^/?#@:\[\]\s]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z',
-                     url, re.ASCII)
+                     url.strip(), re.ASCII)
     kind, user, host, port = match.groups() if match else ('none', None, '', None)
     if kind == 'https' and os.name == 'nt' and not urllib.request.getproxies_environment():
         kind = 'http'  # up to Python 3.9 those of the registry are called so: https://bugs.python.org/issue42627
@@ -2180,11 +2195,20 @@ def _xml(body: bytes) -> Any:
         raise ValueError('XML with declarations')
     try:
         root = ElementTree.fromstring(body.strip())
-    except ElementTree.ParseError as e:
+    except (ElementTree.ParseError, LookupError, RecursionError) as e:  # LookupError: of the encoding
         raise ValueError(str(e)) from None
     for element in root.iter():
         element.tag = element.tag.rpartition('}')[2]
     return root
+
+
+def _is_address(url: str) -> bool:
+    """Whether a request can be sent there."""
+    from urllib.parse import urlsplit
+    try:
+        return bool(re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII)) and urlsplit(url).port != 0
+    except ValueError:  # brackets around what is no IPv6 address, or a port beyond 65535
+        return False
 
 
 def _site(url: str) -> str:
@@ -2204,7 +2228,7 @@ def _http_time(text: str) -> float:
     from email.utils import parsedate_to_datetime
     try:
         return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, OverflowError, OSError):  # OSError: on Windows, for years before 1970
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, for years before 1970
         return 0.0
 
 
@@ -3082,7 +3106,7 @@ class _FileRemote:
         except FileExistsError:
             raise _Taken from None
         except PermissionError as e:
-            if e.filename and not e.filename.startswith(self.root):
+            if e.filename and not (e.filename + os.sep).startswith(os.path.join(self.root, '')):
                 raise  # of a file that is to be pushed
             raise RemoteError("cannot write '%s' to %s: %s; ask who owns it to replace it, or who owns the directory "
                               'to let you write there' % (name, self.root, e.strerror)) from None
@@ -3091,10 +3115,13 @@ class _FileRemote:
                 os.unlink(new)
 
     def _make_root(self) -> None:
-        if not os.path.isdir(self.root):
-            os.makedirs(self.root, exist_ok=True)
-            if self.public:
-                os.chmod(self.root, os.stat(self.root).st_mode | 0o555)
+        missing, path = [], self.root
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        os.makedirs(self.root, exist_ok=True)
+        for path in missing if self.public else ():
+            os.chmod(path, os.stat(path).st_mode | 0o555)
 
     def _open_to_readers(self, path: str, name: str) -> None:
         """Let everyone read a file if it is to be public; warn if it is not for all who may list the directory."""
@@ -3201,7 +3228,7 @@ class _S3Remote:
 
     def _address(self, key: str, query: Dict[str, str]) -> str:
         base = self.endpoint or self.aws.host('s3', self.region)
-        base = base.replace('//', '//%s.' % self.bucket) if self.by_host else base + '/' + self.bucket
+        base = base.replace('//', '//%s.' % self.bucket, 1) if self.by_host else base + '/' + self.bucket
         pairs = '&'.join('%s=%s' % (_quote(k), _quote(v)) for k, v in sorted(query.items()))
         return '%s/%s%s' % (base, _quote(key, safe='/'), '?' + pairs if pairs else '')
 
@@ -3383,7 +3410,8 @@ class _S3Remote:
 
         from xml.sax.saxutils import escape
         ahead = max(1, min(self.connections, _IN_FLIGHT // size))
-        with _threads(ahead) as pool, contextlib.closing(_ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
+        with _threads(ahead) as pool, self.http.hurry_when_it_fails(), contextlib.closing(
+                _ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
             manifest = '<CompleteMultipartUpload>%s</CompleteMultipartUpload>' % ''.join(sent)
         self._finish('POST', name, {'uploadId': upload}, {'Content-Type': 'application/xml'}, [manifest.encode()],
                      exclusive)
@@ -3399,10 +3427,8 @@ class _S3Remote:
         conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
         reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 404, 409, 412, 501])
         code = _aws_error(reply)[0]
-        if exclusive and reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument',
-                                                                 'InvalidRequest'):
-            if self.conditional and self.stat(name):  # now nothing but a look can decide
-                raise _Taken
+        if exclusive and not self.conditional and reply.status in (400, 501) and code in (
+                '', 'NotImplemented', 'InvalidArgument', 'InvalidRequest'):
             reply = self._request(method, self._key(name), query, headers, body)
             code = _aws_error(reply)[0]
         if exclusive and reply.status in (409, 412):
@@ -3581,7 +3607,8 @@ class _GsRemote:
 
         try:
             parts = _numbered(_parts(chunks, _PART))
-            with _threads(1) as pool, contextlib.closing(_ordered(pool, send, parts, 2)) as sent:
+            with _threads(1) as pool, self.http.hurry_when_it_fails(), contextlib.closing(
+                    _ordered(pool, send, parts, 2)) as sent:
                 last = collections.deque(sent, 1)[0]
             answer = _json_object(last) if last else {}
         except BaseException:
@@ -3616,7 +3643,7 @@ class _GsRemote:
                 if not last:
                     raise self._stranger()
                 return reply
-            received = re.match(r'bytes=0-(\d+)\Z', reply.headers.get('Range') or '')
+            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
             have = int(received.group(1)) + 1 if received else 0
             if not at <= have <= stop:
                 raise RemoteError('%s lost a part of the upload; push again' % self.url)
@@ -3679,7 +3706,9 @@ class _HttpRemote:
                 continue
             if 200 <= reply.status < 300 or reply.status in accept:
                 return reply
-            target = urljoin(url, reply.headers.get('Location') or '')
+            target = ''
+            with contextlib.suppress(ValueError):
+                target = urljoin(url, reply.headers.get('Location') or '')
             if reply.status not in (301, 302, 303, 307, 308) or not re.match(r'https?://[!-~]+\Z', target):
                 break
             if url.startswith('https:') and not target.startswith('https:'):
@@ -3695,7 +3724,7 @@ class _HttpRemote:
         from urllib.parse import unquote, urlsplit
         reply = self._request('GET', self.base, accept=[403, 404])
         if reply.status == 200 and b'<ListBucketResult' not in reply.page()[:1000]:
-            with _threads(self.connections) as pool:
+            with _threads(self.connections) as pool, self.http.hurry_when_it_fails():
                 return [found for found in pool.map(self.stat, _linked(self.base, reply.page())) if found]
         site, path = '%s://%s/' % urlsplit(self.base)[:2], unquote(urlsplit(self.base).path)[1:]
         bucket, _, rest = path.partition('/')
@@ -3776,7 +3805,7 @@ def _linked(base: str, page: bytes) -> List[str]:
                 if target == unquote(base) + name + '.tgz' and _is_name(name):
                     names.add(name)
 
-    with contextlib.suppress(AssertionError):
+    with contextlib.suppress(AssertionError, ValueError):  # of what is no HTML
         Links().feed(page.decode('utf-8', 'replace'))
     return sorted(names)
 
@@ -3868,7 +3897,9 @@ def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> byt
 
 
 def _replaced(remote: Any, found: _Object, reply: Optional[_Reply] = None) -> RemoteError:
-    if reply and reply.status < 300 and reply.headers.get('Content-Encoding', 'identity') != 'identity':
+    # what is compressed on the way has no ranges; some servers call each .tgz an encoding
+    if reply and reply.status == 200 and reply.headers.get('Content-Encoding', 'identity') != 'identity' \
+            and 'Content-Range' not in reply.headers:
         return RemoteError("%s, or a proxy before it, compresses '%s' although it is asked not to; ask who runs it"
                            % (remote.url, found.name), reply.status)
     return RemoteError("'%s' in %s was replaced while it was read; run the command again"
@@ -4097,11 +4128,12 @@ class _Home:
                 best = max(left, key=lambda journal: journal.stat().st_size)
                 os.rename(str(best.parent), str(outer / 'earlier'))
 
-    def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
+    def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None, tail: str = '') -> Path:
         """A new name in staging; it tells whether the process that works there is alive, and 0 that none does."""
         directory = self.inner / kind
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / '@'.join((name, _host(), str(os.getpid() if pid is None else pid), os.urandom(4).hex()))
+        process = str(os.getpid() if pid is None else pid)
+        path = directory / '@'.join((name, _host(), process, os.urandom(4).hex() + tail))
         _made.add(path.name)
         return path
 
@@ -4156,7 +4188,7 @@ class _Home:
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
-            self._supplant(self._move(new, target, 'successors'), target)
+            self._supplant(self._successor(target, new), target)
             return True
         try:
             os.rename(new, target)
@@ -4171,14 +4203,18 @@ class _Home:
         self._retire(str(aside))
         return True
 
-    def _move(self, path: str, target: str, kind: str) -> str:
-        """Rename what is, or comes, in the place of `target` to a new name of this kind."""
-        moved = str(self._scratch(os.path.basename(target), kind))
-        os.rename(path, moved)
-        return moved
+    def _successor(self, target: str, path: Optional[str] = None, victim: int = 0) -> str:
+        """Give a directory, or an empty file for nothing, a name by which recover() knows what it is to supplant."""
+        tail = '.%d' % (victim or os.lstat(target).st_ino)
+        successor = self._scratch(os.path.basename(target), 'successors', tail=tail)
+        if path:
+            os.rename(path, str(successor))
+        else:
+            successor.touch()
+        return str(successor)
 
     def _supplant(self, successor: str, target: str) -> None:
-        """Put a directory, or an empty file for nothing, in the place of a directory that cannot be renamed.
+        """Put a successor in the place of a directory that cannot be renamed.
 
         So it is with those of a lower layer of overlayfs (EXDEV), as in a container's image. The successor is
         complete before anything is removed, and recover() goes on where this was killed.
@@ -4202,9 +4238,15 @@ class _Home:
         with contextlib.suppress(FileNotFoundError):
             for successor in (self.inner / 'successors').iterdir():
                 place = str(self.path(successor.name.partition('@')[0]))
+                victim = int(successor.name.rpartition('.')[2])
                 with contextlib.suppress(OSError):
-                    if not self._alive(successor):  # the rename lets one process do it
-                        self._supplant(self._move(str(successor), place, 'successors'), place)
+                    if self._alive(successor):
+                        continue
+                    if os.path.lexists(place) and os.lstat(place).st_ino != victim:  # something newer is there
+                        _remove(successor)
+                        continue
+                    # the rename lets one process do it
+                    self._supplant(self._successor(place, str(successor), victim), place)
         with contextlib.suppress(FileNotFoundError):
             for aside in (self.inner / 'replaced').iterdir():
                 target = self.path(aside.name.partition('@')[0])
@@ -4233,16 +4275,16 @@ class _Home:
             path.unlink()
         else:
             _make_movable(str(path))
+            for aside in (self.inner / 'replaced').glob(name + '@*'):  # or recover() would put it back
+                self._retire(str(aside))
+            trash = self._scratch(name, 'old')
             try:
-                trash = self._move(str(path), name, 'old')
+                os.rename(str(path), str(trash))
             except OSError as e:
                 if e.errno != errno.EXDEV:
                     raise
-                nothing = self._scratch(name, 'successors')
-                nothing.touch()
-                self._supplant(str(nothing), str(path))
-            else:
-                _remove(Path(trash))
+                self._supplant(self._successor(str(path)), str(path))
+            _remove(trash)
             self._drop_receipts(name)
         self.sweep(name)
 
@@ -4487,7 +4529,8 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
             _say('%s', e, level=_WARNING)
             return _summary(found.name, None, None, archive_size=found.size, when=None)
 
-    with contextlib.closing(_open_remote(config)) as store, _threads(config.connections) as pool:
+    store = _open_remote(config)
+    with _threads(config.connections) as pool, contextlib.closing(store):  # closed first, so that no thread goes on
         return list(pool.map(describe, sorted(store.list())))
 
 
@@ -5311,8 +5354,8 @@ def _tidy_end() -> Iterator[None]:
     replaced = []  # type: List[int]
 
     def end(number: int, _: Any) -> None:
-        for other in replaced:  # a terminal that closes may send several
-            signal.signal(other, signal.SIG_IGN)
+        for other in replaced:  # a terminal that closes may send several; who sends another SIGTERM means it
+            signal.signal(other, signal.SIG_DFL if other == signal.SIGTERM else signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     try:
