@@ -5354,8 +5354,8 @@ def _tidy_end() -> Iterator[None]:
     replaced = []  # type: List[int]
 
     def end(number: int, _: Any) -> None:
-        for other in replaced:  # a terminal that closes may send several; who sends another SIGTERM means it
-            signal.signal(other, signal.SIG_DFL if other == signal.SIGTERM else signal.SIG_IGN)
+        for other in replaced:  # a terminal that closes may send several
+            signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     try:
