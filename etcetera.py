@@ -3270,9 +3270,9 @@ class _S3Remote:
                 if attempt < _TRIES:
                     _pause(attempt)
                 continue
-            if 200 <= reply.status < 300:
+            if 200 <= reply.status < 300 and (method != 'HEAD' or _whole_size(reply) is not None):
                 return reply
-            if method == 'HEAD' and reply.status not in accept:  # its answers have no body that would tell more
+            if method == 'HEAD' and reply.status not in accept:  # it has no body that would tell more
                 reply = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
                 if 200 <= reply.status < 300:
                     return reply

@@ -2193,9 +2193,17 @@ class S3Remote(RemoteSuite, S3Case):
     def test_head_that_is_refused(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
         self.etc('push', 'X')
-        for status in (403, 405, 501):
-            with self.subTest(status):
-                self.server.fault = lambda handler: handler.command == 'HEAD' and (handler.answer(status), True)[1]
+        etag = self.server.objects['some/prefix/X.tgz'][1]
+
+        def tell_no_length(handler):
+            handler.send_response(200)
+            handler.send_header('ETag', etag)
+            handler.end_headers()
+
+        for what, answer in (('403', lambda handler: handler.answer(403)), ('405', lambda handler: handler.answer(405)),
+                             ('501', lambda handler: handler.answer(501)), ('no length', tell_no_length)):
+            with self.subTest(what):
+                self.server.fault = lambda handler: handler.command == 'HEAD' and (answer(handler), True)[1]
                 self.etc('pull', 'X', home='two')
                 self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
                 self.etc('purge', 'X', home='two')
@@ -2381,7 +2389,10 @@ class S3Remote(RemoteSuite, S3Case):
             self.etc('pull', '-f', 'X', home='two')
         for size in ('1e3', '5 5', ' ', '-5', '9' * 5000):
             self.server.fault = lambda h: h.command == 'HEAD' and (h.answer(200, b'', etag, size), True)[1]
+            self.etc('pull', '-f', 'X', home='two')  # a range tells the size
+            self.server.respell = lambda name, value: None if name == 'Content-Range' else value
             self.assertIn('how large', self.etc('pull', '-f', 'X', home='two', status=1)[1])
+            self.server.respell = None
 
     def test_lost_answer_of_complete(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)}), 'X')
