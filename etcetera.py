@@ -3435,7 +3435,7 @@ class _S3Remote:
             raise _Taken  # perhaps by ourselves, if the first answer was lost
         if code == 'NoSuchUpload':  # likewise
             raise _Unconfirmed(str(self._error(reply, 's3:PutObject')), reply.status)
-        if reply.status != 200 or code:
+        if reply.status >= 300 or code:
             raise self._error(reply, 's3:PutObject')
         if not self._is_done(method, reply):
             raise _Unconfirmed(str(self._stranger()), reply.status)
@@ -3445,6 +3445,8 @@ class _S3Remote:
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html, …/API_CompleteMultipartUpload.html
         """
+        if reply.status != 200:
+            return False
         if method == 'PUT':
             return bool(reply.headers.get('ETag')) and not reply.body.strip()
         try:

@@ -2029,6 +2029,26 @@ class S3Remote(RemoteSuite, S3Case):
                             self.assertTrue(self.server.objects == objects and not self.server.uploads)
                         self.server.uploads.clear()
 
+    def test_statuses_that_are_not_defined(self):
+        """PutObject and CompleteMultipartUpload say 200; after any other 2xx, what is there decides."""
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB)}), 'Y')
+        done = COMPLETED % (b'http://store', b'key', b'key', b'e')
+        for status, name, stored in itertools.product((201, 202, 203, 204), 'XY', (True, False)):
+            with self.subTest(status=status, name=name, stored=stored):
+                def answer(handler):
+                    handler.answer(status, done if name == 'Y' and status != 204 else b'', {'ETag': '"e"'})
+
+                def fault(handler):
+                    last = handler.command == ('POST' if name == 'Y' else 'PUT') and '?uploads=' not in handler.path
+                    return last and (answer(handler), True)[1]
+                self.server.objects.clear()
+                self.server.fault, self.server.final = (None, answer) if stored else (fault, None)
+                out = self.etc('push', name, status=int(not stored))[1]
+                self.server.fault = self.server.final = None
+                self.assertIn('pushed' if stored else 'does not answer as S3 does', out)
+                self.assertEqual((len(self.server.objects), self.server.uploads), (int(stored), {}))
+
     def test_parts_that_are_not_confirmed(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
         self.server.fault = lambda handler: 'partNumber=' in handler.path and (handler.answer(200, b'<html>Log in</html>'), True)[1]
