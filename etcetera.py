@@ -3325,6 +3325,7 @@ class _S3Remote:
         code, message, _ = _aws_error(reply)
         keys = self.aws.keys()
         source = keys.source if keys else ''
+        by_host = "set 'addressing_style = virtual' below 's3 =' of the profile '%s' in ~/.aws/config" % self.aws.name
         hint = {
             'NoSuchBucket': 'check the bucket in the url',
             'InvalidAccessKeyId': 'check the access key; it comes from %s' % source,
@@ -3335,6 +3336,9 @@ class _S3Remote:
             'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
             'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
             'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
+            'SecondLevelDomainForbidden': by_host,  # as Alibaba calls it
+            'PathStyleDomainForbidden': by_host,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
+            'VirtualHostDomainRequired': by_host,  # Huawei
             'InvalidObjectState': 'it was moved to an archive class; restore it there first',
         }.get(code) or 'check the url, the endpoint_url and the region'
         if not keys and reply.status in (400, 401, 403):

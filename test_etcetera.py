@@ -2660,7 +2660,10 @@ class S3Kinds(S3Case):
         self.assertIn('need s3:PutObject', self.etc('push', 'X', '-f', status=1)[1])
         for code, status, word in (('NoSuchBucket', 404, 'check the bucket'), ('PermanentRedirect', 301, "set 'region'"),
                                    ('InvalidToken', 400, 'renew'), ('', 404, 'check the url'), ('', 400, 'the region'),
-                                   ('InvalidAccessKeyId', 403, 'it comes from the settings')):
+                                   ('InvalidAccessKeyId', 403, 'it comes from the settings'),
+                                   ('SecondLevelDomainForbidden', 403, 'addressing_style = virtual'),  # Alibaba
+                                   ('PathStyleDomainForbidden', 403, 'addressing_style = virtual'),  # Tencent
+                                   ('VirtualHostDomainRequired', 400, 'addressing_style = virtual')):  # Huawei
             refuse(code, 'why', status)
             err = self.etc('ls', '-r', status=1)[1]
             self.assertIn(word, err)
