@@ -3531,11 +3531,13 @@ class _GsRemote:
     def list(self) -> List[_Object]:
         """All datasets here, page by page."""
         found, seen = [], set()  # type: List[_Object], Set[str]
-        query = {'prefix': self.prefix, 'delimiter': '/', 'fields': 'items(name,size,generation,updated),nextPageToken'}
+        query = {'prefix': self.prefix, 'delimiter': '/',
+                 'fields': 'kind,items(name,size,generation,updated),nextPageToken'}
         while True:
             page = self._parse(self._request('GET', self._address('', query)))
             items = page.get('items') or []
-            if not isinstance(items, list):
+            listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
+            if not listing or not isinstance(items, list):
                 raise self._stranger()
             found += [item for item in map(self._object, items) if item]
             token = page.get('nextPageToken')

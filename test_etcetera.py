@@ -2742,7 +2742,9 @@ class GsHandler(S3Handler):
     def list(self):
         prefix, after = self.query.get('prefix', ''), self.query.get('pageToken', '')
         names = sorted(n for n in self.server.objects if n.startswith(prefix) and n > after and '/' not in n[len(prefix):])
-        page = {'items': [self.resource(n) for n in names[:self.server.page]]} if names else {}
+        page = {'kind': 'storage#objects'} if 'kind' in self.query.get('fields', 'kind').split(',') else {}
+        if names:
+            page['items'] = [self.resource(n) for n in names[:self.server.page]]
         if len(names) > self.server.page:
             page['nextPageToken'] = names[self.server.page - 1]
         self.answer(200, json.dumps(page).encode())
@@ -2942,11 +2944,17 @@ class GsRemote(RemoteSuite, GsCase):
         for body in (b'', b'[]', b'{"items": 5}', b'{"items": [{}]}', b'{"items": [{"name": 5}]}', b'<html>', b'[' * 100000,
                      b'{"items": [{"name": "some/prefix/X.tgz", "size": "x", "generation": 1}]}',
                      b'{"items": [{"name": "some/prefix/X.tgz", "size": 1e999, "generation": 1}]}', b'{"nextPageToken": 3}'):
-            self.server.fault = lambda h: (h.answer(200, body), True)[1]
-            self.etc('ls', '-r', status=1)
-            self.etc('pull', 'X', status=1)
+            for body in (body, body.replace(b'{', b'{"kind": "storage#objects", ', 1)):
+                self.server.fault = lambda h: (h.answer(200, body), True)[1]
+                self.assertIn('does not answer as Google', self.etc('ls', '-r', status=1)[1])
+                self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
+        for body in (b'{}', b'{"login": "https://portal.example"}', b'{"kind": "login"}'):
+            with self.subTest(body):  # which must not pass for an empty bucket
+                self.server.fault = lambda h: (h.answer(200, body), True)[1]
+                self.assertIn('does not answer as Google', self.etc('ls', '-r', status=1)[1])
         tokens = itertools.cycle('abc')
-        self.server.fault = lambda h: (h.answer(200, b'{"nextPageToken": "%s"}' % next(tokens).encode()), True)[1]
+        self.server.fault = lambda h: (
+            h.answer(200, b'{"kind": "storage#objects", "nextPageToken": "%s"}' % next(tokens).encode()), True)[1]
         self.assertIn('in circles', self.etc('ls', '-r', status=1)[1])
         self.server.fault = lambda h: (h.answer(200, b'{"name": "some/prefix/Y.tgz", "size": 5, "generation": 1}'), True)[1]
         self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
@@ -7442,8 +7450,8 @@ class HeadersTarget(XmlTarget):
 class JsonTarget(Target):
     """Google's listings, objects, errors and tokens."""
 
-    seeds = [b'{"items": [{"name": "some/prefix/X.tgz", "size": "5", "generation": "17", "updated": "2024-05-06T07:08:09.123Z"}], '
-             b'"nextPageToken": "t"}',
+    seeds = [b'{"kind": "storage#objects", "items": [{"name": "some/prefix/X.tgz", "size": "5", "generation": "17", '
+             b'"updated": "2024-05-06T07:08:09.123Z"}], "nextPageToken": "t"}',
              b'{"name": "some/prefix/X.tgz", "size": 5, "generation": 17}', b'{"error": {"code": 403, "message": "\\u001b[31m no"}}',
              b'{"access_token": "t", "expires_in": 3599}', b'{"accessToken": "t", "expireTime": "2024-05-06T07:08:09Z"}']
 
