@@ -109,6 +109,9 @@ class _FromCaller(BaseException):
         self.error = error
 
 
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 _F = TypeVar('_F', bound=Callable[..., Any])
 
 
@@ -3026,19 +3029,26 @@ def _headers(values: Dict[str, Optional[str]]) -> Dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
+def _file_path(path: str) -> str:
+    """What a file:// URL means, on every Python: url2pathname() of 3.14 and later cuts it at '?', '#' and '//'."""
+    from urllib.parse import unquote_to_bytes
+    from urllib.request import url2pathname
+    if os.name == 'nt':
+        return url2pathname(path.replace('?', '%3F').replace('#', '%23'))
+    return os.fsdecode(unquote_to_bytes(os.fsencode(path)))
+
+
 class _FileRemote:
     """file:///path: a shared directory."""
 
     conditional = True
 
     def __init__(self, config: Config) -> None:
-        from urllib.request import url2pathname
         self.url = config.url or ''
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
             raise ConfigError('the url is no absolute path; write file:///path, with three slashes')
-        # in a file's name these mean nothing else, but url2pathname() of Python 3.14 and later cuts there
-        self.root = _check_path(url2pathname(match.group(1).replace('?', '%3F').replace('#', '%23')))
+        self.root = _check_path(_file_path(_check_path(match.group(1))))
         self.public = config.public
 
     def close(self) -> None:
@@ -3075,7 +3085,12 @@ class _FileRemote:
 
     def read(self, found: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version; RemoteError if it was replaced."""
-        with open(self._path(found.name), 'rb', buffering=0) as file:
+        try:
+            file = open(self._path(found.name), 'rb', buffering=0)
+        except PermissionError as e:
+            raise RemoteError("cannot read '%s' in %s: %s; ask who pushed it to let you read it"
+                              % (found.name, self.root, e.strerror)) from None
+        with file:
             if self._object(found.name, os.fstat(file.fileno())) != found:
                 raise _replaced(self, found)
             file.seek(start)
@@ -3105,11 +3120,15 @@ class _FileRemote:
                 self._link(new, path)
         except FileExistsError:
             raise _Taken from None
-        except PermissionError as e:
-            if e.filename and not (e.filename + os.sep).startswith(os.path.join(self.root, '')):
+        except OSError as e:
+            if e.errno in _FULL:
+                remedy = 'free some space there'
+            elif e.errno in _DENIED and (e.filename in (new, path) or self.root.startswith(e.filename or ' ')):
+                remedy = 'ask who owns it to replace it, or who owns the directory to let you write there'
+            else:
                 raise  # of a file that is to be pushed
-            raise RemoteError("cannot write '%s' to %s: %s; ask who owns it to replace it, or who owns the directory "
-                              'to let you write there' % (name, self.root, e.strerror)) from None
+            raise RemoteError("cannot write '%s' to %s: %s; %s" % (name, _existing(self.root), e.strerror, remedy)
+                              ) from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
@@ -3120,8 +3139,9 @@ class _FileRemote:
             missing.append(path)
             path = os.path.dirname(path)
         os.makedirs(self.root, exist_ok=True)
-        for path in missing if self.public else ():
-            os.chmod(path, os.stat(path).st_mode | 0o555)
+        with contextlib.suppress(OSError):
+            for path in missing if self.public else ():
+                os.chmod(path, os.stat(path).st_mode | 0o555)
 
     def _open_to_readers(self, path: str, name: str) -> None:
         """Let everyone read a file if it is to be public; warn if it is not for all who may list the directory."""
