@@ -580,6 +580,11 @@ class _Segment:
         self.size = size
         self.digest = digest
 
+    def is_sound(self) -> bool:
+        """Whether the fields, as JSON may give them, are of their types."""
+        types = [type(value) for value in vars(self).values()]
+        return types == [str, int, int, int, int, str] and bool(re.match(r'sha256:[0-9a-f]{64}\Z', self.digest))
+
     @property
     def partition(self) -> Optional[str]:
         return self.path[5:] if self.path.startswith('data/') else None
@@ -1224,9 +1229,7 @@ def _is_valid_index(segments: List[_Segment], digest: Any, offset: int) -> bool:
     at = 0
     order = []
     for s in segments:
-        if [type(value) for value in vars(s).values()] != [str, int, int, int, int, str]:
-            return False
-        if not re.match(r'sha256:[0-9a-f]{64}\Z', s.digest) or re.search('[\ud800-\udfff]', s.path):
+        if not s.is_sound() or re.search('[\ud800-\udfff]', s.path):
             return False
         if s.path != '.' and not _is_safe(s.path):
             return False
@@ -4086,11 +4089,12 @@ class _Home:
     def _read_receipt(self, path: Path) -> Dict[str, Any]:
         try:
             receipt = json.loads(path.read_bytes().decode('utf-8'))
-            receipt['segments'] = [_Segment(**segment) for segment in receipt['segments']]
-            receipt['installed'] = list(receipt['installed'])
-            return receipt  # type: ignore[no-any-return]
-        except (OSError, ValueError, TypeError, KeyError):
+            segments = [_Segment(**segment) for segment in receipt['segments']]
+            texts = [receipt[key] for key in ('digest', 'source', 'version', 'when')] + receipt['installed']
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return {}
+        sound = all(isinstance(text, str) for text in texts) and all(segment.is_sound() for segment in segments)
+        return dict(receipt, segments=segments) if sound else {}
 
     def _receipt_path(self, name: str, status: os.stat_result) -> Path:
         return self.inner / 'receipts' / ('%s@%d.json' % (name, status.st_ino))
