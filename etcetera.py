@@ -4054,13 +4054,14 @@ class _Home:
         """What is installed, sorted."""
         self.recover()
         try:
-            return sorted(p.name for p in self.root.iterdir() if _is_name(p.name) and (p.is_symlink() or p.is_dir()))
+            return sorted(p.name for p in self.root.iterdir() if _is_name(p.name) and (p.is_symlink() or p.is_dir())
+                          and not self._successors(p.name))
         except FileNotFoundError:
             return []
 
     def has(self, name: str) -> bool:
         self.recover()
-        return os.path.lexists(str(self.path(name)))
+        return os.path.lexists(str(self.path(name))) and not self._successors(name)
 
     def receipt(self, name: str) -> Dict[str, Any]:
         """What is known of an installed directory; {} for a registered, created or foreign one.
@@ -4112,8 +4113,10 @@ class _Home:
                 receipt['digest'] = _dataset_digest(receipt['segments'])
         return Dataset(path, name, receipt.get('digest')), receipt
 
-    def _drop_receipts(self, name: str) -> None:
-        """All of this name but the one of the directory that is installed."""
+    def _drop_traces(self, name: str) -> None:
+        """Receipts of this name but that of the directory that is installed; what was to be installed earlier."""
+        for successor in self._successors(name):
+            _remove(successor)
         try:
             keep = self._receipt_path(name, os.lstat(str(self.path(name)))).name
         except OSError:
@@ -4160,12 +4163,11 @@ class _Home:
                 best = max(left, key=lambda journal: journal.stat().st_size)
                 os.rename(str(best.parent), str(outer / 'earlier'))
 
-    def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None, tail: str = '') -> Path:
+    def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
         """A new name in staging; it tells whether the process that works there is alive, and 0 that none does."""
         directory = self.inner / kind
         directory.mkdir(parents=True, exist_ok=True)
-        process = str(os.getpid() if pid is None else pid)
-        path = directory / '@'.join((name, _host(), process, os.urandom(4).hex() + tail))
+        path = directory / '@'.join((name, _host(), str(os.getpid() if pid is None else pid), os.urandom(4).hex()))
         _made.add(path.name)
         return path
 
@@ -4189,7 +4191,7 @@ class _Home:
             if not os.path.lexists(target) or os.lstat(target).st_ino != status.st_ino:
                 _remove(path)
             raise
-        self._drop_receipts(name)
+        self._drop_traces(name)
 
     def _place(self, new: str, target: str, replace: bool) -> None:
         if replace:
@@ -4220,7 +4222,12 @@ class _Home:
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
-            self._supplant(self._successor(target, new), target)
+            try:
+                os.rename(new, target)  # nothing may be removed for what could not come there either
+            except OSError as other:
+                if other.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
+                    raise
+                self._supplant(self._successor(target, new), target)
             return True
         try:
             os.rename(new, target)
@@ -4235,10 +4242,9 @@ class _Home:
         self._retire(str(aside))
         return True
 
-    def _successor(self, target: str, path: Optional[str] = None, victim: int = 0) -> str:
+    def _successor(self, target: str, path: Optional[str] = None) -> str:
         """Give a directory, or an empty file for nothing, a name by which recover() knows what it is to supplant."""
-        tail = '.%d' % (victim or os.lstat(target).st_ino)
-        successor = self._scratch(os.path.basename(target), 'successors', tail=tail)
+        successor = self._scratch(os.path.basename(target), 'successors')
         if path:
             os.rename(path, str(successor))
         else:
@@ -4249,13 +4255,18 @@ class _Home:
         """Put a successor in the place of a directory that cannot be renamed.
 
         So it is with those of a lower layer of overlayfs (EXDEV), as in a container's image. The successor is
-        complete before anything is removed, and recover() goes on where this was killed.
+        complete before anything is removed, and recover() goes on where this was killed. While it is there, has()
+        knows of no dataset of this name.
         """
         _remove(Path(target))
-        if os.path.isdir(successor):
-            os.rename(successor, target)
-        else:
-            os.unlink(successor)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if os.path.isdir(successor):
+                os.rename(successor, target)
+            else:
+                os.unlink(successor)
+
+    def _successors(self, name: str = '*') -> List[Path]:
+        return list((self.inner / 'successors').glob(name + '@*'))
 
     def _retire(self, path: str) -> None:
         """Let those who are reading a replaced directory come to an end; sweep() removes it."""
@@ -4267,18 +4278,11 @@ class _Home:
 
     def recover(self) -> None:
         """Put back what install() had set aside when it was killed, or go on with what it was to put there."""
-        with contextlib.suppress(FileNotFoundError):
-            for successor in (self.inner / 'successors').iterdir():
-                place = str(self.path(successor.name.partition('@')[0]))
-                victim = int(successor.name.rpartition('.')[2])
-                with contextlib.suppress(OSError):
-                    if self._alive(successor):
-                        continue
-                    if os.path.lexists(place) and os.lstat(place).st_ino != victim:  # something newer is there
-                        _remove(successor)
-                        continue
-                    # the rename lets one process do it
-                    self._supplant(self._successor(place, str(successor), victim), place)
+        for successor in self._successors():
+            place = str(self.path(successor.name.partition('@')[0]))
+            with contextlib.suppress(OSError):
+                if not self._alive(successor, _GRACE):  # the rename lets one process do it
+                    self._supplant(self._successor(place, str(successor)), place)
         with contextlib.suppress(FileNotFoundError):
             for aside in (self.inner / 'replaced').iterdir():
                 target = self.path(aside.name.partition('@')[0])
@@ -4317,10 +4321,21 @@ class _Home:
                     raise
                 self._supplant(self._successor(str(path)), str(path))
             _remove(trash)
-            self._drop_receipts(name)
+            self._drop_traces(name)
         self.sweep(name)
 
-    def _alive(self, path: Path) -> bool:
+    def keeps_x_bits(self) -> bool:
+        """Whether the disk tells files that are executable from others, as exFAT, NTFS and some shares do not."""
+        found = {}
+        with contextlib.suppress(OSError):  # as in a store that can only be read
+            for mode in (0o644, 0o755):
+                path = self._scratch('x', 'old')
+                os.close(os.open(str(path), _CREATE, mode))
+                found[mode] = path.stat().st_mode
+                path.unlink()
+        return all(mode & 0o100 == wanted & 0o100 for wanted, mode in found.items())
+
+    def _alive(self, path: Path, stale: float = _STALE) -> bool:
         """Whether the process that made this may still be at work."""
         _, host, pid, _ = (path.name.split('@') + [''] * 3)[:4]
         if pid == '0':
@@ -4335,7 +4350,7 @@ class _Home:
             except OSError:
                 pass
             return True
-        return self._age(path) < _STALE
+        return self._age(path) < stale
 
     def _age(self, path: Path) -> float:
         """Seconds since a sign of life."""
