@@ -1275,6 +1275,15 @@ def _link_or_copy(source: str, target: str) -> None:
             os.chmod(target, mode)
 
 
+def _symlink(target: str, path: str, remedy: str = "set 'home' to a place on another disk") -> None:
+    try:
+        os.symlink(target, path, target_is_directory=os.path.isabs(target))  # which only Windows heeds
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        raise Error('there can be no links on this disk: %s; %s' % (e.strerror, remedy)) from None
+
+
 class _Sink:
     """Writes a dataset's entries below `root`, never through a link, and nothing anywhere else."""
 
@@ -1358,7 +1367,7 @@ class _Sink:
                 os.chmod(path, mode)
         for name, target in self.links.items():
             try:
-                os.symlink(_to_os(target), self.path(name))
+                _symlink(_to_os(target), self.path(name))
             except FileExistsError:
                 raise self.twice(name) from None
         root = os.path.realpath(self.root)
@@ -4127,12 +4136,32 @@ class _Home:
                     path.unlink()
 
     @contextlib.contextmanager
+    def changes(self) -> Iterator[None]:
+        """Say what to do where the system refuses to change the local store."""
+        try:
+            yield
+        except OSError as e:
+            if e.errno in _FULL:
+                raise Error("%s: %s; free some space there, or set 'home' to a place that has more"
+                            % (e.strerror, _existing(str(self.root)))) from e
+            at, home = (os.path.join(str(path), '') for path in (e.filename2 or e.filename, self.root))
+            if e.errno in _DENIED and (at.startswith(home) or home.startswith(at)):
+                raise Error("cannot change what is in %s: %s; ask who owns it, or set 'home' to a place of yours"
+                            % (_existing(str(self.root)), e.strerror)) from e
+            raise
+
+    @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
         """A new empty directory that vanishes afterwards, unless it was installed.
 
         Beside it is what an earlier pull of `name` left, as 'earlier'. If this one is broken off, it is kept for a
         later one.
         """
+        with self.changes(), self._staged(name) as path:
+            yield path
+
+    @contextlib.contextmanager
+    def _staged(self, name: str) -> Iterator[Path]:
         outer = self._scratch(name)
         outer.mkdir()
         try:
@@ -4145,11 +4174,6 @@ class _Home:
             if any(path.exists() for path in (outer / _JOURNAL, outer / 'earlier' / _JOURNAL)):
                 with contextlib.suppress(OSError):
                     os.rename(str(outer), str(self._scratch(name, pid=0)))
-            raise
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise Error("%s: %s; free some space there, or set 'home' to a place that has more"
-                            % (e.strerror, self.root)) from e
             raise
         finally:
             _remove(outer)
@@ -4296,10 +4320,10 @@ class _Home:
         """Register: a symlink to a directory that stays where it is."""
         self.root.mkdir(parents=True, exist_ok=True)
         if not replace:
-            os.symlink(str(directory), str(self.path(name)), target_is_directory=True)
+            _symlink(str(directory), str(self.path(name)), "'etc register --copy' installs a copy")
             return
         new = self._scratch(name)
-        os.symlink(str(directory), str(new), target_is_directory=True)
+        _symlink(str(directory), str(new), "'etc register --copy' installs a copy")
         try:
             self.install(new, name, replace)
         finally:
@@ -4448,7 +4472,7 @@ def _make_movable(path: str) -> None:
     """A read-only directory cannot be renamed, except by root."""
     with contextlib.suppress(OSError):
         if not os.path.islink(path):
-            os.chmod(path, 0o755)
+            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
 
 
 def _remove(path: Path) -> None:
@@ -4797,7 +4821,7 @@ def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segmen
                 if entry.kind == _DIRECTORY:
                     os.makedirs(target, exist_ok=True)
                 elif entry.kind == _LINK:
-                    os.symlink(_to_os(entry.link), target)
+                    _symlink(_to_os(entry.link), target)
                 else:
                     _link_or_copy(entry.source, target)
     return have
@@ -4964,7 +4988,8 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
                 segments = _copy(root, staged, progress)
                 home.install(staged, name, force, _receipt(segments, [s.path for s in segments], root.as_uri(), ''))
         else:
-            home.link(root, name, force)
+            with home.changes():
+                home.link(root, name, force)
     except FileExistsError:
         raise _taken_locally(name) from None
     if copy:
@@ -5043,6 +5068,8 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
         wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
         if wrong:
             remedy = "'etc pull -f %s' mends it" % name if receipt.get('version') else 'register it again'
+            if not home.keeps_x_bits():
+                remedy = "this disk does not keep which files are executable; set 'home' to a place on another"
             raise Corrupt("'%s' is not what was installed: %s differ%s; %s"
                           % (name, ', '.join(wrong), 's' * (len(wrong) == 1), remedy))
         digest = _dataset_digest(receipt['segments'])
@@ -5062,7 +5089,8 @@ def purge(name: str, config: Optional[Config] = None) -> None:
     if not home.has(name):
         raise _not_installed(home, name, "'etc ls' lists what there is")
     _check_pin(name, pin, pin and home.open(name)[0].digest)
-    home.remove(name)
+    with home.changes():
+        home.remove(name)
     _say("purged '%s'", name)
 
 
