@@ -1849,6 +1849,14 @@ class FileRemote(RemoteSuite, Case):
                     self.etc('push', 'X', url=url)
                     self.assertTrue((self.tmp / name / 'X.tgz').exists())
                     (self.tmp / name / 'X.tgz').unlink()
+        self.etc('push', 'X', url='file:///%s/slashes' % self.tmp)
+        self.assertTrue((self.tmp / 'slashes/X.tgz').exists())
+
+    @unittest.skipUnless(sys.platform == 'linux', 'names are text there')
+    def test_bytes_in_paths(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X', url='%s/%%FF%%C3%%A9' % self.tmp.as_uri())
+        self.assertTrue(os.path.exists(os.fsencode(str(self.tmp)) + b'/\xff\xc3\xa9/X.tgz'))
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_who_may_read(self):
@@ -1873,6 +1881,28 @@ class FileRemote(RemoteSuite, Case):
                 self.assertEqual("read 'X'; set 'public: true', or another umask" in err, warned, err)
                 if public:
                     self.assertEqual(share.stat().st_mode & 0o055, 0o055)
+        self.settings = {'public': True}
+        before = os.umask(0o077)
+        try:
+            self.etc('push', 'X', url=self.url + '/a/b')
+        finally:
+            os.umask(before)
+        for place in (share / 'a', share / 'a/b'):
+            self.assertEqual(place.stat().st_mode & 0o055, 0o055, place)
+        (share / 'X.tgz').chmod(0)
+        with unprivileged(share, self.tmp / 'home', self.tmp / 'settings.yaml'):
+            for command in (['pull', 'X'], ['info', '-r', 'X']):
+                self.assertIn("cannot read 'X' in %s: Permission denied; ask who pushed it to let you read it" % share,
+                              self.etc(*command, status=1)[1])
+
+    @unittest.skipUnless(sys.platform == 'linux', 'no limits on files there')
+    def test_no_room_for_a_push(self):
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        limit = 'import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)); sys.path.insert(0, %r); import etcetera; ' % str(HERE)
+        done = subprocess.run([sys.executable, '-B', '-c', limit + 'sys.exit(etcetera.main(sys.argv[1:]))', '--home', str(self.tmp / 'home'),
+                               '--url', self.url, 'push', 'X'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        self.assertEqual((done.stdout, done.returncode), ("etc: cannot write 'X' to %s: File too large; free some space there\n"
+                                                          % (self.tmp / 'share'), 1))
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_places_where_one_may_not_write(self):
@@ -1900,7 +1930,9 @@ class FileRemote(RemoteSuite, Case):
         with unprivileged(self.tmp):
             (self.tmp / 'ds/data/train/a.txt').chmod(0)
             err = self.etc('push', 'X', status=1)[1]
-        self.assertIn('Permission denied: %s' % (self.tmp / 'home/X/data/train/a.txt'), err)
+            self.assertIn('Permission denied: %s' % (self.tmp / 'home/X/data/train/a.txt'), err)
+            err = self.etc('push', 'X', status=1, url=(self.tmp / 'home').as_uri())[1]  # so it lies below where it is pushed to
+            self.assertIn('Permission denied: %s' % (self.tmp / 'home/X/data/train/a.txt'), err)
 
     def test_races_without_hard_links(self):
         link = os.link
@@ -5681,6 +5713,29 @@ sys.exit(etc.main(sys.argv[2:]))
         self.assertEqual(self.leftovers(), [])
         self.etc('verify', 'X')
 
+    def test_receipts_that_are_odd(self):
+        """What is no receipt tells nothing; one with odd times is still one."""
+        self.etc('register', small(self.tmp / 'ds'), 'X', home='pub')
+        self.etc('push', 'X', home='pub')
+        self.etc('pull', 'X')
+        path, = (self.tmp / 'home/.etcetera/receipts').iterdir()
+        good = json.loads(path.read_text())
+        bad = [dict(good, **{key: value}) for key in ('digest', 'source', 'version', 'when', 'installed')
+               for value in (None, 5, ['x', 5], {}) if (key, value) != ('installed', None)]
+        bad += [dict(good, segments=[dict(good['segments'][0], **{key: value})]) for key in good['segments'][0] for value in (None, [], 1.5)]
+        for text in [json.dumps(receipt) for receipt in bad] + ['[' * 100000, 'null', '5', '{}', '"x"', '']:
+            with self.subTest(text[:200]):
+                path.write_text(text)
+                self.assertIsNone(etc.info('X', config=self.config())['when'])
+                for command in (['ls', '-l'], ['verify', 'X'], ['pull', 'X'], ['push', 'X'], ['info', 'X']):
+                    self.etc(*command)
+        for when in ('', 'x', '9999-12-31T23:59:59Z', '0001-01-01T00:00:00Z', '2050-01-01T00:00:00+99:99'):
+            with self.subTest(when):
+                path.write_text(json.dumps(dict(good, when=when)))
+                self.assertEqual(etc.info('X', config=self.config())['when'], when)
+                for command in (['ls', '-l'], ['info', 'X']):
+                    self.etc(*command)
+
     def test_receipts_follow_their_directories(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
         old = self.tmp / 'home/X'
@@ -5745,6 +5800,21 @@ int linkat(int a, const char *b, int c, const char *d, int e) REFUSE(EPERM)
 int chmod(const char *a, mode_t b) REFUSE(EPERM)
 int fchmodat(int a, const char *b, mode_t c, int d) REFUSE(EPERM)
 """
+NO_MODES = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#define OPEN(name) int name(const char *path, int flags, ...) { \
+    static int (*next)(const char *, int, ...); \
+    if (!next) next = dlsym(RTLD_NEXT, #name); \
+    return next(path, flags, 0777); }
+OPEN(open)
+OPEN(open64)
+int symlink(const char *a, const char *b) { errno = EPERM; return -1; }
+int symlinkat(const char *a, int b, const char *c) { errno = EPERM; return -1; }
+"""
 
 
 class Disks(Case):
@@ -5754,13 +5824,32 @@ class Disks(Case):
         self.etc('register', odd(self.tmp / 'ds', 40), 'X', home='pub')
         self.etc('push', 'X', home='pub')
 
+    def preload(self, source):
+        """Put functions in C before those of the system, in the processes that are spawned."""
+        write(self.tmp, {'disk.c': source})
+        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', str(self.tmp / 'disk.so'), str(self.tmp / 'disk.c'), '-ldl'])
+        os.environ['LD_PRELOAD'] = str(self.tmp / 'disk.so')
+
+    @unittest.skipUnless(sys.platform == 'linux' and shutil.which('gcc'), 'no gcc here')
+    def test_disk_without_modes_and_links(self):
+        """As exFAT: all files are executable, and there are no symbolic links."""
+        self.publish()
+        self.etc('register', small(self.tmp / 'small'), 'Y', home='pub')
+        self.etc('push', 'Y', home='pub')
+        self.preload(NO_MODES)
+        for command, said in (
+                (['pull', 'X'], "there can be no links on this disk: Operation not permitted; set 'home' to a place on another disk"),
+                (['register', str(self.tmp / 'ds')], "there can be no links on this disk: Operation not permitted; 'etc register --copy'"),
+                (['pull', 'Y'], 'pulled Y'),
+                (['verify', 'Y'], "; this disk does not keep which files are executable; set 'home' to a place on another")):
+            with self.subTest(command):
+                self.assertIn(said, self.spawn(*command).communicate()[1].decode())
+
     @unittest.skipUnless(sys.platform == 'linux' and shutil.which('gcc'), 'no gcc here')
     def test_disk_that_is_picky(self):
         """It opens no read-only file for writing, makes no hard links, and changes no modes."""
         self.publish()
-        write(self.tmp, {'picky.c': PICKY})
-        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', str(self.tmp / 'picky.so'), str(self.tmp / 'picky.c'), '-ldl'])
-        os.environ['LD_PRELOAD'] = str(self.tmp / 'picky.so')
+        self.preload(PICKY)
         for command in (['pull', '-p', 'test', 'X'], ['pull', 'X'], ['pull', '-f', 'X'], ['verify', 'X'],
                         ['register', '--copy', str(self.tmp / 'ds'), 'Y'], ['push', 'Y'], ['purge', 'Y']):
             process = self.spawn(*command)
@@ -5803,8 +5892,10 @@ class Disks(Case):
                 self.assertEqual(self.etc('ls')[0], 'X\n')
                 self.assertEqual(etc.dataset('X', auto_install=True, config=self.config()).keys(), {'empty', 'test', 'train'})
                 self.etc('verify', 'X')
-                self.assertIn('Permission denied', self.etc('pull', '-f', 'X', status=1)[1])
-                self.assertIn('Permission denied', self.etc('purge', 'X', status=1)[1])
+                for command in (['pull', '-f', 'X'], ['purge', 'X'], ['create', 'Y'], ['register', self.tmp / 'ds', 'Y'],
+                                ['register', '-f', self.tmp / 'ds', 'X'], ['register', '--copy', self.tmp / 'ds', 'Y']):
+                    self.assertIn("cannot change what is in %s: Permission denied; ask who owns it, or set 'home'" % (self.tmp / 'home'),
+                                  self.etc(*command, status=1)[1])
         finally:
             for path in places:
                 path.chmod(0o755)
@@ -5826,17 +5917,55 @@ class Disks(Case):
             self.assertEqual((self.installed(), self.leftovers()), ([], []))
 
     def test_what_a_dead_process_left(self):
-        """It neither brings back what was purged nor takes the place of what is newer."""
+        """It does not bring back what was purged."""
         self.publish()
         self.etc('pull', 'X')
         write(self.tmp / 'home/.etcetera/replaced', {'X@other@0@abcd': None})
         self.etc('purge', 'X')
         self.assertEqual(self.installed(), [])
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_what_was_private_stays_private(self):
+        self.publish()
         self.etc('pull', 'X')
-        victim = os.lstat(str(self.tmp / 'home/X')).st_ino + 1
-        write(self.tmp / 'home/.etcetera/successors', {'X@other@0@abcd.%d' % victim: '', 'X@other@0@1234.%d/data/old/x' % victim: 'old'})
-        self.assertEqual((self.installed(), tree(self.tmp / 'home/X')), (['X'], tree(self.tmp / 'ds')))
-        self.assertEqual(os.listdir(str(self.tmp / 'home/.etcetera/successors')), [])
+        for exchange in (etc._swap, lambda one, other: False):
+            self.addCleanup(setattr, etc, '_swap', etc._swap)
+            etc._swap = exchange
+            (self.tmp / 'home/X').chmod(0o500)
+            self.etc('pull', '-f', 'X')
+            old, = (self.tmp / 'home/.etcetera/old').iterdir()
+            self.assertEqual(stat.S_IMODE(old.stat().st_mode), 0o700)
+            etc._remove(old)
+
+    def test_nothing_is_removed_for_what_cannot_come(self):
+        """Where the store's own directory is on another disk, nothing can be installed."""
+        (self.tmp / 'home/.etcetera').mkdir(parents=True)
+        elsewhere = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"', 'sh', str(self.tmp / 'home/.etcetera')]
+        if sys.platform != 'linux' or subprocess.run(elsewhere + ['true'], stdout=subprocess.PIPE, stderr=subprocess.PIPE).returncode:
+            self.skipTest('nothing can be mounted here')
+        self.publish()
+        small(self.tmp / 'home/X')
+        before = tree(self.tmp / 'home/X')
+        done = subprocess.run(elsewhere + [sys.executable, SCRIPT, '--url', self.url, '--home', str(self.tmp / 'home'), 'pull', '-f', 'X'],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn('cross-device', done.stdout)
+        self.assertEqual(tree(self.tmp / 'home/X'), before)
+
+    def test_what_is_being_removed_is_not_there(self):
+        """Another process takes away, in its place, what cannot be renamed; or it did so, and was killed."""
+        self.publish()
+        self.etc('pull', 'X')
+        going = self.tmp / 'home/.etcetera/successors/X@another-host@1@12345678'
+        write(self.tmp / 'home', {'.etcetera/successors/X@another-host@1@12345678': ''})
+        self.assertEqual(self.installed(), [])
+        with self.assertRaises(etc.NotFound):
+            etc.dataset('X', config=self.config())
+        self.etc('pull', '-f', 'X')  # which comes later, so it is what stays
+        self.assertEqual((self.installed(), going.exists()), (['X'], False))
+        write(self.tmp / 'home', {'.etcetera/successors/X@another-host@1@12345678': ''})
+        os.utime(str(going), (1, 1))
+        self.assertEqual((self.installed(), going.exists(), (self.tmp / 'home/X').exists()), ([], False, False))
 
     OVERLAY = """
         set -e
@@ -5877,6 +6006,7 @@ def killed(path):
     if path.name in 'XY' and not etc.stop:
         etc.stop = True
         remove(path / 'data')
+        print('meanwhile', etc.ls(config=config))
         raise Killed
     remove(path)
 etc.stop = True
@@ -5891,6 +6021,7 @@ for task in sys.argv[4:]:
         elif task.startswith('purge'): etc.purge(name, config=config)
         elif task.startswith('push'): print(etc.push(name, config=config))
         elif task.startswith('ls'): print(etc.ls(config=config))
+        elif task == 'forget': open('/proc/sys/vm/drop_caches', 'w').write('2')  # directories of a lower layer get other inodes
         elif task.startswith('verify'): print(etc.verify(name, config=config))
         print('done')
     except Killed:
@@ -5905,8 +6036,10 @@ for task in sys.argv[4:]:
         for tasks, printed in (
                 (['pull X', 'verify X', 'pull -f X', 'verify X', 'purge X', 'ls'], ['done', digest, 'done', 'done', digest, 'done', 'done', "['Y']"]),
                 (['pull -f X', 'verify X'], ['done', digest]), (['purge X', 'ls', 'pull X', 'verify X'], ['done', "['Y']", 'done', 'done', digest]),
-                (['pull -f X!', 'ls', 'verify X'], ['killed', "['X', 'Y']", 'done', digest]),
-                (['purge X!', 'ls'], ['killed', "['Y']"]), (['purge Y!', 'purge X', 'ls'], ['killed', 'done', '[]'])):
+                (['pull -f X!', 'ls', 'verify X'], ["meanwhile ['Y']", 'killed', "['X', 'Y']", 'done', digest]),
+                (['pull -f X!', 'forget', 'ls', 'verify X'], ["meanwhile ['Y']", 'killed', 'done', "['X', 'Y']", 'done', digest]),
+                (['purge X!', 'ls'], ["meanwhile ['Y']", 'killed', "['Y']"]),
+                (['purge Y!', 'purge X', 'ls'], ["meanwhile ['X']", 'killed', 'done', '[]'])):
             with self.subTest(tasks):
                 done = self.overlaid(sys.executable, '-c', program, str(HERE), self.url, str(self.tmp / 'home'), *tasks)
                 lines = [line for line in done.stdout.splitlines() if line not in tasks]
