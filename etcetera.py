@@ -498,7 +498,7 @@ def _threads(count: int) -> Any:
             pool.submit(all_started.wait)
         return pool
     except BaseException as e:
-        all_started.abort()
+        all_started.abort()  # else they wait for ever, and so does the process for them at its end
         pool.shutdown()
         if not isinstance(e, (RuntimeError, MemoryError)):
             raise

@@ -7043,6 +7043,28 @@ sys.exit(etc.main(sys.argv[2:]))
         self.assertEqual((code, out), (1, "etc: the system gives this process no more threads; set 'connections: 1', or raise the limits "
                                           '(ulimit -u, ulimit -v)\n'))
 
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    def test_interrupted_while_threads_start(self):
+        self.etc('register', odd(self.tmp / 'ds', 30), 'X')
+        program = r"""
+import os, signal, threading, etcetera as etc
+start, last = threading.Thread.start, int(sys.argv[1])
+def interrupted(thread):
+    global last
+    start(thread)
+    last -= 1
+    if last == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread.start = interrupted
+etc._cores = lambda: 4
+sys.exit(etc.main(sys.argv[2:]))
+"""
+        for last in (1, 2, 4):
+            with self.subTest(last):
+                done = self.run_python(program, last, '--url', self.url, '--home', self.tmp / 'home', 'push', 'X', timeout=60)
+                self.assertEqual(done, (130, 'etc: interrupted\n'))
+
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
         """As with ulimit -v: the command succeeds, or says what to do."""
