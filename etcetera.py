@@ -5398,6 +5398,7 @@ def _run(args: Any, config: Config) -> None:
         _print(_COMPLETION[args.shell])
 
 
+@_public
 def _arguments(argv: List[str]) -> Any:
     """The parsed command line; SystemExit after a usage error."""
     parser = _parser(argv)
@@ -5462,11 +5463,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     if argv[0] == 'help':
         argv = argv[1:] + ['-h']
-    args = _arguments(argv)
-    verbose = getattr(args, 'verbose', False)
     global _spoken
-    _spoken = _DEBUG if verbose else _WARNING if getattr(args, 'quiet', False) else _INFO
+    verbose = False
     try:
+        args = _arguments(argv)
+        verbose = getattr(args, 'verbose', False)
+        _spoken = _DEBUG if verbose else _WARNING if getattr(args, 'quiet', False) else _INFO
         config = Config.load(getattr(args, 'config', None), url=getattr(args, 'url', None),
                              home=getattr(args, 'home', None))
         try:

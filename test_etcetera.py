@@ -7080,6 +7080,7 @@ sys.exit(etc.main(sys.argv[2:]))
         for room in (1, 12, 24, 40, 70, 150, 1500):
             with self.subTest(room):
                 code, out = self.run_python('import re' + program, room, '--url', self.url, '--home', self.tmp / ('home%d' % room), 'pull', 'X')
+                out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)  # Python's own words, where it lacks memory
                 self.assertEqual(len(out.splitlines()), 1, out)
                 self.assertRegex(out, r'\Aetc: (pulled X|.*(memory|threads).*; set .connections: 1.)' if code else r'\Aetc: pulled X')
                 outcomes.add(code)
