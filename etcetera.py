@@ -3147,7 +3147,7 @@ class _FileRemote:
 
     def _make_root(self) -> None:
         missing, path = [], self.root
-        while not os.path.isdir(path):
+        while path != os.path.dirname(path) and not os.path.isdir(path):
             missing.append(path)
             path = os.path.dirname(path)
         os.makedirs(self.root, exist_ok=True)
