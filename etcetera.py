@@ -1951,7 +1951,7 @@ class _Http:
         self.idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
         self.busy = set()  # type: Any
         self.closed = False
-        self.hurried = False  # no request is tried again, as work that failed or was interrupted is being ended
+        self.hurried = False  # requests are tried twice at most, as work that failed or was interrupted is being ended
         self.tls = None  # type: Any
 
     def close(self) -> None:
@@ -1985,12 +1985,13 @@ class _Http:
             raise RemoteError('an address that the settings, the credentials or a server give is not of the form '
                               'https://host[:port][/path]; a user or password cannot be in it')
         for attempt in range(1, tries + 1):
+            last = attempt == tries or self.hurried and attempt > 1
             signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
             problem = None  # type: Optional[Exception]
             delay = 0.0
             try:
                 reply = self._once(method, url, signed, body, limit, into)
-                if reply.status not in _TRANSIENT or attempt == tries or self.hurried:
+                if reply.status not in _TRANSIENT or last:
                     return reply
                 delay = reply.asked_delay()
             except UnicodeError:  # of the codec idna
@@ -1998,7 +1999,7 @@ class _Http:
                                   'endpoint_url and the proxy' % _site(url)) from None
             except (OSError, http.client.HTTPException) as e:
                 problem = e
-                if attempt == tries or self.closed or self.hurried or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                if last or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise self._failure(url, e) from None
             _say('%s %s: %s; trying again', method, _site(url), problem or reply.status, level=_DEBUG)
             _pause(attempt)
