@@ -7079,7 +7079,13 @@ sys.exit(etc.main(sys.argv[2:]))
         outcomes = set()
         for room in (1, 12, 24, 40, 70, 150, 1500):
             with self.subTest(room):
-                code, out = self.run_python('import re' + program, room, '--url', self.url, '--home', self.tmp / ('home%d' % room), 'pull', 'X')
+                try:
+                    code, out = self.run_python('import re' + program, room, '--url', self.url, '--home', self.tmp / ('home%d' % room),
+                                                'pull', 'X', timeout=60)
+                except subprocess.TimeoutExpired:
+                    continue  # CPython may wait for ever for a thread whose start failed for want of memory
+                if 'Fatal Python error' in out:
+                    continue  # the interpreter itself gave up
                 out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)  # Python's own words, where it lacks memory
                 self.assertEqual(len(out.splitlines()), 1, out)
                 self.assertRegex(out, r'\Aetc: (pulled X|.*(memory|threads).*; set .connections: 1.)' if code else r'\Aetc: pulled X')
@@ -7130,7 +7136,8 @@ sys.exit(etc.main(sys.argv[2:]))
                               ('gs://bucket', 'http://[1:::]'), ('http://127.0.0.1:0', None)):
             with self.subTest(url, endpoint=endpoint):
                 self.settings = {'endpoint_url': endpoint} if endpoint else {}
-                self.assertIn('of the form https://host', self.etc('ls', '-r', url=url, status=1)[1])
+                # up to Python 3.10 what stands in brackets may be no address at all
+                self.assertRegex(self.etc('ls', '-r', url=url, status=1)[1], 'of the form https://host|cannot reach http://.[1:]')
 
     def test_paths_that_no_file_can_have(self):
         bad = 'a\0b'
