@@ -601,6 +601,11 @@ def _from_os(name: str) -> str:
     return name
 
 
+def _is_utf8(name: str) -> bool:
+    """Whether UTF-8 can write it: half a surrogate pair it cannot."""
+    return not re.search('[\ud800-\udfff]', name)
+
+
 def _to_os(name: str) -> str:
     raw = name.encode('utf-8')
     return name if _OS_IS_UTF8 else os.fsdecode(raw)
@@ -1196,14 +1201,14 @@ def _footer(tail: bytes, size: int) -> Optional[int]:
 
 def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
     """The segments that an index tells of, from its bytes with the footer; None for a version not known."""
+    unreadable = Corrupt('the archive is damaged: its index is unreadable')
     text, at, end = [], 0, len(data) - _FOOTER
     while at < end:
         length = int.from_bytes(data[at + 14:at + 16], 'little')
         text.append(data[at + 16:at + 16 + length])
         if data[at:at + 16] != _member(b'ei', text[-1])[:16] or data[at + 16 + length:at + 26 + length] != _EMPTY:
-            raise Corrupt('the archive is damaged: its index is unreadable')
+            raise unreadable
         at += 26 + length
-    unreadable = Corrupt('the archive is damaged: its index is unreadable')
     whole = b''.join(text)
     if whole.count(b'[') + whole.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', whole):
         raise unreadable  # it would take much memory or time to read
@@ -1229,7 +1234,7 @@ def _is_valid_index(segments: List[_Segment], digest: Any, offset: int) -> bool:
     at = 0
     order = []
     for s in segments:
-        if not s.is_sound() or re.search('[\ud800-\udfff]', s.path):
+        if not s.is_sound() or not _is_utf8(s.path):
             return False
         if s.path != '.' and not _is_safe(s.path):
             return False
@@ -2112,8 +2117,9 @@ class _Http:
         import urllib.request
         if self.closed:
             raise http.client.HTTPException('interrupted')
-        direct = self.direct or urllib.request.proxy_bypass(netloc)
-        proxy = None if direct else urllib.request.getproxies().get(scheme)
+        proxy = None if self.direct else urllib.request.getproxies().get(scheme)
+        if proxy and urllib.request.proxy_bypass(netloc):
+            proxy = None
         address, proxy_headers = _proxy(proxy, scheme) if proxy else (netloc, {})
         plain = proxy_headers if proxy and scheme == 'http' else None
         with contextlib.suppress(IndexError):
@@ -3054,7 +3060,7 @@ def _file_path(path: str) -> str:
 class _FileRemote:
     """file:///path: a shared directory."""
 
-    conditional = True
+    conditional = True  # whether write(exclusive=True) alone decides, even where stat() may not look
 
     def __init__(self, config: Config) -> None:
         self.url = config.url or ''
@@ -3231,8 +3237,6 @@ _S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavaila
 
 class _S3Remote:
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
-
-    conditional: bool  # whether write(exclusive=True) alone decides, even where stat() may not look
 
     def __init__(self, config: Config) -> None:
         url = config.url or ''
@@ -3764,9 +3768,10 @@ class _HttpRemote:
         """All datasets that the directory's index links to, or that the listing of a public bucket has."""
         from urllib.parse import unquote, urlsplit
         reply = self._request('GET', self.base, accept=[403, 404])
-        if reply.status == 200 and b'<ListBucketResult' not in reply.page()[:1000]:
+        page = reply.page()
+        if reply.status == 200 and b'<ListBucketResult' not in page[:1000]:
             with _threads(self.connections) as pool, self.http.hurry_when_it_fails():
-                return [found for found in pool.map(self.stat, _linked(self.base, reply.page())) if found]
+                return [found for found in pool.map(self.stat, _linked(self.base, page)) if found]
         site, path = '%s://%s/' % urlsplit(self.base)[:2], unquote(urlsplit(self.base).path)[1:]
         bucket, _, rest = path.partition('/')
 
@@ -4063,9 +4068,10 @@ class _Home:
     def names(self) -> List[str]:
         """What is installed, sorted."""
         self.recover()
+        hidden = {successor.name.partition('@')[0] for successor in self._successors()}
         try:
             return sorted(p.name for p in self.root.iterdir() if _is_name(p.name) and (p.is_symlink() or p.is_dir())
-                          and not self._successors(p.name))
+                          and p.name not in hidden)
         except FileNotFoundError:
             return []
 
@@ -4320,11 +4326,10 @@ class _Home:
     def link(self, directory: Path, name: str, replace: bool) -> None:
         """Register: a symlink to a directory that stays where it is."""
         self.root.mkdir(parents=True, exist_ok=True)
-        if not replace:
-            _symlink(str(directory), str(self.path(name)), "'etc register --copy' installs a copy")
-            return
-        new = self._scratch(name)
+        new = self._scratch(name) if replace else self.path(name)
         _symlink(str(directory), str(new), "'etc register --copy' installs a copy")
+        if not replace:
+            return
         try:
             self.install(new, name, replace)
         finally:
@@ -5030,7 +5035,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
         raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
     _check_partitions(partitions or ())
     for partition in partitions:
-        if not _is_safe(partition) or '/' in partition or re.search('[\ud800-\udfff]', partition):
+        if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
             raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % _masked(partition))
     home = _Home(config.home)
     with home.staging(name) as staged:
