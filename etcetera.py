@@ -2226,9 +2226,15 @@ def _xml(body: bytes) -> Any:
 
 def _is_address(url: str) -> bool:
     """Whether a request can be sent there."""
+    from ipaddress import ip_address
     from urllib.parse import urlsplit
+    if not re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII):
+        return False
     try:
-        return bool(re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII)) and urlsplit(url).port != 0
+        parts = urlsplit(url)
+        if '[' in parts.netloc:
+            ip_address(parts.hostname or '')  # urlsplit() looks only from Python 3.11 on
+        return parts.port != 0
     except ValueError:  # brackets around what is no IPv6 address, or a port beyond 65535
         return False
 

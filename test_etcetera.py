@@ -7136,8 +7136,7 @@ sys.exit(etc.main(sys.argv[2:]))
                               ('gs://bucket', 'http://[1:::]'), ('http://127.0.0.1:0', None)):
             with self.subTest(url, endpoint=endpoint):
                 self.settings = {'endpoint_url': endpoint} if endpoint else {}
-                # up to Python 3.10 what stands in brackets may be no address at all
-                self.assertRegex(self.etc('ls', '-r', url=url, status=1)[1], 'of the form https://host|cannot reach http://.[1:]')
+                self.assertIn('of the form https://host', self.etc('ls', '-r', url=url, status=1)[1])
 
     def test_paths_that_no_file_can_have(self):
         bad = 'a\0b'
