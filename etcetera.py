@@ -4415,13 +4415,9 @@ class _Home:
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Let one process at a time work on `name`, where the system can; only to save work."""
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
         file: Any = None
-        with contextlib.suppress(OSError):  # as in a store that can only be read
+        with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
+            import fcntl
             (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
             file = open(str(self.inner / 'locks' / name), 'ab')
         if file is None:
