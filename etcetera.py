@@ -1,20 +1,82 @@
 #!/usr/bin/env python3
-"""etcetera: a team shares immutable datasets through cloud storage, with one file.
+# etcetera: share immutable datasets through cloud storage, with one file.
+#
+# Copyright (c) 2026 the etcetera maintainers
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+# documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+# rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+# persons to whom the Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+# Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+# WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+# COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""etcetera shares immutable datasets through cloud storage.
 
     etc register ./digits MNIST     give a directory a name
     etc push MNIST                  share it
-    etc pull MNIST                  get it, on any other machine
+    etc pull MNIST                  install it on any other machine
 
     import etcetera as etc
     ds = etc.dataset('MNIST', auto_install=True)
     sorted(ds['train'].iterdir())
 
-A dataset is a directory: data/<partition>/..., and if you like meta.json, README.md,
-assets/ and more. Local ones live in ~/.etc, remote ones are .tgz objects in S3,
-Google Cloud Storage, a shared directory or on a web server, settings live in ~/.etc.yaml.
-Nothing but the standard library of Python 3.6 or later is needed. `README.md` has the reference and the archive format.
+A dataset is a directory: data/<partition>/..., and optionally meta.json, README.md, assets/ and more. Local datasets
+live in ~/.etc. Remote ones are .tgz objects in S3, Google Cloud Storage, a shared directory or on a web server.
+Settings live in ~/.etc.yaml. This file needs Python 3.6 or later and nothing else.
+
+HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
+
+    Errors          what is raised, and how errors of the system become errors of etcetera
+    Messages        what is shown to people, and how secrets are kept out of it
+    Settings        ~/.etc.yaml and Config
+    Threads         parallel work with ordered results
+    Contents        a directory as canonical tar bytes, and its digest
+    Datasets        Dataset: a directory with partitions
+    Archives        the .tgz format: its specification, writing it, reading it safely
+    HTTP            one client: connections, proxies, TLS, retries
+    AWS             credentials and request signatures
+    Google          credentials
+    Remotes         file://, s3://, gs://, https://: list, stat, read, write
+    Stored archives an archive in a remote: its index, and extracting it
+    Home            ~/.etc: receipts, and installing atomically
+    API             what `import etcetera` offers
+    Command line    the command `etc`
+
+AUDIT MAP. What this file touches, and when.
+
+Hosts. Only commands that need a remote use the network; importing never does. It contacts:
+    - the host of `url` or `endpoint_url`; for s3:// without an endpoint, hosts below amazonaws.com (or the partition's
+      own domain); for gs://, storage.googleapis.com;
+    - https:// URLs only: the hosts that a web server redirects to, without credentials and never to plain http://;
+    - for AWS credentials, if the profile asks for them: sts, portal.sso and oidc hosts of AWS, or the endpoints set for
+      them; the container's credential service; else, if no keys are found, http://169.254.169.254 (EC2);
+    - for Google credentials: the token URLs in the credentials file; without a file, http://metadata.google.internal;
+    - a proxy that the environment names. Credential services of a container or machine are never asked by proxy.
+Files outside the local store (~/.etc by default). It reads:
+    - ~/.etc.yaml (else ~/.etc.toml), or the file that --config or $ETC_CONFIG names;
+    - ~/.aws/config, ~/.aws/credentials, ~/.aws/sso/cache/*.json, token files that AWS variables or profiles name;
+    - Google's application_default_credentials.json, or the file that is configured, and token files that it names;
+    - the `ca_bundle`; the directories of registered datasets; /etc/machine-id, to tell hosts that share a store apart.
+  It writes:
+    - a `file://` remote; a temporary file for objects of web servers that support no ranges, and for `etc info -r`;
+    - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do; with boto3 also ~/.aws/cli/cache.
+Programs: the `credential_process` of an AWS profile, if one is configured. No shell is involved.
+Optional libraries: botocore (MFA, `aws login`) and google-auth (credential types that need more than the standard
+library) are imported only where the configured credentials ask for them.
+ctypes: syncfs and renameat2 of Linux's libc and renamex_np of macOS's, to flush and to swap directories.
+TLS: certificates and names are always verified. With `ca_bundle`, that file replaces the system's CAs, and
+VERIFY_X509_STRICT is switched off, since many private CAs leave out extensions that it demands.
 """
 
+# Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
+# in the functions that need them, so that `import etcetera` and shell completion stay fast.
+
+import base64
 import collections
 import contextlib
 import errno
@@ -49,6 +111,7 @@ from typing import (
     TypeVar,
     Union,
 )
+from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.0.0'
 __all__ = ['Config', 'Dataset', 'create', 'dataset', 'info', 'ls', 'pull', 'purge', 'push', 'register', 'verify',
@@ -59,14 +122,24 @@ _Path = Union[str, 'os.PathLike[str]']
 
 
 # ---------------------------------------------------------------------------------------
-# Errors, and all that is said to people
+# Errors
+#
+# Every failure that a user can cause or meet is an Error. Its text is one line: what happened; what to do next.
 # ---------------------------------------------------------------------------------------
 
 class Error(Exception):
-    """What a user can cause or meet; `str()` is one line that says what to do next."""
+    """Something that a user can cause or meet.
+
+    str() is one line: the message and, after a semicolon, the remedy, if there is one.
+    """
+
+    def __init__(self, message: str = '', remedy: str = '') -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return Exception.__str__(self)  # KeyError, in UnknownPartition, would show its repr
+        return '; '.join(filter(None, [self.message, self.remedy]))
 
 
 class ConfigError(Error):
@@ -74,15 +147,15 @@ class ConfigError(Error):
 
 
 class InvalidDataset(Error):
-    """A directory or a name that cannot be a dataset's."""
+    """A directory that is not a dataset, or a name that no dataset can have."""
 
 
 class NotFound(Error):
-    """No dataset of that name."""
+    """There is no dataset of that name."""
 
 
 class Exists(Error):
-    """Other contents stand under that name already, and `force` was not given."""
+    """A dataset with other contents has that name already, and `force` was not given."""
 
 
 class Corrupt(Error):
@@ -92,8 +165,8 @@ class Corrupt(Error):
 class RemoteError(Error):
     """The storage could not be reached, or refused. `status` is its HTTP status, or 0."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
+        super().__init__(message, remedy)
         self.status = status
 
 
@@ -101,8 +174,12 @@ class UnknownPartition(Error, KeyError):
     """The dataset has no partition of that name."""
 
 
+class _Malformed(Exception):
+    """What was read does not have the form that it must have. No ValueError, which may be a fault of ours."""
+
+
 class _FromCaller(BaseException):
-    """Carries what a caller's own function raised past all handlers that are not meant for it."""
+    """Carries what a caller's own function raised past every handler that is not meant for it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -116,7 +193,8 @@ _F = TypeVar('_F', bound=Callable[..., Any])
 
 
 def _public(function: _F) -> _F:
-    """Let out an Error where the system refuses something, and what a caller's function raised as it is."""
+    """Decorates what users call: errors of the system become an Error, errors of a caller's function stay as they are.
+    """
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
@@ -124,11 +202,12 @@ def _public(function: _F) -> _F:
         except OSError as e:
             where = ''
             if e.filename is not None:
-                e.filename, e.filename2 = _existing(str(e.filename)), None  # its traceback shows them, too
-                where = ': %s' % e.filename
-            raise Error('%s%s' % (e.strerror or e, where)) from e
+                e.filename = _existing(str(e.filename))  # a traceback shows both names, too
+                e.filename2 = None
+                where = f': {e.filename}'
+            raise Error(f'{e.strerror or e}{where}') from e
         except MemoryError as e:
-            raise Error("there is not enough memory; set 'connections: 1', or raise the limit (ulimit -v)") from e
+            raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
         except _FromCaller as e:
             error = e.error
         raise error
@@ -136,115 +215,143 @@ def _public(function: _F) -> _F:
 
 
 def _check_path(path: _Path) -> str:
-    """The path as text; Error if no file can have it here."""
+    """Return the path as text. Raises Error if no file can have that path on this system."""
     text = os.fspath(path)
     if '\0' in text:
-        raise Error('what holds a NUL cannot be a path; check what was given')
+        raise Error('what holds a NUL cannot be a path', 'check what was given')
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
-        raise Error("the path '%s' cannot be written in this locale; set LC_ALL=C.UTF-8" % _masked(text)) from None
+        raise Error(f"the path '{_masked(text)}' cannot be written in this locale", 'set LC_ALL=C.UTF-8') from None
     return text
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    import difflib
-    spelled = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(word.lower(), spelled, 1)
-    return "; did you mean '%s'?" % spelled[close[0]] if close else ''
-
-
-def _printable(text: str) -> str:
-    """`text` on one line, without what could steer a terminal."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
-
-
-# What may be shown of what people set and type. Keys get into places that were made for something else: so what a
-# setting or variable holds is only shown where it has the form that it must have, or else its name; a URL is shown
-# without user, password and query; and of a path only as much as exists.
+# ---------------------------------------------------------------------------------------
+# Messages
+#
+# Output goes to stdout, messages go to stderr: through the console while the command `etc` runs, otherwise to the
+# logger `etcetera`. Keys end up in places that were made for something else, so what users set and type is shown with
+# care: the value of a setting or variable only if it has the form that it must have, otherwise its name; a URL without
+# user, password and query; of a path only as much as exists.
+# ---------------------------------------------------------------------------------------
 
 def _masked(text: str) -> str:
-    """A URL, or a word that may hold one; a password may have any characters, also / ? # and @."""
+    """A URL, or a word that may hold one, without secrets. A password may contain any character, even / ? # and @."""
     text = re.sub(r'\A([^:]*:(?://)?)(?:.*[?#].*@.*|.*(?=@))', r'\1***', text, flags=re.S)
     return _printable(re.sub(r'([?#]).+', r'\1***', text, flags=re.S))
 
 
 def _existing(path: str) -> str:
+    """The part of a path that exists, followed by `...` if there is more."""
     known = path
     while known != os.path.dirname(known) and not os.path.lexists(known):
         known = os.path.dirname(known)
     return path if known == path else os.path.join(known, '...')
 
 
+def _printable(text: str) -> str:
+    """The text on one line, without characters that could steer a terminal."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
 def _encodable(text: str, stream: Any) -> str:
+    """The text with escapes for what the stream's encoding lacks."""
     encoding = getattr(stream, 'encoding', None) or 'utf-8'
     return text.encode(encoding, 'backslashreplace').decode(encoding)
 
 
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelled word, or ''."""
+    import difflib
+    spellings = {item.lower(): item for item in known}
+    close = difflib.get_close_matches(word.lower(), spellings, 1)
+    return f"did you mean '{spellings[close[0]]}'?" if close else ''
+
+
+def _plural(count: int, noun: str) -> str:
+    return f'{count:,} {noun}' if count == 1 else f'{count:,} {noun}s'
+
+
 def _size(count: Optional[float]) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Bytes in powers of 1000."""
     if count is None:
         return '-'
-    value, units = float(count), ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
+    value = float(count)
+    units = ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
     while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return '%.3g %s' % (value, units[0])
+        value /= 1000
+        units.pop(0)
+    return f'{value:.3g} {units[0]}'
 
 
 def _duration(seconds: float) -> str:
     if seconds < 99.5:
-        return '%.2g s' % seconds
+        return f'{seconds:.2g} s'
     minutes, seconds = divmod(round(seconds), 60)
-    return '%d:%02d min' % (minutes, seconds) if minutes < 60 else '%d:%02d h' % divmod(minutes, 60)
-
-
-_line = ''  # what the last line of the terminal shows, until something else is to be said there
-
-
-def _show(line: str) -> None:
-    """Let `line` be the last on the terminal, for now; the cursor stays at its start, also where it is folded."""
-    global _line
-    if line != _line:
-        _line = line
-        with contextlib.suppress(OSError):
-            sys.stderr.write('\r\033[J%s\r' % _encodable(line, sys.stderr))  # erase to the end of the screen
-            sys.stderr.flush()
-
-
-def _complain(message: object) -> None:
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            _show('')
-            print('etc: ' + _encodable(_printable(str(message)), sys.stderr), file=sys.stderr)
+    if minutes < 60:
+        return f'{minutes}:{seconds:02} min'
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02} h'
 
 
 _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
-_spoken = None  # type: Optional[int]  # while main() runs: the level from which it prints what is logged otherwise
 
 
-def _say(message: str, *args: Any, level: int = _INFO) -> None:
-    if _spoken is None:
+class _Console:
+    """What the command `etc` shows on stderr: messages, and below them at most one line of progress."""
+
+    def __init__(self) -> None:
+        self.level: Optional[int] = None  # the least to show; None in a program that uses etcetera as a library
+        self.progress = ''  # the line of progress that is shown
+
+    def show_progress(self, line: str) -> None:
+        """Replace the line of progress. The cursor stays at its start, so that the next message overwrites it."""
+        if line == self.progress:
+            return
+        self.progress = line
+        with contextlib.suppress(OSError):
+            erase_below = '\033[J'  # also what a narrow terminal has folded
+            sys.stderr.write(f'\r{erase_below}{_encodable(line, sys.stderr)}\r')
+            sys.stderr.flush()
+
+    def show(self, message: object) -> None:
+        if sys.stderr is None:
+            return
+        with contextlib.suppress(OSError):
+            self.show_progress('')
+            print('etc: ' + _encodable(_printable(str(message)), sys.stderr), file=sys.stderr)
+
+
+_console = _Console()
+
+
+def _say(message: str, level: int = _INFO) -> None:
+    """Show a message, or log it where a program uses etcetera as a library."""
+    if _console.level is None:
         import logging
-        logging.getLogger('etcetera').log(level, message, *args)
-    elif level >= _spoken:
-        _complain(message % args)
+        logging.getLogger('etcetera').log(level, '%s', message)
+    elif level >= _console.level:
+        _console.show(message)
 
 
 # ---------------------------------------------------------------------------------------
 # Settings
+#
+# A settings file is a flat map in a subset of YAML. Whatever is accepted means what YAML 1.1 means by it, as PyYAML
+# reads it; everything else is refused with its line number.
 # ---------------------------------------------------------------------------------------
 
-_SETTINGS = {
+_SETTINGS: Dict[str, type] = {
     'url': str, 'home': str, 'public': bool, 'aws_access_key_id': str, 'aws_secret_access_key': str,
     'aws_session_token': str, 'aws_profile': str, 'region': str, 'endpoint_url': str, 'request_payer': str,
     'storage_class': str, 'sse': str, 'sse_kms_key_id': str, 'google_credentials': str, 'ca_bundle': str,
     'connections': int, 'compression_level': int,
-}  # type: Dict[str, type]
+}
 _SECRETS = ('aws_secret_access_key', 'aws_session_token')
-_LEVEL = 6  # of compression, if none is set
-_LIMITS = {'connections': (1, 256), 'compression_level': (0, 9)}
+_LIMITS: Dict[str, Tuple[int, int]] = {'connections': (1, 256), 'compression_level': (0, 9)}
+_DEFAULT_LEVEL = 6  # of compression
 
-# YAML 1.1 as PyYAML resolves plain scalars: https://yaml.org/type/{bool,int,null,float,timestamp}.html
+# Plain scalars that are not text: https://yaml.org/type/{bool,int,null,float,timestamp}.html
 _YAML_BOOL = r'(?:(yes|Yes|YES|true|True|TRUE|on|On|ON)|no|No|NO|false|False|FALSE|off|Off|OFF)\Z'
 _YAML_NULL = r'(?:~|null|Null|NULL|)\Z'
 _YAML_INT = r'[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)\Z'
@@ -252,11 +359,9 @@ _YAML_OTHER = (r'(?:[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?'   # sexage
                r'|[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?'
                r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)'
                r'|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?|[<=]+)\Z')
-_YAML_FORBIDDEN = (  # and U+2028 and U+2029, which YAML 1.1 takes for line ends
+_YAML_FORBIDDEN = (  # what YAML forbids, and U+2028 and U+2029, which YAML 1.1 takes for line ends
     '[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
-_YAML_ESCAPES = {'0': '\0', 'a': '\a', 'b': '\b', 't': '\t', 'n': '\n', 'v': '\v', 'f': '\f', 'r': '\r', 'e': '\x1b',
-                 ' ': ' ', '"': '"', '\\': '\\', '/': '/', 'N': '\x85', '_': '\xa0', 'L': '\u2028', 'P': '\u2029'}
-_YAML_ESCAPE = r'\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|(.))'
+_YAML_KEY = r'''([A-Za-z_][\w-]*|"[\w-]+"|'[\w-]+') *:(?: +(.*)|\Z)'''
 
 
 class _YamlError(ValueError):
@@ -266,74 +371,73 @@ class _YamlError(ValueError):
 
 
 def _parse_yaml(text: str) -> Dict[str, Tuple[Any, int]]:
-    """Read a flat map of scalars and their lines, meaning what PyYAML would; refuse everything else."""
-    found = {}  # type: Dict[str, Tuple[Any, int]]
+    """Read a flat map: for each key its value and the number of its line. Raises _YamlError."""
+    values: Dict[str, Tuple[Any, int]] = {}
     started = False
     for number, line in enumerate(re.split('\r\n|\n|\r', text), 1):
         if re.search(_YAML_FORBIDDEN, line):
-            raise _YamlError(number, 'a character that YAML does not allow here; remove it')
+            raise _YamlError(number, 'YAML does not allow one of these characters; remove it')
         if line.rstrip(' ') == '---' and not started:
             started = True
             continue
         if re.match(r' *(#|\Z)', line):
             continue
         started = True
-        match = re.match(r'''([A-Za-z_][\w-]*|"[\w-]+"|'[\w-]+') *:(?: +(.*)|\Z)''', line, re.ASCII)
+        match = re.match(_YAML_KEY, line, re.ASCII)
         if not match:
             raise _YamlError(number, "not of the form 'key: value' (lists, nesting and indentation are not supported)")
         key = match.group(1)
         if key[0] in '"\'':
             key = key[1:-1]
         elif not isinstance(_yaml_plain(key, number), str):
-            raise _YamlError(number, "'%s' cannot be a key" % key)
-        if key in found:
-            raise _YamlError(number, "'%s' is set a second time; remove one of the two" % key)
-        found[key] = _yaml_scalar(match.group(2) or '', number), number
-    return found
+            raise _YamlError(number, f"'{key}' cannot be a key")
+        if key in values:
+            raise _YamlError(number, f"'{key}' is set a second time; remove one of the two")
+        values[key] = _yaml_scalar(match.group(2) or '', number), number
+    return values
 
 
 def _yaml_scalar(text: str, line: int) -> Any:
     """The value of what follows `key: ` on its line."""
-    if text[:1] in ('"', "'"):
-        pattern = r'"((?:[^"\\]|\\.)*)"' if text[0] == '"' else r"'((?:[^']|'')*)'"
-        match = re.match(pattern + r' *(?: #.*)?\Z', text)
-        if not match:
-            raise _YamlError(line, 'a quoted value must end on its line, and only a comment may follow')
-        if text[0] == "'":
-            return match.group(1).replace("''", "'")
-        return re.sub(_YAML_ESCAPE, functools.partial(_yaml_escape, line), match.group(1))
     if text.startswith('#'):
         return None
+    if text[:1] in ('"', "'"):
+        return _yaml_quoted(text, line)
     plain = re.split(' +#', text, maxsplit=1)[0].rstrip(' ')
-    if '\t' in plain or plain[:1] in set('?:,[]{}&*!|>%@`') or ': ' in plain or plain[-1:] == ':':
-        raise _YamlError(line, 'this value is beyond the YAML that etcetera reads; put it in double quotes')
+    means_something_else = plain[:1] in set('?:,[]{}&*!|>%@`') or plain[-1:] == ':' or ': ' in plain
+    if means_something_else or '\t' in plain:
+        raise _YamlError(line, 'etcetera reads no such YAML; put the value in double quotes')
     return _yaml_plain(plain, line)
 
 
-def _yaml_escape(line: int, match: Any) -> str:
-    digits = match.group(1) or match.group(2) or match.group(3)
-    if digits:
-        code = int(digits, 16)
-        if code > 0x10ffff or 0xd800 <= code < 0xe000:
-            raise _YamlError(line, '%s is no character' % match.group())
-        return chr(code)
-    if match.group(4) not in _YAML_ESCAPES:
-        raise _YamlError(line, "unknown escape '%s'; in double quotes a backslash is written \\\\" % match.group())
-    return _YAML_ESCAPES[match.group(4)]
+def _yaml_quoted(text: str, line: int) -> str:
+    pattern = r'("(?:[^"\\]|\\.)*")' if text[0] == '"' else r"('(?:[^']|'')*')"
+    match = re.match(pattern + r' *(?: #.*)?\Z', text)
+    if not match:
+        raise _YamlError(line, 'a quoted value must end on its line, and only a comment may follow')
+    quoted = match.group(1)
+    if quoted[0] == "'":
+        return quoted[1:-1].replace("''", "'")
+    try:
+        value: str = json.loads(quoted, strict=False)  # JSON's escapes mean the same in YAML, except for surrogates
+    except ValueError:
+        value = '\ud800'
+    if not _is_utf8(value) or re.search(r'\\u[dD][89a-fA-F]', quoted):
+        raise _YamlError(line, 'unknown escape; in double quotes, write \\\\ for a backslash and \\u00e9 for U+00E9')
+    return value
 
 
 def _yaml_plain(text: str, line: int) -> Any:
-    match = re.match(_YAML_BOOL, text)
-    if match:
-        return bool(match.group(1))
+    boolean = re.match(_YAML_BOOL, text)
+    if boolean:
+        return bool(boolean.group(1))
     if re.match(_YAML_NULL, text):
         return None
     if re.match(_YAML_INT, text):
         digits = text.replace('_', '')
-        sign, digits = (-1 if digits[0] == '-' else 1), digits.lstrip('+-')
-        base = 2 if digits[:2] == '0b' else 16 if digits[:2] == '0x' else 8 if digits[0] == '0' else 10
+        octal = re.match(r'([-+]?)0([0-7]+)\Z', digits)
         try:
-            return sign * int(digits[2:] if base in (2, 16) else digits, base)
+            return int(octal.group(1) + octal.group(2), 8) if octal else int(digits, 0)
         except ValueError:
             raise _YamlError(line, 'this is no number; put it in double quotes if it is text') from None
     if re.match(_YAML_OTHER, text) or text[:1] == '-':
@@ -341,11 +445,16 @@ def _yaml_plain(text: str, line: int) -> Any:
     return text
 
 
-class Config:
-    """Where datasets live and how to get at them; every function takes one as `config=`.
+def _is_utf8(text: str) -> bool:
+    """Whether UTF-8 can encode the text; it cannot encode half a surrogate pair."""
+    return not re.search('[\ud800-\udfff]', text)
 
-    url: `s3://bucket[/prefix]`, `gs://bucket[/prefix]`, `file:///path` or, only to read, `https://host/path`; only
-        remote work needs it.
+
+class Config:
+    """Where datasets live and how to reach them. Every function takes one as `config=`.
+
+    url: `s3://bucket[/prefix]`, `gs://bucket[/prefix]`, `file:///path` or, to read only, `https://host/path`; needed
+        only for remote datasets.
     home: the local store, by default $ETC_HOME or ~/.etc.
     settings: any other key of the settings file, by its name there.
     Raises ConfigError for an unknown key or a value of the wrong type.
@@ -369,11 +478,16 @@ class Config:
     connections: int
     compression_level: int
 
-    def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
+    def __init__(
+            self,
+            url: Optional[str] = None,
+            home: Optional[_Path] = None,
+            **settings: Any
+    ) -> None:
         values = dict(settings, url=url, home=None if home is None else os.fspath(home))
         for key, value in values.items():
             _check_setting(key, value)
-        defaults = {'public': False, 'connections': 8, 'compression_level': _LEVEL}
+        defaults = {'public': False, 'connections': 8, 'compression_level': _DEFAULT_LEVEL}
         for key in _SETTINGS:
             value = values.get(key)
             setattr(self, key, defaults.get(key) if value is None else value)
@@ -381,21 +495,22 @@ class Config:
 
     @classmethod
     def load(cls, path: Optional[_Path] = None, **overrides: Any) -> 'Config':
-        """Read settings from `path`, else $ETC_CONFIG, else ~/.etc.yaml (or 0.0.x's ~/.etc.toml) if there is one.
+        """Read settings from `path`, else $ETC_CONFIG, else ~/.etc.yaml, if it exists, else ~/.etc.toml (of 0.0.x).
 
         $ETC_URL and $ETC_HOME override the file, and `overrides` that are not None override both.
         Raises ConfigError, which names the file and the line.
         """
+        values: Dict[str, Any] = {}
         named = path or os.environ.get('ETC_CONFIG')
         homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
-        values = {}  # type: Dict[str, Any]
-        if named or not homeless:
-            file = _expand(named or '~/.etc.yaml')
-            if not named and not os.path.exists(str(file)):  # Path.exists() may raise
-                old = _expand('~/.etc.toml')
-                file = old if os.path.exists(str(old)) else file
-            shown = _masked(str(file)) if path else _existing(str(file))
-            values = _read_settings(file, shown, bool(named))
+        if named:
+            file = _expand(named)
+            values = _read_settings(file, _masked(str(file)) if path else _existing(str(file)), required=True)
+        elif not homeless:
+            file, old = _expand('~/.etc.yaml'), _expand('~/.etc.toml')
+            if not os.path.exists(file) and os.path.exists(old):  # Path.exists() may raise
+                file = old
+            values = _read_settings(file, _existing(str(file)), required=False)
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
@@ -408,7 +523,7 @@ class Config:
             if isinstance(value, str):
                 shown[key] = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
         shown['home'] = _existing(str(self.home))
-        return 'Config(%s)' % ', '.join('%s=%r' % item for item in shown.items())
+        return 'Config(%s)' % ', '.join(f'{key}={value!r}' for key, value in shown.items())
 
 
 def _expanduser(path: str) -> str:
@@ -420,62 +535,76 @@ def _expanduser(path: str) -> str:
 
 
 def _expand(path: _Path) -> Path:
+    """The absolute path that a user means, who may have written ~."""
     text = _check_path(path)
     expanded = _expanduser(text)
     if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
-        raise ConfigError("cannot tell where your home directory is; set $HOME, or $ETC_HOME and $ETC_CONFIG")
+        raise ConfigError('cannot tell where your home directory is', 'set $HOME, or $ETC_HOME and $ETC_CONFIG')
     try:
         return Path(os.path.abspath(expanded))
     except OSError:
-        raise ConfigError('no relative path can be found from here, as the current directory is gone') from None
+        raise ConfigError('the current directory is gone, so no relative path can be found',
+                          'change to another directory') from None
 
 
 def _check_setting(key: str, value: Any) -> None:
     if key not in _SETTINGS:
-        raise ConfigError("unknown setting '%s'%s" % (key, _did_you_mean(key, _SETTINGS)))
+        raise ConfigError(f"unknown setting '{key}'", _did_you_mean(key, _SETTINGS))
     if value is None:
         return
     kind = _SETTINGS[key]
     if isinstance(value, str) and not value.isprintable():
-        raise ConfigError("'%s' holds characters that cannot be printed; remove them" % key)
-    if type(value) is not kind:
-        remedy = {str: 'text; put it in quotes', bool: 'true or false', int: 'a whole number'}[kind]
-        raise ConfigError("'%s' must be %s" % (key, remedy))
-    if isinstance(value, int) and key in _LIMITS and not _LIMITS[key][0] <= value <= _LIMITS[key][1]:
-        raise ConfigError("'%s' must be from %d to %d" % ((key,) + _LIMITS[key]))
+        raise ConfigError(f"'{key}' holds characters that cannot be printed", 'remove them')
+    if type(value) is not kind:  # True is an int, but no number of connections
+        if kind is str:
+            raise ConfigError(f"'{key}' must be text", 'put it in quotes')
+        raise ConfigError(f"'{key}' must be {'true or false' if kind is bool else 'a whole number'}")
+    if key in _LIMITS:
+        least, most = _LIMITS[key]
+        if value not in range(least, most + 1):
+            raise ConfigError(f"'{key}' must be from {least} to {most}")
 
 
 def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
-    """shown: what to call it as long as it may be no path at all."""
+    """The settings in a file; {} if it does not exist and is not required.
+
+    shown: what to call it until it has turned out to be a path, as someone may have given a key in its place.
+    """
     try:
         text = path.read_bytes().decode('utf-8-sig')
     except FileNotFoundError:
         if required:
-            raise ConfigError("no settings file %s; create it, or drop --config and $ETC_CONFIG" % shown) from None
+            raise ConfigError(f'no settings file {shown}', 'create it, or drop --config and $ETC_CONFIG') from None
         return {}
     except UnicodeDecodeError:
-        raise ConfigError('%s: not UTF-8 text; save it as UTF-8' % path) from None
+        raise ConfigError(f'{path}: not UTF-8 text', 'save it as UTF-8') from None
     except OSError as e:
-        raise ConfigError('%s: cannot be read: %s' % (shown, e.strerror)) from None
-    if path.suffix == '.toml':  # a flat one differs but in this from YAML; 0.0.x had another name for one key
+        raise ConfigError(f'{shown}: cannot be read: {e.strerror}') from None
+    if path.suffix == '.toml':
+        # A flat TOML file differs from YAML only in its equals signs; 0.0.x called one key by another name.
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
     try:
-        found = _parse_yaml(text)
+        lines = _parse_yaml(text)
     except _YamlError as e:
-        raise ConfigError('%s:%d: %s' % (path, e.line, e)) from None
-    for key, (value, line) in found.items():
+        raise ConfigError(f'{path}:{e.line}: {e}') from None
+    settings = {}
+    for key, (value, line) in lines.items():
         try:
             _check_setting(key, value)
         except ConfigError as e:
-            raise ConfigError('%s:%d: %s' % (path, line, e)) from None
-    if any(found.get(key, (None,))[0] for key in _SECRETS) and os.name == 'posix' and path.stat().st_mode & 0o077:
-        _say('%s holds a secret and others can read it; run: chmod 600 %s', path, path, level=_WARNING)
-    return {key: value for key, (value, _) in found.items()}
+            raise ConfigError(f'{path}:{line}: {e.message}', e.remedy) from None
+        settings[key] = value
+    has_secret = any(settings.get(key) for key in _SECRETS)
+    if has_secret and os.name == 'posix' and path.stat().st_mode & 0o077:
+        _say(f'{path} holds a secret and others can read it; run: chmod 600 {path}', _WARNING)
+    return settings
 
 
 # ---------------------------------------------------------------------------------------
 # Threads
+#
+# Work is done in parallel, while its results come in order and only so many are under way: so memory stays flat.
 # ---------------------------------------------------------------------------------------
 
 _T = TypeVar('_T')
@@ -483,39 +612,45 @@ _R = TypeVar('_R')
 
 
 def _cores() -> int:
-    """Threads that are worth having for computation; each has a few MiB under way."""
+    """How many threads are worth having for computation. Each has a few MiB under way, so there is a bound."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(count, 16)
 
 
 def _threads(count: int) -> Any:
-    """A pool of `count` threads, all started; of fewer, where the system gives no more."""
+    """A pool of `count` threads, all of them started, or of fewer if the system grants no more. Raises Error."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
-    pool, all_started = ThreadPoolExecutor(count), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count)
+    all_started = threading.Barrier(count)
     try:
         for _ in range(count):
             pool.submit(all_started.wait)
         return pool
     except BaseException as e:
-        all_started.abort()  # else they wait for ever, and so does the process for them at its end
+        all_started.abort()  # or the threads would wait for ever, and the process for them
         pool.shutdown()
         if not isinstance(e, (RuntimeError, MemoryError)):
             raise
     if count == 1:
-        raise Error("the system gives this process no more threads; set 'connections: 1', or raise the limits "
-                    '(ulimit -u, ulimit -v)')
+        raise Error('the system grants this process no more threads',
+                    "set 'connections: 1', or raise the limits (ulimit -u, ulimit -v)")
     return _threads(count // 2)
 
 
-def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead: int, keep: int = 0,
-             ) -> Generator[_R, None, None]:
+def _ordered(
+        pool: Any,
+        function: Callable[[_T], _R],
+        items: Iterable[_T],
+        ahead: int,
+        keep: int = 0,
+) -> Generator[_R, None, None]:
     """Yield function(item) for every item, in order, while up to `ahead` of them are under way.
 
-    keep: so many that are done may wait for the next item, so that the pool has work while a result is used; but a
-        break of the network, or a kill, loses what waits.
+    keep: how many finished results may wait, before the next item is taken, so that the pool has work while the caller
+        uses a result; but a broken connection or a kill loses what waits.
     """
-    pending = collections.deque()  # type: Any
+    pending: Any = collections.deque()
     try:
         for item in items:
             while len(pending) >= ahead or len(pending) > keep and pending[0].done():
@@ -528,85 +663,122 @@ def _ordered(pool: Any, function: Callable[[_T], _R], items: Iterable[_T], ahead
             future.cancel()
 
 
-_Progress = Optional[Callable[[int, int], Any]]  # told how many bytes are done, and of how many
+_Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
 
 
-def _watched(items: Iterable[_T], size: Callable[[_T], int], progress: _Progress, total: int) -> Iterable[_T]:
-    """The same items, while `progress` is told of those that have passed, in the thread that takes them."""
-    def watched(progress: Callable[[int, int], Any]) -> Iterator[_T]:
-        def tell() -> None:
-            try:
-                progress(done, total)
-            except Exception as e:
-                raise _FromCaller(e) from e
+def _reported(
+        items: Iterable[_T],
+        size: Callable[[_T], int],
+        progress: _Progress,
+        total: int,
+) -> Iterable[_T]:
+    """The same items. `progress` is told of the bytes that have passed, in the thread that takes the items."""
+    if not progress:
+        return items
 
+    def report(done: int) -> None:
+        try:
+            progress(done, total)
+        except Exception as e:
+            raise _FromCaller(e) from e
+
+    def reported() -> Iterator[_T]:
         done = 0
-        tell()
+        report(done)
         for item in items:
             done += size(item)
-            tell()
+            report(done)
             yield item
 
-    return watched(progress) if progress else items
+    return reported()
 
 
 # ---------------------------------------------------------------------------------------
-# Contents: a directory as a canonical stream of tar bytes, and its digest
+# Contents
+#
+# A directory as a canonical stream of tar bytes, which depends on names, file contents, links and x bits alone: not on
+# the machine, the Python, times or owners. The stream consists of segments: one for the files in the root directory,
+# one for each other top-level directory, one for each partition. A segment is cut into blocks of 1 MiB. The digest of
+# a segment is SHA-256 over the SHA-256 digests of its blocks, so blocks can be hashed in parallel.
 # ---------------------------------------------------------------------------------------
 
-_BLOCK = 1 << 20  # bytes of tar that one gzip member holds
-_KEPT_ENTRIES = 100000
-_MANY = 32  # files in a block, if it is better read by one thread
+_BLOCK = 1 << 20  # bytes of a block
 _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
 _DEPTH = 256  # levels of directories that a dataset may have
-_FOLLOWED = 1000000  # entries that may be reached through followed links, which can multiply without end
+_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
+_KEPT_ENTRIES = 100000  # entries that _survey() keeps in memory
+_MANY_FILES = 32  # in a block, from which on one thread may read them faster than many
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
-_FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'
+
+_FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'  # type flags of tar
 _MODES = {_FILE: (0o644, 0o755), _DIRECTORY: (0o755,), _LINK: (0o644,)}
 
-_Entry = collections.namedtuple('_Entry', 'name kind mode size link source')
+# What file managers leave beside the partitions
+_LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'
 
 
-class _Segment:
-    """A part of an archive that can be fetched and checked by itself."""
+class _Entry(NamedTuple):
+    """What one tar header describes."""
 
-    def __init__(self, path: str, offset: int = 0, length: int = 0, files: int = 0, size: int = 0,
-                 digest: str = '') -> None:
-        self.path = path  # '.', a top-level directory, or data/<partition>
-        self.offset = offset  # where it starts in the archive, and how many bytes it takes there
-        self.length = length
-        self.files = files  # files and links, and the bytes of all files
-        self.size = size
-        self.digest = digest
+    name: str  # in the archive; a directory's ends in a slash
+    kind: bytes  # _FILE, _DIRECTORY or _LINK
+    mode: int
+    size: int
+    link: str  # target of a link
+    source: str  # path of a file
 
-    def is_sound(self) -> bool:
-        """Whether the fields, as JSON may give them, are of their types."""
-        types = [type(value) for value in vars(self).values()]
-        return types == [str, int, int, int, int, str] and bool(re.match(r'sha256:[0-9a-f]{64}\Z', self.digest))
+
+_Listing = Iterable[Tuple[str, Iterable[_Entry]]]  # paths of segments, each with its entries, in the archive's order
+
+
+class _Segment(NamedTuple):
+    """A part of an archive that can be fetched and verified by itself."""
+
+    path: str  # '.', a top-level directory, or data/<partition>
+    offset: int = 0  # of its first byte in the archive
+    length: int = 0  # bytes in the archive
+    files: int = 0  # number of files and links
+    size: int = 0  # bytes of all files
+    digest: str = ''  # sha256:...
 
     @property
     def partition(self) -> Optional[str]:
+        """The name of the partition; None if it is another segment."""
         return self.path[5:] if self.path.startswith('data/') else None
 
+    def to_json(self) -> Dict[str, Any]:
+        """As indexes and receipts hold it."""
+        return {'path': self.path, 'offset': self.offset, 'length': self.length, 'files': self.files,
+                'size': self.size, 'digest': self.digest}
 
-_OS_IS_UTF8 = sys.getfilesystemencoding().lower().replace('-', '') == 'utf8'  # not so on Python 3.6 with LANG=C
+    @classmethod
+    def from_json(cls, row: Any) -> '_Segment':
+        """The reverse of to_json(). Raises _Malformed."""
+        if not isinstance(row, dict):
+            raise _Malformed
+        fields: List[Any] = [row.get(key) for key in ('path', 'offset', 'length', 'files', 'size', 'digest')]
+        if [type(field) for field in fields] != [str, int, int, int, int, str]:
+            raise _Malformed
+        if not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
+            raise _Malformed
+        return cls(*fields)
+
+
+# Names are text in UTF-8 everywhere but on disk, where the locale decides (Python 3.6 with LANG=C reads ASCII only).
+_OS_IS_UTF8 = sys.getfilesystemencoding().lower().replace('-', '') == 'utf8'
 
 
 def _from_os(name: str) -> str:
-    """A file name as text, whatever the locale; UnicodeError if its bytes are no UTF-8."""
+    """A file name as text. Raises UnicodeError if its bytes are not UTF-8."""
     if not _OS_IS_UTF8:
         return os.fsencode(name).decode('utf-8')
     name.encode('utf-8')
     return name
 
 
-def _is_utf8(name: str) -> bool:
-    """Whether UTF-8 can write it: half a surrogate pair it cannot."""
-    return not re.search('[\ud800-\udfff]', name)
-
-
 def _to_os(name: str) -> str:
+    """A name as the system's functions take it. Raises UnicodeError if UTF-8 cannot encode it."""
     raw = name.encode('utf-8')
     return name if _OS_IS_UTF8 else os.fsdecode(raw)
 
@@ -616,14 +788,15 @@ def _join(root: _Path, name: str) -> str:
 
 
 def _scan(path: _Path) -> Tuple[List[str], Set[str]]:
-    """The names in a directory, sorted by code points, and which of them are links."""
-    names, links = [], set()
+    """The names in a directory, sorted by code points, and those among them that are links."""
+    names = []
+    links = set()
     with os.scandir(path) as items:
         for item in items:
             try:
                 name = _from_os(item.name)
             except UnicodeError:
-                raise InvalidDataset('the name %r is not valid UTF-8; rename it' % os.fsencode(item.path)) from None
+                raise InvalidDataset(f'the name {os.fsencode(item.path)!r} is not valid UTF-8', 'rename it') from None
             names.append(name)
             if item.is_symlink():
                 links.add(name)
@@ -632,168 +805,204 @@ def _scan(path: _Path) -> Tuple[List[str], Set[str]]:
 
 
 def _stat(name: str, path: str) -> os.stat_result:
-    """Follow links; what cannot be kept is an error that names it."""
+    """The status of what `path` leads to. Raises InvalidDataset, which calls it `name`, if a dataset cannot hold it."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        problem = 'is a link to nothing; mend or remove it' if os.path.islink(path) else 'vanished; try again'
-        raise InvalidDataset("'%s' %s" % (name, problem)) from None
+        if os.path.islink(path):
+            raise InvalidDataset(f"'{name}' is a link to nothing", 'repair or remove it') from None
+        raise InvalidDataset(f"'{name}' vanished", 'try again') from None
     except OSError as e:
         if e.errno != errno.ELOOP:
             raise
-        raise InvalidDataset("'%s' is a link that leads back to itself; mend or remove it" % name) from None
+        raise InvalidDataset(f"'{name}' is a link that leads back to itself", 'repair or remove it') from None
     if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-        raise InvalidDataset("'%s' is neither a file nor a directory; remove it" % name)
+        raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
     return status
 
 
-def _relative(name: str, target: str) -> str:
-    """The shortest relative target that a link at `name` can have to where `target` leads, going by names."""
-    base = '/' + posixpath.dirname(name)
-    return posixpath.relpath(posixpath.join(base, target), base)
+def _is_directory(root: _Path, name: str) -> bool:
+    return stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)
+
+
+def _is_litter(name: str) -> bool:
+    """Whether an entry is what a file manager left beside the partitions, and no part of the dataset."""
+    return bool(re.match(_LITTER, name))
+
+
+def _partitions(root: _Path) -> List[str]:
+    """The names of a dataset's partitions, sorted. Raises InvalidDataset if there is anything else beside them."""
+    partitions = []
+    for name in _scan(_join(root, 'data'))[0]:
+        path = 'data/' + name
+        if _is_directory(root, path):
+            partitions.append(name)
+        elif not _is_litter(path):
+            raise InvalidDataset(f"'data' may hold only directories (partitions), but '{path}' is a file", 'move it')
+    return partitions
+
+
+def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
+    """The segments of a dataset, or only those with the given paths, each with its entries."""
+    names, links = _scan(root)
+    directories = [name for name in names if name != 'data' and _is_directory(root, name)]
+    inside = {'.': [name for name in names if name not in directories]}
+    for path in directories + ['data/' + name for name in _partitions(root)]:
+        inside[path] = [path]
+    for path, tops in inside.items():
+        if only is None or path in only:
+            yield path, _entries(root, tops, links, path)
+
+
+class _Level(NamedTuple):
+    """A directory that _entries() is in."""
+
+    prefix: str  # of the names in it
+    place: str  # of their paths on disk
+    names: List[str]  # that are still to come, the next one last
+    links: Set[str]  # those that are links
+    through_link: bool  # whether a followed link leads here
+    identity: Optional[Tuple[int, int]]  # device and inode
+
+
+def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
+    """Everything at and below `names`, a directory before its contents."""
+    levels = [_Level('', _join(root, ''), list(names)[::-1], links, False, None)]
+    followed = 0
+    while levels:
+        level = levels[-1]
+        if not level.names:
+            levels.pop()
+            continue
+        own = level.names.pop()
+        name = level.prefix + own
+        followed += level.through_link
+        if followed > _FOLLOWED or len(levels) > _DEPTH:
+            raise InvalidDataset(f"links lead to ever more files at '{name[:300]}', or it is too deep", 'remove links')
+        path = level.place + _to_os(own)
+        status = _stat(name, path)
+        is_directory = stat.S_ISDIR(status.st_mode)
+        is_link = own in level.links
+        link = ''
+        if is_link and name != segment and not (is_directory and segment == '.'):
+            link = _kept_link(root, name, segment)
+        if link:
+            yield _Entry(name, _LINK, 0o644, 0, link, '')
+        elif not is_directory:
+            mode = 0o755 if status.st_mode & 0o100 else 0o644
+            yield _Entry(name, _FILE, mode, status.st_size, '', path)
+        else:
+            yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '', '')
+            if segment == '.':
+                continue
+            identity = status.st_dev, status.st_ino
+            if any(level.identity == identity for level in levels):
+                raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
+            inner, inner_links = _scan(path)
+            levels.append(_Level(name + '/', path + os.sep, inner[::-1], inner_links,
+                                 level.through_link or is_link, identity))
 
 
 def _kept_link(root: _Path, name: str, segment: str) -> str:
-    """The target of the link `name`, if it can stay a link in this segment; else ''.
+    """The target of the link `name` if it can stay a link, or '' if it must be followed.
 
-    It must be relative, so that copies of the dataset agree, and mean the same file in the archive.
+    It stays one if it is relative, so that copies of the dataset agree, and leads to a file of the same segment.
     """
     path = _join(root, name)
     try:
         target = _from_os(os.readlink(path)).replace(os.sep, '/')
     except UnicodeError:
-        raise InvalidDataset("the target of the link '%s' is not valid UTF-8; rename it" % name) from None
+        raise InvalidDataset(f"the target of the link '{name}' is not valid UTF-8", 'rename it') from None
     if os.path.isabs(target):
         return ''
-    base = posixpath.dirname(name)
-    meant = posixpath.normpath(posixpath.join(base, target))
-    inside = '/' not in meant if segment == '.' else (meant + '/').startswith(segment + '/')
-    if not inside or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
+    meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+    is_inside = '/' not in meant if segment == '.' else (meant + '/').startswith(segment + '/')
+    if not is_inside or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
         return ''
     return _relative(name, target)
 
 
-def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
-    """Everything at and below `names`, a directory before its contents."""
-    levels = [('', _join(root, ''), list(names)[::-1], links, False)]  # names yet to come are taken off the end
-    above = []  # type: List[Tuple[int, int]]
-    followed = 0
-    while levels:
-        prefix, place, rest, links, through_link = levels[-1]
-        if not rest:
-            levels.pop()
-            del above[-1:]
-            continue
-        own = rest.pop()
-        name = prefix + own
-        followed += through_link
-        if followed > _FOLLOWED or len(levels) > _DEPTH:
-            raise InvalidDataset("links lead to ever more files at '%.300s', or it is too deep; remove links" % name)
-        path = place + _to_os(own)
-        status = _stat(name, path)
-        directory = stat.S_ISDIR(status.st_mode)
-        link = ''
-        is_link = own in links
-        if is_link and name != segment and not (directory and segment == '.'):
-            link = _kept_link(root, name, segment)
-        if link:
-            yield _Entry(name, _LINK, 0o644, 0, link, None)
-        elif not directory:
-            yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', path)
-        else:
-            yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '', None)
-            if segment == '.':
-                continue
-            identity = status.st_dev, status.st_ino
-            if identity in above:
-                raise InvalidDataset("'%s' is a link to a directory above it; remove it" % name)
-            above.append(identity)
-            inner, links = _scan(path)
-            levels.append((name + '/', path + os.sep, inner[::-1], links, through_link or is_link))
+def _relative(name: str, target: str) -> str:
+    """The shortest relative target that a link called `name` can have, going by names alone."""
+    base = '/' + posixpath.dirname(name)
+    return posixpath.relpath(posixpath.join(base, target), base)
 
 
-_Listing = Iterable[Tuple[_Segment, Iterable[_Entry]]]
+class _Survey(NamedTuple):
+    """What is known of a dataset before its files are read."""
+
+    listing: _Listing
+    size: int  # bytes of all files
+    limit: int  # bytes that the archive will not exceed
 
 
-_LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'  # of file managers, beside partitions
+def _survey(root: _Path) -> _Survey:
+    """Look at all entries of a dataset. Raises InvalidDataset for what cannot be packed, before any of it is sent.
 
-
-def _is_litter(name: str) -> bool:
-    """Whether an entry is what a file manager left beside the partitions; it is no part of the dataset."""
-    return bool(re.match(_LITTER, name))
-
-
-def _partitions(root: _Path) -> List[str]:
-    """The names of the partitions of a dataset, sorted; InvalidDataset if something else is among them."""
-    partitions = []
-    for name in _scan(_join(root, 'data'))[0]:
-        path = 'data/' + name
-        if stat.S_ISDIR(_stat(path, _join(root, path)).st_mode):
-            partitions.append(name)
-        elif not _is_litter(path):
-            raise InvalidDataset("'data' may hold only directories (partitions), but '%s' is a file; move it" % path)
-    return partitions
-
-
-def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
-    """A valid dataset's segments, or some of them, with their entries, in the archive's order."""
-    names, links = _scan(root)
-    others = [name for name in names if name != 'data' and stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)]
-    partitions = ['data/' + name for name in _partitions(root)]
-    own = sorted(set(names) - set(others))
-    for path, inside in [('.', own)] + [(name, [name]) for name in others + partitions]:
-        if only is None or path in only:
-            yield _Segment(path), _entries(root, inside, links, path)
-
-
-def _survey(root: _Path) -> Tuple[_Listing, int, int]:
-    """The segments again, the bytes of all files, and a number of bytes that their archive will not exceed.
-
-    It finds what cannot be packed before any of it is sent. Entries are kept, so that they need not be looked at
-    twice, unless they are so many that memory would tell.
+    The entries are kept, so that they need not be looked at twice, unless they are too many for that.
     """
-    kept = []  # type: List[Tuple[_Segment, List[_Entry]]]
-    count, names, size = 0, 0, 0
-    for segment, entries in _segments(root):
-        own = []  # type: List[_Entry]
-        kept.append((segment, own))
+    kept: List[Tuple[str, List[_Entry]]] = []
+    count = name_length = size = 0
+    for path, entries in _segments(root):
+        own: List[_Entry] = []
+        kept.append((path, own))
         for entry in entries:
             count += 1
-            names += len(entry.name) + len(entry.link)
+            name_length += len(entry.name) + len(entry.link)
             size += entry.size
             if count <= _KEPT_ENTRIES:
                 own.append(entry)
-    limit = (1 << 20) + 4096 * (len(kept) + count) + 4 * names + size
-    return kept if count <= _KEPT_ENTRIES else _segments(root), size, limit + limit // 1000
+    headers = (1 << 20) + 4096 * (len(kept) + count) + 4 * name_length
+    limit = headers + size
+    limit += limit // 1000
+    return _Survey(kept if count <= _KEPT_ENTRIES else _segments(root), size, limit)
 
 
-def _pax_record(key: str, value: str) -> bytes:
-    """`length key=value` with its own length counted (POSIX pax, "Extended Header")."""
-    record = b' %s=%s\n' % (key.encode(), value.encode('utf-8'))
-    length = len(record) + len(str(len(record)))
-    length = len(record) + len(str(length))
-    return str(length).encode() + record
+# The fields of a ustar header around name, size and checksum: mode, uid, gid; mtime; type flag, link, magic, the rest
+_BEFORE_SIZE = struct.Struct('8s8s8s')
+_BEFORE_CHECKSUM = struct.Struct('x11sx')
+_AFTER_CHECKSUM = struct.Struct('c100s8s247x')
+_HEADER = 512  # bytes of a ustar header
 
 
 @functools.lru_cache(maxsize=64)
-def _ustar_frame(kind: bytes, mode: int, link: bytes, mtime: int) -> Tuple[bytes, bytes, bytes, int]:
-    """What many headers share: the fields before the size, between it and the checksum, after that; their sum."""
-    before, after = b'%07o\x000000000\x000000000\x00' % mode, b'\x00%011o\x00' % mtime
-    end = kind + link.ljust(100, b'\0') + b'ustar\x0000' + bytes(247)
-    return before, after, end, sum(before) + sum(after) + 8 * 32 + sum(end)
+def _ustar_frame(
+        kind: bytes,
+        mode: int,
+        link: bytes,
+        mtime: int,
+) -> Tuple[bytes, bytes, bytes, int]:
+    """What many headers share: the fields around name, size and checksum, and the sum of their bytes."""
+    nobody = b'%07o\0' % 0
+    before_size = _BEFORE_SIZE.pack(b'%07o\0' % mode, nobody, nobody)
+    before_checksum = _BEFORE_CHECKSUM.pack(b'%011o' % mtime)
+    after_checksum = _AFTER_CHECKSUM.pack(kind, link, b'ustar\x0000')
+    blank_checksum = b' ' * 8
+    total = sum(before_size + before_checksum + blank_checksum + after_checksum)
+    return before_size, before_checksum, after_checksum, total
 
 
-def _ustar(name: bytes, kind: bytes, mode: int, size: int, link: bytes = b'', mtime: int = _MTIME) -> bytes:
-    before, after, end, fixed = _ustar_frame(kind, mode, link, mtime)
+def _ustar(
+        name: bytes,
+        kind: bytes,
+        mode: int,
+        size: int,
+        link: bytes = b'',
+        mtime: int = _MTIME,
+) -> bytes:
+    """A ustar header of ASCII fields."""
+    before_size, before_checksum, after_checksum, total = _ustar_frame(kind, mode, link, mtime)
     digits = b'%011o' % size
-    total = zlib.adler32(digits, zlib.adler32(name)) & 0xffff  # the sum of so few bytes, and 1 (RFC 1950, 8.2), fast
-    return b''.join((name.ljust(100, b'\0'), before, digits, after, b'%06o\x00 ' % (fixed + total - 1), end))
+    # Adler-32 starts at 1 and adds bytes up modulo 65521 in its lower half (RFC 1950, 8.2), far quicker than sum().
+    total += (zlib.adler32(digits, zlib.adler32(name)) & 0xffff) - 1
+    return b''.join((name.ljust(100, b'\0'), before_size, digits, before_checksum, b'%06o\0 ' % total, after_checksum))
 
 
-def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
-    """The canonical tar header, byte by byte what tarfile.PAX_FORMAT writes from Python 3.9 on.
+def _tar_header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
+    """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
-    tarfile itself will not do: up to Python 3.8 it fills devmajor and devminor otherwise.
+    It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
+    fills devmajor and devminor otherwise.
     """
     raw_name = name.encode('ascii', 'replace')
     if len(raw_name) <= 100 and b'?' not in raw_name and not link and size < 8 ** 11:
@@ -801,73 +1010,103 @@ def _header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
     raw_link = link.encode('ascii', 'replace')
     pax = b''
     for key, value, raw in (('path', name, raw_name), ('linkpath', link, raw_link)):
-        if len(raw) > 100 or b'?' in raw and raw.decode() != value:
+        if len(raw) > 100 or raw.decode() != value:
             pax += _pax_record(key, value)
     if size >= 8 ** 11:
         pax += _pax_record('size', str(size))
         size = 0
-    block = _ustar(raw_name[:100], kind, mode, size, raw_link[:100])
-    if pax:
-        block = _ustar(b'././@PaxHeader', _PAX, 0, len(pax), mtime=0) + pax + bytes(-len(pax) % 512) + block
-    return block
+    header = _ustar(raw_name[:100], kind, mode, size, raw_link[:100])
+    if not pax:
+        return header
+    return _ustar(b'././@PaxHeader', _PAX, 0, len(pax), mtime=0) + pax + bytes(-len(pax) % 512) + header
 
 
-_Piece = Tuple[bytes, Optional[_Entry], int, int]  # bytes, and what follows them: of a file, from where to where
-_Pieces = Tuple[_Segment, List[_Piece]]  # a block whose files are still to be read
+def _pax_record(key: str, value: str) -> bytes:
+    """`length key=value`, whose length counts itself (POSIX pax, "Extended Header")."""
+    record = f' {key}={value}\n'.encode('utf-8')
+    length = len(record) + len(str(len(record)))
+    length = len(record) + len(str(length))  # it may have a digit more by now
+    return str(length).encode() + record
 
 
-def _heads(segment: _Segment, entries: Iterable[_Entry]) -> Iterator[Tuple[bytes, Optional[_Entry], int]]:
-    """The segment's tar stream: what goes before each file, the file and its size."""
+# A part of a block: bytes of headers and padding; then bytes of a file: its entry, from where, to where
+_Piece = Tuple[bytes, Optional[_Entry], int, int]
+
+
+class _BlockPlan(NamedTuple):
+    """A block whose files have not been read yet."""
+
+    path: str  # of its segment
+    files: int  # number of files and links whose header begins in this block
+    size: int  # bytes of these files
+    pieces: List[_Piece]
+
+    def file_bytes(self) -> int:
+        """Bytes of files that this block holds."""
+        return sum([stop - start for _, _, start, stop in self.pieces])
+
+    def read(self) -> bytes:
+        parts = []
+        for head, entry, start, stop in self.pieces:
+            parts.append(head)
+            if entry and start < stop:
+                parts.append(_read_file(entry, start, stop))
+        return b''.join(parts)
+
+
+def _heads(entries: Iterable[_Entry]) -> Iterator[Tuple[bytes, Optional[_Entry], int]]:
+    """What stands before the bytes of each entry, the entry, and its size; at the end the last padding."""
     padding = b''
     for entry in entries:
         name, kind, mode, size, link, _ = entry
-        segment.files += kind != _DIRECTORY
-        segment.size += size
-        yield padding + _header(name, kind, mode, size, link), entry, size
+        yield padding + _tar_header(name, kind, mode, size, link), entry, size
         padding = _ZEROS[:-size % 512]
     yield padding, None, 0
 
 
-def _blocks(segments: _Listing) -> Iterator[_Pieces]:
-    """The dataset's tar stream, cut into blocks."""
-    for segment, entries in segments:
-        block, room = [], _BLOCK  # type: List[_Piece], int
-        for head, entry, size in _heads(segment, entries):
+def _blocks(listing: _Listing) -> Iterator[_BlockPlan]:
+    """The tar stream of the segments, cut into blocks."""
+    for path, entries in listing:
+        pieces: List[_Piece] = []
+        room = _BLOCK
+        files = size = 0
+        for head, entry, entry_size in _heads(entries):
+            if entry and entry.kind != _DIRECTORY:
+                files += 1
+                size += entry_size
             start = 0
-            while len(head) + size - start > room:
+            while len(head) + entry_size - start > room:
                 stop = start + max(0, room - len(head))
-                block.append((head[:room], entry, start, stop))
-                yield segment, block
-                head, start, block, room = head[room:], stop, [], _BLOCK
-            block.append((head, entry, start, size))
-            room -= len(head) + size - start
-        yield segment, block
-
-
-def _load(block: Iterable[_Piece]) -> bytes:
-    found = []
-    for head, entry, start, stop in block:
-        found.append(head)
-        if entry and start < stop:
-            found.append(_read_file(entry, start, stop))
-    return b''.join(found)
+                pieces.append((head[:room], entry, start, stop))
+                yield _BlockPlan(path, files, size, pieces)
+                head = head[room:]
+                start = stop
+                pieces = []
+                room = _BLOCK
+                files = size = 0
+            pieces.append((head, entry, start, entry_size))
+            room -= len(head) + entry_size - start
+        yield _BlockPlan(path, files, size, pieces)
 
 
 def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
-    wanted = stop - start + (stop == entry.size)  # a byte more shows that a file has grown
+    """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
+    wanted = stop - start
+    if stop == entry.size:
+        wanted += 1  # a byte more would show that the file has grown
     file = os.open(entry.source, _READ)
     try:
         if start:
             os.lseek(file, start, os.SEEK_SET)
-        found = more = os.read(file, wanted)
-        while more and len(found) < stop - start:
-            more = os.read(file, wanted - len(found))
-            found += more
+        data = more = os.read(file, wanted)
+        while more and len(data) < stop - start:
+            more = os.read(file, wanted - len(data))
+            data += more
     finally:
         os.close(file)
-    if len(found) != stop - start:
-        raise InvalidDataset("'%s' changed while it was read; try again when it is complete" % entry.name)
-    return found
+    if len(data) != stop - start:
+        raise InvalidDataset(f"'{entry.name}' changed while it was read", 'try again when it is complete')
+    return data
 
 
 def _sha256(data: bytes = b'') -> Any:
@@ -875,82 +1114,131 @@ def _sha256(data: bytes = b'') -> Any:
     return hashlib.sha256(data)
 
 
-def _file_bytes(block: _Pieces) -> int:
-    return sum([stop - start for _, _, start, stop in block[1]])
+class _Processed(NamedTuple):
+    """A block after its files have been read."""
+
+    plan: _BlockPlan
+    digest: bytes  # SHA-256 of its bytes
+    result: Any  # of the work that was asked for
 
 
-def _process(listing: _Listing, work: Callable[[bytes], _R], pool: Any, progress: _Progress = None, total: int = 0,
-             ) -> Generator[Tuple[_Segment, _R], None, None]:
-    """Yield (segment, work(payload)) for every block; a segment's digest is set before the next one's blocks come.
+def _process(
+        listing: _Listing,
+        work: Callable[[bytes], Any],
+        pool: Any,
+        progress: _Progress = None,
+        total: int = 0,
+) -> Generator[_Processed, None, None]:
+    """Read, hash and give to `work` every block, in parallel; yield them in order.
 
-    progress, total: told of the bytes of files, `total` in all.
+    progress: is told of the bytes of files, which are `total` in all.
     """
-    def task(item: _Pieces) -> Tuple[_Segment, bytes, _R]:
-        segment, pieces = item
-        payload = _load(pieces)
-        return segment, _sha256(payload).digest(), work(payload)
+    def process(plan: _BlockPlan) -> _Processed:
+        payload = plan.read()
+        return _Processed(plan, _sha256(payload).digest(), work(payload))
 
-    def blocks() -> Iterator[_Pieces]:
-        fast = True
-        for segment, pieces in _watched(_blocks(listing), _file_bytes, progress, total):
-            if fast and len(pieces) > _MANY:  # threads that open many files would mostly wait for each other
+    def plans() -> Iterator[_BlockPlan]:
+        is_fast = True
+        for plan in _reported(_blocks(listing), _BlockPlan.file_bytes, progress, total):
+            # Threads that open many files mostly wait for each other, so one had better do it, unless the disk is slow:
+            # then they had better wait for the disk together.
+            if is_fast and len(plan.pieces) > _MANY_FILES:
                 begin = time.monotonic()
-                payload = _load(pieces)
-                fast = time.monotonic() - begin < 4e-5 * len(pieces)  # or they had better wait for the disk together
-                pieces = [(payload, None, 0, 0)]
-            yield segment, pieces
+                payload = plan.read()
+                is_fast = time.monotonic() - begin < 4e-5 * len(plan.pieces)
+                plan = plan._replace(pieces=[(payload, None, 0, 0)])
+            yield plan
 
-    current, digests = None, _sha256()
-    for segment, digest, result in _ordered(pool, task, blocks(), 2 * _cores(), _cores()):
-        if segment is not current:
-            current, digests = segment, _sha256()
-        digests.update(digest)
-        segment.digest = 'sha256:' + digests.hexdigest()
-        yield segment, result
+    return _ordered(pool, process, plans(), 2 * _cores(), _cores())
+
+
+class _SegmentList:
+    """Adds blocks up to segments."""
+
+    def __init__(self) -> None:
+        self.segments: List[_Segment] = []
+        self.digests = _sha256()  # of the last segment's blocks
+
+    def add(self, block: _Processed, length: int = 0) -> None:
+        """Count a block, which takes `length` bytes in the archive."""
+        path, files, size, _ = block.plan
+        if not self.segments or self.segments[-1].path != path:
+            self.segments.append(_Segment(path, self.archive_length()))
+            self.digests = _sha256()
+        self.digests.update(block.digest)
+        last = self.segments[-1]
+        self.segments[-1] = last._replace(length=last.length + length, files=last.files + files, size=last.size + size,
+                                          digest='sha256:' + self.digests.hexdigest())
+
+    def archive_length(self) -> int:
+        """Bytes of all blocks in the archive."""
+        return self.segments[-1].offset + self.segments[-1].length if self.segments else 0
+
+    def digest(self) -> str:
+        return _dataset_digest(self.segments)
 
 
 def _dataset_digest(segments: Iterable[_Segment]) -> str:
+    """The digest of a dataset: SHA-256 over the path, a zero byte and the digest of each segment."""
     total = _sha256()
     for segment in segments:
         total.update(segment.path.encode('utf-8') + b'\0' + bytes.fromhex(segment.digest[7:]))
-    return 'sha256:%s' % total.hexdigest()
+    return f'sha256:{total.hexdigest()}'
 
 
-def _digest_segments(root: _Path, only: Optional[Sequence[str]] = None, progress: _Progress = None) -> List[_Segment]:
-    """Hash the files of a dataset, or of some of its segments."""
-    found = []  # type: List[_Segment]
-    listing, total, _ = _survey(root) if progress else (_segments(root, only), 0, 0)
+def _digest_segments(
+        root: _Path,
+        only: Optional[Sequence[str]] = None,
+        progress: _Progress = None,
+) -> List[_Segment]:
+    """The segments of a dataset, or only those with the given paths, after reading all their files."""
+    found = _SegmentList()
+    listing, total = _segments(root, only), 0
+    if progress:
+        listing, total, _ = _survey(root)
     with _threads(_cores()) as pool:
-        for segment, _ in _process(listing, len, pool, progress, total):
-            if not found or found[-1] is not segment:
-                found.append(segment)
-    return found
+        for block in _process(listing, len, pool, progress, total):
+            found.add(block)
+    return found.segments
 
 
 # ---------------------------------------------------------------------------------------
 # Datasets
 # ---------------------------------------------------------------------------------------
 
+_META_LIMIT = 16 << 20  # bytes of meta.json
+_README_LIMIT = 1 << 20  # bytes of README.md that are shown
+
+_NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z'
+_NAME_AND_DIGEST = r'([^@]*)(?:@(sha256:[0-9a-f]{64}))?\Z'
+
+
 class Dataset(Mapping[str, Path]):
-    """A directory with data/<partition>/...: a read-only mapping of partition names to their pathlib.Path.
+    """A directory with data/<partition>/...: a read-only mapping of the partitions' names to their directories.
 
         for file in ds['train'].iterdir(): ...      UnknownPartition, a KeyError, if there is no such partition
 
-    root: pathlib.Path of the directory. name: str. meta: what meta.json holds. digest: 'sha256:...'.
-    Iteration is sorted. It can be copied and pickled, as for worker processes, which do not read it anew.
-    Raises InvalidDataset if `root` is not a dataset's directory.
+    root: pathlib.Path of the directory. name: str. meta: the contents of meta.json. digest: 'sha256:...'.
+    Iteration is sorted. A Dataset can be copied and pickled, for instance for worker processes, which do not read the
+    directory again.
+    Raises InvalidDataset if `root` is not a dataset.
     """
 
     @_public
-    def __init__(self, root: _Path, name: Optional[str] = None, digest: Optional[str] = None) -> None:
+    def __init__(
+            self,
+            root: _Path,
+            name: Optional[str] = None,
+            digest: Optional[str] = None,
+    ) -> None:
         self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
-        self.name = name or self.root.resolve().name  #: str
+        self.name = name or os.path.basename(os.path.realpath(self.root))  #: str
         self._digest = digest
         self._partitions = _validate(self.root)
 
     def __getitem__(self, partition: str) -> Path:
         if partition not in self._partitions:
-            raise _no_partition(partition, self.name, self._partitions)
+            raise _unknown_partition(partition, self.name, self._partitions)
         return self.root / 'data' / _to_os(partition)
 
     def __iter__(self) -> Iterator[str]:
@@ -960,13 +1248,27 @@ class Dataset(Mapping[str, Path]):
         return len(self._partitions)
 
     def __repr__(self) -> str:
-        return '<Dataset %s: %s>' % (self.name, ', '.join(self))
+        return f"<Dataset {self.name}: {', '.join(self)}>"
 
     def keys(self) -> KeysView[str]:
-        """The partitions' names, as a set that compares and prints like dict's."""
+        """The partitions' names, as a set that compares and prints as that of a dict."""
         return dict.fromkeys(self._partitions).keys()
 
-    # what etcetera 0.0.x had besides
+    @property
+    @_public
+    def meta(self) -> Dict[str, Any]:
+        """The contents of meta.json; {} if there is none."""
+        return _read_meta(self.root)
+
+    @property
+    @_public
+    def digest(self) -> str:
+        """'sha256:...' of all contents. If no receipt holds it, every file is read."""
+        if self._digest is None:
+            self._digest = _dataset_digest(_digest_segments(self.root))
+        return self._digest
+
+    # What etcetera 0.0.x offered, too
 
     @property
     def location(self) -> Path:
@@ -979,62 +1281,49 @@ class Dataset(Mapping[str, Path]):
         return self.root / 'data'
 
     def file(self, *parts: str) -> Path:
-        """The path of what is in the dataset's directory."""
+        """The path of something in the dataset's directory."""
         return self.root.joinpath(*parts)
 
     def partitions(self) -> List[str]:
         """The same as list(self)."""
         return list(self)
 
-    @property
-    @_public
-    def meta(self) -> Dict[str, Any]:
-        """The contents of meta.json; {} without one."""
-        return _read_meta(self.root)
 
-    @property
-    @_public
-    def digest(self) -> str:
-        """'sha256:...' of all contents; where no receipt knows it, every file is read."""
-        if self._digest is None:
-            self._digest = _dataset_digest(_digest_segments(self.root))
-        return self._digest
-
-
-def _no_partition(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
-    return UnknownPartition("no partition '%s' in %s; it has: %s%s"
-                            % (_masked(str(partition)), name, ', '.join(known), _did_you_mean(str(partition), known)))
+def _unknown_partition(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
+    return UnknownPartition(f"no partition '{_masked(str(partition))}' in {name}; it has: {', '.join(known)}",
+                            _did_you_mean(str(partition), known))
 
 
 def _validate(root: Path, label: str = '') -> List[str]:
-    """The partitions of the dataset at `root`; InvalidDataset says what is wrong with it, or with `label`."""
+    """The partitions of the dataset at `root`. Raises InvalidDataset, which calls the directory `label`."""
     label = label or str(root)
     if not root.is_dir():
-        raise InvalidDataset('%s is a file, not a directory; unpack it first' % label if root.exists()
-                             else 'no directory %s' % _masked(label))
+        if root.exists():
+            raise InvalidDataset(f'{label} is a file, not a directory', 'unpack it first')
+        raise InvalidDataset(f'no directory {_masked(label)}')
     if not (root / 'data').is_dir():
-        raise InvalidDataset("%s is no dataset: it needs a directory 'data' with a directory for each partition%s"
-                             % (label, _nearby(root, label)))
+        raise InvalidDataset(f"{label} is no dataset: it needs a directory 'data' with a directory for each partition",
+                             _nearby_dataset(root, label))
     try:
         partitions = _partitions(root)
     except InvalidDataset as e:
-        raise InvalidDataset('%s is no dataset: %s' % (label, e)) from None
+        raise InvalidDataset(f'{label} is no dataset: {e.message}', e.remedy) from None
     if not partitions:
-        raise InvalidDataset("%s is no dataset: 'data' is empty; make a directory in it for each partition" % label)
+        raise InvalidDataset(f"{label} is no dataset: 'data' is empty", 'make a directory in it for each partition')
     _read_meta(root, label)
     return partitions
 
 
-def _nearby(root: Path, label: str) -> str:
-    """What to say of a dataset that is just above or below `root`, which is none."""
+def _nearby_dataset(root: Path, label: str) -> str:
+    """A remedy if a dataset is directly above or below `root`, or ''."""
     if root.name == 'data':
-        return '; %s is one' % root.parent
-    inner = [name for name in sorted(os.listdir(str(root))) if os.path.isdir(os.path.join(str(root), name, 'data'))]
+        return f'{root.parent} is one'
+    inner = [name for name in sorted(os.listdir(root)) if os.path.isdir(root / name / 'data')]
     if not inner:
         return ''
     if label == str(root):
-        return '; %s is one' % (root / inner[0])
-    return "; its directory '%s' is one: pack that with 'tar czf NAME.tgz -C %s .'" % (inner[0], inner[0])
+        return f'{root / inner[0]} is one'
+    return f"its directory '{inner[0]}' is one: pack that with 'tar czf NAME.tgz -C {inner[0]} .'"
 
 
 def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
@@ -1044,80 +1333,131 @@ def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as e:
-        raise InvalidDataset('%s is not JSON: %s' % (label, e)) from None
+        raise InvalidDataset(f'{label} is not JSON: {e}') from None
     if not isinstance(meta, dict):
-        raise InvalidDataset('%s must hold a JSON object, {...}' % label)
+        raise InvalidDataset(f'{label} must hold a JSON object, {{...}}')
     return meta
 
 
-_META_LIMIT = 16 << 20  # bytes of meta.json
-_README_LIMIT = 1 << 20  # bytes of README.md that are shown
+def _read_readme(root: Path) -> str:
+    try:
+        return _read_text(root / 'README.md', _README_LIMIT, 'replace')
+    except (FileNotFoundError, ValueError):
+        return ''
 
 
 def _read_text(path: Path, limit: int, errors: str) -> str:
-    """The start of a file; ValueError if it is none, or longer where `errors` is 'strict'."""
-    status = os.stat(str(path))
+    """The start of a file. Raises ValueError if it is no file or, where `errors` is 'strict', longer than `limit`."""
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError('it is no file')
+        raise ValueError('it is not a file')
     if errors == 'strict' and status.st_size > limit:
-        raise ValueError('it is larger than %d bytes' % limit)
-    with open(str(path), 'rb') as file:
+        raise ValueError(f'it is larger than {limit} bytes')
+    with open(path, 'rb') as file:
         return file.read(limit).decode('utf-8-sig', errors)
 
 
-_NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z'
-_PINNED = r'([^@]*)(?:@(sha256:[0-9a-f]{64}))?\Z'
-
-
 def _is_name(text: str) -> bool:
+    """Whether a dataset can have this name, which must be safe in any path and any key."""
     return bool(re.match(_NAME, text))
 
 
 def _parse_name(text: str) -> Tuple[str, Optional[str]]:
-    """Split NAME[@sha256:...]; a name must be safe in any path and any key."""
-    match = re.match(_PINNED, text)
+    """Split NAME[@sha256:...]. Raises InvalidDataset."""
+    match = re.match(_NAME_AND_DIGEST, text)
     if not match:
-        raise InvalidDataset("'%s' is not NAME@sha256:... with 64 hexadecimal digits" % _masked(text))
-    if not _is_name(match.group(1)):
-        hint = '; a url is given by --url' if '://' in text else ''
-        raise InvalidDataset("'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
-                             'the first a letter or digit%s' % (_masked(text), hint))
-    return match.group(1), match.group(2)
+        raise InvalidDataset(f"'{_masked(text)}' is not NAME@sha256:... with 64 hexadecimal digits")
+    name: str = match.group(1)
+    if not _is_name(name):
+        raise InvalidDataset(
+            f"'{_masked(text)}' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
+            'the first a letter or digit', 'a url is given by --url' if '://' in text else '')
+    return name, match.group(2)
 
 
 # ---------------------------------------------------------------------------------------
-# Archives: the .tgz format, version 1 (described in README.md)
+# Archives
+#
+# THE FORMAT, VERSION 1
+#
+# An archive is one object, NAME.tgz: an ordinary gzipped tar that every tar unpacks. Inside the rules of gzip (RFC
+# 1952: members may follow one another, headers may carry extra fields) it has more structure:
+#
+#     archive  = segment...  end  index  footer
+#     segment  = block...
+#     block    = one gzip member that holds the next 1,048,576 bytes of the segment's tar stream; the last block of a
+#                segment may hold fewer
+#     end      = one block that holds tar's end of archive, 1,024 zero bytes
+#     index    = empty gzip members, each of which carries the next bytes of the index, at most 8,000
+#     footer   = an empty gzip member of 34 bytes
+#
+# All members start with the bytes 1f 8b 08 04 00 00 00 00 00 ff, a 16-bit length XLEN and one extra field:
+#
+#     bytes 10-11   XLEN: the length of all that follows up to the deflate stream
+#     bytes 12-13   the tag: "et" of a block, "ei" of an index member, "ef" of the footer
+#     bytes 14-15   the length of the data
+#     bytes 16-     the data: of a block the length of the whole member (32 bits), of an index member bytes of the
+#                   index, of the footer the offset of the first index member in the archive (64 bits)
+#
+# Numbers are little-endian. A block MUST NOT take more than 1,052,672 bytes. The index is JSON in UTF-8, for example:
+#
+#     {"etcetera":1,"digest":"sha256:...","segments":[
+#         {"path":".","offset":0,"length":204,"files":1,"size":2,"digest":"sha256:..."},
+#         {"path":"data/train","offset":204,"length":1312,"files":4,"size":5160,"digest":"sha256:..."}]}
+#
+#     path      "." for the files in the root directory (MUST be the first segment); then other top-level directories;
+#               then "data/" and the name of a partition; the latter two kinds sorted by code points
+#     offset    of the segment's first byte in the archive; segments MUST follow one another without gaps, from 0 on
+#     length    bytes of the segment in the archive
+#     files     number of files and links
+#     size      bytes of all files
+#     digest    SHA-256 over the SHA-256 digests (32 bytes each) of the contents of the segment's blocks
+#
+# The digest of the dataset is SHA-256 over, for each segment: its path in UTF-8, a zero byte, its digest (32 bytes).
+# Readers MUST ignore keys that they do not know. If "etcetera" is not 1, they MUST treat the archive as any .tgz.
+#
+# The tar stream MUST be canonical:
+#     - Entries are sorted by the components of their paths as code points, a directory before its contents. Every
+#       directory has an entry. The segment "." holds the root's files and the entry "data/".
+#     - Names are relative, without "./"; those of directories end in "/".
+#     - The mode is 0644; of directories and of files that their owner may execute 0755. uid and gid are 0; mtime is
+#       315532800; uname, gname, devmajor and devminor are zero bytes.
+#     - Headers are ustar. A pax header (name "././@PaxHeader", mode 0, mtime 0) precedes an entry whose name or link
+#       target is not ASCII or longer than 100 bytes, or whose size is 8 GiB or more. Its records are "path",
+#       "linkpath", "size", in this order, and only those that are needed.
+#     - The target of a link is the shortest relative path to an entry of the same segment.
+#
+# So a reader finds the index from the object's end, fetches any segment by a range of bytes, and inflates blocks in
+# parallel, as it knows where each ends. A writer SHOULD store a block that would not shrink.
 # ---------------------------------------------------------------------------------------
 
 _GZIP = b'\x1f\x8b\x08\x04\0\0\0\0\0\xff'  # RFC 1952, 2.3: deflate, FEXTRA, no time, unknown system
-_EMPTY = b'\x03\0' + bytes(8)  # an empty deflate stream, its CRC-32 and size
-_HEADER = len(_GZIP) + 2 + 4 + 4  # bytes before a block's deflate stream
-_LONGEST = _BLOCK + 4096  # no block need be longer: stored, it grows by 5 bytes in each 16 KiB or more
-_FOOTER = 34
-_Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
-_LARGE = 32768  # bytes of a file that are worth another thread to write them
-_RANGE = 6 << 20  # bytes fetched by one request, at most
-_TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
-_TAR_HEADERS = 4 << 20  # bytes of names, pax records and sparse maps that may stand before one entry
-_TAR_PAX = (b'x', b'g', b'X')  # POSIX's for one entry, for all that follow, and Solaris's
-_TAR_LABEL = b'V'  # GNU tar's name of the volume
+_EMPTY = b'\x03\0' + bytes(8)  # an empty deflate stream, its CRC-32 and its size
+_EXTRA = struct.Struct('<H2sH')  # RFC 1952, 2.3.1.1: length of all fields, tag and length of the only one
+_FIELD = len(_GZIP) + _EXTRA.size  # where the data of the extra field start
+_BLOCK_HEADER = _FIELD + 4  # bytes before a block's deflate stream
+_TRAILER = struct.Struct('<II')  # CRC-32 and size
+_FOOTER = _FIELD + 8 + len(_EMPTY)
+_LONGEST_BLOCK = _BLOCK + 4096  # bytes in the archive: stored, a block grows by 5 bytes in each 16 KiB or more
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
-_INDEX_LIMIT = 16 << 20  # enough for some 80,000 partitions
+_INDEX_LIMIT = 16 << 20  # bytes of index: enough for some 80,000 partitions
+_Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
+_LARGE_FILE = 32768  # bytes from which on another thread is worth its while to write a file
 
 
-def _member(tag: bytes, extra: bytes) -> bytes:
-    """The gzip header with one extra field (RFC 1952, 2.3.1.1)."""
-    return _GZIP + struct.pack('<H2sH', len(extra) + 4, tag, len(extra)) + extra
+def _member(tag: bytes, data: bytes) -> bytes:
+    """The header of a gzip member with one extra field."""
+    return _GZIP + _EXTRA.pack(len(data) + 4, tag, len(data)) + data
 
 
 def _compress(level: int, payload: bytes) -> bytes:
-    """One block: a gzip member that says how long it is."""
-    level, strategy = _effort(level, payload)
+    """A block of the archive, from the bytes that it is to hold."""
+    level, strategy = _choose_effort(level, payload)
     body = _deflate(payload, level, strategy)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
-    length = struct.pack('<I', _HEADER + len(body) + 8)
-    return b''.join((_member(b'et', length), body, struct.pack('<II', zlib.crc32(payload), len(payload))))
+    length = struct.pack('<I', _BLOCK_HEADER + len(body) + _TRAILER.size)
+    return b''.join((_member(b'et', length), body, _TRAILER.pack(zlib.crc32(payload), len(payload))))
 
 
 def _deflate(payload: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> bytes:
@@ -1125,12 +1465,12 @@ def _deflate(payload: bytes, level: int, strategy: int = zlib.Z_DEFAULT_STRATEGY
     return deflate.compress(payload) + deflate.flush()
 
 
-def _effort(level: int, payload: bytes) -> Tuple[int, int]:
-    """The level and strategy that pay, guessed from samples.
+def _choose_effort(level: int, payload: bytes) -> Tuple[int, int]:
+    """The level and strategy that pay for these bytes, judged by samples of them.
 
-    JPEG, Parquet, npz and the like do not shrink: they are stored. Nor do small files of that kind, but for the
-    padding that tar puts between them; finding runs of zeros will do there, at a third of the time. The default level
-    shall take no more than 2 % more bytes than gzip's; often the one below does, in two thirds of the time.
+    JPEG, Parquet, npz and the like do not shrink: they are stored. Small files of that kind do not shrink either, but
+    the padding between them does: run-length encoding is enough there, in a third of the time. The default level is
+    to take at most 2 % more bytes than gzip's; the level below often achieves that, in two thirds of the time.
     """
     if not level or len(payload) <= 65536:
         return level, zlib.Z_DEFAULT_STRATEGY
@@ -1138,115 +1478,139 @@ def _effort(level: int, payload: bytes) -> Tuple[int, int]:
     samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
     if len(_deflate(samples, level)) > 0.97 * len(samples):
         return 0, zlib.Z_DEFAULT_STRATEGY
-    dense = re.sub(b'\0{8,}', b'', samples)
-    if len(_deflate(dense, level)) > 0.9 * len(dense):
+    without_padding = re.sub(b'\0{8,}', b'', samples)
+    if len(_deflate(without_padding, level)) > 0.9 * len(without_padding):
         return level, _Z_RLE
-    if level == _LEVEL:
+    if level == _DEFAULT_LEVEL:
         middle = payload[len(payload) // 2:][:32768]
-        level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
+        if len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level)):
+            level -= 1
     return level, zlib.Z_DEFAULT_STRATEGY
 
 
 def _inflate(body: Any) -> bytes:
-    """What a block holds, from its deflate stream, CRC-32 and size (RFC 1952, 2.3.1)."""
+    """The bytes that a block holds, from what follows its header."""
     inflater = zlib.decompressobj(-15)
     try:
         payload = inflater.decompress(body, _BLOCK + 1)
     except zlib.error as e:
-        raise Corrupt('the archive is damaged: %s' % e) from None
-    if not inflater.eof or not 0 < len(payload) <= _BLOCK or len(payload) % 512 \
-            or inflater.unused_data != struct.pack('<II', zlib.crc32(payload), len(payload)):
-        raise Corrupt('the archive is damaged: a block does not hold what it says')
+        raise Corrupt(f'the archive is damaged: {e}') from None
+    is_complete = inflater.eof and 0 < len(payload) <= _BLOCK and len(payload) % 512 == 0
+    if not is_complete or inflater.unused_data != _TRAILER.pack(zlib.crc32(payload), len(payload)):
+        raise Corrupt('the archive is damaged: a block does not hold what it promises')
     return payload
+
+
+def _pack(
+        survey: _Survey,
+        level: int,
+        pool: Any,
+        segments: _SegmentList,
+        progress: _Progress = None,
+) -> Generator[bytes, None, None]:
+    """Yield the blocks of a dataset's archive; `segments` grows on the way."""
+    for block in _process(survey.listing, functools.partial(_compress, level), pool, progress, survey.size):
+        segments.add(block, len(block.result))
+        yield block.result
+
+
+def _archive_end(level: int, segments: _SegmentList) -> bytes:
+    """What follows the blocks: the end of the tar, the index and the footer."""
+    end = _compress(level, _ZEROS)
+    return end + _index(segments.segments, segments.archive_length() + len(end))
 
 
 def _index(segments: Sequence[_Segment], offset: int) -> bytes:
     """The index and the footer, for an index that starts at `offset`."""
-    text = json.dumps({'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': [vars(s) for s in segments]},
-                      ensure_ascii=False, separators=(',', ':')).encode('utf-8')
+    index = {'etcetera': 1, 'digest': _dataset_digest(segments),
+             'segments': [segment.to_json() for segment in segments]}
+    text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     if len(text) > _INDEX_LIMIT * 9 // 10:
-        raise InvalidDataset('it has too many partitions for one archive; gather them in fewer directories')
+        raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
     steps = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
-    return b''.join([_member(b'ei', step) + _EMPTY for step in steps]
-                    + [_member(b'ef', struct.pack('<Q', offset)), _EMPTY])
+    members = [_member(b'ei', step) + _EMPTY for step in steps]
+    return b''.join(members) + _member(b'ef', struct.pack('<Q', offset)) + _EMPTY
 
 
-def _pack(listing: _Listing, level: int, pool: Any, segments: List[_Segment], progress: _Progress = None,
-          total: int = 0) -> Generator[bytes, None, None]:
-    """A dataset's archive, piece by piece; `segments` is filled on the way and complete before the index."""
-    offset = 0
-    for segment, block in _process(listing, functools.partial(_compress, level), pool, progress, total):
-        if not segments or segments[-1] is not segment:
-            segment.offset = offset
-            segments.append(segment)
-        segment.length += len(block)
-        offset += len(block)
-        yield block
-    end = _compress(level, _ZEROS)
-    yield end
-    yield _index(segments, offset + len(end))
-
-
-def _footer(tail: bytes, size: int) -> Optional[int]:
-    """Where the index of an archive of `size` bytes starts; None if it has none. `tail` is its end."""
-    start = _member(b'ef', bytes(8))[:-8]
+def _find_index(tail: bytes, size: int) -> Optional[int]:
+    """The offset of the index in an archive of `size` bytes that ends in `tail`; None if it has no index."""
     footer = tail[-_FOOTER:]
-    if len(footer) < _FOOTER or not footer.startswith(start) or not footer.endswith(_EMPTY):
+    offset_bytes = footer[_FIELD:_FIELD + 8]
+    if len(footer) < _FOOTER or footer != _member(b'ef', offset_bytes) + _EMPTY:
         return None
-    offset = struct.unpack_from('<Q', footer, len(start))[0]  # type: int
+    offset = int.from_bytes(offset_bytes, 'little')
     if not 0 < size - _FOOTER - offset <= _INDEX_LIMIT:
         raise Corrupt('the archive is damaged: its footer points nowhere')
     return offset
 
 
 def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
-    """The segments that an index tells of, from its bytes with the footer; None for a version not known."""
-    unreadable = Corrupt('the archive is damaged: its index is unreadable')
-    text, at, end = [], 0, len(data) - _FOOTER
-    while at < end:
-        length = int.from_bytes(data[at + 14:at + 16], 'little')
-        text.append(data[at + 16:at + 16 + length])
-        if data[at:at + 16] != _member(b'ei', text[-1])[:16] or data[at + 16 + length:at + 26 + length] != _EMPTY:
-            raise unreadable
-        at += 26 + length
-    whole = b''.join(text)
-    if whole.count(b'[') + whole.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', whole):
-        raise unreadable  # it would take much memory or time to read
+    """The segments in the index that starts at `offset`, from its bytes up to the archive's end.
+
+    None if the index is of an unknown version. Raises Corrupt.
+    """
     try:
-        index = json.loads(whole.decode('utf-8'))
+        index = _parse_json(_index_text(data[:-_FOOTER]))
+        if not isinstance(index, dict) or type(index.get('etcetera')) is not int:
+            raise _Malformed
+        if index['etcetera'] != 1:
+            return None
+        if not isinstance(index.get('segments'), list):
+            raise _Malformed
+        segments = [_Segment.from_json(row) for row in index['segments']]
+        _check_order(segments, offset)
+        if index.get('digest') != _dataset_digest(segments):
+            raise _Malformed
+        return segments
+    except _Malformed:
+        raise Corrupt('the archive is damaged: its index is unreadable') from None
+
+
+def _parse_json(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode('utf-8'))
     except (ValueError, RecursionError):
-        raise unreadable from None
-    if not isinstance(index, dict) or type(index.get('etcetera')) is not int:
-        raise unreadable
-    if index['etcetera'] != 1:
-        return None
-    rows = index.get('segments')
-    if at != end or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise unreadable
-    segments = [_Segment(*map(row.get, ('path', 'offset', 'length', 'files', 'size', 'digest'))) for row in rows]
-    if not _is_valid_index(segments, index.get('digest'), offset):
-        raise unreadable
-    return segments
+        raise _Malformed from None
 
 
-def _is_valid_index(segments: List[_Segment], digest: Any, offset: int) -> bool:
-    """Whether the segments are well-formed and follow one another, from 0 to before the index."""
+def _index_text(data: bytes) -> bytes:
+    """The JSON in the members of an index. Raises _Malformed, also for what would take much memory or time to parse."""
+    parts = []
     at = 0
+    while at < len(data):
+        header = data[at:at + _FIELD]
+        length = int.from_bytes(header[-2:], 'little')
+        end = at + _FIELD + length + len(_EMPTY)
+        part = data[at + _FIELD:at + _FIELD + length]
+        if data[at:end] != _member(b'ei', part) + _EMPTY:
+            raise _Malformed
+        parts.append(part)
+        at = end
+    text = b''.join(parts)
+    if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
+        raise _Malformed
+    return text
+
+
+def _check_order(segments: List[_Segment], end: int) -> None:
+    """Raises _Malformed unless these segments can follow one another from the archive's start to `end`, or before."""
+    offset = 0
     order = []
-    for s in segments:
-        if not s.is_sound() or not _is_utf8(s.path):
-            return False
-        if s.path != '.' and not _is_safe(s.path):
-            return False
-        if s.offset != at or s.length <= 0 or s.files < 0 or s.size < 0:
-            return False
-        at += s.length
-        parts = s.path.split('/')
+    for segment in segments:
+        if segment.offset != offset or segment.length <= 0 or segment.files < 0 or segment.size < 0:
+            raise _Malformed
+        offset += segment.length
+        if segment.path == '.':
+            order.append((0, ''))
+            continue
+        if not _is_utf8(segment.path) or not _is_safe(segment.path):
+            raise _Malformed
+        parts = segment.path.split('/')
         if len(parts) > 2 or (len(parts) == 2) != (parts[0] == 'data'):
-            return False
-        order.append((0, '') if s.path == '.' else (len(parts), s.path))
-    return (order[:1] == [(0, '')] and order == sorted(set(order)) and at <= offset
-            and digest == _dataset_digest(segments))
+            raise _Malformed
+        order.append((len(parts), segment.path))
+    if order[:1] != [(0, '')] or order != sorted(set(order)) or offset > end:
+        raise _Malformed
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1254,8 +1618,8 @@ _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a name in an archive stays below where it is unpacked, on this system."""
-    padded = '/%s/' % name
+    """Whether a name in an archive stays below the directory where it is unpacked, on this system."""
+    padded = f'/{name}/'
     if '//' in padded or '/./' in padded or '/../' in padded or '\0' in name:
         return False
     return os.sep == '/' or not re.search(_NOT_ON_WINDOWS, name, re.I)
@@ -1265,108 +1629,111 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name, or make a second one where there are no hard links."""
+    """Give a file a second name, or copy it where hard links do not work."""
     import shutil
     try:
         if os.name == 'nt':
-            raise OSError  # to remove one link, it would have to be made writable, and so the other
+            raise OSError  # to remove one link, it would have to be made writable, and with it the other
         os.link(source, target)
     except OSError:
         mode = os.stat(source).st_mode & 0o777
-        file = os.open(target, _CREATE, mode | 0o200)  # the x bit at once, as some disks know no chmod
+        file = os.open(target, _CREATE, mode | 0o200)  # with the x bit at once, as some disks have no chmod
         with open(source, 'rb') as original, open(file, 'wb') as copy:
             shutil.copyfileobj(original, copy, _BLOCK)
         with contextlib.suppress(OSError):
             os.chmod(target, mode)
 
 
-def _symlink(target: str, path: str, remedy: str = "set 'home' to a place on another disk") -> None:
+def _symlink(
+        target: _Path,
+        path: _Path,
+        remedy: str = "set 'home' to a place on another disk",
+) -> None:
     try:
-        os.symlink(target, path, target_is_directory=os.path.isabs(target))  # which only Windows heeds
+        os.symlink(target, path, target_is_directory=os.path.isabs(target))  # only Windows heeds the flag
     except OSError as e:
         if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        raise Error('there can be no links on this disk: %s; %s' % (e.strerror, remedy)) from None
+        raise Error(f'this disk cannot hold links: {e.strerror}', remedy) from None
+
+
+def _write(file: int, data: Any) -> None:
+    """os.write(), until all is written."""
+    written = os.write(file, data)
+    while written < len(data):
+        data = data[written:]
+        written = os.write(file, data)
 
 
 class _Sink:
-    """Writes a dataset's entries below `root`, never through a link, and nothing anywhere else."""
+    """Writes the entries of an archive below `root`: nothing elsewhere, nothing twice, nothing through a link."""
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
-        self.writable: List[Tuple[str, int]] = []  # files that are yet to be made read-only, and their modes
-        self.twin = ''  # a directory with the same files, while there is one
-        self.links: Dict[str, str] = {}  # their targets, by the names of the links
+        self.twin = ''  # a directory that holds the same files, while there is one
+        self.links: Dict[str, str] = {}  # targets of links, which finish() makes
+        self.writable: List[Tuple[str, int]] = []  # files that finish() makes read-only, with their modes
 
     def path(self, name: str) -> str:
+        """Where an entry goes. Raises Corrupt if that is not below the root."""
         if not _is_safe(name) or name.count('/') >= _DEPTH:
-            raise Corrupt("the archive holds the unsafe name '%.300s'; do not trust it" % name)
+            raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'", 'do not trust it')
         try:
             return self.root + _to_os(name)
         except UnicodeError:
-            raise Corrupt("the archive holds the name '%s', which is not valid UTF-8" % name) from None
+            raise Corrupt(f"the archive holds the name '{name}', which is not valid UTF-8") from None
 
-    def directory(self, name: str, exist_ok: bool = False) -> None:
+    def make_directory(self, name: str, exist_ok: bool = False) -> None:
         path = self.path(name)
         try:
             os.mkdir(path)
         except FileExistsError:
             if not exist_ok or not os.path.isdir(path):
-                raise self.twice(name) from None
+                raise self.duplicate(name) from None
         except (FileNotFoundError, NotADirectoryError):
-            raise self.astray(name) from None
+            raise self.orphan(name) from None
 
-    def create(self, name: str, executable: bool) -> int:
-        """A new read-only file, as a descriptor to write to."""
-        path, mode = self.path(name), 0o555 if executable else 0o444
+    def create_file(self, name: str, executable: bool) -> int:
+        """Create a read-only file, and return a descriptor to write to it."""
+        path = self.path(name)
+        mode = 0o555 if executable else 0o444
         try:
             try:
                 return os.open(path, _CREATE, mode)
-            except PermissionError:  # some network file systems open nothing for writing that is read-only
+            except PermissionError:  # some network file systems do not open a new read-only file for writing
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 file = os.open(path, _CREATE, mode | 0o200)
                 self.writable.append((path, mode))
                 return file
         except FileExistsError:
-            raise self.twice(name) from None
+            raise self.duplicate(name) from None
         except (FileNotFoundError, NotADirectoryError):
-            raise self.astray(name) from None
+            raise self.orphan(name) from None
 
-    def put(self, name: str, executable: bool, data: Any) -> None:
-        """A new file with all it holds."""
-        twin = self.twin  # which may end while a thread is here
+    def write_file(self, name: str, executable: bool, data: Any) -> None:
+        """Create a file with all its contents."""
+        twin = self.twin  # another thread may reset it
         if twin:
             _link_or_copy(twin + _to_os(name), self.path(name))
             return
-        file = self.create(name, executable)
+        file = self.create_file(name, executable)
         try:
             _write(file, data)
         finally:
             os.close(file)
 
-    def astray(self, name: str) -> Error:
-        if not os.path.isdir(self.root):
-            return Error('%s was removed while it was being filled; run the command again' % self.root)
-        return Corrupt("the archive is damaged: it holds '%s', but not the directory around it" % name)
-
-    def twice(self, name: str) -> Error:
-        return Corrupt("the archive holds '%s' twice (or names that this disk cannot tell apart)" % name)
-
-    def link(self, name: str, target: str) -> None:
-        """Make a link, but not before finish(), so that nothing can be written through it."""
+    def add_link(self, name: str, target: str) -> None:
+        """Note a link. finish() makes it, so that nothing can be written through it."""
         self.path(name)
         if name in self.links:
-            raise self.twice(name)
-        try:
-            if not 0 < len(target) < 4096 or '\0' in _to_os(target):
-                raise ValueError
-        except ValueError:
-            raise self.astray_link(name, ascii(target)) from None
+            raise self.duplicate(name)
+        if not 0 < len(target) < 4096 or '\0' in target or not _is_utf8(target):
+            raise self.bad_link(name, ascii(target))
         self.links[name] = target
 
     def finish(self, confined: bool) -> None:
-        """Make the links; each must lead to something in the dataset or, if `confined`, in its own segment."""
+        """Make the links. Raises Corrupt if one leads out of the dataset or, if `confined`, out of its segment."""
         for path, mode in self.writable:
             with contextlib.suppress(OSError):
                 os.chmod(path, mode)
@@ -1374,238 +1741,312 @@ class _Sink:
             try:
                 _symlink(_to_os(target), self.path(name))
             except FileExistsError:
-                raise self.twice(name) from None
+                raise self.duplicate(name) from None
         root = os.path.realpath(self.root)
         for name, target in self.links.items():
-            try:
-                os.stat(self.path(name))  # the system's own limit, before realpath() follows a chain without end
-            except OSError:
-                raise self.astray_link(name, target) from None
-            real = os.path.realpath(self.path(name))
-            inside = os.path.join(root, _to_os(_segment_of(name)) if confined else '', '')
-            stays = real.startswith(os.path.normpath(inside) + os.sep) or real == os.path.normpath(inside)
-            if confined and _segment_of(name) == '.':
-                stays = os.path.dirname(real) == root and os.path.isfile(real)
-            if os.path.isabs(target) or not stays:
-                raise self.astray_link(name, target)
+            if os.path.isabs(target) or not self.stays_inside(root, name, confined):
+                raise self.bad_link(name, target)
 
-    def astray_link(self, name: str, target: str) -> Error:
-        return Corrupt("the archive holds the link '%s' to '%.300s', which leads out of the dataset or nowhere"
-                       % (name, target))
+    def stays_inside(self, root: str, name: str, confined: bool) -> bool:
+        """Whether a link leads to something in the dataset or, if `confined`, in its segment."""
+        try:
+            os.stat(self.path(name))  # the system bounds chains of links, which realpath() may follow for ever
+        except OSError:
+            return False
+        real = os.path.realpath(self.path(name))
+        segment = _segment_of(name) if confined else ''
+        if segment == '.':
+            return os.path.dirname(real) == root and os.path.isfile(real)
+        inside = os.path.normpath(os.path.join(root, _to_os(segment)))
+        return real == inside or real.startswith(inside + os.sep)
+
+    def orphan(self, name: str) -> Error:
+        if not os.path.isdir(self.root):
+            return Error(f'{self.root} was removed while it was being filled', 'run the command again')
+        return Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it")
+
+    def duplicate(self, name: str) -> Error:
+        return Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)")
+
+    def bad_link(self, name: str, target: str) -> Error:
+        return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
+                       'nowhere')
 
 
 def _segment_of(name: str) -> str:
-    """The path of the segment that the entry `name` belongs to; a root file's looks like any top-level name."""
+    """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
     parts = name.split('/')
     if parts[0] == 'data' and len(parts) > 1:
         return 'data/' + parts[1]
     return '.' if len(parts) == 1 else parts[0]
 
 
-def _write(file: int, data: Any) -> None:
-    written = os.write(file, data)
-    while written < len(data):
-        data = data[written:]
-        written = os.write(file, data)
-
-
 class _Extractor:
-    """Writes one segment's tar stream to a sink, and refuses whatever is not canonical.
+    """Writes the tar stream of one segment to a sink, and refuses whatever is not canonical.
 
-    So what is installed hashes, file by file, to the digest that the index promised.
+    So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, sink: _Sink, segment: _Segment) -> None:
+    def __init__(self, sink: _Sink, path: str, limit: int) -> None:
+        """limit: bytes that all files of the segment may have."""
         self.sink = sink
-        self.segment = segment
+        self.path = path
+        self.limit = limit
         self.digests = _sha256()
-        self.rest = b''  # the start of a header whose end is in the next block
-        self.path, self.executable = '', False  # of the last entry
-        self.parent, self.own = '', ''  # the directory that it is in, and its name there; or itself, if it is one
-        self.file = -1  # the file that goes on in the next block, its whole size, and how many bytes are to come
-        self.whole = self.left = 0
-        self.files = self.size = self.length = self.directories = 0
+        self.files = 0
+        self.size = 0
+        self.block_length = 0  # of the last block
+        self.rest = b''  # the start of headers whose end is in the next block
+        # the last entry
+        self.name = ''
+        self.executable = False
+        self.parent = ''  # the directory that it is in; itself, if it is a directory
+        self.own = ''  # its name there
+        self.has_directory = False  # whether a directory has come
+        # the file whose bytes come next
+        self.file = -1  # its descriptor, if it goes on in the next block
+        self.whole = 0  # its size
+        self.left = 0  # bytes of it that are still to come
 
     def feed(self, payload: bytes, digest: bytes) -> List[Tuple[str, bool, Any]]:
-        """Write what the segment's next block holds, but give back the larger files, for sink.put() in a thread."""
-        if self.length not in (0, _BLOCK):  # only the last may be shorter
-            raise self.odd()
-        self.length = len(payload)
+        """Write what the next block holds, but return the larger files, as arguments for _Sink.write_file()."""
+        if self.block_length not in (0, _BLOCK):  # only the last block may be shorter
+            raise self.broken('block length')
+        self.block_length = len(payload)
         self.digests.update(digest)
         data = self.rest + payload
-        view = memoryview(data)
         self.rest = b''
+        view = memoryview(data)
         large = []
-        at, end = 0, len(data)
-        while at < end:
+        at = 0
+        while at < len(data):
             if not self.left:
-                at = self.siblings(data, view, at)
-                header = self.header(data, at)
-                if not header:
+                at = self.write_siblings(data, view, at)
+                if at == len(data):
                     break
-                at += len(header)
-                if not self.entry(header):
+                length = self.header_length(data, at) if data[at + 156] == _PAX[0] else _HEADER
+                if at + length > len(data):
+                    self.rest = data[at:]
+                    break
+                header = data[at:at + length]
+                at += length
+                self.begin(header)
+                if not self.left:
                     continue
-            stop = min(at + self.left, end)
-            self.left -= stop - at
-            if self.file < 0 and not self.left:
-                if stop - at < _LARGE:
-                    self.sink.put(self.path, self.executable, view[at:stop])
+            stop = at + self.left
+            if self.file < 0 and stop <= len(data):  # all of a file
+                if self.left < _LARGE_FILE:
+                    self.sink.write_file(self.name, self.executable, view[at:stop])
                 else:
-                    large.append((self.path, self.executable, view[at:stop]))
+                    large.append((self.name, self.executable, view[at:stop]))
+                self.left = 0
             else:
-                if self.file < 0:
-                    self.file = self.sink.create(self.path, self.executable)
-                _write(self.file, view[at:stop])
+                stop = min(stop, len(data))
+                self.write_part(view[at:stop])
             at = stop
             if not self.left:
-                self.close()
                 at += -stop % 512
-                if data[stop:at] != _ZEROS[:at - stop]:
-                    raise self.odd()
+                if not data.startswith(_ZEROS[:at - stop], stop):
+                    raise self.broken('padding')
         return large
 
-    def siblings(self, data: bytes, view: Any, at: int) -> int:
-        """Write the files at `at` that differ from the last entry in name and size alone; return where they end.
+    def write_siblings(self, data: bytes, view: Any, at: int) -> int:
+        """Write the small files at `at` that differ from the last entry in name and size alone; return where they end.
 
-        For them it does what entry() and sink.put() do for all, in half the time.
+        The rules are those of begin(), to which it leaves whatever breaks one. Without this short cut, pulling many
+        small files takes a fifth longer.
         """
-        parent, own, mode, most = self.parent + '/', self.own, 0o755 if self.executable else 0o644, len(data) - 1024
-        if data[at + 156:at + 157] != _FILE or not self.directories or self.segment.path == '.' or self.sink.twin \
-                or os.sep != '/' or parent.count('/') >= _DEPTH:
+        if not self.has_directory or self.path == '.' or self.sink.twin or os.sep != '/':
             return at
-        place, start, left = self.sink.path(self.parent) + '/', len(parent), self.segment.size - self.size
-        while at <= most:
-            raw = data[at:at + 100].rstrip(b'\0')
+        prefix = self.parent + '/'
+        place = self.sink.path(self.parent) + '/'
+        mode = 0o755 if self.executable else 0o644
+        last_start = len(data) - 2 * _HEADER
+        while at <= last_start and prefix.count('/') < _DEPTH:
+            raw_name = data[at:at + 100].rstrip(b'\0')
             try:
-                name, size = raw.decode('ascii'), int(data[at + 124:at + 135], 8)
-                before, own = own, name[start:]
-                begin, end = at + 512, at + 512 + size
-                if not (0 < size < _LARGE and end <= most and size <= left and own > before and own[0] != '.'
-                        and '/' not in own and name.startswith(parent) and data.startswith(_ZEROS[:-size % 512], end)
-                        and data.startswith(_ustar(raw, _FILE, mode, size), at)):
-                    break
-                file = os.open(place + own, _CREATE, mode & 0o555)
-            except (ValueError, OSError):  # which entry() explains
+                name = raw_name.decode('ascii')
+                size = int(data[at + 124:at + 135], 8)
+            except ValueError:
+                break
+            own = name[len(prefix):]
+            if not name.startswith(prefix) or own <= self.own or own[0] == '.' or '/' in own:
+                break
+            start = at + _HEADER
+            stop = start + size
+            if not 0 < size < _LARGE_FILE or size > self.limit - self.size or stop > last_start:
+                break
+            is_canonical = data.startswith(_ustar(raw_name, _FILE, mode, size), at)
+            if not is_canonical or not data.startswith(_ZEROS[:-size % 512], stop):
                 break
             try:
-                _write(file, view[begin:end])
+                file = os.open(place + own, _CREATE, mode & 0o555)
+            except (OSError, ValueError):
+                break
+            try:
+                _write(file, view[start:stop])
             finally:
                 os.close(file)
-            self.path, self.own = name, own
+            self.name = name
+            self.own = own
             self.files += 1
-            left -= size
-            at = end + -size % 512
-        self.size = self.segment.size - left
+            self.size += size
+            at = stop + -size % 512
         return at
 
-    def header(self, data: bytes, at: int) -> bytes:
-        """The header at `at`; nothing, if it goes on in the next block."""
-        if data[at + 156:at + 157] != _PAX:
-            return data[at:at + 512]
-        length = 1024 + _octal(data[at + 124:at + 135])
-        length += -length % 512
-        if not 1024 < length <= 65536:
-            raise self.odd()
-        if at + length <= len(data):
-            return data[at:at + length]
-        self.rest = data[at:]
-        return b''
+    def write_part(self, data: Any) -> None:
+        """Write the next bytes of a file that does not end in the block where it begins."""
+        if self.file < 0:
+            self.file = self.sink.create_file(self.name, self.executable)
+        _write(self.file, data)
+        self.left -= len(data)
+        if not self.left:
+            self.close()
 
-    def entry(self, header: bytes) -> bool:
-        """Make what a header tells of, but a file only if it is empty; else it says that the file's bytes follow."""
+    def header_length(self, data: bytes, at: int) -> int:
+        """The length of the pax header at `at` and the ustar header that follows it."""
+        pax = _octal(data[at + 124:at + 135])
+        length = 1024 + pax + -pax % 512
+        if not 1024 < length <= 65536:
+            raise self.broken('pax header')
+        return length
+
+    def begin(self, header: bytes) -> None:
+        """Make what a header describes; of a file that is not empty, its bytes follow."""
         try:
             name, kind, mode, size, link = _parse_header(header)
-            odd = (_header(name, kind, mode, size, link) != header or mode not in _MODES.get(kind, ())
-                   or not 0 <= size <= (self.segment.size - self.size if kind == _FILE else 0)
-                   or (link != _relative(name, link) if kind == _LINK else link))
         except ValueError:
-            raise self.odd() from None
-        directory = kind == _DIRECTORY
-        path = name[:-1] if directory else name
+            raise self.broken('header') from None
+        self.check(name, kind, mode, size, link)
+        is_directory = kind == _DIRECTORY
+        path = name[:-1] if is_directory else name
         parent, _, own = path.rpartition('/')
-        if odd or directory != name.endswith('/') or not (
-                self.directories and parent == self.parent and own > self.own and self.segment.path != '.'
-                or self.may_follow(path, directory)):
-            raise self.odd()
-        self.path = path
-        self.parent, self.own = (path, '') if directory else (parent, own)
-        if directory:
-            self.directories += 1
-            self.sink.directory(path, exist_ok=path == 'data')  # it may be there with reused partitions
-            return False
+        self.check_place(path, parent, own, is_directory)
+        self.name = path
+        if is_directory:
+            self.parent = path
+            self.own = ''
+            self.has_directory = True
+            self.sink.make_directory(path, exist_ok=path == 'data')  # reused partitions may have made it
+            return
+        self.parent = parent
+        self.own = own
         self.files += 1
         if kind == _LINK:
-            self.sink.link(path, link)
-            return False
-        self.executable, self.whole, self.left = mode == 0o755, size, size
+            self.sink.add_link(path, link)
+            return
+        self.executable = mode == 0o755
+        self.whole = size
+        self.left = size
         self.size += size
         if not size:
-            self.sink.put(path, self.executable, b'')
-        return size > 0
+            self.sink.write_file(path, self.executable, b'')
 
-    def may_follow(self, path: str, directory: bool) -> bool:
-        """Whether an entry belongs into this segment, and comes after the last one."""
-        if self.segment.path == '.':
-            inside = path == 'data' if directory else '/' not in path
-        elif not self.path:
-            inside = path == self.segment.path  # a segment starts with its own directory
+    def check(self, name: str, kind: bytes, mode: int, size: int, link: str) -> None:
+        """The rules for an entry by itself."""
+        if kind not in _MODES:
+            raise self.broken('type')
+        if mode not in _MODES[kind]:
+            raise self.broken('mode')
+        if name.endswith('/') != (kind == _DIRECTORY):
+            raise self.broken('name')
+        if size < 0 or size > self.limit - self.size or size and kind != _FILE:
+            raise self.broken('size')
+        if link and kind != _LINK or kind == _LINK and link != _relative(name, link):
+            raise self.broken('link')
+
+    def check_place(self, path: str, parent: str, own: str, is_directory: bool) -> None:
+        """The rules for which entries a segment holds, and in which order."""
+        is_root = self.path == '.'
+        if parent == self.parent and own > self.own and self.has_directory and not is_root:
+            return  # the most frequent case: the next file of the same directory
+        if is_root:
+            belongs = path == 'data' if is_directory else '/' not in path
+        elif not self.name:
+            belongs = path == self.path  # the segment's own directory comes first
         else:
-            inside = path.startswith(self.segment.path + '/')
-        above = path.rpartition('/')[0]  # whose own entry must have come: it is the last entry's directory, or above it
-        return inside and path.split('/') > self.path.split('/') and (
-            not self.path or (self.parent + '/').startswith(above + '/') or self.segment.path == '.')
+            belongs = path.startswith(self.path + '/')
+        if not belongs:
+            raise self.broken('place')
+        if path.split('/') <= self.name.split('/'):
+            raise self.broken('order')
+        # The directory around it must have come: it is the directory of the last entry, or one above that.
+        if self.name and not is_root and not (self.parent + '/').startswith(parent + '/'):
+            raise self.broken('directory')
 
-    def finish(self) -> None:
-        s = self.segment
-        if self.left or self.rest or not self.directories or (self.files, self.size) != (s.files, s.size):
-            raise self.odd()
-        if 'sha256:' + self.digests.hexdigest() != s.digest:
-            raise Corrupt("the archive is damaged: '%s' is not what its digest promises" % s.path)
+    def finish(self) -> _Segment:
+        """The segment that has come. Raises Corrupt if it breaks off."""
+        if self.left or self.rest or not self.has_directory:
+            raise self.broken('end')
+        return _Segment(self.path, 0, 0, self.files, self.size, 'sha256:' + self.digests.hexdigest())
 
     def close(self) -> None:
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
 
-    def odd(self) -> Error:
-        return Corrupt("the archive is damaged: '%s' is not as etcetera writes it" % self.segment.path)
-
-
-_USTAR = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, kind and link of a header
+    def broken(self, rule: str) -> Error:
+        return Corrupt(f"the archive is damaged: '{self.path}' breaks the rule of the format on: {rule}")
 
 
 def _octal(field: bytes) -> int:
     return int(field, 8) if re.match(rb'[0-7]+\Z', field) else -1
 
 
+_USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
+
+
 def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
-    """The reverse of _header(), for what it wrote: the caller compares. Raises ValueError."""
-    raw_name, raw_mode, raw_size, kind, raw_link = _USTAR.unpack_from(header, len(header) - 512)
-    name, link, size = raw_name.rstrip(b'\0').decode('ascii'), raw_link.rstrip(b'\0').decode('ascii'), int(raw_size, 8)
-    if len(header) > 512:
-        records, at = header[512:512 + _octal(header[124:135])], 0
-        while at < len(records):
-            length = int(records[at:at + 20].split(b' ', 1)[0])
-            key, _, value = records[at:at + length].partition(b' ')[2][:-1].partition(b'=')
-            if length <= 0 or key not in (b'path', b'linkpath', b'size'):
-                raise ValueError
-            if key == b'size':
-                size = int(value)
-            elif key == b'path':
-                name = value.decode('utf-8')
-            else:
-                link = value.decode('utf-8')
-            at += length
-    return name, kind, int(raw_mode, 8), size, link
+    """Name, type flag, mode, size and link target of a canonical header. Raises ValueError if it is not canonical."""
+    raw_name, raw_mode, raw_size, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER)
+    raw_name = raw_name.rstrip(b'\0')
+    raw_link = raw_link.rstrip(b'\0')
+    name = raw_name.decode('ascii')
+    link = raw_link.decode('ascii')
+    mode = int(raw_mode, 8)
+    size = int(raw_size, 8)
+    if len(header) == _HEADER:
+        canonical = _ustar(raw_name, kind, mode, size, raw_link)
+    else:
+        pax = _parse_pax(header[512:512 + _octal(header[124:135])])
+        name = pax.get(b'path', raw_name).decode('utf-8')
+        link = pax.get(b'linkpath', raw_link).decode('utf-8')
+        size = int(pax.get(b'size', size))
+        canonical = _tar_header(name, kind, mode, size, link)
+    if header != canonical:
+        raise ValueError('not canonical')
+    return name, kind, mode, size, link
 
 
-_Block = Tuple[_Segment, int, bytes, bytes]  # its segment, its length in the archive, its payload, the digest of that
+def _parse_pax(records: bytes) -> Dict[bytes, bytes]:
+    """The records of a pax header. Others than _tar_header() writes give anything or ValueError."""
+    values = {}
+    while records:
+        length = int(records[:20].split(b' ', 1)[0])
+        if length <= 0:
+            raise ValueError('a pax record')
+        key, _, value = records[:length].partition(b' ')[2][:-1].partition(b'=')
+        values[key] = value
+        records = records[length:]
+    return values
 
 
-def _cut(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]]) -> Iterator[Tuple[_Segment, Any]]:
-    """Blocks, each from its deflate stream on, from the bytes of some segments, each without so many at its start."""
-    source, rest = iter(chunks), memoryview(b'')
+class _Block(NamedTuple):
+    """A block that was read from an archive or from the files of a dataset."""
+
+    path: str  # of its segment
+    length: int  # bytes in the archive
+    payload: bytes
+    digest: bytes  # SHA-256 of the payload
+
+
+_Span = Tuple[_Segment, int]  # a segment without so many bytes at its start
+
+
+def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[Tuple[str, Any]]:
+    """Cut the bytes of some spans into blocks: the path of the segment, and what follows the block's header."""
+    source = iter(chunks)
+    rest = memoryview(b'')
 
     def take(count: int) -> Any:
         nonlocal rest
@@ -1619,102 +2060,191 @@ def _cut(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]]) -> I
             count -= len(taken[-1])
         return taken[0] if len(taken) == 1 else b''.join(taken)
 
-    for segment, had in segments:
-        left = segment.length - had
+    for segment, skipped in spans:
+        left = segment.length - skipped
         while left:
-            head = bytes(take(min(left, _HEADER)))
-            length = int.from_bytes(head[16:], 'little')
-            if head != _member(b'et', head[16:]) or not _HEADER + 8 < length <= min(left, _LONGEST):
+            header = bytes(take(min(left, _BLOCK_HEADER)))
+            length = int.from_bytes(header[_FIELD:], 'little')
+            if header != _member(b'et', header[_FIELD:]):
                 raise Corrupt('the archive is damaged: a block does not start where it should')
-            yield segment, take(length - _HEADER)
+            if not _BLOCK_HEADER + _TRAILER.size < length <= min(left, _LONGEST_BLOCK):
+                raise Corrupt('the archive is damaged: a block does not end where it should')
+            yield segment.path, take(length - _BLOCK_HEADER)
             left -= length
 
 
-def _unpack(chunks: Iterable[bytes], segments: Iterable[Tuple[_Segment, int]], pool: Any,
-            ) -> Generator[_Block, None, None]:
-    """The blocks in the bytes of some segments, as in _cut(), inflated and checked."""
-    def task(item: Tuple[_Segment, Any]) -> _Block:
-        segment, body = item
+def _inflate_blocks(
+        chunks: Iterable[bytes],
+        spans: Iterable[_Span],
+        pool: Any,
+) -> Generator[_Block, None, None]:
+    """The blocks in the bytes of some spans."""
+    def inflate(item: Tuple[str, Any]) -> _Block:
+        path, body = item
         payload = _inflate(body)
-        return segment, _HEADER + len(body), payload, _sha256(payload).digest()
+        return _Block(path, _BLOCK_HEADER + len(body), payload, _sha256(payload).digest())
 
-    return _ordered(pool, task, _cut(chunks, segments), 2 * _cores(), 1)
+    return _ordered(pool, inflate, _split_blocks(chunks, spans), 2 * _cores(), 1)
 
 
-def _extract(blocks: Iterable[_Block], sink: _Sink, pool: Any, journal: Any = None) -> None:
-    """Write blocks, whole segments of them, to a sink; Corrupt if they are not what their segments promise.
+class _Journal:
+    """Notes which blocks have been written, so that _replay() can go on where an extraction broke off.
 
-    journal: a file for what _replay() needs to go on where this one ended before its time.
+    After a line that says of which object they are, there is one for each block: the path of its segment, its length in
+    the archive, its digest, and the name and size of the file that goes on in the next block.
     """
-    import threading
-    extractor = None  # type: Optional[_Extractor]
-    lock, unsettled = threading.Lock(), collections.deque()  # type: Any, Any  # what is not in the journal yet
 
-    def feed() -> Iterator[List[Any]]:
+    def __init__(self, path: Path, head: str) -> None:
+        import threading
+        self.file = path.open('wb', buffering=0)
+        self.file.write(head.encode() + b'\n')
+        self.lock = threading.Lock()
+        self.pending: Any = collections.deque()  # blocks that are not noted yet: [line, whether it is written]
+
+    def begin(self, block: _Block, name: str, size: int) -> List[Any]:
+        note = [json.dumps([block.path, block.length, block.digest.hex(), name, size]), False]
+        self.pending.append(note)
+        return note
+
+    def done(self, note: List[Any]) -> None:
+        """Note all blocks that are written, in order; at once, as the next block may be long in coming."""
+        note[1] = True
+        with self.lock:
+            while self.pending and self.pending[0][1]:
+                self.file.write(self.pending.popleft()[0].encode() + b'\n')
+
+    def close(self) -> None:
+        self.file.close()
+
+    @staticmethod
+    def read(path: Path, head: str) -> Iterator[List[Any]]:
+        """The lines of a journal, if it is of the same object."""
+        with contextlib.suppress(OSError, ValueError, TypeError), path.open('rb') as file:
+            if file.readline() == head.encode() + b'\n':
+                for line in file:
+                    segment, length, digest, name, size = json.loads(line.decode('ascii'))
+                    yield [str(segment), int(length), digest, name, int(size)]
+
+
+def _extract(
+        blocks: Iterable[_Block],
+        limits: Callable[[str], int],
+        sink: _Sink,
+        pool: Any,
+        journal: Optional[_Journal] = None,
+) -> List[_Segment]:
+    """Write the blocks of some segments, all of each, to a sink, and return the segments that have come.
+
+    limits: gives for the path of a segment the bytes that its files may have.
+    """
+    segments: List[_Segment] = []
+    extractor: Optional[_Extractor] = None
+
+    def feed() -> Iterator[Tuple[List[Any], Optional[List[Any]]]]:
         nonlocal extractor
-        for number, (segment, length, payload, digest) in enumerate(blocks):
+        for number, block in enumerate(blocks):
             if number % 256 == 0:
-                os.utime(sink.root)  # a sign of life for _Home.sweep()
-            if extractor is None or extractor.segment is not segment:
+                os.utime(sink.root)  # a sign of life, or this would soon count as abandoned
+            if extractor is None or extractor.path != block.path:
                 if extractor:
-                    extractor.finish()
-                extractor = _Extractor(sink, segment)
-            files = extractor.feed(payload, digest)
-            split = [extractor.path, extractor.whole] if extractor.left else ['', 0]
-            unsettled.append([files, [segment.path, length, digest.hex()] + split])
-            yield unsettled[-1]
+                    segments.append(extractor.finish())
+                extractor = _Extractor(sink, block.path, limits(block.path))
+            files = extractor.feed(block.payload, block.digest)
+            note = None
+            if journal and extractor.left:
+                note = journal.begin(block, extractor.name, extractor.whole)
+            elif journal:
+                note = journal.begin(block, '', 0)
+            yield files, note
         if extractor:
-            extractor.finish()
+            segments.append(extractor.finish())
 
-    def put(item: List[Any]) -> None:
-        for name, executable, data in item[0]:
-            sink.put(name, executable, data)
-        item[0] = None
-        with lock:  # at once, as the next block may be long in coming
-            while unsettled and unsettled[0][0] is None:
-                line = unsettled.popleft()[1]
-                if journal:
-                    journal.write(json.dumps(line).encode() + b'\n')
+    def write(item: Tuple[List[Any], Optional[List[Any]]]) -> None:
+        files, note = item
+        while files:  # and do not keep what is written
+            sink.write_file(*files.pop(0))
+        if journal and note:
+            journal.done(note)
 
     try:
-        for _ in _ordered(pool, put, feed(), 2 * _cores()):
+        for _ in _ordered(pool, write, feed(), 2 * _cores()):
             pass
     finally:
         if extractor:
             extractor.close()
     sink.finish(confined=True)
+    return segments
 
 
-def _replay(root: _Path, journal: Callable[[], Iterator[List[Any]]], segments: Iterable[_Segment], pool: Any,
-            ) -> Generator[_Block, None, None]:
-    """The first blocks of some segments, from the files and the journal of an extraction that came not to its end.
+def _replay(
+        root: Path,
+        lines: Callable[[], Iterator[List[Any]]],
+        paths: Iterable[str],
+        pool: Any,
+) -> Generator[_Block, None, None]:
+    """The first blocks of some segments, from the files and the journal of an extraction that broke off.
 
-    All is read and compared with the journal; where it differs, as after a power cut, there the blocks end.
+    All is read, hashed and compared with the journal. Where it differs, as after a power cut, the blocks end.
     """
-    wanted = {segment.path: segment for segment in segments}
+    wanted = set(paths)
 
-    def lines() -> Iterator[List[Any]]:
-        return (line for line in journal() if line[0] in wanted)
+    def notes() -> Iterator[List[Any]]:
+        return (line for line in lines() if line[0] in wanted)
 
-    def task(item: Tuple[List[Any], _Pieces]) -> _Block:
-        (path, length, expected, _, _), (found, pieces) = item
-        payload = _load(pieces)
+    def read(item: Tuple[List[Any], _BlockPlan]) -> _Block:
+        (path, length, expected, _, _), plan = item
+        payload = plan.read()
         digest = _sha256(payload).digest()
-        if digest.hex() != expected or found.path != path:
+        if digest.hex() != expected or plan.path != path:
             raise Corrupt
-        return wanted[path], length, payload, digest
+        return _Block(path, length, payload, digest)
 
-    last = collections.deque(lines(), 1) or [['', 0]]
-    name, size = last[0][-2:]  # of the file that was being written, which is not as long yet as its header says
+    def listing() -> _Listing:
+        for path, entries in _segments(root, wanted):
+            yield path, map(with_whole_size, entries)
+
+    def with_whole_size(entry: _Entry) -> _Entry:
+        """The file that was being written is not yet as long as its header says."""
+        return entry._replace(size=unfinished_size) if entry.name == unfinished else entry
+
+    last: Any = collections.deque(notes(), 1) or [['', 0]]
+    unfinished, unfinished_size = last[0][-2:]
     with contextlib.suppress(OSError, InvalidDataset, Corrupt):
-        listing = ((segment, (e._replace(size=size) if e.name == name else e for e in entries))
-                   for segment, entries in _segments(root, wanted))
-        with contextlib.closing(_ordered(pool, task, zip(lines(), _blocks(listing)), 2 * _cores())) as blocks:
+        with contextlib.closing(_ordered(pool, read, zip(notes(), _blocks(listing())), 2 * _cores())) as blocks:
             yield from blocks
 
 
+# ---------------------------------------------------------------------------------------
+# Archives of other tools
+#
+# Any .tgz that holds a dataset can be pulled: as a whole and in one pass, since it has no index. tarfile reads it, but
+# takes a header that is broken or missing for the end of the archive, and bounds nothing. So it gets a stream that only
+# moves forward, never ends without an error, and limits what the headers of one entry may take; and each header passes
+# a check of ours before. What the entries are called and lead to is checked by _Sink.
+# ---------------------------------------------------------------------------------------
+
+_TAR_HEADERS = 4 << 20  # bytes of names, pax records and sparse maps that may stand before one entry
+_TAR_PAX = (b'x', b'g', b'X')  # pax headers: POSIX's for one entry, POSIX's for all that follow, Solaris's
+_TAR_LABEL = b'V'  # GNU tar's name of the volume
+_SPARSE_ZEROS = 1 << 30  # bytes that a sparse file may have beyond 1,024 times those that are stored
+
+
+@contextlib.contextmanager
+def _refuse_damage() -> Iterator[None]:
+    """Around what reads gzip and tar, whose errors mean that the archive is damaged."""
+    import tarfile
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
+        raise Corrupt(f'the archive is damaged or no .tgz: {e}') from None
+    except OSError as e:
+        if e.errno is None:  # gzip's way to say that this is not gzip, or that a CRC is wrong
+            raise Corrupt(f'the archive is damaged or no .tgz: {e}') from None
+        raise
+
+
 class _Stream:
-    """Chunks of bytes as a file that is read once, from its start to its end."""
+    """Chunks of bytes as a file that is read once, from start to end."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self.chunks = iter(chunks)
@@ -1722,7 +2252,7 @@ class _Stream:
         self.position = 0
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes, or all up to the end if it is nearer; they stay to be read."""
+        """The next `size` bytes, or fewer at the end; they stay to be read."""
         while len(self.rest) < size:
             chunk = next(self.chunks, None)
             if chunk is None:
@@ -1738,9 +2268,9 @@ class _Stream:
 
 
 class _TarStream(_Stream):
-    """The bytes of a tar, as tarfile reads them: only forward, and never past the end without an error."""
+    """The bytes of a tar as tarfile reads them."""
 
-    limit: Optional[int] = None  # a position that the headers of one entry may not go past
+    limit: Optional[int] = None  # a position that the headers of one entry may not pass
     kept = 0  # bytes of global headers, which tarfile keeps to the end
 
     def tell(self) -> int:
@@ -1757,61 +2287,73 @@ class _TarStream(_Stream):
 
     def peek(self, size: int) -> bytes:
         if size < 0 or self.limit is not None and self.position + size > self.limit:
-            raise EOFError('the headers of one entry take more than %d bytes' % _TAR_HEADERS)
+            raise EOFError(f'the headers of one entry take more than {_TAR_HEADERS} bytes')
         data = super().peek(size)
         if len(data) < size:
             raise EOFError('it ends too early')
         return data
 
     def finish(self) -> None:
-        """Read on after the end, where only padding may stand."""
+        """Read what follows the end of the tar, which may only be padding."""
         for chunk in itertools.chain([self.rest], self.chunks):
             if bytes(chunk).count(0) != len(chunk):
                 raise EOFError('another archive follows its end; pack the files of both as one')
 
 
-def _tar_members(stream: Any) -> Iterator[Tuple[Any, Any]]:
-    """Each entry of a tar, from a _TarStream, with the TarFile that reads it.
-
-    tarfile by itself takes a header that is broken or missing for the end of the archive.
-    """
+def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
+    """Each entry of a tar, with the TarFile that reads it."""
     import tarfile
 
     class Strict(tarfile.TarInfo):
+        """Lets no error of a header pass for the end of the archive."""
+
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
             if header.count(0) == len(header):
                 return super().fromtarfile(tar)  # raises what tells tarfile of the end
-            outermost = stream.limit is None  # or this is the header that an extended one belongs to
-            if outermost:
+            is_outermost = stream.limit is None  # otherwise it is the header that an extended one belongs to
+            if is_outermost:
                 stream.limit = stream.position + _TAR_HEADERS
             try:
-                if header[156:157] in _TAR_PAX:
-                    size = cls.frombuf(header, tar.encoding, tar.errors).size
-                    stream.kept += size if header[156:157] == b'g' else 0
-                    if stream.kept > _TAR_HEADERS:
-                        raise tarfile.ReadError('its global headers take more than %d bytes' % _TAR_HEADERS)
-                    _check_pax_records(stream.peek(512 + size)[512:])
+                cls.check_pax(tar, header)
                 return super().fromtarfile(tar)
             except tarfile.HeaderError as e:
                 raise tarfile.ReadError(str(e)) from None
             finally:
-                if outermost:
+                if is_outermost:
                     stream.limit = None
 
-    tar: Any
-    with tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict) as tar:
-        for member in iter(tar.next, None):
+        @classmethod
+        def check_pax(cls, tar: Any, header: bytes) -> None:
+            kind = header[156:157]
+            if kind not in _TAR_PAX:
+                return
+            size = cls.frombuf(header, tar.encoding, tar.errors).size
+            if kind == b'g':
+                stream.kept += size
+            if stream.kept > _TAR_HEADERS:
+                raise tarfile.ReadError(f'its global headers take more than {_TAR_HEADERS} bytes')
+            _check_pax_records(stream.peek(512 + size)[512:])
+
+    with _refuse_damage():
+        tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict)  # type: ignore
+    with tar:
+        while True:
+            with _refuse_damage():
+                member = tar.next()
+            if member is None:
+                break
             tar.members = []  # or they would pile up in memory
             yield tar, member
-    stream.finish()
+    with _refuse_damage():
+        stream.finish()
 
 
 def _check_pax_records(data: bytes) -> None:
-    """ValueError unless all is records of the form `length key=value` (POSIX pax, "Extended Header").
+    """ValueError unless the data are records of the form `length key=value` (POSIX pax, "Extended Header").
 
-    Up to Python 3.12 tarfile ignores the rest where a record is malformed.
+    Up to Python 3.12 tarfile ignores a malformed record and all that follow it.
     """
     data = data.rstrip(b'\0')
     start = 0
@@ -1823,144 +2365,206 @@ def _check_pax_records(data: bytes) -> None:
         start = stop
 
 
-def _unpack_foreign(chunks: Iterable[bytes], root: _Path, pool: Any, progress: _Progress, total: int) -> None:
-    """Write what any .tgz of `total` bytes holds below `root`; the one thread of `pool` inflates what comes next."""
+def _extract_foreign(
+        chunks: Iterable[bytes],
+        root: Path,
+        pool: Any,
+        progress: _Progress,
+        total: int,
+) -> None:
+    """Write what a .tgz of `total` bytes holds below `root`. The one thread of `pool` inflates ahead."""
     import gzip
-    import tarfile
-    sink = _Sink(root)
     source = _Stream(chunks)
     before = 0
 
-    def came(_: bytes) -> int:
+    def advance(_: bytes) -> int:
+        """The bytes of the .tgz that were read for the last chunk."""
         nonlocal before
-        earlier, before = before, source.position
+        earlier = before
+        before = source.position
         return before - earlier
 
-    try:
-        plain = gzip.GzipFile(fileobj=source)  # type: ignore[call-overload]
-        with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), 4)) as inflated:
-            rest = itertools.takewhile(len, _watched(inflated, came, progress, total))
-            for tar, member in _tar_members(_TarStream(rest)):
-                _extract_member(tar, member, sink)
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
-        raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
-    except OSError as e:
-        if e.errno is None:  # how gzip says that it found no gzip, or a wrong CRC
-            raise Corrupt('the archive is damaged or no .tgz: %s' % e) from None
-        raise
+    def inflated() -> Generator[bytes, None, None]:
+        with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), 4)) as parts:
+            yield from itertools.takewhile(len, _reported(parts, advance, progress, total))
+
+    plain = gzip.GzipFile(fileobj=source)  # type: ignore[call-overload]
+    sink = _Sink(root)
+    with contextlib.closing(inflated()) as data:
+        for tar, member in _tar_members(_TarStream(data)):
+            _extract_member(tar, member, sink)
     sink.finish(confined=False)
 
 
 def _plain_name(name: str) -> str:
-    """Without the ./ that tars like to put before it; an absolute name stays one, to be refused."""
-    return name if name.startswith('/') else '/'.join(part for part in name.split('/') if part not in ('', '.'))
+    """Without the ./ that tars like to put before it. An absolute name stays absolute, to be refused."""
+    if name.startswith('/'):
+        return name
+    return '/'.join(part for part in name.split('/') if part not in ('', '.'))
 
 
 def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     name = _plain_name(member.name)
-    if not name and member.isdir() or member.type == _TAR_LABEL or _is_litter(name) and not member.isdir():
+    if not name and member.isdir() or member.type == _TAR_LABEL:
+        return
+    if _is_litter(name) and not member.isdir():
         return
     sink.path(name)
     for slash in re.finditer('/', name):
-        sink.directory(name[:slash.start()], exist_ok=True)
+        sink.make_directory(name[:slash.start()], exist_ok=True)
     if member.isdir():
-        sink.directory(name, exist_ok=True)
+        sink.make_directory(name, exist_ok=True)
     elif member.issym():
-        sink.link(name, member.linkname)
+        sink.add_link(name, member.linkname)
     elif member.islnk():
         _extract_hard_link(name, member.linkname, sink)
     elif member.isreg():
         _extract_file(tar, member, name, sink)
     elif member.isdev():
-        raise Corrupt("the archive holds '%s', a device or pipe; do not trust it" % name)
+        raise Corrupt(f"the archive holds '{name}', a device or pipe", 'do not trust it')
     else:
-        raise Corrupt("the archive holds '%s' of the unknown type %s; pack it with tar's default options"
-                      % (name, ascii(member.type.decode('latin-1'))))
+        kind = ascii(member.type.decode('latin-1'))
+        raise Corrupt(f"the archive holds '{name}' of the unknown type {kind}", "pack it with tar's default options")
 
 
 def _extract_hard_link(name: str, linkname: str, sink: _Sink) -> None:
     original = _plain_name(linkname)
     if original in sink.links:
-        sink.link(name, sink.links[original])
+        sink.add_link(name, sink.links[original])
         return
     target = sink.path(original)
     if not os.path.isfile(target) or os.path.lexists(sink.path(name)):
-        raise Corrupt("the archive holds the hard link '%s' to '%s', which is not in it" % (name, linkname))
+        raise Corrupt(f"the archive holds the hard link '{name}' to '{linkname}', which is not in it")
     _link_or_copy(target, sink.path(name))
 
 
 def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
-    """Write a regular file; of its mode only the owner's x bit is kept, as on push."""
+    """Write a regular file. Of its mode only the owner's x bit is kept, as on push."""
     stored = tar.offset - member.offset_data  # whatever a sparse map says
-    if member.size > (stored << 10) + (1 << 30):
-        raise Corrupt("the archive holds '%s', which would be %d bytes of nothing" % (name, member.size))
-    file = sink.create(name, bool(member.mode & 0o100))
+    if member.size > (stored << 10) + _SPARSE_ZEROS:
+        raise Corrupt(f"the archive holds '{name}', which would be {member.size} bytes of nothing")
+    file = sink.create_file(name, bool(member.mode & 0o100))
     try:
-        source = tar.extractfile(member)
-        for data in iter(lambda: source.read(_BLOCK), b''):
+        with _refuse_damage():
+            source = tar.extractfile(member)
+        while True:
+            with _refuse_damage():
+                data = source.read(_BLOCK)
+            if not data:
+                break
             _write(file, data)
     finally:
         os.close(file)
 
 
 # ---------------------------------------------------------------------------------------
-# HTTP: kept-alive connections, proxies, private CAs, retries
+# HTTP
+#
+# One client for all: connections that are kept alive, proxies, private CAs, time-outs, and tries. It knows nothing of
+# S3 or Google, and follows no redirect: what to do then is for a remote to decide.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60  # seconds of silence after which a connection counts as broken
-_CONNECT = 15  # seconds in which a connection must stand
+_CONNECT = 15  # seconds that connecting may take
 _TRIES = 5
-_TRANSIENT = (408, 429, 500, 502, 503, 504)
-_REPLY_LIMIT = 32 << 20  # bytes of an answer whose length nobody knows before
-_RETRY_AFTER = 60.0  # seconds, at most, for which a try waits because the server asks for it
-_INTERIM = 100  # interim answers that may come before the final one
+_TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
+_REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
+_RETRY_AFTER = 60.0  # seconds that a server may ask for before the next try
+_INTERIM = 100  # interim answers that may precede the final one
 _SITE = r'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?'
 
 
+class _Request(NamedTuple):
+    """What a server is asked."""
+
+    method: str
+    url: str  # percent-encoded, as it is sent
+    headers: Mapping[str, str] = {}
+    body: Sequence[bytes] = ()
+
+
 class _Reply(NamedTuple):
+    """What a server answers."""
+
     status: int
-    headers: Any  # an email.message.Message: names in any case
+    headers: Any  # an email.message.Message, which finds names in any case
     body: Any  # bytes, as they came
 
     def page(self) -> bytes:
-        """The body of what is no object, inflated: some proxies compress it although they are asked not to."""
+        """The body, inflated if a proxy has compressed it, although it was asked not to. Not for objects."""
         body = bytes(self.body)
         if self.headers.get('Content-Encoding', 'identity').lower() == 'identity':
             return body
+        gzip_or_zlib = zlib.MAX_WBITS | 32
         try:
-            return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _REPLY_LIMIT)  # 32: gzip or zlib
+            return zlib.decompressobj(gzip_or_zlib).decompress(body, _REPLY_LIMIT)
         except zlib.error:
             return body
 
-    def asked_delay(self) -> float:
-        """The seconds for which the server asks to be left alone (RFC 9110, 10.2.3), within reason; or 0."""
+    def json(self) -> Dict[str, Any]:
+        """The JSON object in the body; {} if there is none."""
+        try:
+            answer = json.loads(self.page().decode('utf-8'))
+        except (ValueError, RecursionError):
+            return {}
+        return answer if isinstance(answer, dict) else {}
+
+    def requested_delay(self) -> float:
+        """The seconds for which the server asks to be left alone, within reason; or 0 (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
         if re.match(r'[0-9]{1,9}\Z', text):
             delay = float(text)
         else:
-            delay = _http_time(text) - (_http_time(self.headers.get('Date') or '') or time.time())
+            now = _http_time(self.headers.get('Date') or '') or time.time()
+            delay = _http_time(text) - now
         return min(max(delay, 0.0), _RETRY_AFTER)
 
+    def content_range(self) -> Tuple[Optional[int], Optional[int], Optional[int]]:
+        """First byte, byte after the last, and size of the whole; None for what it does not say (RFC 9110, 14.4)."""
+        pattern = r'bytes (?:(\d{1,19})-(\d{1,19})|\*)/(?:(\d{1,19})|\*)\Z'
+        match = re.match(pattern, self.headers.get('Content-Range') or '', re.ASCII | re.IGNORECASE)
+        if not match:
+            return None, None, None
+        first, last, size = [None if digits is None else int(digits) for digits in match.groups()]
+        return first, None if last is None else last + 1, size
 
-_Signer = Callable[[str, str, Dict[str, str], Iterable[bytes]], Dict[str, str]]
+    def whole_size(self) -> Optional[int]:
+        """The size of an object, from an answer to HEAD or to GET of a range; None if it does not say."""
+        if 'Content-Range' in self.headers or self.status not in (200, 204):
+            return self.content_range()[2]
+        length = self.headers.get('Content-Length') or ''
+        return int(length) if re.match(r'[0-9]{1,19}\Z', length) else None
+
+
+_Signer = Callable[[_Request], Dict[str, str]]  # gives the headers to send
+
+
+class _Proxy(NamedTuple):
+    address: str  # host:port
+    headers: Dict[str, str]  # that it wants to see
 
 
 class _Http:
-    """Requests with whole answers; threads share it. It follows no redirect: what to do then, a remote knows."""
+    """Makes requests. Threads share it."""
 
-    def __init__(self, ca_bundle: Optional[str], direct: bool = False, timeout: float = _TIMEOUT) -> None:
-        """direct: past any proxy."""
+    def __init__(
+            self,
+            ca_bundle: Optional[str] = None,
+            direct: bool = False,
+            timeout: float = _TIMEOUT,
+    ) -> None:
+        """direct: without any proxy. timeout: seconds of silence."""
         self.ca_bundle = ca_bundle
         self.direct = direct
         self.timeout = timeout
-        self.idle = collections.defaultdict(list)  # type: Dict[Tuple[str, str], List[Any]]
-        self.busy = set()  # type: Any
+        self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # connections by scheme and host
+        self.busy: Set[Any] = set()  # connections that are in use
         self.closed = False
-        self.hurried = False  # requests are tried twice at most, as work that failed or was interrupted is being ended
-        self.tls = None  # type: Any
+        self.hurried = False  # requests are tried twice at most, since work that failed or was interrupted is ending
+        self.tls: Any = None
 
     def close(self) -> None:
-        """Close all connections; those that threads wait on fail at once."""
+        """Close all connections. Requests that threads wait for fail at once, and so do later ones."""
         import socket
         self.closed = True
         for connection in [c for idle in self.idle.values() for c in idle] + list(self.busy):
@@ -1969,197 +2573,228 @@ class _Http:
             connection.close()
 
     @contextlib.contextmanager
-    def hurry_when_it_fails(self) -> Iterator[None]:
-        """Goes around what waits for threads, so that an error or Ctrl-C need not wait for all their tries."""
+    def hurry_on_error(self) -> Iterator[None]:
+        """Around what waits for threads, so that an error or Ctrl-C need not wait for all their tries."""
         try:
             yield
         except BaseException:
             self.hurried = True
             raise
 
-    def request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
-                sign: Optional[_Signer] = None, limit: int = _REPLY_LIMIT, tries: int = _TRIES,
-                into: Optional[Any] = None) -> _Reply:
-        """One request, tried again while that may help. Raises RemoteError if no answer is to be had.
+    def request(
+            self,
+            request: _Request,
+            sign: Optional[_Signer] = None,
+            limit: int = _REPLY_LIMIT,
+            tries: int = _TRIES,
+            into: Optional[Any] = None,
+    ) -> _Reply:
+        """Make a request, again while that may help. Raises RemoteError if there is no answer.
 
         sign: gives the headers to send, anew for each try. limit: bytes that the answer may have.
-        into: a file for the body of an answer with status 200, of any size.
+        into: a file that takes the body of an answer with status 200, of any size.
         """
         import http.client
-        if not _is_address(url):
+        if not _is_address(request.url):
             raise RemoteError('an address that the settings, the credentials or a server give is not of the form '
                               'https://host[:port][/path]; a user or password cannot be in it')
         for attempt in range(1, tries + 1):
-            last = attempt == tries or self.hurried and attempt > 1
-            signed = dict(headers or {}) if sign is None else sign(method, url, dict(headers or {}), body)
-            problem = None  # type: Optional[Exception]
+            is_last = attempt == tries or self.hurried and attempt > 1
+            signed = request._replace(headers=sign(request)) if sign else request
             delay = 0.0
             try:
-                reply = self._once(method, url, signed, body, limit, into)
-                if reply.status not in _TRANSIENT or last:
+                reply = self._try(signed, limit, into)
+                if reply.status not in _TRANSIENT or is_last:
                     return reply
-                delay = reply.asked_delay()
+                delay = reply.requested_delay()
+                problem: object = reply.status
             except UnicodeError:  # of the codec idna
-                raise ConfigError("%s or the proxy for it has a name that no host can have; check the url, the "
-                                  'endpoint_url and the proxy' % _site(url)) from None
+                raise ConfigError(f'{_site(request.url)} or the proxy for it has a name that no host can have',
+                                  'check the url, the endpoint_url and the proxy') from None
             except (OSError, http.client.HTTPException) as e:
+                if is_last or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                    raise _unreachable(request.url, e) from None
                 problem = e
-                if last or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
-                    raise self._failure(url, e) from None
-            _say('%s %s: %s; trying again', method, _site(url), problem or reply.status, level=_DEBUG)
+            _say(f'{request.method} {_site(request.url)}: {problem}; trying again', _DEBUG)
             _pause(attempt)
             self._wait(delay)
         raise AssertionError
 
     def _wait(self, seconds: float) -> None:
-        """Sleep, as long as what is waited for is wanted."""
+        """Sleep, unless what is waited for is not wanted any more."""
         while seconds > 0 and not self.closed and not self.hurried:
             time.sleep(min(seconds, 1.0))
             seconds -= 1.0
 
-    def _failure(self, url: str, e: Exception) -> RemoteError:
-        where = _site(url)
-        if 'CERTIFICATE_VERIFY_FAILED' in str(e):
-            reason = ' (%s)' % e.verify_message if hasattr(e, 'verify_message') else ''  # from Python 3.7 on
-            return RemoteError("%s shows a certificate that is not trusted%s; if a private CA signed it, set "
-                               "'ca_bundle' to the file with its certificate" % (where, reason))
-        return RemoteError('cannot reach %s: %s; check the network, the proxy settings and the URL'
-                           % (where, getattr(e, 'strerror', None) or e or type(e).__name__))
-
-    def _once(self, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes], limit: int,
-              into: Optional[Any]) -> _Reply:
-        import http.client
-        from urllib.parse import urlsplit
-        parts = urlsplit(url)
-        target = (parts.path or '/') + ('?' + parts.query if parts.query else '')
-        headers = dict({'Accept-Encoding': 'identity'}, **headers)
-        if body or method in ('PUT', 'POST'):
-            headers['Content-Length'] = str(sum(map(len, body)))
-        if not all(re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', '%s: %s' % item) for item in headers.items()):
-            raise ConfigError('a token, a project or something else that %s is to be told holds characters that it '
-                              'cannot have; check the credentials' % _site(url))
-        connection, kept, proxy_headers = self._connect(parts.scheme, parts.netloc)
-        if proxy_headers is not None:  # a plain request to a proxy names the whole URL
-            target, headers = url, dict(headers, **proxy_headers)
+    def _try(self, request: _Request, limit: int, into: Optional[Any]) -> _Reply:
+        scheme, netloc, path, query, _ = urlsplit(request.url)
+        target = (path or '/') + ('?' + query if query else '')
+        headers = _complete_headers(request)
+        proxy = self._find_proxy(scheme, netloc)
+        if proxy and scheme == 'http':  # a plain request to a proxy names the whole URL
+            target = request.url
+            headers.update(proxy.headers)
+        connection, is_kept = self._connection(scheme, netloc, proxy)
         self.busy.add(connection)
-        reusable = False
+        is_reusable = False
         try:
-            try:
-                response = self._ask(connection, method, target, headers, body)
-            except (ConnectionError, http.client.BadStatusLine):
-                if not kept or self.closed:
-                    raise
-                connection.close()  # the server had closed the kept connection meanwhile
-                response = self._ask(connection, method, target, headers, body)
-            known = response.length is not None and response.length <= limit
-            data = b''  # type: Any
-            if into and response.status == 200:
-                self._save(response, into)
-            elif known and response.length and 'Content-Range' in response.headers:
-                data = self._receive(response)
-            else:
-                data = response.read() if known else response.read(limit + 1)
-            if len(data) > limit:
-                raise RemoteError('%s answers with more than was asked for; a proxy or the endpoint_url is at fault'
-                                  % _site(url), response.status)
-            reusable = response.isclosed() and not response.will_close
-            return _Reply(response.status, response.headers, data)
+            response = self._ask(connection, is_kept, request._replace(url=target, headers=headers))
+            body = _receive(response, limit, into)
+            if len(body) > limit:
+                raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
+                                  'a proxy or the endpoint_url is at fault', response.status)
+            is_reusable = response.isclosed() and not response.will_close
+            return _Reply(response.status, response.headers, body)
         finally:
             self.busy.discard(connection)
-            if reusable and not self.closed:
-                self.idle[parts.scheme, parts.netloc].append(connection)
+            if is_reusable and not self.closed:
+                self.idle[scheme, netloc].append(connection)
             else:
                 connection.close()
 
-    def _receive(self, response: Any) -> bytearray:
-        """A range; only its start, if the connection breaks when some of it has come."""
+    def _find_proxy(self, scheme: str, netloc: str) -> Optional[_Proxy]:
+        import urllib.request
+        url = None if self.direct else urllib.request.getproxies().get(scheme)
+        if not url or urllib.request.proxy_bypass(netloc):
+            return None
+        return _parse_proxy(url, scheme)
+
+    def _connection(self, scheme: str, netloc: str, proxy: Optional[_Proxy]) -> Tuple[Any, bool]:
+        """A connection, and whether it has been used before."""
         import http.client
-        data, at = bytearray(response.length), 0
+        if self.closed:
+            raise http.client.HTTPException('interrupted')
+        with contextlib.suppress(IndexError):
+            return self.idle[scheme, netloc].pop(), True
+        address = proxy.address if proxy else netloc
+        patience = min(self.timeout, _CONNECT)
+        connection: Any
+        if scheme == 'https':
+            if self.tls is None:
+                self.tls = _tls(self.ca_bundle)
+            connection = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)
+            if proxy:
+                connection.set_tunnel(netloc, headers=proxy.headers)
+        else:
+            connection = http.client.HTTPConnection(address, timeout=patience)
+        connection.auto_open = 0  # only _send() connects
+        connection.response_class = _final_response()
+        return connection, False
+
+    def _ask(self, connection: Any, is_kept: bool, request: _Request) -> Any:
+        """Send a request, and return the response, whose body is still to be read."""
+        import http.client
         try:
-            while at < len(data):
-                count = response.readinto(memoryview(data)[at:at + 262144])
-                if not count:
-                    raise http.client.IncompleteRead(b'', len(data) - at)
-                at += count
-        except (OSError, http.client.HTTPException):
-            if at < 65536:
+            return self._send(connection, request)
+        except (ConnectionError, http.client.BadStatusLine):
+            if not is_kept or self.closed:
                 raise
-        return data[:at] if at < len(data) else data
+            connection.close()  # the server had closed the kept connection meanwhile
+            return self._send(connection, request)
 
-    def _save(self, response: Any, into: Any) -> None:
-        import http.client
-        into.seek(0)
-        into.truncate()
-        for data in iter(lambda: response.read(1 << 20), b''):
-            try:
-                into.write(data)
-            except OSError as e:
-                raise Error('cannot keep a download in a temporary file: %s; set $TMPDIR to a directory with more room'
-                            % e.strerror) from None
-        if response.length:
-            raise http.client.IncompleteRead(b'', response.length)
-
-    def _ask(self, connection: Any, method: str, target: str, headers: Dict[str, str], body: Sequence[bytes]) -> Any:
+    def _send(self, connection: Any, request: _Request) -> Any:
         import http.client
         if not connection.sock:
             connection.connect()
             connection.sock.settimeout(self.timeout)
         if self.closed:  # close() may have looked before the socket was there
             raise http.client.HTTPException('interrupted')
-        # a server may answer, and close, before it has read all
+        body = iter(request.body) if request.body else None
+        # A server may answer, and close the connection, before it has read the whole request.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(method, target, iter(body) if body else None, headers)
+            connection.request(request.method, request.url, body, request.headers)
         return connection.getresponse()
 
-    def _connect(self, scheme: str, netloc: str) -> Tuple[Any, bool, Optional[Dict[str, str]]]:
-        """A connection, whether it has been used before, and the headers for a proxy that forwards plain requests."""
-        import http.client
-        import urllib.request
-        if self.closed:
-            raise http.client.HTTPException('interrupted')
-        proxy = None if self.direct else urllib.request.getproxies().get(scheme)
-        if proxy and urllib.request.proxy_bypass(netloc):
-            proxy = None
-        address, proxy_headers = _proxy(proxy, scheme) if proxy else (netloc, {})
-        plain = proxy_headers if proxy and scheme == 'http' else None
-        with contextlib.suppress(IndexError):
-            return self.idle[scheme, netloc].pop(), True, plain
-        patience = min(self.timeout, _CONNECT)
-        if scheme == 'https':
-            if self.tls is None:
-                self.tls = _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)  # type: Any
-            if proxy:
-                connection.set_tunnel(netloc, headers=proxy_headers)
-        else:
-            connection = http.client.HTTPConnection(address, timeout=patience)
-        connection.auto_open = 0  # only _ask() connects
-        connection.response_class = _final_response()
-        return connection, False, plain
+
+def _complete_headers(request: _Request) -> Dict[str, str]:
+    """The headers of a request, with those that all requests have."""
+    headers = {'Accept-Encoding': 'identity'}
+    headers.update(request.headers)
+    if request.body or request.method in ('PUT', 'POST'):
+        headers['Content-Length'] = str(sum(map(len, request.body)))
+    for name, value in headers.items():
+        if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
+            raise ConfigError(f'a token, a project or something else that {_site(request.url)} is to be told holds '
+                              'characters that it cannot have', 'check the credentials')
+    return headers
 
 
-def _proxy(url: str, scheme: str) -> Tuple[str, Dict[str, str]]:
-    """The address of a proxy, and the headers that it wants."""
+def _receive(response: Any, limit: int, into: Optional[Any]) -> Any:
+    """The body of a response; more bytes than `limit` if it is too long."""
+    if into and response.status == 200:
+        _save(response, into)
+        return b''
+    is_bounded = response.length is not None and response.length <= limit
+    if not is_bounded:
+        return response.read(limit + 1)
+    if response.length and 'Content-Range' in response.headers:
+        return _receive_range(response)
+    return response.read()
+
+
+def _receive_range(response: Any) -> bytearray:
+    """The body of a range; only its start, if the connection breaks when some of it has come."""
+    import http.client
+    data = bytearray(response.length)
+    received = 0
+    try:
+        while received < len(data):
+            count = response.readinto(memoryview(data)[received:received + 262144])
+            if not count:
+                raise http.client.IncompleteRead(b'', len(data) - received)
+            received += count
+    except (OSError, http.client.HTTPException):
+        if received < 65536:
+            raise
+    return data if received == len(data) else data[:received]
+
+
+def _save(response: Any, file: Any) -> None:
+    """Write the body of a response to a file."""
+    import http.client
+    file.seek(0)
+    file.truncate()
+    for data in iter(lambda: response.read(1 << 20), b''):
+        try:
+            file.write(data)
+        except OSError as e:
+            raise Error(f'cannot keep a download in a temporary file: {e.strerror}',
+                        'set $TMPDIR to a directory with more room') from None
+    if response.length:
+        raise http.client.IncompleteRead(b'', response.length)
+
+
+def _unreachable(url: str, e: Exception) -> RemoteError:
+    if 'CERTIFICATE_VERIFY_FAILED' in str(e):
+        reason = getattr(e, 'verify_message', '')  # from Python 3.7 on
+        return RemoteError(f'{_site(url)} shows a certificate that is not trusted' + (f' ({reason})' if reason else ''),
+                           "if a private CA signed it, set 'ca_bundle' to the file with its certificate")
+    reason = getattr(e, 'strerror', None) or e or type(e).__name__
+    return RemoteError(f'cannot reach {_site(url)}: {reason}', 'check the network, the proxy settings and the URL')
+
+
+def _parse_proxy(url: str, scheme: str) -> _Proxy:
+    """The proxy that a variable or the system names for `scheme`."""
     import urllib.request
-    from base64 import b64encode
-    from urllib.parse import unquote
-    match = re.match(r'(?:([^/?#@]*)://)?(?:(.*)@)?([^/?#@:\[\]\s]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z',
-                     url.strip(), re.ASCII)
+    pattern = r'(?:([^/?#@]*)://)?(?:(.*)@)?([^/?#@:\[\]\s]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z'
+    match = re.match(pattern, url.strip(), re.ASCII)
     kind, user, host, port = match.groups() if match else ('none', None, '', None)
     if kind == 'https' and os.name == 'nt' and not urllib.request.getproxies_environment():
         kind = 'http'  # up to Python 3.9 those of the registry are called so: https://bugs.python.org/issue42627
     if (kind or 'http').lower() != 'http' or int(port or 0) > 65535:
-        raise ConfigError('%s_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks neither '
-                          'SOCKS nor TLS to a proxy; change it, or exempt this host with no_proxy' % scheme)
-    name, _, password = (user or '').partition(':')
-    credentials = ('%s:%s' % (unquote(name), unquote(password))).encode('utf-8', 'surrogateescape')
-    headers = {'Proxy-Authorization': 'Basic ' + b64encode(credentials).decode()} if user else {}
-    return '%s:%s' % (host, port or 80), headers
+        raise ConfigError(f'{scheme}_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks '
+                          'neither SOCKS nor TLS to a proxy', 'change it, or exempt this host with no_proxy')
+    headers = {}
+    if user:
+        name, _, password = user.partition(':')
+        credentials = f'{unquote(name)}:{unquote(password)}'.encode('utf-8', 'surrogateescape')
+        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(credentials).decode()
+    return _Proxy(f'{host}:{port or 80}', headers)
 
 
 @functools.lru_cache(maxsize=None)
 def _final_response() -> Any:
-    """The class of responses that come after all interim ones (RFC 9110, 15.2); http.client itself skips only 100."""
+    """A class of responses that skips all interim ones (RFC 9110, 15.2); http.client itself skips only 100."""
     import http.client
 
     class FinalResponse(http.client.HTTPResponse):
@@ -2168,9 +2803,9 @@ def _final_response() -> Any:
             for _ in range(_INTERIM):
                 if not 101 < self.status < 200:
                     return
-                self.headers = None  # type: ignore[assignment]  # so that it reads on
+                self.headers = None  # type: ignore[assignment]  # so that begin() reads the next one
                 super().begin()
-            raise http.client.HTTPException('more than %d interim answers' % _INTERIM)
+            raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
 
     return FinalResponse
 
@@ -2185,83 +2820,107 @@ def _tls(ca_bundle: Optional[str]) -> Any:
     try:
         import ssl
     except ImportError:
-        raise ConfigError('this Python has no ssl module, so it cannot use https://; take another Python, or a url '
-                          'that needs none') from None
+        raise ConfigError('this Python has no ssl module, so it cannot use https://',
+                          'use another Python, or a url that needs none') from None
     try:
         context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except OSError as e:
-        raise ConfigError('cannot use the CA bundle: %s; check ca_bundle and $AWS_CA_BUNDLE'
-                          % (e.strerror or e)) from None
-    if ca_bundle:  # many a private CA leaves out extensions that Python 3.13 and later insist on
+        raise ConfigError(f'cannot use the CA bundle: {e.strerror or e}',
+                          'check ca_bundle and $AWS_CA_BUNDLE') from None
+    if ca_bundle:  # many private CAs leave out extensions that Python 3.13 and later demand
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
-
-
-def _content_range(reply: _Reply) -> Tuple[Optional[int], Optional[int], Optional[int]]:
-    """First byte, byte after the last, and size of the whole (RFC 9110, 14.4); None for each that it does not say."""
-    pattern = r'bytes (?:(\d{1,19})-(\d{1,19})|\*)/(?:(\d{1,19})|\*)\Z'
-    match = re.match(pattern, reply.headers.get('Content-Range') or '', re.ASCII | re.IGNORECASE)
-    if not match:
-        return None, None, None
-    start, last, size = [None if digits is None else int(digits) for digits in match.groups()]
-    return start, None if last is None else last + 1, size
-
-
-def _xml(body: bytes) -> Any:
-    """The root element, its namespaces cut off; ValueError if it is none or could grow (entities).
-
-    White space may stand before it: S3 sends some to keep a connection open while it works.
-    """
-    from xml.etree import ElementTree
-    if b'<!' in body.replace(b'<![CDATA[', b''):
-        raise ValueError('XML with declarations')
-    try:
-        root = ElementTree.fromstring(body.strip())
-    except (ElementTree.ParseError, LookupError, RecursionError) as e:  # LookupError: of the encoding
-        raise ValueError(str(e)) from None
-    for element in root.iter():
-        element.tag = element.tag.rpartition('}')[2]
-    return root
 
 
 def _is_address(url: str) -> bool:
     """Whether a request can be sent there."""
     from ipaddress import ip_address
-    from urllib.parse import urlsplit
     if not re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII):
         return False
     try:
         parts = urlsplit(url)
         if '[' in parts.netloc:
-            ip_address(parts.hostname or '')  # urlsplit() looks only from Python 3.11 on
+            ip_address(parts.hostname or '')  # urlsplit() checks it only from Python 3.11 on
         return parts.port != 0
     except ValueError:  # brackets around what is no IPv6 address, or a port beyond 65535
         return False
 
 
 def _site(url: str) -> str:
-    """What may be shown of the address of a request, as its path and query may hold keys."""
-    from urllib.parse import urlsplit
-    return '%s://%s' % urlsplit(url)[:2]
+    """What may be shown of the address of a request, whose path and query may hold keys."""
+    scheme, netloc = urlsplit(url)[:2]
+    return f'{scheme}://{netloc}'
 
 
 def _check_endpoint(url: str) -> str:
     if url and not re.match(_SITE + r'(?:/[^?#\s]*)?\Z', url, re.ASCII):
-        raise ConfigError('the endpoint_url must look like https://host[:port]; check it where it is set: in the '
+        raise ConfigError('the endpoint_url must look like https://host[:port]', 'check it where it is set: in the '
                           'settings, the AWS profile or a variable such as $AWS_ENDPOINT_URL')
     return url.rstrip('/')
 
 
+def _quote(text: str, safe: str = '') -> str:
+    """Percent-encode all but A-Z a-z 0-9 - . _ ~ and what is safe, as Signature Version 4 and Google want it."""
+    return quote(text, safe=safe + '~')
+
+
+def _query(pairs: Iterable[Tuple[str, str]]) -> str:
+    return '&'.join(f'{_quote(key)}={_quote(value)}' for key, value in pairs)
+
+
+def _read_token(path: str, source: str) -> str:
+    """A token from a file that `source` names."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, 'strerror', 'not text')
+        raise ConfigError(f'cannot read the file with a token that {source} names: {reason}',
+                          'check the path and who may read it') from None
+
+
+def _xml(body: bytes) -> Any:
+    """The root element, without namespaces. Raises ValueError for anything else, and for entities, which could grow.
+
+    White space may precede it: S3 sends some to keep a connection open while it works.
+    """
+    from xml.etree import ElementTree
+    if b'<!' in body.replace(b'<![CDATA[', b''):
+        raise ValueError('XML with declarations')
+    try:
+        root = ElementTree.fromstring(body.strip())
+    except (ElementTree.ParseError, LookupError, RecursionError) as e:  # LookupError: an unknown encoding
+        raise ValueError(str(e)) from None
+    for element in root.iter():
+        element.tag = element.tag.rpartition('}')[2]
+    return root
+
+
 def _http_time(text: str) -> float:
+    """Unix time of a date in a header; 0 if it is none."""
     from email.utils import parsedate_to_datetime
     try:
         return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, for years before 1970
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, before 1970
+        return 0.0
+
+
+def _iso_time(text: str) -> float:
+    """Unix time of an ISO 8601 time, which is UTC unless it has an offset; 0 if it is none."""
+    from calendar import timegm
+    offset = re.match(r'[.0-9]*([+-])(\d\d):?(\d\d)\Z', text[19:])
+    minutes = 0
+    if offset:
+        sign, hours, rest = offset.groups()
+        minutes = int(sign + hours) * 60 + int(sign + rest)
+    try:
+        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S'))) - 60 * minutes
+    except ValueError:
         return 0.0
 
 
 def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
-    """A unix time as text, or '' beyond the year 9999; time.gmtime() ends in 2038 on some 32-bit systems."""
+    """A unix time as text; '' beyond the year 9999. time.gmtime() ends in 2038 on some 32-bit systems."""
     from datetime import datetime, timedelta
     try:
         return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).strftime(form)
@@ -2269,35 +2928,15 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
         return ''
 
 
-def _timestamp(text: str) -> float:
-    """Unix time of an ISO 8601 time, of UTC unless it has an offset; 0 if it is none."""
-    from calendar import timegm
-    offset = re.match(r'[.0-9]*([+-]\d\d):?(\d\d)\Z', text[19:])
-    minutes = int(offset.group(1)) * 60 + int(offset.group(1)[0] + offset.group(2)) if offset else 0
-    try:
-        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S'))) - 60 * minutes
-    except ValueError:
-        return 0.0
-
-
-def _json_object(reply: _Reply) -> Dict[str, Any]:
-    """The object that an answer holds; {} if it holds none."""
-    try:
-        answer = json.loads(reply.page().decode('utf-8'))
-    except (ValueError, RecursionError):
-        return {}
-    return answer if isinstance(answer, dict) else {}
-
-
 class _Renewed:
-    """Something that must be fetched anew before it expires; threads share it."""
+    """Something that must be fetched anew before it expires. Threads share it."""
 
     def __init__(self, fetch: Callable[[], Tuple[Any, float]]) -> None:
-        """fetch: gives the thing, or None if there is none, and the unix time until when it lives."""
+        """fetch: gives the thing, or None if there is none, and the unix time at which it expires."""
         import threading
         self.fetch = fetch
         self.lock = threading.Lock()
-        self.value = None  # type: Any
+        self.value: Any = None
         self.expires = 0.0
 
     def get(self) -> Any:
@@ -2307,23 +2946,26 @@ class _Renewed:
             return self.value
 
     def renew(self, used: Any) -> None:
-        """Forget what a refused request carried."""
+        """Fetch it anew next time, unless that has happened since `used`, which was refused, was given out."""
         with self.lock:
             if used == self.value:
                 self.expires = 0
 
 
 # ---------------------------------------------------------------------------------------
-# AWS: credentials and signatures
+# AWS
+#
+# Finds credentials in the order of the AWS SDKs, and signs requests:
+# https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html
 # ---------------------------------------------------------------------------------------
 
-_AwsSections = Dict[Tuple[str, str], Dict[str, str]]
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
 _AWS_CLOCK = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
 _AWS_REGION = r'[A-Za-z0-9_.-]{1,32}\Z'  # other stores have names of their own
 _AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
                  'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
 _AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')  # and https, and loopback
+_TOKEN_LIMIT = 1 << 20  # bytes of an answer that holds credentials
 
 
 class _AwsKeys(NamedTuple):
@@ -2334,343 +2976,370 @@ class _AwsKeys(NamedTuple):
     source: str = ''  # where they were found, for people
 
 
-class _Aws:
-    """Whom AWS's own tools would act as here: https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html
-
-    Keys are kept until they expire. region: where to sign for and to ask for keys, if nothing else is said.
-    """
+class _AwsProfile:
+    """A profile of ~/.aws/config and ~/.aws/credentials, and what the environment says instead."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.sections = _aws_sections()
+        self.is_configured = bool(config.aws_profile)  # then it precedes the environment's keys
         self.name = (config.aws_profile or os.environ.get('AWS_PROFILE') or os.environ.get('AWS_DEFAULT_PROFILE')
                      or 'default')
-        self.profile = self._profile(self.name, 'aws_profile or $AWS_PROFILE')
-        self.region = _check_region(config.region or os.environ.get('AWS_REGION') or os.environ.get(
-            'AWS_DEFAULT_REGION') or self.profile.get('region') or 'us-east-1')
-        self.http = _Http(config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or self.profile.get('ca_bundle'))
-        self.skew = 0.0  # seconds that the services' clock is ahead of ours
-        self.library = None  # type: Any
-        self._keys = _Renewed(self._find)
+        self.reload()
+        self.region = _check_region(
+            config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
+            or self.values.get('region') or 'us-east-1')
+        self.ca_bundle = config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or self.values.get('ca_bundle')
+
+    def reload(self) -> None:
+        """Read the files, which other tools may have changed meanwhile."""
+        self.sections = _aws_sections()
+        self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
+
+    def section(self, name: str, source: str) -> Dict[str, str]:
+        """The settings of a profile that `source` names."""
+        section = self.sections.get(('profile', name))
+        if section is None and name != 'default':
+            raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
+                              'check both')
+        return section or {}
+
+    def flag(self, key: str) -> bool:
+        return (os.environ.get('AWS_' + key.upper()) or self.values.get(key) or '').lower() == 'true'
+
+    def endpoint(self, service: str) -> str:
+        """The address that is set for a service instead of its own, or ''."""
+        if self.flag('ignore_configured_endpoint_urls'):
+            return ''
+        services = self.sections.get(('services', self.values.get('services', '')), {})
+        return _check_endpoint(
+            os.environ.get('AWS_ENDPOINT_URL_' + service.upper()) or os.environ.get('AWS_ENDPOINT_URL')
+            or _aws_nested(services, service, 'endpoint_url') or self.values.get('endpoint_url') or '')
+
+    def host(self, service: str, region: str) -> str:
+        """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
+        _check_region(region)
+        if self.flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
+            service += '-fips'
+        if self.flag('use_dualstack_endpoint') and service in ('s3', 's3-fips'):
+            service += '.dualstack'
+        partition = region.rsplit('-', 2)[0]
+        return f"https://{service}.{region}.{_AWS_SUFFIXES.get(partition, 'amazonaws.com')}"
+
+
+class _AwsCredentials:
+    """Keys to sign requests with. They are kept until they expire."""
+
+    def __init__(self, config: Config, profile: _AwsProfile, http: _Http) -> None:
+        self.config = config
+        self.profile = profile
+        self.http = http
+        self.skew = 0.0  # seconds by which the services' clock is ahead of ours
+        self.library: Any = None  # botocore's credentials
+        self.current = _Renewed(self.find)
 
     def keys(self) -> Optional[_AwsKeys]:
-        """Those to sign with now; None means unsigned requests."""
-        return self._keys.get()  # type: ignore[no-any-return]
-
-    def learn(self, reply: _Reply, code: str) -> None:
-        """Go by the server's clock where it refuses a signature and the two differ much."""
-        ahead = _http_time(reply.headers.get('Date') or '') - time.time()
-        if code in _AWS_CLOCK and 300 < abs(ahead - self.skew) < 1e9 and 'Date' in reply.headers:
-            self.skew = ahead
-            _say("this machine's clock is %.0f minutes off; going by that of the server", abs(ahead) / 60,
-                 level=_WARNING)
+        """The keys to sign with now; None means unsigned requests."""
+        return self.current.get()  # type: ignore[no-any-return]
 
     def renew(self, keys: Optional[_AwsKeys]) -> None:
         """Look for others than these, which were refused."""
-        self._keys.renew(keys)
+        self.current.renew(keys)
+
+    def learn_clock(self, reply: _Reply, code: str) -> None:
+        """Go by the server's clock if it refuses a signature and the two clocks differ much."""
+        if code not in _AWS_CLOCK or 'Date' not in reply.headers:
+            return
+        ahead = _http_time(reply.headers['Date']) - time.time()
+        if 300 < abs(ahead - self.skew) < 1e9:
+            self.skew = ahead
+            _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
 
     def signer(self, keys: Optional[_AwsKeys], service: str, region: str, digest: str) -> _Signer:
         """Signs, by the clock as it is known now, requests whose body has this SHA-256."""
         skew = self.skew
 
-        def sign(method: str, url: str, headers: Dict[str, str], body: Iterable[bytes]) -> Dict[str, str]:
+        def sign(request: _Request) -> Dict[str, str]:
             if not keys:
-                return headers
-            return _aws_sign(method, url, headers, digest, keys, region, service, time.time() + skew)
+                return dict(request.headers)
+            return _aws_sign(request, digest, keys, f'{region}/{service}', time.time() + skew)
         return sign
 
-    def host(self, service: str, region: str) -> str:
-        """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
-        _check_region(region)
-        if self._flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
-            service += '-fips'
-        if self._flag('use_dualstack_endpoint') and service in ('s3', 's3-fips'):
-            service += '.dualstack'
-        return 'https://%s.%s.%s' % (service, region, _AWS_SUFFIXES.get(region.rsplit('-', 2)[0], 'amazonaws.com'))
-
-    def endpoint(self, service: str) -> str:
-        """The address that is set for a service instead of its own, or ''."""
-        if self._flag('ignore_configured_endpoint_urls'):
-            return ''
-        services = self.sections.get(('services', self.profile.get('services', '')), {})
-        return _check_endpoint(
-            os.environ.get('AWS_ENDPOINT_URL_' + service.upper()) or os.environ.get('AWS_ENDPOINT_URL')
-            or _aws_nested(services, service, 'endpoint_url') or self.profile.get('endpoint_url') or '')
-
-    def _flag(self, key: str) -> bool:
-        return (os.environ.get('AWS_' + key.upper()) or self.profile.get(key) or '').lower() == 'true'
-
-    def _profile(self, name: str, source: str) -> Dict[str, str]:
-        found = self.sections.get(('profile', name))
-        if found is None and name != 'default':
-            raise ConfigError('the AWS profile that %s names is not in ~/.aws/config or ~/.aws/credentials; check both'
-                              % source)
-        return found or {}
-
-    def _find(self) -> Tuple[Optional[_AwsKeys], float]:
-        self.sections = _aws_sections()  # which other tools may have changed meanwhile
+    def find(self) -> Tuple[Optional[_AwsKeys], float]:
+        self.profile.reload()
         keys = _aws_static(vars(self.config), 'the settings')
-        if not keys and not self.config.aws_profile:  # a profile that was asked for goes before the environment
-            keys = self._from_environment()
-        keys = keys or self._from_profile(self.name) or self._from_container() or self._from_instance()
-        # some services go on to give the same keys until shortly before they expire; and our clock may be wrong
-        return keys, max(keys.expires, time.time() + 300) if keys else 1e12
+        if not keys and not self.profile.is_configured:
+            keys = self.from_environment()
+        keys = keys or self.from_profile(self.profile.name) or self.from_container() or self.from_instance()
+        if not keys:
+            return None, 1e12
+        # Some services give out the same keys until shortly before they expire, and our clock may be wrong.
+        return keys, max(keys.expires, time.time() + 300)
 
-    def _from_environment(self) -> Optional[_AwsKeys]:
+    def from_environment(self) -> Optional[_AwsKeys]:
         return _aws_static({key: os.environ.get(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
-    def _from_profile(self, name: str, above: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
-        """above: the profiles for which this one is the source."""
-        profile = self._profile(name, "the source_profile of '%s'" % ''.join(above[-1:]))
-        own = _aws_static(profile, "the AWS profile '%s'" % name)
-        if 'role_arn' in profile and 'web_identity_token_file' not in profile and not (above and own):
-            return self._from_role(name, profile, above)
-
-        def setting(key: str) -> Optional[str]:
-            from_environment = not above and not self.config.aws_profile and os.environ.get('AWS_' + key.upper())
-            return from_environment or profile.get(key)
-
-        token_file = setting('web_identity_token_file')
-        if token_file:
-            token = _read_secret(token_file, 'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE')
-            return self._sts("web identity", 'AssumeRoleWithWebIdentity', None, {
-                'RoleArn': setting('role_arn'), 'RoleSessionName': setting('role_session_name'),
-                'WebIdentityToken': token})
-        if 'sso_account_id' in profile or 'sso_role_name' in profile:
-            return self._from_sso(name, profile)
-        if 'login_session' in profile:
-            return self._from_library(name, 'aws login --profile ' + name)
-        if 'credential_process' in profile:
-            return self._from_process(name, profile['credential_process'])
+    def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
+        """users: the profiles whose roles are assumed with the keys of this one."""
+        values = self.profile.section(name, f"the source_profile of '{''.join(users[-1:])}'")
+        own = _aws_static(values, f"the AWS profile '{name}'")
+        if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and own):
+            return self.from_role(name, values, users)
+        web_identity = dict(values)
+        if not users and not self.profile.is_configured:
+            for key in ('web_identity_token_file', 'role_arn', 'role_session_name'):
+                web_identity[key] = os.environ.get('AWS_' + key.upper()) or values.get(key) or ''
+        if web_identity.get('web_identity_token_file'):
+            return self.from_web_identity(web_identity)
+        if 'sso_account_id' in values or 'sso_role_name' in values:
+            return self.from_sso(name, values)
+        if 'login_session' in values:
+            return self.from_library(name, 'aws login --profile ' + name)
+        if 'credential_process' in values:
+            return self.from_process(name, values['credential_process'])
         return own
 
-    def _from_role(self, name: str, profile: Dict[str, str], above: Tuple[str, ...]) -> _AwsKeys:
-        """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
-        if 'mfa_serial' in profile:
-            command = 'eval "$(aws configure export-credentials --profile %s --format env)"' % name
-            return self._from_library(name, command)
-        source, kind = profile.get('source_profile'), profile.get('credential_source')
-        kinds = {'Environment': self._from_environment, 'EcsContainer': self._from_container,
-                 'Ec2InstanceMetadata': self._from_instance}
-        if bool(source) == bool(kind) or kind and kind not in kinds or source in above:
-            raise ConfigError("the AWS profile '%s' needs, beside role_arn, either a source_profile that does not lead "
-                              "back to it, or a credential_source of %s" % (name, ', '.join(sorted(kinds))))
-        keys = self._from_profile(source, above + (name,)) if source else kinds[str(kind)]()
-        if not keys:
-            raise ConfigError("the AWS profile '%s' finds no credentials in %s" % (name, source or kind))
-        return self._sts("the AWS profile '%s'" % name, 'AssumeRole', keys, {
-            'RoleArn': profile['role_arn'], 'RoleSessionName': profile.get('role_session_name'),
-            'ExternalId': profile.get('external_id'), 'DurationSeconds': profile.get('duration_seconds')})
+    def from_web_identity(self, values: Dict[str, str]) -> _AwsKeys:
+        """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html"""
+        token = _read_token(values['web_identity_token_file'],
+                            'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE')
+        return self.from_sts('web identity', 'AssumeRoleWithWebIdentity', None, {
+            'RoleArn': values.get('role_arn'), 'RoleSessionName': values.get('role_session_name'),
+            'WebIdentityToken': token})
 
-    def _sts(self, source: str, action: str, keys: Optional[_AwsKeys], form: Dict[str, Optional[str]]) -> _AwsKeys:
+    def from_role(self, name: str, values: Dict[str, str], users: Tuple[str, ...]) -> _AwsKeys:
+        """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
+        if 'mfa_serial' in values:
+            command = f'eval "$(aws configure export-credentials --profile {name} --format env)"'
+            return self.from_library(name, command)
+        source = values.get('source_profile')
+        kind = values.get('credential_source')
+        kinds = {'Environment': self.from_environment, 'EcsContainer': self.from_container,
+                 'Ec2InstanceMetadata': self.from_instance}
+        if bool(source) == bool(kind) or kind and kind not in kinds or source in users:
+            raise ConfigError(f"the AWS profile '{name}' needs, beside role_arn, either a source_profile that does not "
+                              f"lead back to it, or a credential_source of {', '.join(sorted(kinds))}")
+        keys = self.from_profile(source, users + (name,)) if source else kinds[str(kind)]()
+        if not keys:
+            raise ConfigError(f"the AWS profile '{name}' finds no credentials in {source or kind}")
+        return self.from_sts(f"the AWS profile '{name}'", 'AssumeRole', keys, {
+            'RoleArn': values['role_arn'], 'RoleSessionName': values.get('role_session_name'),
+            'ExternalId': values.get('external_id'), 'DurationSeconds': values.get('duration_seconds')})
+
+    def from_sts(
+            self,
+            source: str,
+            action: str,
+            keys: Optional[_AwsKeys],
+            form: Dict[str, Optional[str]],
+    ) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-        from urllib.parse import urlencode
-        if not (form['RoleArn'] or '').startswith('arn:'):
-            raise ConfigError("%s is configured without a role; set role_arn or $AWS_ROLE_ARN to 'arn:...'" % source)
+        role = form['RoleArn'] or ''
+        if not role.startswith('arn:'):
+            raise ConfigError(f'{source} is configured without a role', "set role_arn or $AWS_ROLE_ARN to 'arn:...'")
         form = dict(form, Action=action, Version='2011-06-15',
-                    RoleSessionName=form['RoleSessionName'] or 'etcetera-%d' % time.time())
+                    RoleSessionName=form['RoleSessionName'] or f'etcetera-{time.time():.0f}')
         body = urlencode({key: value for key, value in form.items() if value}).encode()
-        url = (self.endpoint('sts') or self.host('sts', self.region)) + '/'
+        url = (self.profile.endpoint('sts') or self.profile.host('sts', self.profile.region)) + '/'
         headers = {'Content-Type': 'application/x-www-form-urlencoded; charset=utf-8'}
         for _ in range(2):
             skew = self.skew
-            sign = self.signer(keys, 'sts', self.region, _sha256(body).hexdigest())
-            reply = self.http.request('POST', url, headers, [body], sign, 1 << 20)
-            code, message = _aws_error(reply)[:2]
-            self.learn(reply, code)
-            if self.skew == skew:  # or it is worth another try
+            sign = self.signer(keys, 'sts', self.profile.region, _sha256(body).hexdigest())
+            reply = self.http.request(_Request('POST', url, headers, [body]), sign, _TOKEN_LIMIT)
+            code, message, _ = _aws_error(reply)
+            self.learn_clock(reply, code)
+            if self.skew == skew:  # otherwise another try may help
                 break
         if reply.status != 200:
-            raise RemoteError('%s: AWS STS answers %s: %s; check the role_arn %s and who may assume it' % (
-                source, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation',
-                _printable(str(form['RoleArn']))), reply.status)
+            raise RemoteError(f'{source}: AWS STS answers {_status(reply, code, message)}',
+                              f'check the role_arn {_printable(role)} and who may assume it', reply.status)
         try:
-            found = {item.tag: item.text for part in _xml(reply.page()).iter('Credentials') for item in part}
+            credentials = {item.tag: item.text for part in _xml(reply.page()).iter('Credentials') for item in part}
         except ValueError:
-            found = {}
-        return _aws_temporary(found, source)
+            credentials = {}
+        return _aws_temporary(credentials, source)
 
-    def _from_sso(self, name: str, profile: Dict[str, str]) -> _AwsKeys:
+    def from_sso(self, name: str, values: Dict[str, str]) -> _AwsKeys:
         """https://docs.aws.amazon.com/singlesignon/latest/PortalAPIReference/API_GetRoleCredentials.html"""
-        import hashlib
-        source, session = "the AWS profile '%s'" % name, profile.get('sso_session')
-        settings = dict(profile, **self.sections.get(('sso-session', session or ''), {}))
+        source = f"the AWS profile '{name}'"
+        session = values.get('sso_session')
+        values = dict(values, **self.profile.sections.get(('sso-session', session or ''), {}))
         needed = ('sso_start_url', 'sso_region', 'sso_account_id', 'sso_role_name')
-        missing = ' and '.join(key for key in needed if key not in settings)
+        missing = ' and '.join(key for key in needed if key not in values)
         if missing:
-            raise ConfigError("%s lacks %s; run: aws configure sso --profile %s" % (source, missing, name))
-        logged_out = ConfigError("%s is not logged in, or no longer; run: aws sso login --profile %s" % (source, name))
-        region = settings['sso_region']
-        path = os.path.join(_expanduser('~'), '.aws', 'sso', 'cache',
-                            hashlib.sha1((session or settings['sso_start_url']).encode()).hexdigest() + '.json')
+            raise ConfigError(f'{source} lacks {missing}', f'run: aws configure sso --profile {name}')
+        logged_out = ConfigError(f'{source} is not logged in, or no longer', f'run: aws sso login --profile {name}')
+        region = values['sso_region']
         try:
-            with open(path, 'rb') as file:
-                token = json.loads(file.read().decode('utf-8-sig'))
-            left = _timestamp(token['expiresAt']) - time.time()
-            if left < 300 and session and 'refreshToken' in token:
-                token = self._renew_sso(token, path, region) or token
-                left = _timestamp(token['expiresAt']) - time.time()
+            token = self.sso_token(session or values['sso_start_url'], region, renew=bool(session))
             headers = {'x-amz-sso_bearer_token': str(token['accessToken'])}
+            if _iso_time(token['expiresAt']) < time.time():
+                raise logged_out
         except (OSError, ValueError, KeyError, TypeError):
             raise logged_out from None
-        if left < 0:
-            raise logged_out
-        reply = self.http.request('GET', '%s/federation/credentials?role_name=%s&account_id=%s' % (
-            self.endpoint('sso') or self.host('portal.sso', region), _quote(settings['sso_role_name']),
-            _quote(settings['sso_account_id'])), headers, limit=1 << 20)
+        site = self.profile.endpoint('sso') or self.profile.host('portal.sso', region)
+        query = _query([('role_name', values['sso_role_name']), ('account_id', values['sso_account_id'])])
+        reply = self.http.request(_Request('GET', f'{site}/federation/credentials?{query}', headers),
+                                  limit=_TOKEN_LIMIT)
         if reply.status == 401:
             raise logged_out
-        return _aws_temporary(_json_object(reply).get('roleCredentials'), source, reply)
+        return _aws_temporary(reply.json().get('roleCredentials'), source, reply)
 
-    def _renew_sso(self, token: Dict[str, Any], path: str, region: str) -> Optional[Dict[str, Any]]:
-        """A new access token, kept where the AWS tools keep it; None if only a new login gives one.
+    def sso_token(self, session: str, region: str, renew: bool) -> Dict[str, Any]:
+        """The access token in the cache of AWS's tools, renewed if it expires soon. Raises OSError and ValueError."""
+        import hashlib
+        file_name = hashlib.sha1(session.encode()).hexdigest() + '.json'
+        path = os.path.join(_expanduser('~'), '.aws', 'sso', 'cache', file_name)
+        with open(path, 'rb') as file:
+            token: Dict[str, Any] = json.loads(file.read().decode('utf-8-sig'))
+        if renew and 'refreshToken' in token and _iso_time(token['expiresAt']) < time.time() + 300:
+            return self.renew_sso_token(token, path, region) or token
+        return token
+
+    def renew_sso_token(
+            self,
+            token: Dict[str, Any],
+            path: str,
+            region: str,
+    ) -> Optional[Dict[str, Any]]:
+        """A new access token, kept where AWS's tools keep it; None if only a new login gives one.
 
         https://docs.aws.amazon.com/singlesignon/latest/OIDCAPIReference/API_CreateToken.html
         """
-        if _timestamp(token.get('registrationExpiresAt') or '') < time.time():
+        if _iso_time(token.get('registrationExpiresAt') or '') < time.time():
             return None
         form = {'grantType': 'refresh_token', 'clientId': token['clientId'], 'clientSecret': token['clientSecret'],
                 'refreshToken': token['refreshToken']}
-        reply = self.http.request('POST', (self.endpoint('sso_oidc') or self.host('oidc', region)) + '/token',
-                                  {'Content-Type': 'application/json'}, [json.dumps(form).encode()], limit=1 << 20)
-        answer = _json_object(reply)
+        site = self.profile.endpoint('sso_oidc') or self.profile.host('oidc', region)
+        reply = self.http.request(_Request('POST', site + '/token', {'Content-Type': 'application/json'},
+                                           [json.dumps(form).encode()]), limit=_TOKEN_LIMIT)
+        answer = reply.json()
         if reply.status != 200 or 'accessToken' not in answer:
             return None
         expires = _utc(time.time() + float(answer.get('expiresIn') or 0))
         token = dict(token, accessToken=answer['accessToken'], expiresAt=expires,
                      refreshToken=answer.get('refreshToken') or token['refreshToken'])
-        new = '%s.%s' % (path, os.urandom(8).hex())
+        new = f'{path}.{os.urandom(8).hex()}'
         with contextlib.suppress(OSError):
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
                 json.dump(token, file)
             os.replace(new, path)
         return token
 
-    def _from_process(self, name: str, command: str) -> _AwsKeys:
+    def from_process(self, name: str, command: str) -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
         import shlex
         import subprocess
-        source = "the credential_process of the AWS profile '%s'" % name
+        source = f"the credential_process of the AWS profile '{name}'"
         try:
             done = subprocess.run(command if os.name == 'nt' else shlex.split(command), stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE)
         except (OSError, ValueError) as e:
-            raise ConfigError('%s cannot be run: %s' % (source, getattr(e, 'strerror', None) or e)) from None
+            raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}") from None
         if done.returncode:
-            raise ConfigError('%s fails (%d): %s' % (source, done.returncode, _printable(
-                done.stderr.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'))
+            reason = _printable(done.stderr.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'
+            raise ConfigError(f'{source} fails ({done.returncode}): {reason}')
         try:
             answer = json.loads(done.stdout.decode('utf-8-sig'))
         except ValueError:
             answer = None
-        return _aws_temporary(answer if isinstance(answer, dict) and answer.get('Version') == 1 else None, source)
+        is_known = isinstance(answer, dict) and answer.get('Version') == 1
+        return _aws_temporary(answer if is_known else None, source)
 
-    def _from_container(self) -> Optional[_AwsKeys]:
+    def from_container(self) -> Optional[_AwsKeys]:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
-        from ipaddress import ip_address
-        from urllib.parse import urlsplit
         relative = os.environ.get('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')
         url = 'http://169.254.170.2' + relative if relative else os.environ.get('AWS_CONTAINER_CREDENTIALS_FULL_URI')
         if not url:
             return None
-        try:
-            parts = urlsplit(url)
-            host = parts.hostname or ''
-            trusted = parts.scheme == 'https' or parts.scheme == 'http' and host in _AWS_CONTAINER_HOSTS
-            if not trusted and not (parts.scheme == 'http' and ip_address(host).is_loopback):
-                raise ValueError
-        except ValueError:
+        if not _is_trusted_container(url):
             raise ConfigError('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
-                              'loopback address or one of ' + ', '.join(_AWS_CONTAINER_HOSTS)) from None
+                              'loopback address or one of ' + ', '.join(_AWS_CONTAINER_HOSTS))
         variable = 'AWS_CONTAINER_AUTHORIZATION_TOKEN'
         path = os.environ.get(variable + '_FILE')
-        token = _read_secret(path, '$%s_FILE' % variable) if path else os.environ.get(variable)
+        token = _read_token(path, f'${variable}_FILE') if path else os.environ.get(variable)
         if token and not re.match(r'[ -~]+\Z', token):
-            raise ConfigError('$AWS_CONTAINER_AUTHORIZATION_TOKEN holds characters that it cannot have')
+            raise ConfigError(f'${variable} holds characters that it cannot have')
+        headers = {'Authorization': token} if token else {}
         with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=2)) as http:
-            reply = http.request('GET', url, {'Authorization': token} if token else {}, limit=65536, tries=3)
-        return _aws_temporary(_json_object(reply), "the container's credentials service", reply)
+            reply = http.request(_Request('GET', url, headers), limit=_TOKEN_LIMIT, tries=3)
+        return _aws_temporary(reply.json(), "the container's credentials service", reply)
 
-    def _from_instance(self) -> Optional[_AwsKeys]:
-        """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html, version 2"""
-        if self._flag('ec2_metadata_disabled'):
+    def from_instance(self) -> Optional[_AwsKeys]:
+        """Instance metadata, version 2:
+
+        https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
+        """
+        if self.profile.flag('ec2_metadata_disabled'):
             return None
-        mode = os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE', '').lower()
-        base = (os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT') or self.profile.get('ec2_metadata_service_endpoint')
-                or ('http://[fd00:ec2::254]' if mode == 'ipv6' else 'http://169.254.169.254'))
-        base = _check_endpoint(base) + '/latest/'
-        with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=1)) as http:
-            try:
-                headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
-                reply = http.request('PUT', base + 'api/token', headers, limit=65536, tries=1)
-                token = reply.body.decode('ascii', 'replace')
-                if reply.status == 200 and re.match(r'[!-~]+\Z', token):
-                    headers, path = {'X-aws-ec2-metadata-token': token}, base + 'meta-data/iam/security-credentials/'
-                    reply = http.request('GET', path, headers, limit=65536, tries=1)
-                    role = reply.body.decode('ascii', 'replace').strip()
-                    if reply.status == 200 and re.match(r'[\w+=,.@-]+\Z', role):
-                        reply = http.request('GET', path + role, headers, limit=65536, tries=1)
-                        answer = _json_object(reply)
-                        if answer.get('AccessKeyId'):
-                            return _aws_temporary(answer, "the instance's role '%s'" % role)
-            except RemoteError as e:
-                _say('no instance metadata: %s', e, level=_DEBUG)
-        return None
-
-    def _from_library(self, name: str, command: str) -> _AwsKeys:
-        """What asks people, or needs more than the standard library: by botocore, if it is there."""
-        from importlib import import_module  # so that no type checker looks for what need not be there
-        source = "the AWS profile '%s'" % name
+        is_ipv6 = os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE', '').lower() == 'ipv6'
+        site = _check_endpoint(
+            os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT')
+            or self.profile.values.get('ec2_metadata_service_endpoint')
+            or ('http://[fd00:ec2::254]' if is_ipv6 else 'http://169.254.169.254'))
         try:
-            session_module, utils = import_module('botocore.session'), import_module('botocore.utils')
+            with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=1)) as http:
+                return _ask_instance(http, site + '/latest/')
+        except RemoteError as e:
+            _say(f'no instance metadata: {e}', _DEBUG)
+            return None
+
+    def from_library(self, name: str, command: str) -> _AwsKeys:
+        """Keys that need a question to people, or more than the standard library: from botocore, if it is there."""
+        from importlib import import_module  # so that no type checker looks for it
+        source = f"the AWS profile '{name}'"
+        try:
+            session_module = import_module('botocore.session')
+            utils = import_module('botocore.utils')
         except ImportError:
-            raise ConfigError("%s needs more than the standard library; run: pip install boto3, or: %s"
-                              % (source, command)) from None
+            raise ConfigError(f'{source} needs more than the standard library',
+                              f'run: pip install boto3, or: {command}') from None
         try:
             if self.library is None:
                 session = session_module.Session(profile=name)
-                cache = utils.JSONFileCache(_expanduser('~/.aws/cli/cache'))  # so it asks once an hour
+                cache = utils.JSONFileCache(_expanduser('~/.aws/cli/cache'))  # so that it asks once an hour
                 session.get_component('credential_provider').get_provider('assume-role').cache = cache
                 self.library = session.get_credentials()
-            found = self.library.get_frozen_credentials()
+            keys = self.library.get_frozen_credentials()
         except Exception as e:  # it lets out AttributeErrors and the like, too
-            raise ConfigError('%s cannot be used: %s; try: %s' % (
-                source, _printable(str(e) or type(e).__name__), command)) from None
-        return _AwsKeys(found.access_key, found.secret_key, found.token, time.time() + 600, source)
+            raise ConfigError(f'{source} cannot be used: {_printable(str(e) or type(e).__name__)}',
+                              f'try: {command}') from None
+        return _AwsKeys(keys.access_key, keys.secret_key, keys.token, time.time() + 600, source)
 
 
 def _check_region(region: str) -> str:
     if not re.match(_AWS_REGION, region):
-        raise ConfigError("what is set is no region; check 'region', $AWS_REGION and the AWS profile")
+        raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
     return region
 
 
-def _aws_sections() -> _AwsSections:
-    """~/.aws/config and ~/.aws/credentials by kind and name of a section; keys in the latter go first."""
+def _aws_sections() -> Dict[Tuple[str, str], Dict[str, str]]:
+    """The sections of ~/.aws/config and ~/.aws/credentials by kind and name. Keys in the latter take precedence."""
+    sections: Dict[Tuple[str, str], Dict[str, str]] = {}
+    for name, values in _read_ini('AWS_CONFIG_FILE', '~/.aws/config').items():
+        kind, _, rest = name.partition(' ')
+        place = ('profile', name) if name == 'default' else (kind, rest.strip(' \t"\''))
+        sections.setdefault(place, {}).update(values)
+    for name, values in _read_ini('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials').items():
+        section = sections.setdefault(('profile', name), {})
+        section.update(values)
+        if 'aws_access_key_id' in values:  # nothing in the other file may be mixed with these keys
+            for lesser in {'aws_session_token'} - set(values) | {'credential_process', 'login_session'}:
+                section.pop(lesser, None)
+    return sections
+
+
+def _read_ini(variable: str, default: str) -> Dict[str, Dict[str, str]]:
+    """The sections of one of AWS's files; {} if it cannot be read."""
     import configparser
-    found = {}  # type: _AwsSections
-    for variable, default in (('AWS_CONFIG_FILE', '~/.aws/config'),
-                              ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials')):
-        path = _expanduser(os.path.expandvars(os.environ.get(variable) or default))  # as botocore does
-        parser = configparser.RawConfigParser(strict=False)
-        try:
-            with open(path, encoding='utf-8-sig') as file:
-                parser.read_file(file)
-        except OSError:
-            continue
-        except (configparser.Error, UnicodeDecodeError):
-            raise ConfigError("%s cannot be read as an AWS settings file; mend it" % path) from None
-        for section in parser.sections():
-            kind, _, name = section.partition(' ')
-            if section == 'default' or variable != 'AWS_CONFIG_FILE':
-                kind, name = 'profile', section
-            values = found.setdefault((kind, name.strip(' \t"\'')), {})
-            own = {key: value.strip() for key, value in parser.items(section)}
-            values.update(own)
-            if kind == 'profile' and variable != 'AWS_CONFIG_FILE' and 'aws_access_key_id' in own:
-                for lesser in {'aws_session_token'} - set(own) | {'credential_process', 'login_session'}:
-                    values.pop(lesser, None)
-    return found
+    path = _expanduser(os.path.expandvars(os.environ.get(variable) or default))  # as botocore does
+    parser = configparser.RawConfigParser(strict=False)
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            parser.read_file(file)
+    except OSError:
+        return {}
+    except (configparser.Error, UnicodeDecodeError):
+        raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
+    return {section: {key: value.strip() for key, value in parser.items(section)} for section in parser.sections()}
 
 
 def _aws_nested(section: Dict[str, str], name: str, key: str) -> str:
@@ -2679,48 +3348,75 @@ def _aws_nested(section: Dict[str, str], name: str, key: str) -> str:
     return match.group(1) if match else ''
 
 
-def _aws_static(values: Any, source: str) -> Optional[_AwsKeys]:
-    """Keys that stand there as such, if any do."""
-    access_key, secret_key, token = ((values.get(key) or '').strip() for key in _AWS_KEYS)
+def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
+    """The keys that are among these values, if there are any."""
+    access_key, secret_key, token = [(values.get(key) or '').strip() for key in _AWS_KEYS]
     if bool(access_key) != bool(secret_key):
-        raise ConfigError('%s: aws_access_key_id and aws_secret_access_key go together; set both' % source)
+        raise ConfigError(f'{source}: aws_access_key_id and aws_secret_access_key go together', 'set both')
     for key, value in zip(_AWS_KEYS, (access_key, secret_key, token)):
         if not re.match(r'[!-~]*\Z', value):
-            raise ConfigError('%s: %s holds characters that it cannot have; copy it again' % (source, key))
+            raise ConfigError(f'{source}: {key} holds characters that it cannot have', 'copy it again')
     return _AwsKeys(access_key, secret_key, token or None, source=source) if access_key else None
 
 
 def _aws_temporary(answer: Any, source: str, reply: Optional[_Reply] = None) -> _AwsKeys:
-    """Keys as STS, SSO, a process or a metadata service gives them, each with names of its own."""
+    """Keys as STS, SSO, a process or a metadata service gives them, which call them by slightly different names."""
     if reply and reply.status != 200:
-        message = _json_object(reply).get('message') or _json_object(reply).get('Message') or 'no explanation'
-        raise RemoteError('%s answers %d: %s; check what it may do'
-                          % (source, reply.status, _printable(str(message))[:300]), reply.status)
+        message = reply.json().get('message') or reply.json().get('Message') or ''
+        raise RemoteError(f"{source} answers {_status(reply, '', str(message))}", 'check what it may do', reply.status)
     values = {key[:1].upper() + key[1:]: value for key, value in answer.items()} if isinstance(answer, dict) else {}
-    access_key, secret_key = values.get('AccessKeyId'), values.get('SecretAccessKey')
+    access_key = values.get('AccessKeyId')
+    secret_key = values.get('SecretAccessKey')
     token = values.get('SessionToken') or values.get('Token') or ''
-    if not all(isinstance(key, str) and re.match(r'[!-~]+\Z', key) for key in (access_key, secret_key, token or '-')):
-        raise RemoteError('%s gives nothing that can be used as credentials' % source)
-    expires = values.get('Expiration')  # SSO gives milliseconds
-    if isinstance(expires, (int, float)):
-        expires /= 1000
-    else:
-        expires = _timestamp(expires) if isinstance(expires, str) else 1e12
+    for key in (access_key, secret_key, token or '-'):
+        if not isinstance(key, str) or not re.match(r'[!-~]+\Z', key):
+            raise RemoteError(f'{source} gives nothing that can be used as credentials')
+    expiration = values.get('Expiration')
+    expires = 1e12
+    if isinstance(expiration, str):
+        expires = _iso_time(expiration)
+    elif isinstance(expiration, (int, float)):
+        expires = expiration / 1000  # SSO gives milliseconds
     return _AwsKeys(str(access_key), str(secret_key), token or None, expires, source)
 
 
-def _read_secret(path: str, source: str) -> str:
-    """A token from a file; `source` is what names it."""
+def _is_trusted_container(url: str) -> bool:
+    """Whether a container's credentials may be asked for there."""
+    from ipaddress import ip_address
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError('cannot read the file with a token that %s names: %s; check the path and who may read it'
-                          % (source, getattr(e, 'strerror', 'not text'))) from None
+        parts = urlsplit(url)
+        host = parts.hostname or ''
+        if parts.scheme != 'http' or host in _AWS_CONTAINER_HOSTS:
+            return parts.scheme in ('http', 'https')
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _ask_instance(http: _Http, site: str) -> Optional[_AwsKeys]:
+    """The keys of the machine's role; None if it has none."""
+    def ask(method: str, path: str, headers: Dict[str, str]) -> Optional[_Reply]:
+        reply = http.request(_Request(method, site + path, headers), limit=65536, tries=1)
+        return reply if reply.status == 200 else None
+
+    reply = ask('PUT', 'api/token', {'X-aws-ec2-metadata-token-ttl-seconds': '21600'})
+    token = reply.body.decode('ascii', 'replace') if reply else ''
+    if not re.match(r'[!-~]+\Z', token):
+        return None
+    headers = {'X-aws-ec2-metadata-token': token}
+    path = 'meta-data/iam/security-credentials/'
+    reply = ask('GET', path, headers)
+    role = reply.body.decode('ascii', 'replace').strip() if reply else ''
+    if not re.match(r'[\w+=,.@-]+\Z', role):
+        return None
+    reply = ask('GET', path + role, headers)
+    if not reply or not reply.json().get('AccessKeyId'):
+        return None
+    return _aws_temporary(reply.json(), f"the instance's role '{role}'")
 
 
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
-    """The code, message and region of an S3 error; empty if it is none."""
+    """The code, message and region of an error; empty if the body is none."""
     try:
         root = _xml(reply.page())
     except ValueError:
@@ -2731,87 +3427,248 @@ def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
     return error.findtext('Code') or '', error.findtext('Message') or '', error.findtext('Region') or ''
 
 
-def _quote(text: str, safe: str = '') -> str:
-    """Percent-encode as Signature Version 4 and Google want it: all but A-Z a-z 0-9 - . _ ~"""
-    from urllib.parse import quote
-    return quote(text, safe=safe + '~')
+def _status(reply: _Reply, code: str, message: str) -> str:
+    """What an error says, for people."""
+    return f"{reply.status} {code}".strip() + ': ' + (_printable(message)[:300] or 'no explanation')
 
 
-def _aws_sign(method: str, url: str, headers: Dict[str, str], payload_hash: str, keys: _AwsKeys,
-              region: str, service: str, now: float) -> Dict[str, str]:
-    """`headers` with those of AWS Signature Version 4 added; `url` as it is sent, percent-encoded.
+def _aws_sign(
+        request: _Request,
+        payload_digest: str,
+        keys: _AwsKeys,
+        scope: str,
+        now: float,
+) -> Dict[str, str]:
+    """The headers of a request, with those of AWS Signature Version 4. scope: region/service. now: unix time.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
     """
     import hmac
-    from urllib.parse import urlsplit
-    parts = urlsplit(url)
+    scheme, netloc, path, query, _ = urlsplit(request.url)
     stamp = _utc(now, '%Y%m%dT%H%M%SZ')
-    headers = dict(headers, **{'x-amz-date': stamp, 'x-amz-content-sha256': payload_hash})
+    headers = dict(request.headers)
+    headers['x-amz-date'] = stamp
+    headers['x-amz-content-sha256'] = payload_digest
     if keys.token:
         headers['x-amz-security-token'] = keys.token
-    netloc = parts.netloc.rpartition('@')[2]
-    canonical = {key.lower(): ' '.join(value.split()) for key, value in headers.items()}
-    canonical['host'] = re.sub(':443$' if parts.scheme == 'https' else ':80$', '', netloc)
-    query = sorted((key, value) for key, _, value in (pair.partition('=') for pair in parts.query.split('&') if pair))
+
+    canonical = {name.lower(): ' '.join(value.split()) for name, value in headers.items()}
+    canonical['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
     names = ';'.join(sorted(canonical))
-    request = '\n'.join([method, parts.path or '/', '&'.join('%s=%s' % pair for pair in query),
-                         ''.join('%s:%s\n' % (key, canonical[key]) for key in sorted(canonical)), names, payload_hash])
-    scope = '/'.join([stamp[:8], region, service, 'aws4_request'])
-    text = '\n'.join(['AWS4-HMAC-SHA256', stamp, scope, _sha256(request.encode()).hexdigest()])
+    pairs = [pair.partition('=') for pair in query.split('&') if pair]
+    canonical_request = '\n'.join([
+        request.method,
+        path or '/',
+        '&'.join(f'{key}={value}' for key, _, value in sorted(pairs)),
+        ''.join(f'{name}:{canonical[name]}\n' for name in sorted(canonical)),
+        names,
+        payload_digest])
+
+    scope = f'{stamp[:8]}/{scope}/aws4_request'
+    text = '\n'.join(['AWS4-HMAC-SHA256', stamp, scope, _sha256(canonical_request.encode()).hexdigest()])
     key = ('AWS4' + keys.secret_key).encode()
     for part in scope.split('/'):
         key = hmac.new(key, part.encode(), 'sha256').digest()
-    headers['Authorization'] = 'AWS4-HMAC-SHA256 Credential=%s/%s, SignedHeaders=%s, Signature=%s' % (
-        keys.access_key, scope, names, hmac.new(key, text.encode(), 'sha256').hexdigest())
+    signature = hmac.new(key, text.encode(), 'sha256').hexdigest()
+    headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, '
+                                f'Signature={signature}')
     return headers
 
 
 # ---------------------------------------------------------------------------------------
-# Google: credentials
+# Google
+#
+# Finds credentials as Google's own tools do (application default credentials, https://google.aip.dev/auth/4110), and
+# gets access tokens with them.
 # ---------------------------------------------------------------------------------------
 
 _GOOGLE_SCOPE = 'https://www.googleapis.com/auth/devstorage.full_control'  # read_write may not make objects public
 _GOOGLE_PLATFORM = 'https://www.googleapis.com/auth/cloud-platform'
 _GOOGLE_TOKEN_URL = 'https://oauth2.googleapis.com/token'
+_GOOGLE_REMEDY = "check the Google credentials, or run 'gcloud auth application-default login'"
+
+_Token = Tuple[Optional[str], float]  # an access token and the seconds that it lives; None without credentials
 
 
 class _GoogleCredentials:
-    """Access tokens, kept until they expire. Application default credentials: https://google.aip.dev/auth/4110"""
+    """Access tokens. They are kept until they expire."""
 
     def __init__(self, config: Config, http: _Http) -> None:
         self.http = http
         self.path = _google_file(config)
         self.info = _read_google_file(self.path) if self.path else {}
-        self.token = _Renewed(self._fetch)
-
-    def _fetch(self) -> Tuple[Optional[str], float]:
-        token, seconds = _google_token(self.info, self.http, _GOOGLE_SCOPE, self.path)
-        return token, time.time() + seconds
+        self.current = _Renewed(self.fetch)
 
     def headers(self) -> Dict[str, str]:
-        """Those that authorize a request; {} for an anonymous one."""
-        token = self.token.get()
-        headers = {'Authorization': 'Bearer ' + token} if token else {}
+        """The headers that authorize a request; {} for an anonymous one."""
+        token = self.current.get()
+        if not token:
+            return {}
+        headers = {'Authorization': 'Bearer ' + token}
         project = os.environ.get('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
-        if headers and project:
+        if project:
             headers['x-goog-user-project'] = project
         return headers
 
     def renew(self, headers: Dict[str, str]) -> bool:
-        """Forget the token that a refused request carried; whether another one can be had."""
-        self.token.renew(headers.get('Authorization', '').partition(' ')[2])
+        """Forget the token of a request that was refused. Returns whether there can be another one."""
+        self.current.renew(headers.get('Authorization', '').partition(' ')[2])
         return bool(headers)
+
+    def fetch(self) -> _Token:
+        """A new token, and the unix time at which it expires."""
+        token, seconds = self.token(self.info, _GOOGLE_SCOPE) if self.info else self.from_metadata()
+        return token, time.time() + seconds
+
+    def token(self, info: Any, scope: str) -> _Token:
+        """A token for the credentials in `info`, which is what a credentials file holds."""
+        kinds = {'service_account': self.from_key, 'authorized_user': self.from_login,
+                 'external_account': self.from_identity, 'impersonated_service_account': self.from_other_account}
+        try:
+            kind = info.get('type')
+            source = info.get('credential_source') or {}
+            needs_library = kind not in kinds or kind == 'external_account' and 'file' not in source and (
+                'url' not in source or 'environment_id' in source)  # from a program, a certificate, or AWS
+            if not needs_library:
+                return kinds[kind](info, scope)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {e} is missing "
+                              'or wrong') from None
+        return self.from_library(str(kind), scope)
+
+    def from_key(self, info: Dict[str, Any], scope: str) -> _Token:
+        """With a signed assertion of a service account (RFC 7523; https://google.aip.dev/auth/4112)."""
+        url = info.get('token_uri') or _GOOGLE_TOKEN_URL
+        now = int(time.time())
+        parts = [{'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')},
+                 {'iss': info['client_email'], 'scope': scope, 'aud': url, 'iat': now, 'exp': now + 3600}]
+        text = b'.'.join(_base64url(json.dumps(part).encode()) for part in parts)
+        signature = _rsa_sign(info['private_key'], text)
+        return self.from_endpoint(url, {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
+                                        'assertion': (text + b'.' + _base64url(signature)).decode()})
+
+    def from_login(self, info: Dict[str, Any], _: str) -> _Token:
+        """With the refresh token of a person (RFC 6749, 6)."""
+        return self.from_endpoint(info.get('token_uri') or _GOOGLE_TOKEN_URL, {
+            'grant_type': 'refresh_token', 'client_id': info['client_id'], 'client_secret': info['client_secret'],
+            'refresh_token': info['refresh_token']})
+
+    def from_identity(self, info: Dict[str, Any], scope: str) -> _Token:
+        """With another identity's token: workload identity federation (https://google.aip.dev/auth/4117)."""
+        impersonated = info.get('service_account_impersonation_url')
+        form = {'grant_type': 'urn:ietf:params:oauth:grant-type:token-exchange', 'audience': info['audience'],
+                'scope': _GOOGLE_PLATFORM if impersonated else scope,
+                'requested_token_type': 'urn:ietf:params:oauth:token-type:access_token',
+                'subject_token': self.subject_token(info['credential_source']),
+                'subject_token_type': info['subject_token_type']}
+        headers = {}
+        if info.get('client_id'):
+            user = f"{info['client_id']}:{info.get('client_secret') or ''}"
+            headers['Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
+        elif info.get('workforce_pool_user_project'):
+            form['options'] = json.dumps({'userProject': info['workforce_pool_user_project']})
+        token = self.from_endpoint(info['token_url'], form, headers)
+        return self.impersonate(info, scope, token[0]) if impersonated else token
+
+    def subject_token(self, source: Dict[str, Any]) -> str:
+        """The token of the other identity, from a file or URL."""
+        if 'file' in source:
+            subject = _read_token(source['file'], 'the credential_source')
+        else:
+            request = _Request('GET', source['url'], dict(source.get('headers') or {}))
+            reply = self.http.request(request, limit=_TOKEN_LIMIT)
+            if reply.status != 200:
+                raise RemoteError(f"{_site(source['url'])} gives no identity token: {reply.status}", '', reply.status)
+            subject = reply.body.decode('utf-8')
+        form = source.get('format') or {}
+        if form.get('type') != 'json':
+            return subject
+        return json.loads(subject)[form['subject_token_field_name']]  # type: ignore[no-any-return]
+
+    def from_other_account(self, info: Dict[str, Any], scope: str) -> _Token:
+        token, _ = self.token(info['source_credentials'], _GOOGLE_PLATFORM)
+        return self.impersonate(info, scope, token)
+
+    def impersonate(self, info: Dict[str, Any], scope: str, token: Optional[str]) -> _Token:
+        """A service account's token with another identity's (IAM Credentials API, generateAccessToken)."""
+        lifetime = (info.get('service_account_impersonation') or {}).get('token_lifetime_seconds') or 3600
+        body = {'scope': [scope], 'delegates': info.get('delegates') or [], 'lifetime': f'{lifetime}s'}
+        headers = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}
+        answer = self.post(info['service_account_impersonation_url'], headers, json.dumps(body).encode())
+        return _bearer_token(answer['accessToken']), max(0.0, _iso_time(answer['expireTime']) - time.time())
+
+    def from_endpoint(
+            self,
+            url: str,
+            form: Dict[str, str],
+            headers: Optional[Dict[str, str]] = None,
+    ) -> _Token:
+        """Ask a token endpoint (RFC 6749, 4.1.4)."""
+        headers = dict(headers or {})
+        headers['Content-Type'] = 'application/x-www-form-urlencoded'
+        answer = self.post(url, headers, urlencode(form).encode())
+        return _bearer_token(answer['access_token']), float(answer.get('expires_in') or 3600)
+
+    def post(self, url: str, headers: Dict[str, str], body: bytes) -> Dict[str, Any]:
+        if not re.match(r'https?://', url):
+            raise ValueError('the address of a token')
+        reply = self.http.request(_Request('POST', url, headers, [body]), limit=_TOKEN_LIMIT)
+        answer = reply.json()
+        if reply.status == 200:
+            return answer
+        problem = answer.get('error_description') or answer.get('error') or reply.status
+        if isinstance(problem, dict):
+            problem = problem.get('message')
+        raise RemoteError(f'{_site(url)} gives no access token: {_printable(str(problem))[:300]}', _GOOGLE_REMEDY,
+                          reply.status)
+
+    def from_metadata(self) -> _Token:
+        """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
+        host = os.environ.get('GCE_METADATA_HOST') or os.environ.get('GCE_METADATA_ROOT') or 'metadata.google.internal'
+        if os.environ.get('NO_GCE_CHECK', '').lower() == 'true':
+            return None, 1e9
+        path = 'computeMetadata/v1/instance/service-accounts/default/token'
+        request = _Request('GET', f'http://{host}/{path}?scopes={_quote(_GOOGLE_SCOPE)}',
+                           {'Metadata-Flavor': 'Google'})
+        with contextlib.closing(_Http(direct=True, timeout=3)) as http, contextlib.suppress(RemoteError):
+            reply = http.request(request, limit=65536, tries=1)
+            if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200:
+                answer = reply.json()
+                try:
+                    return _bearer_token(answer['access_token']), float(answer['expires_in'])
+                except (KeyError, TypeError, ValueError) as e:
+                    raise ConfigError(f'the Google credentials of this machine cannot be used: {e} is missing or wrong'
+                                      ) from None
+        return None, 1e9
+
+    def from_library(self, kind: str, scope: str) -> _Token:
+        """For kinds that need a program, a certificate or something new: from Google's library, if it is there."""
+        from importlib import import_module  # so that no type checker looks for it
+        try:
+            auth = import_module('google.auth')
+            transport = import_module('google.auth.transport.requests')
+        except ImportError:
+            raise ConfigError(f"etcetera does not know credentials of type '{_printable(kind)}' in {self.path}",
+                              'run: pip install google-cloud-storage') from None
+        try:
+            credentials, _ = auth.load_credentials_from_file(self.path, scopes=[scope])
+            credentials.refresh(transport.Request())
+        except Exception as e:  # it lets out TypeErrors and the like, too
+            raise ConfigError(f'the Google credentials {self.path} cannot be used: {e}') from None
+        return credentials.token, 600.0
 
 
 def _google_file(config: Config) -> str:
     """The credentials file that Google's own tools would take, or ''."""
     named = config.google_credentials or os.environ.get('GOOGLE_APPLICATION_CREDENTIALS')
     if named:
-        return _expanduser(named)
-    folder = os.environ.get('CLOUDSDK_CONFIG') or (
-        os.path.join(os.environ.get('APPDATA') or os.path.join(os.environ.get('SystemDrive', 'C:'), os.sep), 'gcloud')
-        if os.name == 'nt' else os.path.join(_expanduser('~'), '.config', 'gcloud'))
+        return _expanduser(_check_path(named))
+    folder = os.environ.get('CLOUDSDK_CONFIG')
+    if not folder and os.name == 'nt':
+        drive = os.environ.get('SystemDrive', 'C:') + os.sep
+        folder = os.path.join(os.environ.get('APPDATA') or drive, 'gcloud')
+    elif not folder:
+        folder = os.path.join(_expanduser('~'), '.config', 'gcloud')
     path = os.path.join(folder, 'application_default_credentials.json')
     return path if os.path.isfile(path) else ''
 
@@ -2821,100 +3678,38 @@ def _read_google_file(path: str) -> Dict[str, Any]:
         with open(path, 'rb') as file:
             info = json.loads(file.read().decode('utf-8-sig'))
     except OSError as e:
-        raise ConfigError('cannot read the Google credentials: %s; check google_credentials and '
-                          '$GOOGLE_APPLICATION_CREDENTIALS' % e.strerror) from None
+        raise ConfigError(f'cannot read the Google credentials: {e.strerror}',
+                          'check google_credentials and $GOOGLE_APPLICATION_CREDENTIALS') from None
     except ValueError:
         info = None
     if not isinstance(info, dict) or 'type' not in info:
-        raise ConfigError("%s holds no Google credentials; download the file again, or run 'gcloud auth "
-                          "application-default login'" % path)
+        raise ConfigError(f'{path} holds no Google credentials',
+                          "download the file again, or run 'gcloud auth application-default login'")
     return info
 
 
-def _google_token(info: Dict[str, Any], http: _Http, scope: str, path: str) -> Tuple[Optional[str], float]:
-    """An access token and the seconds that it lives; (None, ever) without credentials."""
-    try:
-        kind = info.get('type')
-        if not info:
-            return _google_metadata_token(scope)
-        if kind == 'service_account':
-            url = info.get('token_uri') or _GOOGLE_TOKEN_URL
-            return _google_post(http, url, {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
-                                            'assertion': _google_jwt(info, url, scope)})
-        if kind == 'authorized_user':
-            return _google_post(http, info.get('token_uri') or _GOOGLE_TOKEN_URL, {
-                'grant_type': 'refresh_token', 'client_id': info['client_id'],
-                'client_secret': info['client_secret'], 'refresh_token': info['refresh_token']})
-        source = info.get('credential_source')
-        if kind == 'external_account' and isinstance(source, dict) and (
-                'file' in source or 'url' in source and 'environment_id' not in source):  # that would be AWS's
-            return _google_exchange(info, source, http, scope)
-        if kind == 'impersonated_service_account':
-            token, _ = _google_token(info['source_credentials'], http, _GOOGLE_PLATFORM, path)
-            return _google_impersonate(info, http, scope, token)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ConfigError('the Google credentials %s cannot be used: %s is missing or wrong'
-                          % (path or 'of this machine', e)) from None
-    return _google_library_token(path, str(kind), scope)
-
-
-def _google_post(http: _Http, url: str, form: Dict[str, str], headers: Optional[Dict[str, str]] = None,
-                 ) -> Tuple[str, float]:
-    """Ask a token endpoint (RFC 6749, 4.1.4)."""
-    from urllib.parse import urlencode
-    answer = _google_json(http, 'POST', url, dict(headers or {}, **{
-        'Content-Type': 'application/x-www-form-urlencoded'}), [urlencode(form).encode()])
-    return _google_bearer(answer['access_token']), float(answer.get('expires_in') or 3600)
-
-
-def _google_bearer(token: Any) -> str:
-    """A token that can stand in a header (RFC 6750, 2.1)."""
+def _bearer_token(token: Any) -> str:
+    """A token that can stand in a header (RFC 6750, 2.1). Raises ValueError for anything else."""
     if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):
         raise ValueError('access_token')
     return token
 
 
-def _google_json(http: _Http, method: str, url: str, headers: Dict[str, str], body: Sequence[bytes],
-                 ) -> Dict[str, Any]:
-    if not re.match(r'https?://', url):
-        raise ValueError('the address of a token')
-    reply = http.request(method, url, headers, body, limit=1 << 20)
-    answer = _json_object(reply)
-    if reply.status != 200:
-        problem = answer.get('error_description') or answer.get('error') or reply.status
-        if isinstance(problem, dict):
-            problem = problem.get('message')
-        raise RemoteError("%s gives no access token: %s; check the Google credentials, or run 'gcloud auth "
-                          "application-default login'" % (_site(url), _printable(str(problem))[:300]),
-                          reply.status)
-    return answer
-
-
-def _google_jwt(info: Dict[str, Any], audience: str, scope: str) -> str:
-    """A signed assertion of a service account (RFC 7523; https://google.aip.dev/auth/4112)."""
-    now = int(time.time())
-    parts = [{'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')},
-             {'iss': info['client_email'], 'scope': scope, 'aud': audience, 'iat': now, 'exp': now + 3600}]
-    text = b'.'.join(_base64url(json.dumps(part).encode()) for part in parts)
-    return (text + b'.' + _base64url(_rsa_sign(info['private_key'], text))).decode()
-
-
 def _base64url(data: bytes) -> bytes:
-    from base64 import urlsafe_b64encode
-    return urlsafe_b64encode(data).rstrip(b'=')
+    return base64.urlsafe_b64encode(data).rstrip(b'=')
 
 
 def _rsa_sign(pem: str, message: bytes) -> bytes:
-    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1), with a key in PKCS#8 (RFC 5208) or PKCS#1."""
-    from base64 import b64decode
+    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). The key is in PKCS#8 (RFC 5208) or PKCS#1."""
     match = re.search('-----BEGIN (?:RSA )?PRIVATE KEY-----(.*?)-----END', pem, re.S)
     if not match:
         raise ValueError('private_key')
     try:
-        fields = _der_sequence(b64decode(match.group(1)))
+        fields = _der_sequence(base64.b64decode(match.group(1)))
         if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
             fields = _der_sequence(fields[2])
-        modulus, exponent = fields[1], fields[3]
+        modulus = fields[1]
+        exponent = fields[3]
         size = (modulus.bit_length() + 7) // 8
     except (ValueError, IndexError, TypeError, AttributeError):
         raise ValueError('private_key') from None
@@ -2924,110 +3719,54 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
 
 
 def _der_sequence(data: bytes) -> List[Any]:
-    """The items of a DER sequence (X.690): integers as int, sequences as list, others as bytes."""
-    def item(data: bytes) -> Tuple[Any, bytes]:
-        length, start = data[1], 2
-        if length & 0x80:
+    """The items of a DER sequence (X.690): integers as int, sequences as list, others as bytes. Raises IndexError."""
+    items = _der_items(data)
+    return items[0] if items and isinstance(items[0], list) else []
+
+
+def _der_items(data: bytes) -> List[Any]:
+    items: List[Any] = []
+    while data:
+        tag, length, start = data[0], data[1], 2
+        if length & 0x80:  # the long form: the number of bytes of the length
             start += length & 0x7f
             length = int.from_bytes(data[2:start], 'big')
-        value, rest = data[start:start + length], data[start + length:]
-        if data[0] == 0x02:
-            return int.from_bytes(value, 'big'), rest
-        if data[0] == 0x30:
-            items = []
-            while value:
-                found, value = item(value)
-                items.append(found)
-            return items, rest
-        return value, rest
-
-    try:
-        found, _ = item(data)
-        return found if isinstance(found, list) else []
-    except IndexError:
-        raise ValueError('private_key') from None
-
-
-def _google_exchange(info: Dict[str, Any], source: Dict[str, Any], http: _Http, scope: str) -> Tuple[str, float]:
-    """Workload identity federation: another identity's token for one of Google's (https://google.aip.dev/auth/4117)."""
-    from base64 import b64encode
-    if 'file' in source:
-        subject = _read_secret(source['file'], 'the credential_source')
-    else:
-        reply = http.request('GET', source['url'], dict(source.get('headers') or {}), limit=1 << 20)
-        if reply.status != 200:
-            raise RemoteError('%s gives no identity token: %d' % (_site(source['url']), reply.status))
-        subject = reply.body.decode('utf-8')
-    if (source.get('format') or {}).get('type') == 'json':
-        subject = json.loads(subject)[source['format']['subject_token_field_name']]
-    impersonate = info.get('service_account_impersonation_url')
-    form = {'grant_type': 'urn:ietf:params:oauth:grant-type:token-exchange', 'audience': info['audience'],
-            'scope': _GOOGLE_PLATFORM if impersonate else scope,
-            'requested_token_type': 'urn:ietf:params:oauth:token-type:access_token',
-            'subject_token': subject, 'subject_token_type': info['subject_token_type']}
-    headers = {}
-    if info.get('client_id'):
-        user = '%s:%s' % (info['client_id'], info.get('client_secret') or '')
-        headers['Authorization'] = 'Basic ' + b64encode(user.encode()).decode()
-    elif info.get('workforce_pool_user_project'):
-        form['options'] = json.dumps({'userProject': info['workforce_pool_user_project']})
-    token, seconds = _google_post(http, info['token_url'], form, headers)
-    return _google_impersonate(info, http, scope, token) if impersonate else (token, seconds)
-
-
-def _google_impersonate(info: Dict[str, Any], http: _Http, scope: str, token: Optional[str]) -> Tuple[str, float]:
-    """A service account's token with another identity's (IAM Credentials API, generateAccessToken)."""
-    lifetime = (info.get('service_account_impersonation') or {}).get('token_lifetime_seconds') or 3600
-    answer = _google_json(http, 'POST', info['service_account_impersonation_url'], {
-        'Authorization': 'Bearer %s' % token, 'Content-Type': 'application/json'},
-        [json.dumps({'scope': [scope], 'delegates': info.get('delegates') or [],
-                     'lifetime': '%ds' % lifetime}).encode()])
-    return _google_bearer(answer['accessToken']), max(0.0, _timestamp(answer['expireTime']) - time.time())
-
-
-def _google_metadata_token(scope: str) -> Tuple[Optional[str], float]:
-    """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
-    host = os.environ.get('GCE_METADATA_HOST') or os.environ.get('GCE_METADATA_ROOT') or 'metadata.google.internal'
-    if os.environ.get('NO_GCE_CHECK', '').lower() == 'true':
-        return None, 1e9
-    with contextlib.closing(_Http(None, direct=True, timeout=3)) as http, contextlib.suppress(RemoteError):
-        reply = http.request('GET', 'http://%s/computeMetadata/v1/instance/service-accounts/default/token?scopes=%s'
-                             % (host, _quote(scope)), {'Metadata-Flavor': 'Google'}, limit=65536, tries=1)
-        if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200:
-            answer = _json_object(reply)
-            return _google_bearer(answer['access_token']), float(answer['expires_in'])
-    return None, 1e9
-
-
-def _google_library_token(path: str, kind: str, scope: str) -> Tuple[Optional[str], float]:
-    """Of kinds that need a program, a certificate or what else may come: by Google's library, if it is there."""
-    from importlib import import_module  # as for botocore
-    try:
-        auth, transport = import_module('google.auth'), import_module('google.auth.transport.requests')
-    except ImportError:
-        raise ConfigError("credentials of type '%s' in %s are beyond etcetera; run: pip install google-cloud-storage"
-                          % (_printable(kind), path)) from None
-    try:
-        credentials, _ = auth.load_credentials_from_file(path, scopes=[scope])
-        credentials.refresh(transport.Request())
-    except Exception as e:  # it lets out TypeErrors and the like, too
-        raise ConfigError('the Google credentials %s cannot be used: %s' % (path, e)) from None
-    return credentials.token, 600.0
+        value = data[start:start + length]
+        data = data[start + length:]
+        if tag == 0x02:
+            items.append(int.from_bytes(value, 'big'))
+        elif tag == 0x30:
+            items.append(_der_items(value))
+        else:
+            items.append(value)
+    return items
 
 
 # ---------------------------------------------------------------------------------------
-# Remotes: where archives are kept. Each kind lists, tells what is there, reads and writes.
+# Remotes
+#
+# Where archives are stored: each kind of storage is a subclass of _Remote. Remotes know nothing of what the archives
+# hold. Every read after the first is bound to the version of the object that was seen first, so an object that is
+# replaced meanwhile gives an error, never a mixture.
 # ---------------------------------------------------------------------------------------
 
-_PART = 8 << 20  # bytes of a part of a multipart upload; S3 wants 5 MiB or more
-_PARTS = 10000  # S3's most
+_PART = 8 << 20  # bytes of a part of an upload; S3 wants 5 MiB or more
+_PARTS = 10000  # parts that S3 takes at most
 _IN_FLIGHT = 64 << 20  # bytes of parts that may be under way at once
+_RANGE = 6 << 20  # bytes that one request reads at most
 
-_Object = collections.namedtuple('_Object', 'name size version modified')  # version: opaque; modified: unix time
+
+class _Object(NamedTuple):
+    """An archive in a remote."""
+
+    name: str  # of the dataset
+    size: int
+    version: str  # opaque; another one after the object was replaced
+    modified: float  # unix time
 
 
-class _Taken(Exception):
-    """An object of that name exists, and was to be written only if absent."""
+class _NameTaken(Exception):
+    """There is an object of that name, and it was not to be replaced."""
 
 
 class _Unconfirmed(RemoteError):
@@ -3035,835 +3774,153 @@ class _Unconfirmed(RemoteError):
 
 
 class _Unlisted(RemoteError):
-    """The server gives objects by name, but shows no list of them."""
+    """The server gives objects by name, but lists none."""
 
 
-def _bucket_and_prefix(url: str) -> Tuple[str, str]:
+class _Remote:
+    """A place for archives. Raises RemoteError for whatever the storage refuses."""
+
+    is_conditional = False  # whether write() alone tells if a name is taken, even where stat() may not look
+
+    def __init__(self, config: Config) -> None:
+        self.url = _masked(config.url or '')
+        self.connections = config.connections
+
+    def close(self) -> None:
+        """End all work and free all resources."""
+
+    def cancel(self) -> None:
+        """Let what other threads wait for fail at once."""
+
+    @contextlib.contextmanager
+    def cancelled_on_error(self) -> Iterator[None]:
+        """Around what waits for threads, so that an error or Ctrl-C need not wait for what they are doing."""
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            raise
+
+    def list(self) -> List[_Object]:
+        """All archives: each object NAME.tgz directly below the url, if a dataset can have that name."""
+        raise NotImplementedError
+
+    def stat(self, name: str) -> Optional[_Object]:
+        """The object that has this name now; None if there is none."""
+        raise NotImplementedError
+
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        """Bytes of this very version, or at least the first of them, if the connection breaks. Threads share it.
+
+        Raises RemoteError if the object was replaced.
+        """
+        raise NotImplementedError
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        """Store all chunks under this name, or nothing.
+
+        limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
+        Raises _Unconfirmed if the object may be there.
+        """
+        raise NotImplementedError
+
+    def replaced(self, obj: _Object) -> RemoteError:
+        return RemoteError(f"'{obj.name}' in {self.url} was replaced while it was read", 'run the command again', 412)
+
+
+class _HttpStore(_Remote):
+    """What remotes over HTTP share."""
+
+    http: _Http
+
+    def close(self) -> None:
+        self.http.close()
+
+    def cancel(self) -> None:
+        self.http.close()
+
+    def describe(self, name: str, reply: _Reply) -> _Object:
+        """The object that an answer to HEAD, or to GET of a range, tells of."""
+        size = reply.whole_size()
+        if size is None:
+            raise RemoteError(f"{self.url} does not say how large '{name}' is", 'check the url', reply.status)
+        return _Object(name, size, _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+
+    def range_headers(self, obj: _Object, start: int, stop: int) -> Dict[str, str]:
+        """The headers that ask for a range of this very version (RFC 9110, 13.1.1: only a strong ETag will do)."""
+        headers = {'Range': f'bytes={start}-{stop - 1}'}
+        if obj.version.startswith('"'):
+            headers['If-Match'] = obj.version
+        return headers
+
+    def check_version(self, obj: _Object, reply: _Reply) -> None:
+        """RemoteError unless the answer is of this very version. Some stores ignore If-Match, so compare, too."""
+        if reply.status not in (404, 412, 416) and _reply_version(reply) == obj.version:
+            return
+        is_encoded = reply.headers.get('Content-Encoding', 'identity') != 'identity'
+        # What is compressed on the way has no ranges; some servers call each .tgz encoded, too.
+        if reply.status == 200 and is_encoded and 'Content-Range' not in reply.headers:
+            raise RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
+                              'ask who runs it', reply.status)
+        raise self.replaced(obj)
+
+    def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
+        """The body, if it is the very range that was asked for, or its start, if the connection broke."""
+        length = stop - start
+        first, after, whole = reply.content_range()
+        is_right = (first, after) == (start, stop) and whole in (obj.size, None)
+        is_complete = len(reply.body) == length
+        is_start = 0 < len(reply.body) < length and reply.headers.get('Content-Length') == str(length)
+        # `rclone serve s3` answers 200 instead of 206, but gives the range.
+        if reply.status not in (200, 206) or not is_right or not (is_complete or is_start):
+            raise RemoteError(f'{self.url} does not answer with the range that was asked for',
+                              'a proxy or the endpoint_url is at fault', reply.status)
+        return reply.body  # type: ignore[no-any-return]
+
+
+def _version(etag: Optional[str], modified: float) -> str:
+    """The ETag, always in quotes, since some stores list it bare; otherwise the time of the last change."""
+    if not etag or etag.startswith('W/'):  # a weak one says nothing of bytes (RFC 9110, 8.8.1)
+        return f'{modified:.0f}'
+    bare = etag.strip('"')
+    return f'"{bare}"'
+
+
+def _reply_version(reply: _Reply) -> str:
+    return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
+
+
+def _parse_bucket_url(url: str) -> Tuple[str, str]:
     """('bucket', 'pre/fix/') of s3://bucket/pre/fix; the prefix may be empty."""
     match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', url)
     if not match:
-        raise ConfigError('the url is not of the form {0}://bucket or {0}://bucket/prefix'.format(url.partition(':')[0]))
+        scheme = url.partition(':')[0]
+        raise ConfigError(f'the url is not of the form {scheme}://bucket or {scheme}://bucket/prefix')
     prefix = (match.group(3) or '').strip('/')
     return match.group(2), prefix + '/' if prefix else ''
 
 
-def _headers(values: Dict[str, Optional[str]]) -> Dict[str, str]:
-    for name, value in values.items():
-        if value and not re.match(r'[!-~]+\Z', value):
-            raise ConfigError('the settings ask for something as %s, which cannot be sent; check them' % name)
-    return {name: value for name, value in values.items() if value}
-
-
-def _file_path(path: str) -> str:
-    """What a file:// URL means, on every Python: url2pathname() of 3.14 and later cuts it at '?', '#' and '//'."""
-    from urllib.parse import unquote_to_bytes
-    from urllib.request import url2pathname
-    if os.name == 'nt':
-        return url2pathname(path.replace('?', '%3F').replace('#', '%23'))
-    return os.fsdecode(unquote_to_bytes(os.fsencode(path)))
-
-
-class _FileRemote:
-    """file:///path: a shared directory."""
-
-    conditional = True  # whether write(exclusive=True) alone decides, even where stat() may not look
-
-    def __init__(self, config: Config) -> None:
-        self.url = config.url or ''
-        match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
-        if not match:
-            raise ConfigError('the url is no absolute path; write file:///path, with three slashes')
-        self.root = _check_path(_file_path(_check_path(match.group(1))))
-        self.public = config.public
-
-    def close(self) -> None:
-        pass
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.root, name + '.tgz')
-
-    def _object(self, name: str, status: os.stat_result) -> _Object:
-        version = '%d-%d-%d' % (status.st_mtime_ns, status.st_size, status.st_ino)
-        return _Object(name, status.st_size, version, status.st_mtime)
-
-    def list(self) -> List[_Object]:
-        """All datasets here."""
-        try:
-            names = [name[:-4] for name in os.listdir(self.root) if name.endswith('.tgz') and _is_name(name[:-4])]
-        except FileNotFoundError:
-            raise NotFound("no directory %s; check the url, or make it with the first push" % self.root) from None
-        found = []
-        for name in names:
-            try:
-                found.append(self.stat(name))
-            except OSError as e:
-                _say('%s: %s', self._path(name), e.strerror, level=_WARNING)
-        return [item for item in found if item]
-
-    def stat(self, name: str) -> Optional[_Object]:
-        """What is there under this name now."""
-        try:
-            status = os.stat(self._path(name))
-        except FileNotFoundError:
-            return None
-        return self._object(name, status) if stat.S_ISREG(status.st_mode) else None
-
-    def read(self, found: _Object, start: int, stop: int) -> bytes:
-        """Bytes of this very version; RemoteError if it was replaced."""
-        try:
-            file = open(self._path(found.name), 'rb', buffering=0)
-        except PermissionError as e:
-            raise RemoteError("cannot read '%s' in %s: %s; ask who pushed it to let you read it"
-                              % (found.name, self.root, e.strerror)) from None
-        with file:
-            if self._object(found.name, os.fstat(file.fileno())) != found:
-                raise _replaced(self, found)
-            file.seek(start)
-            data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
-        if len(data) != stop - start:
-            raise _replaced(self, found)
-        return data
-
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
-        """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything."""
-        path = self._path(name)
-        new = os.path.join(self.root, '.%s.tgz.%s' % (name, os.urandom(8).hex()))
-        try:
-            self._make_root()
-            self._sweep()
-            with open(new, 'xb') as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            self._open_to_readers(new, name)
-            if not exclusive:
-                os.replace(new, path)
-            elif os.name == 'nt':
-                os.rename(new, path)  # fails on Windows if there is one
-            else:
-                self._link(new, path)
-        except FileExistsError:
-            raise _Taken from None
-        except OSError as e:
-            if e.errno in _FULL:
-                remedy = 'free some space there'
-            elif e.errno in _DENIED and (e.filename in (new, path) or self.root.startswith(e.filename or ' ')):
-                remedy = 'ask who owns it to replace it, or who owns the directory to let you write there'
-            else:
-                raise  # of a file that is to be pushed
-            raise RemoteError("cannot write '%s' to %s: %s; %s" % (name, _existing(self.root), e.strerror, remedy)
-                              ) from None
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(new)
-
-    def _make_root(self) -> None:
-        missing, path = [], self.root
-        while path != os.path.dirname(path) and not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        os.makedirs(self.root, exist_ok=True)
-        with contextlib.suppress(OSError):
-            for path in missing if self.public else ():
-                os.chmod(path, os.stat(path).st_mode | 0o555)
-
-    def _open_to_readers(self, path: str, name: str) -> None:
-        """Let everyone read a file if it is to be public; warn if it is not for all who may list the directory."""
-        mode = os.stat(path).st_mode
-        if self.public:
-            with contextlib.suppress(OSError):
-                os.chmod(path, mode | 0o444)
-        elif os.name == 'posix' and os.stat(self.root).st_mode & ~mode & 0o044:
-            _say("not all who can list %s can read '%s'; set 'public: true', or another umask", self.root, name,
-                 level=_WARNING)
-
-    def _link(self, new: str, path: str) -> None:
-        try:
-            os.link(new, path)
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links on this file system: let the one that makes this file go on
-            claim = os.path.join(self.root, '.%s.claim' % os.path.basename(path))
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
-            try:
-                if os.path.lexists(path):
-                    raise FileExistsError from None
-                os.rename(new, path)
-            finally:
-                os.unlink(claim)
-
-    def _sweep(self) -> None:
-        """Remove what pushes that were killed left behind a day ago or more."""
-        for item in os.listdir(self.root):
-            if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item):
-                path = os.path.join(self.root, item)
-                with contextlib.suppress(OSError):
-                    if time.time() - os.stat(path).st_mtime > 86400:
-                        os.unlink(path)
-
-
-def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply]) -> List[_Object]:
-    """The datasets of a bucket (ListObjectsV2, page by page); `ask` gives the answer to a query."""
-    found, seen = [], set()  # type: List[_Object], Set[str]
-    query = {'list-type': '2', 'prefix': prefix, 'delimiter': '/', 'encoding-type': 'url'}
-    while True:
-        try:
-            page = _xml(ask(query).page())
-            if page.tag != 'ListBucketResult':
-                raise ValueError('<%s>' % page.tag)
-            found += [item for item in map(functools.partial(_listed, page, prefix), page.iter('Contents')) if item]
-            token = page.findtext('NextContinuationToken')
-            if page.findtext('IsTruncated') == 'true' and (not token or token in seen):
-                raise ValueError('a page that leads nowhere')
-            seen.add(token)
-        except ValueError as e:
-            raise RemoteError('%s does not answer as S3 does (%s); check the endpoint_url' % (url, e)) from None
-        if page.findtext('IsTruncated') != 'true':
-            return found
-        query['continuation-token'] = token
-
-
-def _listed(page: Any, prefix: str, item: Any) -> Optional[_Object]:
-    from urllib.parse import unquote_plus
-    key = item.findtext('Key') or ''
-    if page.findtext('EncodingType') == 'url':
-        key = unquote_plus(key)
-    name = key[len(prefix):-4]
-    if not key.startswith(prefix) or not key.endswith('.tgz') or not _is_name(name):
-        return None
-    modified = _timestamp(item.findtext('LastModified') or '')
-    return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
-
-
-# that an answer with status 400, or even 200 of CompleteMultipartUpload, may hold:
-# https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
-_S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable')
-
-
-class _S3Remote:
-    """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
-
-    def __init__(self, config: Config) -> None:
-        url = config.url or ''
-        if url.startswith('s3://arn:'):
-            raise ConfigError('the url is an ARN; of an access point, take the alias (it ends in -s3alias) as the '
-                              'bucket: s3://alias')
-        self.bucket, self.prefix = _bucket_and_prefix(url)
-        self.url = _masked(url)
-        self.aws = _Aws(config)
-        self.http = self.aws.http
-        self.region = self.aws.region  # the bucket's, as soon as an answer has told it
-        self.endpoint = _check_endpoint(config.endpoint_url or '') or self.aws.endpoint('s3')
-        self.conditional = not self.endpoint  # other stores may ignore If-None-Match
-        self.by_host = self._is_bucket_in_host()
-        self.checksum = '' if _md5() else 'sha256'  # what parts carry; a bucket may want one (see _learn)
-        self.connections = config.connections
-        self.always = _headers({'x-amz-request-payer': config.request_payer})
-        self.created = _headers({  # of requests that begin an object
-            'Content-Type': 'application/gzip', 'x-amz-acl': 'public-read' if config.public else None,
-            'x-amz-storage-class': config.storage_class,
-            'x-amz-server-side-encryption': config.sse or config.sse_kms_key_id and 'aws:kms',
-            'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
-
-    def close(self) -> None:
-        self.http.close()
-
-    def _address(self, key: str, query: Dict[str, str]) -> str:
-        base = self.endpoint or self.aws.host('s3', self.region)
-        base = base.replace('//', '//%s.' % self.bucket, 1) if self.by_host else base + '/' + self.bucket
-        pairs = '&'.join('%s=%s' % (_quote(k), _quote(v)) for k, v in sorted(query.items()))
-        return '%s/%s%s' % (base, _quote(key, safe='/'), '?' + pairs if pairs else '')
-
-    def _is_bucket_in_host(self) -> bool:
-        """Whether the bucket goes into the host's name (virtual-hosted style) instead of the path.
-
-        Decided as `aws` does, which falls back to the path where no host can have that name:
-        https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
-        """
-        style = _aws_nested(self.aws.profile, 's3', 'addressing_style')
-        if style == 'path' or self.endpoint and style != 'virtual':
-            return False
-        if re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint):  # an address has no subdomains
-            return False
-        dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, it would break the certificate
-        return bool(re.match(r'[a-z0-9%s-]+\Z' % dot, self.bucket))
-
-    def _key(self, name: str) -> str:
-        return self.prefix + name + '.tgz'
-
-    def _request(self, method: str, key: str, query: Optional[Dict[str, str]] = None,
-                 headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (), accept: Sequence[int] = (),
-                 limit: int = _REPLY_LIMIT) -> _Reply:
-        """A signed request; RemoteError for any answer but 2xx and what `accept` lists.
-
-        It is made anew as long as a refusal teaches another region, clock or key to sign with.
-        """
-        payload = _sha256()
-        for chunk in body:
-            payload.update(chunk)
-        headers = dict(self.always, **(headers or {}))
-        for attempt in range(1, _TRIES + 1):
-            state = self._state()
-            address = self._address(key, query or {})
-            sign = self.aws.signer(state[2], 's3', self.region, payload.hexdigest())
-            checked = dict(headers, **self._checksums(method, query or {}, body, payload))
-            reply = self.http.request(method, address, checked, body, sign, limit)
-            if (method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
-                if attempt < _TRIES:
-                    _pause(attempt)
-                continue
-            if 200 <= reply.status < 300 and (method != 'HEAD' or _whole_size(reply) is not None):
-                return reply
-            if method == 'HEAD' and reply.status not in accept:  # it has no body that would tell more
-                reply = self.http.request('GET', address, dict(headers, Range='bytes=0-0'), (), sign, 1 << 20)
-                if 200 <= reply.status < 300:
-                    return reply
-            self._learn(reply, state[2])
-            if reply.status >= 300 and state == self._state():
-                if reply.status in accept:
-                    return reply
-                break
-        reads = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
-        raise self._error(reply, reads if method in ('GET', 'HEAD') else 's3:PutObject')
-
-    def _state(self) -> Tuple[Any, ...]:
-        """What a refusal may teach to do otherwise."""
-        return self.region, self.aws.skew, self.aws.keys(), self.checksum
-
-    def _checksums(self, method: str, query: Dict[str, str], body: Sequence[bytes], sha256: Any) -> Dict[str, str]:
-        """The header that lets a bucket with Object Lock check what it is given.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-        """
-        from base64 import b64encode
-        if 'uploads' in query and self.checksum == 'sha256':
-            return {'x-amz-checksum-algorithm': 'SHA256'}
-        if method != 'PUT':
-            return {}
-        if self.checksum == 'sha256':
-            return {'x-amz-checksum-sha256': b64encode(sha256.digest()).decode()}
-        if self.checksum == 'md5':
-            md5 = _md5()
-            for chunk in body:
-                md5.update(chunk)
-            return {'Content-MD5': b64encode(md5.digest()).decode()}
-        return {}
-
-    def _learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
-        region = reply.headers.get('x-amz-bucket-region') or _aws_error(reply)[2]
-        if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
-            self.region = region
-        code, message, _ = _aws_error(reply)
-        self.aws.learn(reply, code)
-        if code in ('ExpiredToken', 'TokenRefreshRequired'):
-            self.aws.renew(keys)
-        if code in ('InvalidArgument', 'NotImplemented') and 'x-amz-checksum' in message.lower():
-            self.checksum = ''  # as at Backblaze: https://www.backblaze.com/docs/cloud-storage-s3-compatible-api
-        elif reply.status == 400 and 'content-md5' in message.lower() and not self.checksum and _md5():
-            self.checksum = 'md5'
-
-    def _error(self, reply: _Reply, need: str) -> RemoteError:
-        """need: the permission without which this is refused."""
-        code, message, _ = _aws_error(reply)
-        keys = self.aws.keys()
-        source = keys.source if keys else ''
-        by_host = "set 'addressing_style = virtual' below 's3 =' of the profile '%s' in ~/.aws/config" % self.aws.name
-        hint = {
-            'NoSuchBucket': 'check the bucket in the url',
-            'InvalidAccessKeyId': 'check the access key; it comes from %s' % source,
-            'SignatureDoesNotMatch': 'check the secret access key, which comes from %s, and the region' % source,
-            'RequestTimeTooSkewed': "set this machine's clock",
-            'ExpiredToken': 'renew the credentials, which come from %s' % source,
-            'InvalidToken': 'renew the credentials, which come from %s' % source,
-            'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
-            'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
-            'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
-            'SecondLevelDomainForbidden': by_host,  # as Alibaba calls it
-            'PathStyleDomainForbidden': by_host,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
-            'VirtualHostDomainRequired': by_host,  # Huawei
-            'InvalidObjectState': 'it was moved to an archive class; restore it there first',
-        }.get(code) or 'check the url, the endpoint_url and the region'
-        if not keys and reply.status in (400, 401, 403):
-            hint = ("no credentials were found in the settings, the environment, the AWS profile '%s', or those of a "
-                    "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws "
-                    "configure' or 'aws sso login'" % self.aws.name)
-        elif code in ('AccessDenied', '') and reply.status in (401, 403):
-            hint = 'the credentials, which come from %s, need %s here' % (source, need)
-        return RemoteError('%s answers %s: %s; %s' % (
-            self.url, ' '.join((str(reply.status), code)).strip(), _printable(message)[:300] or 'no explanation', hint),
-            reply.status)
-
-    def list(self) -> List[_Object]:
-        """All datasets here."""
-        return _list_bucket(self.url, self.prefix, lambda query: self._request('GET', '', query))
-
-    def stat(self, name: str) -> Optional[_Object]:
-        """What is there under this name now."""
-        reply = self._request('HEAD', self._key(name), accept=[404])
-        if reply.status == 404:
-            return None
-        return _described(self, name, reply)
-
-    def read(self, found: _Object, start: int, stop: int) -> bytes:
-        """Bytes of this very version; RemoteError if it was replaced. Some stores ignore If-Match, so compare, too."""
-        reply = self._request('GET', self._key(found.name), headers=_pinned(found, start, stop), accept=[404, 412, 416],
-                              limit=stop - start + 65536)
-        if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
-            raise _replaced(self, found, reply)
-        return _ranged(self, reply, start, stop, found.size)
-
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
-        """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything.
-
-        limit: bytes that `chunks` will not exceed; it sets the size of parts, as S3 takes at most 10,000.
-        """
-        size = max(_PART, -(-limit // _PARTS >> 20) << 20)
-        parts = _parts(chunks, size)
-        first, second = next(parts, []), next(parts, None)
-        if second is None:
-            self._finish('PUT', name, {}, self.created, first, exclusive)
-            return
-        reply = self._request('POST', self._key(name), {'uploads': ''}, self.created)
-        try:
-            upload = _xml(reply.page()).findtext('UploadId')
-        except ValueError:
-            upload = None
-        if not upload:
-            raise self._stranger()
-        parts = itertools.chain([first, second], parts)
-        del first, second  # or memory would hold them to the end
-        try:
-            self._upload(name, upload, parts, size, exclusive)
-        except BaseException:  # parts that stay behind are paid for
-            with contextlib.suppress(RemoteError):
-                self._request('DELETE', self._key(name), {'uploadId': upload}, accept=[404])
-            raise
-
-    def _stranger(self) -> RemoteError:
-        return RemoteError('%s does not answer as S3 does; check the endpoint_url, and whether a proxy or login page '
-                           'answers in its place' % self.url)
-
-    def _upload(self, name: str, upload: str, parts: Iterable[List[bytes]], size: int, exclusive: bool) -> None:
-        def send(item: Tuple[int, List[bytes]]) -> str:
-            query = {'partNumber': str(item[0]), 'uploadId': upload}
-            reply = self._request('PUT', self._key(name), query, body=item[1])
-            if not reply.headers.get('ETag'):
-                raise self._stranger()
-            checksum = reply.headers.get('x-amz-checksum-sha256') or ''
-            return '<Part><PartNumber>%d</PartNumber><ETag>%s</ETag>%s</Part>' % (
-                item[0], escape(reply.headers['ETag']),
-                '<ChecksumSHA256>%s</ChecksumSHA256>' % escape(checksum) if checksum else '')
-
-        from xml.sax.saxutils import escape
-        ahead = max(1, min(self.connections, _IN_FLIGHT // size))
-        with _threads(ahead) as pool, self.http.hurry_when_it_fails(), contextlib.closing(
-                _ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
-            manifest = '<CompleteMultipartUpload>%s</CompleteMultipartUpload>' % ''.join(sent)
-        self._finish('POST', name, {'uploadId': upload}, {'Content-Type': 'application/xml'}, [manifest.encode()],
-                     exclusive)
-
-    def _finish(self, method: str, name: str, query: Dict[str, str], headers: Dict[str, str], body: List[bytes],
-                exclusive: bool) -> None:
-        """The request that makes the object appear.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
-        """
-        if exclusive and not self.conditional and self.stat(name):
-            raise _Taken
-        conditional = dict(headers, **{'If-None-Match': '*'}) if exclusive else headers
-        reply = self._request(method, self._key(name), query, conditional, body, accept=[400, 404, 409, 412, 501])
-        code = _aws_error(reply)[0]
-        if exclusive and not self.conditional and reply.status in (400, 501) and code in (
-                '', 'NotImplemented', 'InvalidArgument', 'InvalidRequest'):
-            reply = self._request(method, self._key(name), query, headers, body)
-            code = _aws_error(reply)[0]
-        if exclusive and reply.status in (409, 412):
-            raise _Taken  # perhaps by ourselves, if the first answer was lost
-        if code == 'NoSuchUpload':  # likewise
-            raise _Unconfirmed(str(self._error(reply, 's3:PutObject')), reply.status)
-        if reply.status >= 300 or code:
-            raise self._error(reply, 's3:PutObject')
-        if not self._is_done(method, reply):
-            raise _Unconfirmed(str(self._stranger()), reply.status)
-
-    def _is_done(self, method: str, reply: _Reply) -> bool:
-        """Whether this is how PutObject or CompleteMultipartUpload say that the object is there.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html, …/API_CompleteMultipartUpload.html
-        """
-        if reply.status != 200:
-            return False
-        if method == 'PUT':
-            return bool(reply.headers.get('ETag')) and not reply.body.strip()
-        try:
-            result = _xml(reply.page())
-        except ValueError:
-            return False
-        return result.tag == 'CompleteMultipartUploadResult' and bool(result.findtext('ETag'))
-
-
-class _GsRemote:
-    """gs://bucket[/prefix]: Google Cloud Storage.
-
-    Its JSON API: https://cloud.google.com/storage/docs/json_api/v1
-    """
-
-    conditional = True
-
-    def __init__(self, config: Config) -> None:
-        self.bucket, self.prefix = _bucket_and_prefix(config.url or '')
-        self.url = _masked(config.url or '')
-        endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
-        self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
-        self.public = config.public
-        self.http = _Http(config.ca_bundle)
-        self.credentials = None if self.endpoint.startswith('http://') else _GoogleCredentials(config, self.http)
-
-    def close(self) -> None:
-        self.http.close()
-
-    def _key(self, name: str) -> str:
-        return self.prefix + name + '.tgz'
-
-    def _address(self, key: str, query: Dict[str, str], api: str = '/storage/v1') -> str:
-        pairs = '&'.join('%s=%s' % (name, _quote(value)) for name, value in query.items())
-        return '%s%s/b/%s/o%s?%s' % (self.endpoint, api, self.bucket, '/' + _quote(key) if key else '', pairs)
-
-    def _request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, body: Sequence[bytes] = (),
-                 accept: Sequence[int] = (), limit: int = _REPLY_LIMIT, tries: int = _TRIES) -> _Reply:
-        """An authorized request; RemoteError for any answer but 2xx and what `accept` lists."""
-        last = {}  # type: Dict[str, str]
-
-        def authorize(method: str, url: str, headers: Dict[str, str], body: Iterable[bytes]) -> Dict[str, str]:
-            last.clear()
-            if self.credentials and url.startswith(self.endpoint + '/'):  # an upload's address comes from the server
-                last.update(self.credentials.headers())
-            return dict(headers, **last)
-
-        reply = self.http.request(method, url, headers, body, authorize, limit, tries)
-        if reply.status == 401 and self.credentials and self.credentials.renew(last):
-            reply = self.http.request(method, url, headers, body, authorize, limit, tries)
-        if 200 <= reply.status < 300 or reply.status in accept:
-            return reply
-        raise self._error(reply, bool(last))
-
-    def _error(self, reply: _Reply, authorized: bool) -> RemoteError:
-        try:
-            message = str(_json_object(reply)['error']['message'])
-        except (KeyError, TypeError):
-            message = reply.page()[:300].decode('utf-8', 'replace') or 'no explanation'
-        hint = 'check the url'
-        if reply.status in (401, 403):
-            hint = "check this account's permissions" if authorized else (
-                "no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
-                '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
-        elif reply.status == 400 and 'uniform bucket-level access' in message:
-            hint = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
-        elif reply.status == 404:
-            hint = 'check the bucket in the url'
-        return RemoteError('%s answers %d: %s; %s' % (self.url, reply.status, _printable(message)[:300], hint),
-                           reply.status)
-
-    def _parse(self, reply: _Reply) -> Dict[str, Any]:
-        answer = _json_object(reply)
-        if not answer and reply.page().strip() != b'{}':
-            raise self._stranger()
-        return answer
-
-    def list(self) -> List[_Object]:
-        """All datasets here, page by page."""
-        found, seen = [], set()  # type: List[_Object], Set[str]
-        query = {'prefix': self.prefix, 'delimiter': '/',
-                 'fields': 'kind,items(name,size,generation,updated),nextPageToken'}
-        while True:
-            page = self._parse(self._request('GET', self._address('', query)))
-            items = page.get('items') or []
-            listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
-            if not listing or not isinstance(items, list):
-                raise self._stranger()
-            found += [item for item in map(self._object, items) if item]
-            token = page.get('nextPageToken')
-            if not token:
-                return found
-            if not isinstance(token, str):
-                raise self._stranger()
-            if token in seen:
-                raise RemoteError('%s lists in circles; check the endpoint_url' % self.url)
-            seen.add(token)
-            query['pageToken'] = token
-
-    def _object(self, item: Dict[str, Any]) -> Optional[_Object]:
-        """None if it is no dataset's archive."""
-        try:
-            name = item['name'][len(self.prefix):-4]
-            if item['name'] != self._key(name) or not _is_name(name):
-                return None
-            return _Object(name, int(item['size']), str(item['generation']), _timestamp(item.get('updated') or ''))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise self._stranger() from None
-
-    def _stranger(self) -> RemoteError:
-        return RemoteError('%s does not answer as Google Cloud Storage does; check the endpoint_url' % self.url)
-
-    def stat(self, name: str) -> Optional[_Object]:
-        """What is there under this name now."""
-        query = {'fields': 'name,size,generation,updated'}
-        reply = self._request('GET', self._address(self._key(name), query), accept=[404])
-        if reply.status == 404:
-            return None
-        found = self._object(self._parse(reply))
-        if not found or found.name != name:
-            raise self._stranger()
-        return found
-
-    def read(self, found: _Object, start: int, stop: int) -> bytes:
-        """Bytes of this very generation; RemoteError if it was replaced."""
-        url = self._address(self._key(found.name), {
-            'alt': 'media', 'generation': found.version, 'ifGenerationMatch': found.version})
-        headers = {'Range': 'bytes=%d-%d' % (start, stop - 1), 'Accept-Encoding': 'gzip'}  # or it may gunzip for us
-        reply = self._request('GET', url, headers, accept=[404, 412, 416], limit=stop - start + 65536)
-        generation = reply.headers.get('x-goog-generation') or found.version
-        if reply.status in (404, 412, 416) or generation != found.version:
-            raise _replaced(self, found)
-        return _ranged(self, reply, start, stop, found.size)
-
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
-        """Complete under its name, or absent; if `exclusive`, raise _Taken instead of replacing anything.
-
-        A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads
-        """
-        query = {'uploadType': 'resumable', 'name': self._key(name)}
-        if exclusive:
-            query['ifGenerationMatch'] = '0'
-        if self.public:
-            query['predefinedAcl'] = 'publicRead'
-        reply = self._request('POST', self._address('', query, '/upload/storage/v1'), {
-            'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'},
-            [b'{"contentType": "application/gzip"}'], accept=[412])
-        if reply.status == 412:
-            raise _Taken
-        session = reply.headers.get('Location') or ''
-        if not re.match(r'https?://', session):
-            raise self._stranger()
-        md5, size = _md5(), 0
-
-        def send(item: Tuple[int, List[bytes], bool]) -> Optional[_Reply]:
-            nonlocal size
-            start, part, last = item
-            size += sum(map(len, part))
-            for chunk in part if md5 else ():
-                md5.update(chunk)
-            return self._send(session, start, part, last)
-
-        try:
-            parts = _numbered(_parts(chunks, _PART))
-            with _threads(1) as pool, self.http.hurry_when_it_fails(), contextlib.closing(
-                    _ordered(pool, send, parts, 2)) as sent:
-                last = collections.deque(sent, 1)[0]
-            answer = _json_object(last) if last else {}
-        except BaseException:
-            with contextlib.suppress(RemoteError):
-                self._request('DELETE', session, accept=range(400, 500), tries=1)
-            raise
-        known = answer.get('name') == self._key(name) and answer.get('generation')
-        if known:
-            self._check_md5(name, answer, md5)
-        if not known or str(answer.get('size')) != str(size):
-            raise _Unconfirmed(str(self._stranger()))
-
-    def _send(self, session: str, start: int, part: List[bytes], last: bool) -> Optional[_Reply]:
-        """One chunk, from whatever byte of it the server still lacks; the answer to the last."""
-        data = memoryview(b''.join(part))
-        stop = start + len(data)
-        at, failures = start, 0
-        while True:
-            failures += 1  # since the last byte arrived
-            body = [bytes(data[at - start:])] if at < stop else []
-            span = 'bytes %s/%s' % ('%d-%d' % (at, stop - 1) if body else '*', stop if last else '*')
-            try:
-                reply = self._request('PUT', session, {'Content-Range': span}, body, [308, 412], tries=1)
-            except RemoteError as e:
-                if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
-                    raise
-                _pause(failures)
-                reply = self._request('PUT', session, {'Content-Range': 'bytes */*'}, accept=[308, 412])
-            if reply.status == 412:
-                raise _Taken
-            if reply.status != 308:
-                if not last:
-                    raise self._stranger()
-                return reply
-            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
-            have = int(received.group(1)) + 1 if received else 0
-            if not at <= have <= stop:
-                raise RemoteError('%s lost a part of the upload; push again' % self.url)
-            if have == stop and not last:
-                return None
-            if have > at:
-                failures = 0
-            elif failures >= _TRIES:
-                raise RemoteError('%s takes no more of the upload; check the endpoint_url, and push again' % self.url)
-            at = have
-
-    def _check_md5(self, name: str, answer: Dict[str, Any], md5: Any) -> None:
-        from base64 import b64encode
-        if md5 and answer.get('md5Hash') and answer['md5Hash'] != b64encode(md5.digest()).decode():
-            query = {'ifGenerationMatch': str(answer.get('generation'))}
-            self._request('DELETE', self._address(self._key(name), query), accept=[404])
-            raise Corrupt("'%s' did not arrive in %s as it was sent, so it was deleted there; push again"
-                          % (name, self.url))
-
-
-_MISSING = (404, 410)
-_HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: what gives GET away by signed URLs refuses HEAD
-
-
-class _HttpRemote:
-    """http(s)://host/path: what a web server shows, or a public bucket; read-only."""
-
-    conditional = False
-
-    def __init__(self, config: Config) -> None:
-        import threading
-        from urllib.parse import quote
-        self.url = (config.url or '').rstrip('/')
-        if '@' in self.url:  # anywhere, as a password may have a / in it
-            raise ConfigError('the url has a user or password in it, which etcetera never sends; remove it, or write '
-                              '%40 for an @ in the path')
-        if not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
-            raise ConfigError('the url is not of the form https://host or https://host/path')
-        self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
-        self.connections = config.connections
-        self.always = {'Cache-Control': 'no-transform'}  # of proxies (RFC 9111, 5.2.1.6)
-        self.http = _Http(config.ca_bundle)
-        self.lock = threading.Lock()
-        self.whole = {}  # type: Dict[_Object, Any]  # files with all bytes of objects from servers that give no ranges
-
-    def close(self) -> None:
-        self.http.close()
-        for file in self.whole.values():
-            file.close()
-        self.whole.clear()
-
-    def _request(self, method: str, url: str, headers: Optional[Dict[str, str]] = None, accept: Sequence[int] = (),
-                 limit: int = _REPLY_LIMIT, into: Optional[Any] = None) -> _Reply:
-        """Follows redirects; RemoteError for any answer but 2xx and what `accept` lists."""
-        from urllib.parse import urljoin
-        for _ in range(6):
-            reply = self.http.request(method, url, dict(self.always, **(headers or {})), limit=limit, into=into)
-            if reply.headers.get('x-goog-stored-content-encoding') == 'gzip' and 'Accept-Encoding' not in self.always:
-                self.always['Accept-Encoding'] = 'gzip'  # or Google gunzips: cloud.google.com/storage/docs/transcoding
-                continue
-            if 200 <= reply.status < 300 or reply.status in accept:
-                return reply
-            target = ''
-            with contextlib.suppress(ValueError):
-                target = urljoin(url, reply.headers.get('Location') or '')
-            if reply.status not in (301, 302, 303, 307, 308) or not re.match(r'https?://[!-~]+\Z', target):
-                break
-            if url.startswith('https:') and not target.startswith('https:'):
-                raise RemoteError('%s sends us on to a place without encryption; check the url' % self.url,
-                                  reply.status)
-            url = target
-        hint = {401: 'it wants a login, which etcetera does not have', 403: 'check what everyone may read there',
-                404: 'check the url'}.get(reply.status, 'check the url, or ask who runs that server')
-        raise RemoteError('%s answers %d; %s' % (self.url, reply.status, hint), reply.status)
-
-    def list(self) -> List[_Object]:
-        """All datasets that the directory's index links to, or that the listing of a public bucket has."""
-        from urllib.parse import unquote, urlsplit
-        reply = self._request('GET', self.base, accept=[403, 404])
-        page = reply.page()
-        if reply.status == 200 and b'<ListBucketResult' not in page[:1000]:
-            with _threads(self.connections) as pool, self.http.hurry_when_it_fails():
-                return [found for found in pool.map(self.stat, _linked(self.base, page)) if found]
-        site, path = '%s://%s/' % urlsplit(self.base)[:2], unquote(urlsplit(self.base).path)[1:]
-        bucket, _, rest = path.partition('/')
-
-        def ask(address: str, query: Dict[str, str]) -> _Reply:
-            pairs = '&'.join('%s=%s' % (key, _quote(value)) for key, value in query.items())
-            return self._request('GET', '%s?%s' % (address, pairs))
-
-        for address, prefix in ((site, path), (site + _quote(bucket), rest)):  # the bucket may be in the host's name
-            with contextlib.suppress(RemoteError):
-                return _list_bucket(self.url, prefix, functools.partial(ask, address))
-        raise _Unlisted('%s shows no list of what it has (%d); pull works by name, or check the url'
-                        % (self.url, reply.status), reply.status)
-
-    def stat(self, name: str) -> Optional[_Object]:
-        """What is there under this name now."""
-        reply = self._request('HEAD', self._address(name), accept=_MISSING + _HEAD_REFUSED)
-        if reply.status not in _MISSING and (reply.status >= 400 or _whole_size(reply) is None):
-            reply = self._request('GET', self._address(name), {'Range': 'bytes=0-0'}, _MISSING + (416,), 65536)
-        if reply.status in _MISSING:
-            return None
-        return _described(self, name, reply)
-
-    def _address(self, name: str) -> str:
-        return self.base + name + '.tgz'
-
-    def read(self, found: _Object, start: int, stop: int) -> bytes:
-        """Bytes of this very version; RemoteError if it was replaced."""
-        if found not in self.whole:
-            try:
-                reply = self._request('GET', self._address(found.name), _pinned(found, start, stop), [404, 412, 416],
-                                      stop - start + 65536)
-                if reply.status in (404, 412, 416) or _reply_version(reply) != found.version:
-                    raise _replaced(self, found, reply)
-                if reply.status != 200 or 'Content-Range' in reply.headers or len(reply.body) != found.size:
-                    return _ranged(self, reply, start, stop, found.size)
-                return reply.body[start:stop]  # type: ignore[no-any-return]
-            except RemoteError as e:
-                if e.status != 200:  # that it answers with all
-                    raise
-        with self.lock:
-            if found not in self.whole:
-                self.whole[found] = self._fetch(found)
-            self.whole[found].seek(start)
-            return self.whole[found].read(stop - start)  # type: ignore[no-any-return]
-
-    def _fetch(self, found: _Object) -> Any:
-        import tempfile
-        file = tempfile.TemporaryFile()
-        _say("%s gives no parts of files, so all of '%s' comes first", self.url, found.name)
-        try:
-            reply = self._request('GET', self._address(found.name), accept=[404], into=file)
-            if reply.status != 200 or _reply_version(reply) != found.version or file.seek(0, os.SEEK_END) != found.size:
-                raise _replaced(self, found, reply)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
-        raise ConfigError('%s can only be read; to push, set a url that begins with s3://, gs:// or file://' % self.url)
-
-
-def _linked(base: str, page: bytes) -> List[str]:
-    """The names of the datasets to which the links of an HTML page lead, if they are in the directory `base`."""
-    from html.parser import HTMLParser
-    from urllib.parse import unquote, urljoin
-    names = set()
-
-    class Links(HTMLParser):
-        def error(self, message: str) -> None:
-            raise AssertionError(message)  # as Python 3.10 and later do
-
-        def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
-            with contextlib.suppress(ValueError):
-                target = unquote(urljoin(base, dict(attrs).get('href') or '') if tag == 'a' else '')
-                name = target[len(unquote(base)):-4]
-                if target == unquote(base) + name + '.tgz' and _is_name(name):
-                    names.add(name)
-
-    with contextlib.suppress(AssertionError, ValueError):  # of what is no HTML
-        Links().feed(page.decode('utf-8', 'replace'))
-    return sorted(names)
+def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
+    """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
+    part: List[Any] = []
+    left = size
+    for chunk in chunks:
+        rest = memoryview(chunk)
+        while len(rest) >= left:
+            part.append(rest[:left])
+            yield part
+            rest = rest[left:]
+            part = []
+            left = size
+        if rest:
+            part.append(rest)
+            left -= len(rest)
+    if part:
+        yield part
 
 
 def _md5() -> Any:
-    """For what stores demand, not for security; None where the interpreter has no MD5 (FIPS)."""
+    """A new MD5 hash, for what stores demand, not for security; None where the interpreter has none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
     with contextlib.suppress(ValueError):
@@ -3873,197 +3930,1020 @@ def _md5() -> Any:
     return None
 
 
-def _numbered(parts: Iterator[List[bytes]]) -> Iterator[Tuple[int, List[bytes], bool]]:
-    """(offset, part, whether it is the last)."""
-    offset, part = 0, next(parts, [])
-    while True:
-        following = next(parts, None)
-        yield offset, part, following is None
-        if following is None:
+# file:// -------------------------------------------------------------------------------
+
+_FILE_REMNANTS = 86400  # seconds after which what a push left that was killed is removed
+
+
+class _FileRemote(_Remote):
+    """file:///path: a shared directory."""
+
+    is_conditional = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.url = config.url or ''
+        match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
+        if not match:
+            raise ConfigError('the url is no absolute path', 'write file:///path, with three slashes')
+        self.root = _check_path(_file_path(_check_path(match.group(1))))
+        self.is_public = config.public
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, name + '.tgz')
+
+    def list(self) -> List[_Object]:
+        try:
+            files = os.listdir(self.root)
+        except FileNotFoundError:
+            raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
+        objects = []
+        for file in files:
+            if not file.endswith('.tgz') or not _is_name(file[:-4]):
+                continue
+            try:
+                objects.append(self.stat(file[:-4]))
+            except OSError as e:
+                _say(f'{os.path.join(self.root, file)}: {e.strerror}', _WARNING)
+        return [obj for obj in objects if obj]
+
+    def stat(self, name: str) -> Optional[_Object]:
+        try:
+            status = os.stat(self.path(name))
+        except FileNotFoundError:
+            return None
+        return _file_object(name, status) if stat.S_ISREG(status.st_mode) else None
+
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        try:
+            file = open(self.path(obj.name), 'rb', buffering=0)
+        except PermissionError as e:
+            raise RemoteError(f"cannot read '{obj.name}' in {self.root}: {e.strerror}",
+                              'ask who pushed it to let you read it') from None
+        with file:
+            if _file_object(obj.name, os.fstat(file.fileno())) != obj:
+                raise self.replaced(obj)
+            file.seek(start)
+            data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
+        if len(data) != stop - start:
+            raise self.replaced(obj)
+        return data
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        path = self.path(name)
+        new = os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
+        try:
+            self.make_root()
+            self.sweep()
+            with open(new, 'xb') as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            self.set_mode(new, name)
+            self.place(new, path, exclusive)
+        except FileExistsError:
+            raise _NameTaken from None
+        except OSError as e:
+            if e.errno in _FULL:
+                remedy = 'free some space there'
+            elif e.errno in _DENIED and (e.filename in (new, path) or self.root.startswith(e.filename or ' ')):
+                remedy = 'ask who owns it to replace it, or who owns the directory to let you write there'
+            else:
+                raise  # about a file of the dataset
+            raise RemoteError(f"cannot write '{name}' to {_existing(self.root)}: {e.strerror}", remedy) from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+
+    def make_root(self) -> None:
+        missing = []
+        path = self.root
+        while path != os.path.dirname(path) and not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        os.makedirs(self.root, exist_ok=True)
+        if self.is_public:
+            with contextlib.suppress(OSError):
+                for path in missing:
+                    os.chmod(path, os.stat(path).st_mode | 0o555)
+
+    def set_mode(self, path: str, name: str) -> None:
+        """Let everyone read a file that is to be public; warn if another is not for all who can list the directory."""
+        mode = os.stat(path).st_mode
+        if self.is_public:
+            with contextlib.suppress(OSError):
+                os.chmod(path, mode | 0o444)
+        elif os.name == 'posix' and os.stat(self.root).st_mode & ~mode & 0o044:
+            _say(f"not all who can list {self.root} can read '{name}'; set 'public: true', or another umask", _WARNING)
+
+    def place(self, new: str, path: str, exclusive: bool) -> None:
+        """Give a complete file its name. FileExistsError if it is taken and `exclusive`."""
+        if not exclusive:
+            os.replace(new, path)
             return
-        offset += sum(map(len, part))
-        part = following
+        if os.name == 'nt':
+            os.rename(new, path)  # fails on Windows if the name is taken
+            return
+        try:
+            os.link(new, path)
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links on this file system: whoever makes the file below may go on
+            claim = os.path.join(self.root, f'.{os.path.basename(path)}.claim')
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        try:
+            if os.path.lexists(path):
+                raise FileExistsError from None
+            os.rename(new, path)
+        finally:
+            os.unlink(claim)
+
+    def sweep(self) -> None:
+        """Remove what killed pushes left behind."""
+        for item in os.listdir(self.root):
+            if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item):
+                path = os.path.join(self.root, item)
+                with contextlib.suppress(OSError):
+                    if time.time() - os.stat(path).st_mtime > _FILE_REMNANTS:
+                        os.unlink(path)
 
 
-def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
-    """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
-    part, left = [], size  # type: List[Any], int
-    for chunk in chunks:
-        rest = memoryview(chunk)
-        while len(rest) >= left:
-            part.append(rest[:left])
-            yield part
-            rest, part, left = rest[left:], [], size
-        if rest:
-            part.append(rest)
-            left -= len(rest)
-    if part:
-        yield part
+def _file_path(path: str) -> str:
+    """The path in a file:// URL. From Python 3.14 on, url2pathname() cuts it at '?', '#' and '//'."""
+    from urllib.parse import unquote_to_bytes
+    from urllib.request import url2pathname
+    if os.name == 'nt':
+        return url2pathname(path.replace('?', '%3F').replace('#', '%23'))
+    return os.fsdecode(unquote_to_bytes(os.fsencode(path)))
 
 
-def _version(etag: Optional[str], modified: float) -> str:
-    """The ETag, always in quotes, as some stores list it bare; else the time of the last change."""
-    if not etag or etag.startswith('W/'):  # weak ones say nothing of bytes (RFC 7232, 2.1)
-        return '%d' % modified
-    return '"%s"' % etag.strip('"')
+def _file_object(name: str, status: os.stat_result) -> _Object:
+    version = f'{status.st_mtime_ns}-{status.st_size}-{status.st_ino}'
+    return _Object(name, status.st_size, version, status.st_mtime)
 
 
-def _reply_version(reply: _Reply) -> str:
-    return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
+# s3:// ---------------------------------------------------------------------------------
+
+# What an answer with status 400, or even 200 of CompleteMultipartUpload, may hold:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+_S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable')
 
 
-def _whole_size(reply: _Reply) -> Optional[int]:
-    """The size of the object that an answer tells of, to HEAD or to GET of a range; None if it does not say."""
-    if 'Content-Range' in reply.headers or reply.status not in (200, 204):
-        return _content_range(reply)[2]
-    length = reply.headers.get('Content-Length') or ''
-    return int(length) if re.match(r'[0-9]{1,19}\Z', length) else None
+class _S3Request(NamedTuple):
+    method: str
+    key: str = ''  # '' means the bucket
+    query: Mapping[str, str] = {}
+    headers: Mapping[str, str] = {}
+    body: Sequence[bytes] = ()
 
 
-def _described(remote: Any, name: str, reply: _Reply) -> _Object:
-    size = _whole_size(reply)
-    if size is None:
-        raise RemoteError("%s does not say how large '%s' is; check the url" % (remote.url, name), reply.status)
-    return _Object(name, size, _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+class _S3Remote(_HttpStore):
+    """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        url = config.url or ''
+        if url.startswith('s3://arn:'):
+            raise ConfigError('the url is an ARN',
+                              'use the alias of the access point (it ends in -s3alias) as the bucket: s3://alias')
+        self.bucket, self.prefix = _parse_bucket_url(url)
+        self.profile = _AwsProfile(config)
+        self.http = _Http(self.profile.ca_bundle)
+        self.credentials = _AwsCredentials(config, self.profile, self.http)
+        self.region = self.profile.region  # the bucket's, as soon as an answer has told it
+        self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
+        self.is_conditional = not self.endpoint  # other stores may ignore If-None-Match
+        self.is_bucket_in_host = self.choose_addressing()
+        self.checksum = '' if _md5() else 'sha256'  # which one requests carry; a bucket may want one (see learn())
+        self.headers = _sendable({'x-amz-request-payer': config.request_payer})
+        self.object_headers = _sendable({
+            'Content-Type': 'application/gzip',
+            'x-amz-acl': 'public-read' if config.public else None,
+            'x-amz-storage-class': config.storage_class,
+            'x-amz-server-side-encryption': config.sse or config.sse_kms_key_id and 'aws:kms',
+            'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
+
+    def choose_addressing(self) -> bool:
+        """Whether the bucket is part of the host's name (virtual-hosted style) instead of the path.
+
+        Decided as `aws` does, which falls back to the path where no host can have that name:
+        https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
+        """
+        style = _aws_nested(self.profile.values, 's3', 'addressing_style')
+        if style == 'path' or self.endpoint and style != 'virtual':
+            return False
+        if re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint):  # an IP address has no subdomains
+            return False
+        dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
+        return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
+
+    def key(self, name: str) -> str:
+        return f'{self.prefix}{name}.tgz'
+
+    def address(self, key: str, query: Mapping[str, str]) -> str:
+        base = self.endpoint or self.profile.host('s3', self.region)
+        if self.is_bucket_in_host:
+            base = base.replace('//', f'//{self.bucket}.', 1)
+        else:
+            base += '/' + self.bucket
+        address = f"{base}/{_quote(key, safe='/')}"
+        return f'{address}?{_query(sorted(query.items()))}' if query else address
+
+    def request(
+            self,
+            request: _S3Request,
+            accept: Sequence[int] = (),
+            limit: int = _REPLY_LIMIT,
+    ) -> _Reply:
+        """Make a signed request, again as long as a refusal teaches another region, clock, key or checksum.
+
+        Raises RemoteError for any answer but 2xx and those in `accept`.
+        """
+        payload = _sha256()
+        for chunk in request.body:
+            payload.update(chunk)
+        for attempt in range(1, _TRIES + 1):
+            state = self.state()
+            keys = state[2]
+            headers = dict(self.headers, **request.headers)
+            headers.update(self.checksum_headers(request, payload))
+            address = self.address(request.key, request.query)
+            sign = self.credentials.signer(keys, 's3', self.region, payload.hexdigest())
+            reply = self.http.request(_Request(request.method, address, headers, request.body), sign, limit)
+            if (request.method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
+                if attempt < _TRIES:
+                    _pause(attempt)
+                continue
+            if request.method == 'HEAD' and reply.status not in accept and reply.whole_size() is None:
+                # No size, or a refusal, whose reason an answer to HEAD cannot give: GET tells both.
+                headers['Range'] = 'bytes=0-0'
+                reply = self.http.request(_Request('GET', address, headers), sign, _TOKEN_LIMIT)
+            if 200 <= reply.status < 300:
+                return reply
+            self.learn(reply, keys)
+            if reply.status >= 300 and state == self.state():
+                if reply.status in accept:
+                    return reply
+                break
+        raise self.error(reply, request)
+
+    def state(self) -> Tuple[Any, ...]:
+        """What a refusal may teach to do otherwise."""
+        return self.region, self.credentials.skew, self.credentials.keys(), self.checksum
+
+    def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
+        """Do otherwise what led to this refusal of a request with these keys."""
+        code, message, region = _aws_error(reply)
+        region = reply.headers.get('x-amz-bucket-region') or region
+        if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
+            self.region = region
+        self.credentials.learn_clock(reply, code)
+        if code in ('ExpiredToken', 'TokenRefreshRequired'):
+            self.credentials.renew(keys)
+        message = message.lower()
+        if code in ('InvalidArgument', 'NotImplemented') and 'x-amz-checksum' in message:
+            self.checksum = ''  # as at Backblaze: https://www.backblaze.com/docs/cloud-storage-s3-compatible-api
+        elif reply.status == 400 and 'content-md5' in message and not self.checksum and _md5():
+            self.checksum = 'md5'
+
+    def checksum_headers(self, request: _S3Request, sha256: Any) -> Dict[str, str]:
+        """The header that lets a bucket with Object Lock check what it is given.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+        """
+        if 'uploads' in request.query and self.checksum == 'sha256':
+            return {'x-amz-checksum-algorithm': 'SHA256'}
+        if request.method != 'PUT' or not self.checksum:
+            return {}
+        if self.checksum == 'sha256':
+            return {'x-amz-checksum-sha256': base64.b64encode(sha256.digest()).decode()}
+        md5 = _md5()
+        for chunk in request.body:
+            md5.update(chunk)
+        return {'Content-MD5': base64.b64encode(md5.digest()).decode()}
+
+    def error(self, reply: _Reply, request: _S3Request) -> RemoteError:
+        code, message, _ = _aws_error(reply)
+        return RemoteError(f'{self.url} answers {_status(reply, code, message)}', self.remedy(reply, code, request),
+                           reply.status)
+
+    def remedy(self, reply: _Reply, code: str, request: _S3Request) -> str:
+        keys = self.credentials.keys()
+        if not keys and reply.status in (400, 401, 403):
+            return (f"no credentials were found in the settings, the environment, the AWS profile '{self.profile.name}'"
+                    ", or those of a container or this machine; set aws_access_key_id and aws_secret_access_key, or "
+                    "run 'aws configure' or 'aws sso login'")
+        source = keys.source if keys else ''
+        if code in ('AccessDenied', '') and reply.status in (401, 403):
+            permission = 's3:PutObject'
+            if request.method in ('GET', 'HEAD'):
+                permission = 's3:ListBucket'
+                if request.key:
+                    permission = 's3:GetObject, and s3:ListBucket to tell what is missing'
+            return f'the credentials, which come from {source}, need {permission} here'
+        by_host = (f"set 'addressing_style = virtual' below 's3 =' of the profile '{self.profile.name}' in "
+                   '~/.aws/config')
+        renew = f'renew the credentials, which come from {source}'
+        return {
+            'NoSuchBucket': 'check the bucket in the url',
+            'InvalidAccessKeyId': f'check the access key; it comes from {source}',
+            'SignatureDoesNotMatch': f'check the secret access key, which comes from {source}, and the region',
+            'RequestTimeTooSkewed': "set this machine's clock",
+            'ExpiredToken': renew,
+            'InvalidToken': renew,
+            'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
+            'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
+            'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
+            'SecondLevelDomainForbidden': by_host,  # as Alibaba calls it
+            'PathStyleDomainForbidden': by_host,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
+            'VirtualHostDomainRequired': by_host,  # Huawei
+            'InvalidObjectState': 'it was moved to an archive class; restore it there first',
+        }.get(code) or 'check the url, the endpoint_url and the region'
+
+    def stranger(self) -> RemoteError:
+        return RemoteError(f'{self.url} does not answer as S3 does',
+                           'check the endpoint_url, and whether a proxy or login page answers in its place')
+
+    def list(self) -> List[_Object]:
+        return _list_bucket(self.url, self.prefix, lambda query: self.request(_S3Request('GET', query=query)))
+
+    def stat(self, name: str) -> Optional[_Object]:
+        reply = self.request(_S3Request('HEAD', self.key(name)), accept=[404])
+        return None if reply.status == 404 else self.describe(name, reply)
+
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        request = _S3Request('GET', self.key(obj.name), headers=self.range_headers(obj, start, stop))
+        reply = self.request(request, accept=[404, 412, 416], limit=stop - start + 65536)
+        self.check_version(obj, reply)
+        return self.range_body(obj, reply, start, stop)
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        size = max(_PART, -(-limit // _PARTS >> 20) << 20)
+        parts = _parts(chunks, size)
+        first = next(parts, [])
+        second = next(parts, None)
+        if second is None:
+            self.finish(_S3Request('PUT', self.key(name), {}, self.object_headers, first), name, exclusive)
+            return
+        reply = self.request(_S3Request('POST', self.key(name), {'uploads': ''}, self.object_headers))
+        try:
+            upload = _xml(reply.page()).findtext('UploadId')
+        except ValueError:
+            upload = None
+        if not upload:
+            raise self.stranger()
+        parts = itertools.chain([first, second], parts)
+        del first, second  # or memory would hold them to the end
+        try:
+            manifest = self.send_parts(name, upload, parts, max(1, min(self.connections, _IN_FLIGHT // size)))
+            self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
+                                   [manifest.encode()]), name, exclusive)
+        except BaseException:  # parts that stay behind are paid for
+            with contextlib.suppress(RemoteError):
+                self.request(_S3Request('DELETE', self.key(name), {'uploadId': upload}), accept=[404])
+            raise
+
+    def send_parts(self, name: str, upload: str, parts: Iterable[List[bytes]], ahead: int) -> str:
+        """Upload parts, so many at once, and return the manifest that completes the upload."""
+        from xml.sax.saxutils import escape
+
+        def send(item: Tuple[int, List[bytes]]) -> str:
+            number, part = item
+            query = {'partNumber': str(number), 'uploadId': upload}
+            reply = self.request(_S3Request('PUT', self.key(name), query, body=part))
+            etag = reply.headers.get('ETag')
+            if not etag:
+                raise self.stranger()
+            checksum = reply.headers.get('x-amz-checksum-sha256')
+            extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
+            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
+
+        with _threads(ahead) as pool, self.http.hurry_on_error():
+            with contextlib.closing(_ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
+                return f"<CompleteMultipartUpload>{''.join(sent)}</CompleteMultipartUpload>"
+
+    def finish(self, request: _S3Request, name: str, exclusive: bool) -> None:
+        """Make the request that lets the object appear.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
+        """
+        if exclusive and not self.is_conditional and self.stat(name):
+            raise _NameTaken
+        condition = {'If-None-Match': '*'} if exclusive else {}
+        reply = self.request(request._replace(headers=dict(request.headers, **condition)),
+                             accept=[400, 404, 409, 412, 501])
+        code = _aws_error(reply)[0]
+        if exclusive and not self.is_conditional and reply.status in (400, 501):
+            if code in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest'):  # it knows no conditions
+                reply = self.request(request)
+                code = _aws_error(reply)[0]
+        if exclusive and reply.status in (409, 412):
+            raise _NameTaken  # perhaps by ourselves, if the first answer was lost
+        if code == 'NoSuchUpload':  # likewise
+            raise _Unconfirmed(f'{self.error(reply, request)}', status=reply.status)
+        if reply.status >= 300 or code:
+            raise self.error(reply, request)
+        if not _is_stored(request.method, reply):
+            raise _Unconfirmed(f'{self.stranger()}', status=reply.status)
 
 
-def _pinned(found: _Object, start: int, stop: int) -> Dict[str, str]:
-    """The headers that ask for a range of this very version (RFC 7232, 3.1: only a strong ETag will do)."""
-    headers = {'Range': 'bytes=%d-%d' % (start, stop - 1)}
-    if found.version.startswith('"'):
-        headers['If-Match'] = found.version
-    return headers
+def _is_stored(method: str, reply: _Reply) -> bool:
+    """Whether this is how PutObject or CompleteMultipartUpload say that the object is there.
+
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+    """
+    if reply.status != 200:
+        return False
+    if method == 'PUT':
+        return bool(reply.headers.get('ETag')) and not reply.body.strip()
+    try:
+        result = _xml(reply.page())
+    except ValueError:
+        return False
+    return result.tag == 'CompleteMultipartUploadResult' and bool(result.findtext('ETag'))
 
 
-def _ranged(remote: Any, reply: _Reply, start: int, stop: int, size: int) -> bytes:
-    """The body, if it is the very range that was asked for, or as much of it as came before the connection broke."""
-    first, after, whole = _content_range(reply)
-    # `rclone serve s3` says 200 instead of 206, but gives the range
-    right = reply.status in (200, 206) and (first, after) == (start, stop) and whole in (size, None)
-    length = stop - start
-    if not right or not (len(reply.body) == length or 0 < len(reply.body) < length
-                         and reply.headers.get('Content-Length') == str(length)):
-        raise RemoteError('%s does not answer with the range that was asked for; a proxy or the endpoint_url is at '
-                          'fault' % remote.url, reply.status)
-    return reply.body  # type: ignore[no-any-return]
+def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
+    """The headers that are set. Raises ConfigError if one cannot be sent."""
+    for name, value in headers.items():
+        if value and not re.match(r'[!-~]+\Z', value):
+            raise ConfigError(f'the settings ask for something as {name}, which cannot be sent', 'check them')
+    return {name: value for name, value in headers.items() if value}
 
 
-def _replaced(remote: Any, found: _Object, reply: Optional[_Reply] = None) -> RemoteError:
-    # what is compressed on the way has no ranges; some servers call each .tgz an encoding
-    if reply and reply.status == 200 and reply.headers.get('Content-Encoding', 'identity') != 'identity' \
-            and 'Content-Range' not in reply.headers:
-        return RemoteError("%s, or a proxy before it, compresses '%s' although it is asked not to; ask who runs it"
-                           % (remote.url, found.name), reply.status)
-    return RemoteError("'%s' in %s was replaced while it was read; run the command again"
-                       % (found.name, remote.url), 412)
+def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply]) -> List[_Object]:
+    """The archives in a bucket (ListObjectsV2, page by page); `ask` gives the answer to a query."""
+    objects: List[_Object] = []
+    seen: Set[str] = set()
+    query = {'list-type': '2', 'prefix': prefix, 'delimiter': '/', 'encoding-type': 'url'}
+    while True:
+        try:
+            page = _xml(ask(query).page())
+            if page.tag != 'ListBucketResult':
+                raise ValueError(f'<{page.tag}>')
+            for item in page.iter('Contents'):
+                obj = _listed_object(page, prefix, item)
+                if obj:
+                    objects.append(obj)
+            if page.findtext('IsTruncated') != 'true':
+                return objects
+            token = page.findtext('NextContinuationToken')
+            if not token or token in seen:
+                raise ValueError('a page that leads nowhere')
+        except ValueError as e:
+            raise RemoteError(f'{url} does not answer as S3 does ({e})', 'check the endpoint_url') from None
+        seen.add(token)
+        query['continuation-token'] = token
 
 
-_Remote = Union[_FileRemote, _S3Remote, _GsRemote, _HttpRemote]
+def _listed_object(page: Any, prefix: str, item: Any) -> Optional[_Object]:
+    """The archive that an item of a listing describes; None if it is something else."""
+    key = item.findtext('Key') or ''
+    if page.findtext('EncodingType') == 'url':
+        key = unquote_plus(key)
+    name = key[len(prefix):-4]
+    if key != f'{prefix}{name}.tgz' or not _is_name(name):
+        return None
+    modified = _iso_time(item.findtext('LastModified') or '')
+    return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
 
+
+# gs:// ---------------------------------------------------------------------------------
+
+class _GsRemote(_HttpStore):
+    """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
+
+    is_conditional = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.bucket, self.prefix = _parse_bucket_url(config.url or '')
+        endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
+        self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
+        self.is_public = config.public
+        self.http = _Http(config.ca_bundle)
+        self.credentials: Optional[_GoogleCredentials] = None
+        if not self.endpoint.startswith('http://'):
+            self.credentials = _GoogleCredentials(config, self.http)
+
+    def key(self, name: str) -> str:
+        return f'{self.prefix}{name}.tgz'
+
+    def address(self, key: str, query: Mapping[str, str], api: str = '/storage/v1') -> str:
+        path = '/' + _quote(key) if key else ''
+        return f'{self.endpoint}{api}/b/{self.bucket}/o{path}?{_query(query.items())}'
+
+    def request(
+            self,
+            request: _Request,
+            accept: Sequence[int] = (),
+            limit: int = _REPLY_LIMIT,
+            tries: int = _TRIES,
+    ) -> _Reply:
+        """Make an authorized request. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        authorization: Dict[str, str] = {}
+
+        def authorize(request: _Request) -> Dict[str, str]:
+            authorization.clear()
+            # The address of an upload comes from the server, so it may lead elsewhere.
+            if self.credentials and request.url.startswith(self.endpoint + '/'):
+                authorization.update(self.credentials.headers())
+            return dict(request.headers, **authorization)
+
+        reply = self.http.request(request, authorize, limit, tries)
+        if reply.status == 401 and self.credentials and self.credentials.renew(authorization):
+            reply = self.http.request(request, authorize, limit, tries)
+        if 200 <= reply.status < 300 or reply.status in accept:
+            return reply
+        raise self.error(reply, bool(authorization))
+
+    def error(self, reply: _Reply, is_authorized: bool) -> RemoteError:
+        try:
+            message = str(reply.json()['error']['message'])
+        except (KeyError, TypeError):
+            message = reply.page()[:300].decode('utf-8', 'replace')
+        remedy = 'check the url'
+        if reply.status in (401, 403) and is_authorized:
+            remedy = "check this account's permissions"
+        elif reply.status in (401, 403):
+            remedy = ("no credentials were found: run 'gcloud auth application-default login', or set "
+                      'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
+        elif reply.status == 400 and 'uniform bucket-level access' in message:
+            remedy = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
+        elif reply.status == 404:
+            remedy = 'check the bucket in the url'
+        return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
+
+    def stranger(self) -> RemoteError:
+        return RemoteError(f'{self.url} does not answer as Google Cloud Storage does', 'check the endpoint_url')
+
+    def parse(self, reply: _Reply) -> Dict[str, Any]:
+        answer = reply.json()
+        if not answer and reply.page().strip() != b'{}':
+            raise self.stranger()
+        return answer
+
+    def list(self) -> List[_Object]:
+        objects: List[_Object] = []
+        seen: Set[str] = set()
+        query = {'prefix': self.prefix, 'delimiter': '/',
+                 'fields': 'kind,items(name,size,generation,updated),nextPageToken'}
+        while True:
+            page = self.parse(self.request(_Request('GET', self.address('', query))))
+            items = page.get('items') or []
+            is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
+            token = page.get('nextPageToken') or ''
+            if not is_listing or not isinstance(items, list) or not isinstance(token, str):
+                raise self.stranger()
+            objects += filter(None, map(self.parse_object, items))
+            if not token:
+                return objects
+            if token in seen:
+                raise RemoteError(f'{self.url} lists in circles', 'check the endpoint_url')
+            seen.add(token)
+            query['pageToken'] = token
+
+    def parse_object(self, item: Any) -> Optional[_Object]:
+        """The archive that the API describes; None if it is something else."""
+        try:
+            name = item['name'][len(self.prefix):-4]
+            if item['name'] != self.key(name) or not _is_name(name):
+                return None
+            return _Object(name, int(item['size']), str(item['generation']), _iso_time(item.get('updated') or ''))
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise self.stranger() from None
+
+    def stat(self, name: str) -> Optional[_Object]:
+        query = {'fields': 'name,size,generation,updated'}
+        reply = self.request(_Request('GET', self.address(self.key(name), query)), accept=[404])
+        if reply.status == 404:
+            return None
+        obj = self.parse_object(self.parse(reply))
+        if not obj or obj.name != name:
+            raise self.stranger()
+        return obj
+
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        query = {'alt': 'media', 'generation': obj.version, 'ifGenerationMatch': obj.version}
+        headers = {'Range': f'bytes={start}-{stop - 1}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
+        reply = self.request(_Request('GET', self.address(self.key(obj.name), query), headers),
+                             accept=[404, 412, 416], limit=stop - start + 65536)
+        generation = reply.headers.get('x-goog-generation') or obj.version
+        if reply.status in (404, 412, 416) or generation != obj.version:
+            raise self.replaced(obj)
+        return self.range_body(obj, reply, start, stop)
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
+        session = self.begin_upload(name, exclusive)
+        md5 = _md5()
+        size = 0
+
+        def send(item: Tuple[List[bytes], bool]) -> Optional[_Reply]:
+            nonlocal size
+            part, is_last = item
+            for chunk in part if md5 else ():
+                md5.update(chunk)
+            start = size
+            size += sum(map(len, part))
+            return self.send_part(session, start, b''.join(part), is_last)
+
+        try:
+            with _threads(1) as pool, self.http.hurry_on_error(), contextlib.closing(
+                    _ordered(pool, send, _with_last(_parts(chunks, _PART)), 2)) as sent:
+                reply = collections.deque(sent, 1)[0]
+            answer = reply.json() if reply else {}
+        except BaseException:
+            with contextlib.suppress(RemoteError):
+                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
+            raise
+        is_known = answer.get('name') == self.key(name) and answer.get('generation')
+        if is_known:
+            self.check_md5(name, answer, md5)
+        if not is_known or str(answer.get('size')) != str(size):
+            raise _Unconfirmed(f'{self.stranger()}')
+
+    def begin_upload(self, name: str, exclusive: bool) -> str:
+        """The address to which the parts of an upload go."""
+        query = {'uploadType': 'resumable', 'name': self.key(name)}
+        if exclusive:
+            query['ifGenerationMatch'] = '0'
+        if self.is_public:
+            query['predefinedAcl'] = 'publicRead'
+        headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
+        reply = self.request(_Request('POST', self.address('', query, '/upload/storage/v1'), headers,
+                                      [b'{"contentType": "application/gzip"}']), accept=[412])
+        if reply.status == 412:
+            raise _NameTaken
+        session: str = reply.headers.get('Location') or ''
+        if not re.match(r'https?://', session):
+            raise self.stranger()
+        return session
+
+    def send_part(self, session: str, start: int, part: bytes, is_last: bool) -> Optional[_Reply]:
+        """Send what the server still lacks of a part until it has all; return the answer to the last part."""
+        stop = start + len(part)
+        at = start
+        failures = 0  # since the last byte arrived
+        while True:
+            failures += 1
+            body = [part[at - start:]] if at < stop else []
+            span = f'{at}-{stop - 1}' if body else '*'
+            headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
+            try:
+                reply = self.request(_Request('PUT', session, headers, body), accept=[308, 412], tries=1)
+            except RemoteError as e:
+                if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
+                    raise
+                _pause(failures)
+                reply = self.request(_Request('PUT', session, {'Content-Range': 'bytes */*'}), accept=[308, 412])
+            if reply.status == 412:
+                raise _NameTaken
+            if reply.status != 308:
+                if not is_last:
+                    raise self.stranger()
+                return reply
+            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
+            arrived = int(received.group(1)) + 1 if received else 0
+            if not at <= arrived <= stop:
+                raise RemoteError(f'{self.url} lost a part of the upload', 'push again')
+            if arrived == stop and not is_last:
+                return None
+            if arrived > at:
+                failures = 0
+            elif failures >= _TRIES:
+                raise RemoteError(f'{self.url} takes no more of the upload', 'check the endpoint_url, and push again')
+            at = arrived
+
+    def check_md5(self, name: str, answer: Dict[str, Any], md5: Any) -> None:
+        """Delete the object if the server has stored other bytes than were sent, and raise Corrupt."""
+        if not md5 or not answer.get('md5Hash') or answer['md5Hash'] == base64.b64encode(md5.digest()).decode():
+            return
+        query = {'ifGenerationMatch': str(answer.get('generation'))}
+        self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
+        raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there", 'push again')
+
+
+def _with_last(items: Iterator[List[bytes]]) -> Iterator[Tuple[List[bytes], bool]]:
+    """Each item, and whether it is the last. At least one."""
+    item = next(items, [])
+    for following in items:
+        yield item, False
+        item = following
+    yield item, True
+
+
+# http(s):// ----------------------------------------------------------------------------
+
+_MISSING = (404, 410)
+_HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: what gives GET away by signed URLs refuses HEAD
+
+
+class _WebRemote(_HttpStore):
+    """http(s)://host/path: what a web server shows, or a public bucket. It can only be read."""
+
+    def __init__(self, config: Config) -> None:
+        import threading
+        super().__init__(config)
+        self.url = (config.url or '').rstrip('/')
+        if '@' in self.url:  # anywhere, as a password may hold a slash
+            raise ConfigError('the url has a user or password in it, which etcetera never sends',
+                              'remove it, or write %40 for an @ in the path')
+        if not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
+            raise ConfigError('the url is not of the form https://host or https://host/path')
+        self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
+        self.headers = {'Cache-Control': 'no-transform'}  # for proxies (RFC 9111, 5.2.1.6)
+        self.http = _Http(config.ca_bundle)
+        self.lock = threading.Lock()
+        self.whole: Dict[_Object, Any] = {}  # files with all bytes of objects from servers that support no ranges
+
+    def close(self) -> None:
+        super().close()
+        for file in self.whole.values():
+            file.close()
+        self.whole.clear()
+
+    def address(self, name: str) -> str:
+        return f'{self.base}{name}.tgz'
+
+    def request(
+            self,
+            request: _Request,
+            accept: Sequence[int] = (),
+            limit: int = _REPLY_LIMIT,
+            into: Optional[Any] = None,
+    ) -> _Reply:
+        """Make a request and follow redirects. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        for _ in range(6):
+            headers = dict(self.headers, **request.headers)
+            reply = self.http.request(request._replace(headers=headers), limit=limit, into=into)
+            is_gunzipped = reply.headers.get('x-goog-stored-content-encoding') == 'gzip'
+            if is_gunzipped and 'Accept-Encoding' not in self.headers:
+                self.headers['Accept-Encoding'] = 'gzip'  # https://cloud.google.com/storage/docs/transcoding
+                continue
+            if 200 <= reply.status < 300 or reply.status in accept:
+                return reply
+            target = ''
+            with contextlib.suppress(ValueError):
+                target = urljoin(request.url, reply.headers.get('Location') or '')
+            if reply.status not in (301, 302, 303, 307, 308) or not re.match(r'https?://[!-~]+\Z', target):
+                break
+            if request.url.startswith('https:') and not target.startswith('https:'):
+                raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url', reply.status)
+            request = request._replace(url=target)
+        remedy = {401: 'it wants a login, which etcetera does not have', 403: 'check what everyone may read there',
+                  404: 'check the url'}.get(reply.status, 'check the url, or ask who runs that server')
+        raise RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
+
+    def list(self) -> List[_Object]:
+        reply = self.request(_Request('GET', self.base), accept=[403, 404])
+        page = reply.page()
+        if reply.status == 200 and b'<ListBucketResult' not in page[:1000]:
+            return self.list_links(page)
+        return self.list_public_bucket(reply.status)
+
+    def list_links(self, page: bytes) -> List[_Object]:
+        """The archives to which the index page of a directory links."""
+        with _threads(self.connections) as pool, self.http.hurry_on_error():
+            return list(filter(None, pool.map(self.stat, _linked_names(self.base, page))))
+
+    def list_public_bucket(self, status: int) -> List[_Object]:
+        """The archives that a public bucket lists. The bucket may be in the host's name or in the path."""
+        scheme, netloc, path = urlsplit(self.base)[:3]
+        site = f'{scheme}://{netloc}/'
+        prefix = unquote(path)[1:]
+        bucket, _, rest = prefix.partition('/')
+
+        def ask(address: str, query: Dict[str, str]) -> _Reply:
+            return self.request(_Request('GET', f'{address}?{_query(query.items())}'))
+
+        with contextlib.suppress(RemoteError):
+            return _list_bucket(self.url, prefix, functools.partial(ask, site))
+        with contextlib.suppress(RemoteError):
+            return _list_bucket(self.url, rest, functools.partial(ask, site + _quote(bucket)))
+        raise _Unlisted(f'{self.url} shows no list of what it has ({status})', 'pull works by name, or check the url',
+                        status)
+
+    def stat(self, name: str) -> Optional[_Object]:
+        reply = self.request(_Request('HEAD', self.address(name)), accept=_MISSING + _HEAD_REFUSED)
+        if reply.status not in _MISSING and (reply.status >= 400 or reply.whole_size() is None):
+            request = _Request('GET', self.address(name), {'Range': 'bytes=0-0'})
+            reply = self.request(request, accept=_MISSING + (416,), limit=65536)
+        return None if reply.status in _MISSING else self.describe(name, reply)
+
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        if obj not in self.whole:
+            try:
+                return self.read_range(obj, start, stop)
+            except RemoteError as e:
+                if e.status != 200:  # not because it answers with the whole object
+                    raise
+        with self.lock:
+            if obj not in self.whole:
+                self.whole[obj] = self.download(obj)
+            self.whole[obj].seek(start)
+            return self.whole[obj].read(stop - start)  # type: ignore[no-any-return]
+
+    def read_range(self, obj: _Object, start: int, stop: int) -> bytes:
+        request = _Request('GET', self.address(obj.name), self.range_headers(obj, start, stop))
+        reply = self.request(request, accept=[404, 412, 416], limit=stop - start + 65536)
+        self.check_version(obj, reply)
+        if reply.status == 200 and 'Content-Range' not in reply.headers and len(reply.body) == obj.size:
+            return reply.body[start:stop]  # type: ignore[no-any-return]
+        return self.range_body(obj, reply, start, stop)
+
+    def download(self, obj: _Object) -> Any:
+        """A temporary file with the whole object."""
+        import tempfile
+        _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
+        file = tempfile.TemporaryFile()
+        try:
+            reply = self.request(_Request('GET', self.address(obj.name)), accept=[404], into=file)
+            self.check_version(obj, reply)
+            if reply.status != 200 or file.seek(0, os.SEEK_END) != obj.size:
+                raise self.replaced(obj)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+        raise ConfigError(f'{self.url} can only be read',
+                          'to push, set a url that begins with s3://, gs:// or file://')
+
+
+def _linked_names(base: str, page: bytes) -> List[str]:
+    """The names of the archives in the directory `base` to which an HTML page links."""
+    from html.parser import HTMLParser
+    directory = unquote(base)
+    names = set()
+
+    class Links(HTMLParser):
+        def error(self, message: str) -> None:
+            raise AssertionError(message)  # as Python 3.10 and later do
+
+        def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
+            if tag != 'a':
+                return
+            with contextlib.suppress(ValueError):
+                target = unquote(urljoin(base, dict(attrs).get('href') or ''))
+                name = target[len(directory):-4]
+                if target == f'{directory}{name}.tgz' and _is_name(name):
+                    names.add(name)
+
+    with contextlib.suppress(AssertionError, ValueError):  # of what is no HTML
+        Links().feed(page.decode('utf-8', 'replace'))
+    return sorted(names)
+
+
+# All kinds -----------------------------------------------------------------------------
 
 def _open_remote(config: Config) -> _Remote:
     if not config.url:
-        raise ConfigError("no url: say where remote datasets live with a line 'url: s3://bucket' (or gs://, file://, "
-                          'https://) in ~/.etc.yaml, with $ETC_URL or with --url')
-    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _HttpRemote, 'http': _HttpRemote,
-             }  # type: Dict[str, Callable[[Config], _Remote]]
+        raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
+                          'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
+    kinds: Dict[str, Callable[[Config], _Remote]] = {
+        'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _WebRemote, 'http': _WebRemote}
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
-        raise ConfigError('cannot use the url; it must start with %s' % ' or '.join(k + '://' for k in kinds))
+        raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}")
     return kind(config)
 
 
-def _ranges(spans: Iterable[Tuple[int, int]], step: Callable[[], int]) -> Iterator[Tuple[int, int]]:
-    """Cut spans (start, stop) to pieces of at most `step()` bytes, after joining those that touch."""
-    joined = []  # type: List[List[int]]
-    for start, stop in spans:
-        if joined and joined[-1][1] == start:
-            joined[-1][1] = stop
-        else:
-            joined.append([start, stop])
-    for start, stop in joined:
-        while start < stop:
-            end = min(start + step(), stop)
-            yield start, end
-            start = end
-
-
-def _read(remote: _Remote, found: _Object, start: int, stop: int) -> bytes:
-    """A range, going on from the byte where the connection broke."""
-    data = remote.read(found, start, stop)
+def _read(remote: _Remote, obj: _Object, start: int, stop: int) -> bytes:
+    """All bytes of a range; where the connection breaks, it goes on from there."""
+    data = remote.read(obj, start, stop)
     while start + len(data) < stop:
         _pause(1)
-        data += remote.read(found, start + len(data), stop)
+        data += remote.read(obj, start + len(data), stop)
     return data
 
 
-def _fetch(remote: _Remote, found: _Object, spans: Sequence[Tuple[int, int]], pool: Any, connections: int,
-           ) -> Generator[bytes, None, None]:
-    """The bytes of some spans of an object, one after the other, fetched in parallel.
+def _read_spans(
+        remote: _Remote,
+        obj: _Object,
+        spans: Sequence[Tuple[int, int]],
+        pool: Any,
+) -> Generator[bytes, None, None]:
+    """The bytes of some spans of an object, one after the other, read in parallel.
 
-    Ranges begin small and grow while they come fast: on slow connections long ones would make for little progress to
-    see, and for much to be lost.
+    Ranges begin small and grow while they come fast: on slow connections, long ones would show little progress, and
+    much would be lost when one breaks.
     """
-    longest = max(1 << 20, min(_RANGE, sum(stop - start for start, stop in spans) // (2 * connections)))
-    ahead = min(2 * connections, max(connections, _IN_FLIGHT // longest))  # so that none waits for the consumer
-    step = 1 << 20
+    total = sum(stop - start for start, stop in spans)
+    longest = max(1 << 20, min(_RANGE, total // (2 * remote.connections)))
+    ahead = min(2 * remote.connections, max(remote.connections, _IN_FLIGHT // longest))  # none waits for the consumer
+    length = 1 << 20
 
     def read(span: Tuple[int, int]) -> bytes:
-        nonlocal step
+        nonlocal length
+        start, stop = span
         begin = time.monotonic()
-        data = _read(remote, found, *span)
+        data = _read(remote, obj, start, stop)
         if time.monotonic() - begin < 0.25:
-            step = min(max(step, 2 * (span[1] - span[0])), longest)
+            length = min(max(length, 2 * (stop - start)), longest)
         return data
 
-    return _ordered(pool, read, _ranges(spans, lambda: step), ahead)
+    def ranges() -> Iterator[Tuple[int, int]]:
+        for start, stop in _joined(spans):
+            while start < stop:
+                end = min(start + length, stop)
+                yield start, end
+                start = end
+
+    return _ordered(pool, read, ranges(), ahead)
 
 
-@contextlib.contextmanager
-def _naming(remote: _Remote, found: _Object) -> Iterator[None]:
-    """Say which archive it is that is damaged or unsafe, and what to do."""
-    try:
-        yield
-    except Corrupt as e:
-        remedy = '' if ';' in str(e) else '; push it again from where it is whole'
-        raise Corrupt("'%s' in %s: %s%s" % (found.name, remote.url, e, remedy)) from e
-
-
-def _read_index(remote: _Remote, found: _Object) -> Optional[List[_Segment]]:
-    """The segments of a remote archive, in one or two reads; None if another tool made it."""
-    with _naming(remote, found):
-        start = max(0, found.size - _TAIL)
-        tail = _read(remote, found, start, found.size) if found.size else b''
-        offset = _footer(tail, found.size)
-        if offset is None:
-            head = tail if start == 0 else _read(remote, found, 0, _HEADER)
-            if head[:16] == _member(b'et', bytes(4))[:16]:
-                raise Corrupt('the archive is damaged: its index is missing')
-            return None
-        if offset < start:
-            tail = _read(remote, found, offset, start) + tail
-            start = offset
-        return _parse_index(tail[offset - start:], offset)
+def _joined(spans: Iterable[Tuple[int, int]]) -> List[Tuple[int, int]]:
+    """The same spans, but one where two touch."""
+    joined: List[Tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    return joined
 
 
 # ---------------------------------------------------------------------------------------
-# Home: the local store
+# Home
 #
-# At any instant ~/.etc/NAME is absent, or a complete old, or a complete new dataset: all work happens in a staging
-# directory beside it, and installing is one rename. A receipt is bound to its directory by the inode, which survives
-# the rename, so that it too is never another's. Locks only save work; no promise rests on them.
+# The local store. At any instant ~/.etc/NAME is absent, or a complete old, or a complete new dataset: all work happens
+# in a staging directory beside it, and installing is one rename. A receipt is bound to its directory by the inode,
+# which survives the rename, so it is never taken for that of another directory. Locks only save work; no promise rests
+# on them.
+#
+#     ~/.etc/NAME                  a directory (pulled, created, copied) or a link (registered)
+#     ~/.etc/.etcetera/receipts    NAME@inode.json: what was installed, from where
+#     ~/.etc/.etcetera/locks       NAME: locked while a pull works
+#
+# and, for the work of processes, as NAME@host@pid@random, so that others can tell whether the process is alive:
+#
+#     ~/.etc/.etcetera/staging     new: what is being filled; journal: what of it is written; earlier: what a pull that
+#                                  broke off has left
+#     ~/.etc/.etcetera/replaced    a dataset that was set aside for another one, and is put back if that did not come
+#     ~/.etc/.etcetera/successors  a dataset that waits until one that cannot be renamed is removed
+#     ~/.etc/.etcetera/old         what is to be removed
 # ---------------------------------------------------------------------------------------
 
-_JOURNAL = 'journal'
-_STALE = 86400  # seconds after which what another host left in staging counts as abandoned
-_RESUMABLE = 7 * 86400  # seconds for which what a pull left that was killed is kept, for the next to go on from
-_GRACE = 900  # seconds for which a replaced dataset is kept, for those who are reading it
+_STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
+_RESUMABLE = 7 * 86400  # seconds for which the next pull can go on with what one that broke off has left
+_GRACE = 900  # seconds for which a replaced dataset is kept for those who are reading it
+
+_own_names: Set[str] = set()  # of what this process has made in the local store
 
 
-_made = set()  # type: Set[str]  # names in staging that this process made
+class _Receipt(NamedTuple):
+    """What is known of an installed directory."""
+
+    segments: Tuple[_Segment, ...]  # of the whole dataset
+    installed: Tuple[str, ...]  # paths of the segments that are here
+    source: str  # URL from which it was pulled or copied
+    version: str  # of the object; '' if it was copied
+    when: str  # UTC
+    is_touched: bool = False  # the directory was changed since, so that only its files can tell what it holds
+
+    @property
+    def digest(self) -> str:
+        return _dataset_digest(self.segments)
+
+    @property
+    def is_partial(self) -> bool:
+        return len(self.installed) < len(self.segments)
+
+    def here(self) -> List[_Segment]:
+        """The segments that are installed."""
+        return [segment for segment in self.segments if segment.path in self.installed]
+
+    def missing(self, paths: Iterable[str]) -> List[str]:
+        return [path for path in paths if path not in self.installed]
+
+    def to_json(self, mtime: int) -> str:
+        """mtime: of the directory, in nanoseconds."""
+        return json.dumps({'digest': self.digest, 'source': self.source, 'version': self.version, 'when': self.when,
+                           'installed': self.installed, 'segments': [segment.to_json() for segment in self.segments],
+                           'mtime': mtime}, indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> Tuple[Optional['_Receipt'], Any]:
+        """The receipt in a file, and the mtime of its directory; None if it is unreadable."""
+        try:
+            row = _parse_json(path.read_bytes())
+            segments = tuple(map(_Segment.from_json, row['segments']))
+            texts = [row['source'], row['version'], row['when']] + row['installed']
+            receipt = cls(segments, tuple(row['installed']), *texts[:3])
+            if row['digest'] == receipt.digest and all(isinstance(text, str) for text in texts):
+                return receipt, row.get('mtime')
+        except (OSError, _Malformed, TypeError, KeyError):
+            pass
+        return None, None
 
 
 class _Home:
+    """The local store below `root`."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.inner = root / '.etcetera'
@@ -4072,354 +4952,164 @@ class _Home:
         return self.root / name
 
     def names(self) -> List[str]:
-        """What is installed, sorted."""
+        """The names of the datasets that are here, sorted."""
         self.recover()
-        hidden = {successor.name.partition('@')[0] for successor in self._successors()}
+        hidden = {_name_of(successor) for successor in self.successors()}
         try:
-            return sorted(p.name for p in self.root.iterdir() if _is_name(p.name) and (p.is_symlink() or p.is_dir())
-                          and p.name not in hidden)
+            paths = list(self.root.iterdir())
         except FileNotFoundError:
             return []
+        return sorted(path.name for path in paths if _is_name(path.name) and path.name not in hidden
+                      and (path.is_symlink() or path.is_dir()))
 
     def has(self, name: str) -> bool:
         self.recover()
-        return os.path.lexists(str(self.path(name))) and not self._successors(name)
+        return os.path.lexists(self.path(name)) and not self.successors(name)
 
-    def receipt(self, name: str) -> Dict[str, Any]:
-        """What is known of an installed directory; {} for a registered, created or foreign one.
+    # Receipts
 
-        Its 'digest' is None if the directory was touched since.
-        """
+    def receipt(self, name: str) -> Optional[_Receipt]:
+        """The receipt of what is installed; None if it was registered or created, or is not here."""
         path = self.path(name)
         try:
-            status = os.lstat(str(path))
-            own = self._receipt_path(name, status)
-            receipt = self._read_receipt(own)
-            if receipt.get('mtime') == status.st_mtime_ns:
+            status = os.lstat(path)
+            own = self.receipt_path(name, status)
+            receipt, mtime = _Receipt.read(own)
+            if receipt and mtime == status.st_mtime_ns:
                 return receipt
-            for other in (self.inner / 'receipts').iterdir():  # copies of a store keep times, but no inodes
+            for other in (self.inner / 'receipts').iterdir():  # copies of a store keep times, but not inodes
                 if other.name.rpartition('@')[0] == name and other != own:
-                    copied = self._read_receipt(other)
-                    if copied.get('mtime') == status.st_mtime_ns:
+                    copied, mtime = _Receipt.read(other)
+                    if copied and mtime == status.st_mtime_ns:
                         return copied
-            there = {'data/' + partition for partition in _partitions(path)}
-            if receipt and there == {p for p in receipt['installed'] if p.startswith('data/')}:
-                return dict(receipt, digest=None)
+            if receipt:
+                partitions = {'data/' + partition for partition in _partitions(path)}
+                if partitions == {path for path in receipt.installed if path.startswith('data/')}:
+                    return receipt._replace(is_touched=True)
         except OSError:
             pass
-        return {}
+        return None
 
-    def _read_receipt(self, path: Path) -> Dict[str, Any]:
-        try:
-            receipt = json.loads(path.read_bytes().decode('utf-8'))
-            segments = [_Segment(**segment) for segment in receipt['segments']]
-            texts = [receipt[key] for key in ('digest', 'source', 'version', 'when')] + receipt['installed']
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return {}
-        sound = all(isinstance(text, str) for text in texts) and all(segment.is_sound() for segment in segments)
-        return dict(receipt, segments=segments) if sound else {}
+    def receipt_path(self, name: str, status: os.stat_result) -> Path:
+        return self.inner / 'receipts' / f'{name}@{status.st_ino}.json'
 
-    def _receipt_path(self, name: str, status: os.stat_result) -> Path:
-        return self.inner / 'receipts' / ('%s@%d.json' % (name, status.st_ino))
-
-    def open(self, name: str, progress: _Progress = None) -> Tuple[Dataset, Dict[str, Any]]:
-        """An installed dataset and its receipt; where it was touched, its files tell whether it still is the same."""
+    def open(self, name: str, progress: _Progress = None) -> Tuple[Dataset, Optional[_Receipt]]:
+        """A dataset and its receipt. If it was touched, its files tell whether it still is the same."""
         path = self.path(name)
         if path.is_symlink() and not path.exists():
-            raise NotFound("the directory that '%s' was registered for is gone (%s); 'etc purge %s' forgets it"
-                           % (name, os.readlink(str(path)), name))
+            raise NotFound(f"the directory that '{name}' was registered for is gone ({os.readlink(path)})",
+                           f"'etc purge {name}' forgets it")
         receipt = self.receipt(name)
-        if receipt and not receipt.get('digest'):
+        if receipt and receipt.is_touched:
             found = {segment.path: segment.digest for segment in _digest_segments(path, progress=progress)}
-            if found == {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}:
-                receipt['digest'] = _dataset_digest(receipt['segments'])
-        return Dataset(path, name, receipt.get('digest')), receipt
+            if found == {segment.path: segment.digest for segment in receipt.here()}:
+                receipt = receipt._replace(is_touched=False)
+        digest = receipt.digest if receipt and not receipt.is_touched else None
+        return Dataset(path, name, digest), receipt
 
-    def _drop_traces(self, name: str) -> None:
-        """Receipts of this name but that of the directory that is installed; what was to be installed earlier."""
-        for successor in self._successors(name):
-            _remove(successor)
-        try:
-            keep = self._receipt_path(name, os.lstat(str(self.path(name)))).name
-        except OSError:
-            keep = ''
-        with contextlib.suppress(OSError):
-            for path in (self.inner / 'receipts').iterdir():
-                if path.name.rpartition('@')[0] == name and path.name != keep:
-                    path.unlink()
+    # Work under way
 
     @contextlib.contextmanager
     def changes(self) -> Iterator[None]:
-        """Say what to do where the system refuses to change the local store."""
+        """Say what to do where the system refuses a change of the local store."""
         try:
             yield
         except OSError as e:
             if e.errno in _FULL:
-                raise Error("%s: %s; free some space there, or set 'home' to a place that has more"
-                            % (e.strerror, _existing(str(self.root)))) from e
-            at, home = (os.path.join(str(path), '') for path in (e.filename2 or e.filename, self.root))
-            if e.errno in _DENIED and (at.startswith(home) or home.startswith(at)):
-                raise Error("cannot change what is in %s: %s; ask who owns it, or set 'home' to a place of yours"
-                            % (_existing(str(self.root)), e.strerror)) from e
+                raise Error(f'{e.strerror}: {_existing(str(self.root))}',
+                            "free some space there, or set 'home' to a place that has more") from e
+            place = os.path.join(str(e.filename2 or e.filename), '')
+            home = os.path.join(str(self.root), '')
+            if e.errno in _DENIED and (place.startswith(home) or home.startswith(place)):
+                raise Error(f'cannot change what is in {_existing(str(self.root))}: {e.strerror}',
+                            "ask who owns it, or set 'home' to a place of yours") from e
             raise
 
     @contextlib.contextmanager
-    def staging(self, name: str) -> Iterator[Path]:
-        """A new empty directory that vanishes afterwards, unless it was installed.
+    def installing(self, name: str, replace: bool) -> Iterator['_Install']:
+        """An install of `name`, which vanishes at the end if it was not committed.
 
-        Beside it is what an earlier pull of `name` left, as 'earlier'. If this one is broken off, it is kept for a
-        later one.
+        If the network or Ctrl-C breaks it off, it is kept for the next one.
         """
-        with self.changes(), self._staged(name) as path:
-            yield path
+        with self.changes():
+            outer = self.scratch(name)
+            outer.mkdir()
+            install = _Install(self, name, replace, outer)
+            try:
+                self.take_over(install)
+                self.sweep(name)
+                install.root.mkdir()
+                yield install
+            except (RemoteError, KeyboardInterrupt):
+                if any(map(os.path.exists, [install.journal, install.earlier_journal])):
+                    with contextlib.suppress(OSError):
+                        os.rename(outer, self.scratch(name, pid=0))
+                raise
+            finally:
+                _remove(outer)
 
-    @contextlib.contextmanager
-    def _staged(self, name: str) -> Iterator[Path]:
-        outer = self._scratch(name)
-        outer.mkdir()
-        try:
-            self._take_over(name, outer)
-            self.sweep(name)
-            path = outer / 'new'
-            path.mkdir()
-            yield path
-        except (RemoteError, KeyboardInterrupt):
-            if any(path.exists() for path in (outer / _JOURNAL, outer / 'earlier' / _JOURNAL)):
-                with contextlib.suppress(OSError):
-                    os.rename(str(outer), str(self._scratch(name, pid=0)))
-            raise
-        finally:
-            _remove(outer)
-
-    def _take_over(self, name: str, outer: Path) -> None:
+    def take_over(self, install: '_Install') -> None:
+        """Take what dead processes have left of an install of this name."""
         with contextlib.suppress(OSError):  # another process was faster
-            dead = [path for path in outer.parent.glob(name + '@*') if not path.is_symlink() and not self._alive(path)]
-            left = [journal for path in dead for journal in (path / _JOURNAL, path / 'earlier' / _JOURNAL)
-                    if journal.exists()]
+            left: List[Path] = []
+            for path in (self.inner / 'staging').glob(install.name + '@*'):
+                if not path.is_symlink() and not self.is_alive(path):
+                    dead = _Install(self, install.name, False, path)
+                    left += filter(os.path.exists, [dead.journal, dead.earlier_journal])
             if left:
                 best = max(left, key=lambda journal: journal.stat().st_size)
-                os.rename(str(best.parent), str(outer / 'earlier'))
+                os.rename(best.parent, install.earlier)
 
-    def _scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
-        """A new name in staging; it tells whether the process that works there is alive, and 0 that none does."""
+    def scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
+        """A new path for work on `name`. It tells whether the process at work is alive; pid 0 means that none is."""
         directory = self.inner / kind
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / '@'.join((name, _host(), str(os.getpid() if pid is None else pid), os.urandom(4).hex()))
-        _made.add(path.name)
+        path = directory / f'{name}@{_host()}@{os.getpid() if pid is None else pid}@{os.urandom(4).hex()}'
+        _own_names.add(path.name)
         return path
 
-    def install(self, directory: Path, name: str, replace: bool, receipt: Optional[Dict[str, Any]] = None) -> None:
-        """Give a complete staged directory its name. FileExistsError if there is one already and not `replace`."""
-        status = os.lstat(str(directory))
-        path = self._receipt_path(name, status)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if receipt:
-            scratch = path.with_name('.%s.%s' % (path.name, os.urandom(4).hex()))
-            scratch.write_text(json.dumps(dict(receipt, mtime=status.st_mtime_ns), indent=1, default=vars))
-            os.replace(str(scratch), str(path))
-        else:
-            _remove(path)  # that of an earlier directory, if this one was given its inode
-        try:
-            _flush(directory)
-            _remove(directory.parent / _JOURNAL)  # what stands there from here on is not to be gone on with
-            self._place(str(directory), str(self.path(name)), replace)
-        except BaseException:
-            target = str(self.path(name))
-            if not os.path.lexists(target) or os.lstat(target).st_ino != status.st_ino:
-                _remove(path)
-            raise
-        self._drop_traces(name)
-
-    def _place(self, new: str, target: str, replace: bool) -> None:
-        if replace:
-            _make_movable(target)
-        while True:
-            try:
-                if not os.path.lexists(target):
-                    os.rename(new, target)
-                    break
-            except OSError:
-                if not os.path.lexists(target):
-                    raise
-            if not replace:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-            if _swap(new, target):
-                self._retire(new)
-                break
-            if self._replace(new, target):
-                break
-
-    def _replace(self, new: str, target: str) -> bool:
-        """In two renames, where _swap() cannot; between them, and after a crash there, recover() puts the old back."""
-        aside = self._scratch(os.path.basename(target), 'replaced')
-        try:
-            os.rename(target, str(aside))
-        except FileNotFoundError:
-            return False  # another process was at work here
-        except OSError as e:
-            if e.errno != errno.EXDEV:
-                raise
-            try:
-                os.rename(new, target)  # nothing may be removed for what could not come there either
-            except OSError as other:
-                if other.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
-                    raise
-                self._supplant(self._successor(target, new), target)
-            return True
-        try:
-            os.rename(new, target)
-        except OSError:
-            with contextlib.suppress(FileNotFoundError):
-                if not os.path.lexists(target):
-                    os.rename(str(aside), target)
-                    raise
-            if os.path.lexists(str(aside)):  # another process was faster, with another one
-                self._retire(str(aside))
-            return False
-        self._retire(str(aside))
-        return True
-
-    def _successor(self, target: str, path: Optional[str] = None) -> str:
-        """Give a directory, or an empty file for nothing, a name by which recover() knows what it is to supplant."""
-        successor = self._scratch(os.path.basename(target), 'successors')
-        if path:
-            os.rename(path, str(successor))
-        else:
-            successor.touch()
-        return str(successor)
-
-    def _supplant(self, successor: str, target: str) -> None:
-        """Put a successor in the place of a directory that cannot be renamed.
-
-        So it is with those of a lower layer of overlayfs (EXDEV), as in a container's image. The successor is
-        complete before anything is removed, and recover() goes on where this was killed. While it is there, has()
-        knows of no dataset of this name.
-        """
-        _remove(Path(target))
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if os.path.isdir(successor):
-                os.rename(successor, target)
-            else:
-                os.unlink(successor)
-
-    def _successors(self, name: str = '*') -> List[Path]:
-        return list((self.inner / 'successors').glob(name + '@*'))
-
-    def _retire(self, path: str) -> None:
-        """Let those who are reading a replaced directory come to an end; sweep() removes it."""
-        with contextlib.suppress(OSError):
-            if not os.path.islink(path):
-                os.utime(path)
-                os.rename(path, str(self._scratch(os.path.basename(path), 'old')))
-        _remove(Path(path))
-
-    def recover(self) -> None:
-        """Put back what install() had set aside when it was killed, or go on with what it was to put there."""
-        for successor in self._successors():
-            place = str(self.path(successor.name.partition('@')[0]))
-            with contextlib.suppress(OSError):
-                if not self._alive(successor, _GRACE):  # the rename lets one process do it
-                    self._supplant(self._successor(place, str(successor)), place)
-        with contextlib.suppress(FileNotFoundError):
-            for aside in (self.inner / 'replaced').iterdir():
-                target = self.path(aside.name.partition('@')[0])
-                with contextlib.suppress(OSError):
-                    if not os.path.lexists(str(target)):
-                        os.rename(str(aside), str(target))
-                    elif not self._alive(aside):
-                        self._retire(str(aside))
-
-    def link(self, directory: Path, name: str, replace: bool) -> None:
-        """Register: a symlink to a directory that stays where it is."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        new = self._scratch(name) if replace else self.path(name)
-        _symlink(str(directory), str(new), "'etc register --copy' installs a copy")
-        if not replace:
-            return
-        try:
-            self.install(new, name, replace)
-        finally:
-            _remove(new)
-
-    def remove(self, name: str) -> None:
-        path = self.path(name)
-        if path.is_symlink():
-            path.unlink()
-        else:
-            _make_movable(str(path))
-            for aside in (self.inner / 'replaced').glob(name + '@*'):  # or recover() would put it back
-                self._retire(str(aside))
-            trash = self._scratch(name, 'old')
-            try:
-                os.rename(str(path), str(trash))
-            except OSError as e:
-                if e.errno != errno.EXDEV:
-                    raise
-                self._supplant(self._successor(str(path)), str(path))
-            _remove(trash)
-            self._drop_traces(name)
-        self.sweep(name)
-
-    def keeps_x_bits(self) -> bool:
-        """Whether the disk tells files that are executable from others, as exFAT, NTFS and some shares do not."""
-        found = {}
-        with contextlib.suppress(OSError):  # as in a store that can only be read
-            for mode in (0o644, 0o755):
-                path = self._scratch('x', 'old')
-                os.close(os.open(str(path), _CREATE, mode))
-                found[mode] = path.stat().st_mode
-                path.unlink()
-        return all(mode & 0o100 == wanted & 0o100 for wanted, mode in found.items())
-
-    def _alive(self, path: Path, stale: float = _STALE) -> bool:
+    def is_alive(self, path: Path, stale: float = _STALE) -> bool:
         """Whether the process that made this may still be at work."""
         _, host, pid, _ = (path.name.split('@') + [''] * 3)[:4]
         if pid == '0':
             return False
-        if os.name == 'posix' and host == _host() and pid.isdigit():
-            if int(pid) == os.getpid():  # in a container, another process may have had this number before
-                return path.name in _made
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                return False
-            except OSError:
-                pass
-            return True
-        return self._age(path) < stale
-
-    def _age(self, path: Path) -> float:
-        """Seconds since a sign of life."""
-        newest = os.lstat(str(path)).st_mtime
-        with contextlib.suppress(OSError):
-            newest = max(newest, os.lstat(str(path / 'new')).st_mtime)
-        return time.time() - newest
+        if os.name != 'posix' or host != _host() or not pid.isdigit():
+            return _age(path) < stale
+        if int(pid) == os.getpid():  # in a container, another process may have had this number before
+            return path.name in _own_names
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def sweep(self, name: str) -> None:
-        """Remove what processes that died left behind; of other datasets than `name` not what may be of use yet."""
+        """Remove what dead processes left behind; of other datasets than `name` not what may still be of use."""
         for kind in ('staging', 'old'):
             with contextlib.suppress(FileNotFoundError):
                 for path in (self.inner / kind).iterdir():
                     with contextlib.suppress(OSError):
-                        own = path.name.partition('@')[0] == name
-                        if kind == 'old':
-                            doomed = self._age(path) > _GRACE
-                        else:
-                            resumable = not own and (path / _JOURNAL).exists() and self._age(path) < _RESUMABLE
-                            doomed = not self._alive(path) and not resumable
-                        if doomed:
-                            trash = self._scratch(path.name.partition('@')[0], 'old')
-                            os.rename(str(path), str(trash))  # if its owner lives after all, it shall not install it
+                        if self.is_abandoned(path, name):
+                            trash = self.scratch(_name_of(path), 'old')
+                            os.rename(path, trash)  # if its owner lives after all, it must not install it
                             _remove(trash)
+
+    def is_abandoned(self, path: Path, name: str) -> bool:
+        if path.parent.name == 'old':
+            return _age(path) > _GRACE
+        is_resumable = _name_of(path) != name and (path / 'journal').exists() and _age(path) < _RESUMABLE
+        return not self.is_alive(path) and not is_resumable
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Let one process at a time work on `name`, where the system can; only to save work."""
+        """Let one process at a time work on `name`, if the system can. It only saves work."""
         file: Any = None
         with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
             import fcntl
             (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
-            file = open(str(self.inner / 'locks' / name), 'ab')
+            file = open(self.inner / 'locks' / name, 'ab')
         if file is None:
             yield
             return
@@ -4428,56 +5118,318 @@ class _Home:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
                 if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    _say("waiting for another process that works on '%s'", name)
+                    _say(f"waiting for another process that works on '{name}'")
                     fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    # Putting datasets in place
+
+    def put(
+            self,
+            directory: Path,
+            name: str,
+            replace: bool,
+            receipt: Optional[_Receipt] = None,
+    ) -> None:
+        """Give a complete staged directory its name. FileExistsError if the name is taken and not `replace`."""
+        status = os.lstat(directory)
+        path = self.receipt_path(name, status)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if receipt:
+            new = path.with_name(f'.{path.name}.{os.urandom(4).hex()}')
+            new.write_text(receipt.to_json(status.st_mtime_ns))
+            os.replace(new, path)
+        else:
+            _remove(path)  # of an earlier directory, whose inode this one was given
+        try:
+            _flush(directory)
+            _remove(directory.parent / 'journal')  # from here on, nobody may go on with it
+            self.place(directory, self.path(name), replace)
+        except BaseException:
+            target = self.path(name)
+            if not os.path.lexists(target) or os.lstat(target).st_ino != status.st_ino:
+                _remove(path)
+            raise
+        self.drop_traces(name)
+
+    def place(self, new: Path, target: Path, replace: bool) -> None:
+        if replace:
+            _make_movable(target)
+        while True:
+            try:
+                if not os.path.lexists(target):
+                    os.rename(new, target)
+                    return
+            except OSError:
+                if not os.path.lexists(target):
+                    raise
+            if not replace:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+            if _swap(new, target):
+                self.retire(new)
+                return
+            if self.replace(new, target):
+                return
+
+    def replace(self, new: Path, target: Path) -> bool:
+        """Replace a directory in two renames, where _swap() cannot. False if another process was at work here.
+
+        Between the two, and after a crash there, recover() puts the old one back.
+        """
+        aside = self.scratch(target.name, 'replaced')
+        try:
+            os.rename(target, aside)
+        except FileNotFoundError:
+            return False
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            self.replace_immovable(new, target)
+            return True
+        try:
+            os.rename(new, target)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                if not os.path.lexists(target):
+                    os.rename(aside, target)
+                    raise
+            if os.path.lexists(aside):  # another process was faster, with another one
+                self.retire(aside)
+            return False
+        self.retire(aside)
+        return True
+
+    def replace_immovable(self, new: Path, target: Path) -> None:
+        """Replace a directory of a lower layer of overlayfs, which cannot be renamed."""
+        try:
+            os.rename(new, target)  # nothing may be removed for what could not come there either
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
+                raise
+            self.supplant(self.successor(target, new), target)
+
+    def successor(self, target: Path, path: Optional[Path] = None) -> Path:
+        """Give a directory, or an empty file for nothing, a name by which recover() knows what it is to supplant."""
+        successor = self.scratch(target.name, 'successors')
+        if path:
+            os.rename(path, successor)
+        else:
+            successor.touch()
+        return successor
+
+    def supplant(self, successor: Path, target: Path) -> None:
+        """Put a successor in the place of a directory that cannot be renamed.
+
+        It is complete before anything is removed, and recover() goes on if this is killed. While it is there, has()
+        knows of no dataset of this name.
+        """
+        _remove(target)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if os.path.isdir(successor):
+                os.rename(successor, target)
+            else:
+                os.unlink(successor)
+
+    def successors(self, name: str = '*') -> List[Path]:
+        return list((self.inner / 'successors').glob(name + '@*'))
+
+    def retire(self, path: Path) -> None:
+        """Let those who are reading a replaced directory finish; sweep() removes it."""
+        with contextlib.suppress(OSError):
+            if not os.path.islink(path):
+                os.utime(path)
+                os.rename(path, self.scratch(_name_of(path), 'old'))
+        _remove(path)
+
+    def recover(self) -> None:
+        """Finish what put() and remove() were doing when they were killed."""
+        for successor in self.successors():
+            target = self.path(_name_of(successor))
+            with contextlib.suppress(OSError):
+                if not self.is_alive(successor, _GRACE):  # the rename lets one process do it
+                    self.supplant(self.successor(target, successor), target)
+        with contextlib.suppress(FileNotFoundError):
+            for aside in (self.inner / 'replaced').iterdir():
+                target = self.path(_name_of(aside))
+                with contextlib.suppress(OSError):
+                    if not os.path.lexists(target):
+                        os.rename(aside, target)
+                    elif not self.is_alive(aside):
+                        self.retire(aside)
+
+    def drop_traces(self, name: str) -> None:
+        """Remove receipts of other directories that had this name, and what was to be installed before."""
+        for successor in self.successors(name):
+            _remove(successor)
+        try:
+            current = self.receipt_path(name, os.lstat(self.path(name))).name
+        except OSError:
+            current = ''
+        with contextlib.suppress(OSError):
+            for path in (self.inner / 'receipts').iterdir():
+                if path.name.rpartition('@')[0] == name and path.name != current:
+                    path.unlink()
+
+    def link(self, directory: Path, name: str, replace: bool) -> None:
+        """Register a directory, which stays where it is. FileExistsError if the name is taken and not `replace`."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        new = self.scratch(name) if replace else self.path(name)
+        _symlink(directory, new, "'etc register --copy' installs a copy")
+        if not replace:
+            return
+        try:
+            self.put(new, name, replace)
+        finally:
+            _remove(new)
+
+    def remove(self, name: str) -> None:
+        path = self.path(name)
+        if path.is_symlink():
+            path.unlink()
+            self.sweep(name)
+            return
+        _make_movable(path)
+        for aside in (self.inner / 'replaced').glob(name + '@*'):  # or recover() would put it back
+            self.retire(aside)
+        trash = self.scratch(name, 'old')
+        try:
+            os.rename(path, trash)
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            self.supplant(self.successor(path), path)
+        _remove(trash)
+        self.drop_traces(name)
+        self.sweep(name)
+
+    def keeps_x_bits(self) -> bool:
+        """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
+        with contextlib.suppress(OSError):  # as in a store that can only be read
+            for mode in (0o644, 0o755):
+                path = self.scratch('x', 'old')
+                os.close(os.open(path, _CREATE, mode))
+                kept = path.stat().st_mode
+                path.unlink()
+                if (kept ^ mode) & 0o100:
+                    return False
+        return True
+
+
+class _Install:
+    """An install under way: a directory to fill, which becomes a dataset of the local store, or vanishes."""
+
+    def __init__(self, home: _Home, name: str, replace: bool, outer: Path) -> None:
+        self.home = home
+        self.name = name
+        self.replace = replace
+        self.root = outer / 'new'  # to be filled
+        self.journal = outer / 'journal'
+        self.earlier = outer / 'earlier'  # what an install that broke off has left
+        self.earlier_journal = self.earlier / 'journal'
+
+    def reuse(self, receipt: Optional[_Receipt], segments: Iterable[_Segment]) -> Set[str]:
+        """Link segments that are installed and whose files still hash to what is wanted; return their paths."""
+        here = {segment.path: segment.digest for segment in receipt.here()} if receipt else {}
+        candidates = [segment.path for segment in segments if here.get(segment.path) == segment.digest]
+        if not candidates:
+            return set()
+        source = self.home.path(self.name)
+        reused = set()
+        with contextlib.suppress(InvalidDataset):
+            found = _digest_segments(source, candidates)
+            reused = {segment.path for segment in found if segment.digest == here[segment.path]}
+        for _, entries in _segments(source, reused):
+            for entry in entries:
+                self.link_entry(entry)
+        return reused
+
+    def link_entry(self, entry: _Entry) -> None:
+        target = _join(self.root, entry.name)
+        if entry.kind == _DIRECTORY:
+            os.makedirs(target, exist_ok=True)
+        elif entry.kind == _LINK:
+            _symlink(_to_os(entry.link), target)
+        else:
+            _link_or_copy(entry.source, target)
+
+    def commit(self, receipt: Optional[_Receipt] = None) -> bool:
+        """Give the directory its name.
+
+        If that is taken and may not be replaced: returns False if it is by the same contents, otherwise raises Exists.
+        """
+        try:
+            self.home.put(self.root, self.name, self.replace, receipt)
+            return True
+        except FileExistsError:
+            if receipt and self.home.open(self.name)[0].digest == receipt.digest:
+                return False
+            raise _taken(self.name) from None
+
+
+def _taken(name: str, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
+    return Exists(f"another '{name}' is installed already", remedy)
+
+
+def _name_of(path: Path) -> str:
+    """The name of the dataset for which scratch() made this path."""
+    return path.name.partition('@')[0]
+
+
+def _age(path: Path) -> float:
+    """Seconds since a sign of life."""
+    newest = os.lstat(path).st_mtime
+    with contextlib.suppress(OSError):
+        newest = max(newest, os.lstat(path / 'new').st_mtime)
+    return time.time() - newest
 
 
 @functools.lru_cache(maxsize=None)
 def _host() -> str:
-    """This machine, and on Linux the container: where a process number means one process."""
+    """This machine and, on Linux, the container: where a process number means one process."""
     import platform
     machine = space = ''
     with contextlib.suppress(OSError):
         space = re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))
         with open('/etc/machine-id') as file:
             machine = file.read(8)
-    return re.sub('[^A-Za-z0-9-]', '-', '-'.join((platform.node(), machine, space)))
+    return re.sub('[^A-Za-z0-9-]', '-', f'{platform.node()}-{machine}-{space}')
 
 
 def _flush(directory: Path) -> None:
-    """Have the disk hold what a directory holds before it gets its name, so that a power cut takes all or nothing."""
+    """Let the disk hold all of a directory before it gets its name, so that a power cut takes all or nothing."""
     if not hasattr(os, 'sync') or directory.is_symlink():
         return
     try:
         import ctypes
-        sync = ctypes.CDLL(None, use_errno=True).syncfs  # of Linux: only this filesystem
+        syncfs = ctypes.CDLL(None, use_errno=True).syncfs  # Linux: only this file system
     except (ImportError, OSError, AttributeError, TypeError):
         os.sync()
         return
-    file = os.open(str(directory), os.O_RDONLY)
+    file = os.open(directory, os.O_RDONLY)
     try:
-        if sync(file) and ctypes.get_errno() in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(directory))
+        if syncfs(file) and ctypes.get_errno() in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), directory)
     finally:
         os.close(file)
 
 
-def _swap(one: str, other: str) -> bool:
-    """Exchange two names in one step, where the system can (renameat2 of Linux, renamex_np of macOS)."""
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, if the system can: by renameat2 of Linux or renamex_np of macOS."""
     try:
         import ctypes
         libc = ctypes.CDLL(None, use_errno=True)
-        a, b = os.fsencode(one), os.fsencode(other)
+        one_raw, other_raw = os.fsencode(one), os.fsencode(other)
         if sys.platform == 'darwin':
-            return bool(libc.renamex_np(a, b, 2) == 0)  # RENAME_SWAP
-        return bool(libc.renameat2(-100, a, -100, b, 2) == 0)  # AT_FDCWD, RENAME_EXCHANGE
+            swap_flag = 2  # RENAME_SWAP
+            return bool(libc.renamex_np(one_raw, other_raw, swap_flag) == 0)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return bool(libc.renameat2(here, one_raw, here, other_raw, exchange) == 0)
     except (ImportError, OSError, AttributeError, TypeError):
         return False
 
 
-def _make_movable(path: str) -> None:
-    """A read-only directory cannot be renamed, except by root."""
+def _make_movable(path: Path) -> None:
+    """Let a read-only directory be renamed, which otherwise only root can."""
     with contextlib.suppress(OSError):
         if not os.path.islink(path):
             os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
@@ -4490,16 +5442,221 @@ def _remove(path: Path) -> None:
         if path.is_symlink() or path.is_file():
             path.unlink()
         else:
-            shutil.rmtree(str(path))
+            shutil.rmtree(path)
     except FileNotFoundError:
         pass
     except OSError:  # read-only directories, or on Windows files
-        _make_movable(str(path))
-        for top, directories, files in os.walk(str(path)):
+        _make_movable(path)
+        for top, directories, files in os.walk(path):
             for name in directories + (files if os.name == 'nt' else []):
                 if not os.path.islink(os.path.join(top, name)):
                     os.chmod(os.path.join(top, name), 0o700)
-        shutil.rmtree(str(path), ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------
+# Stored archives
+#
+# An archive in a remote, bound to one version of an object. One with an index has known segments, any of which can be
+# fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
+# ---------------------------------------------------------------------------------------
+
+_TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
+
+
+class _StoredArchive:
+    """An archive with an index."""
+
+    def __init__(self, remote: _Remote, obj: _Object, segments: Sequence[_Segment]) -> None:
+        self.remote = remote
+        self.obj = obj
+        self.name = obj.name
+        self.segments = segments  # empty while they are not known
+        self.label = f"'{obj.name}' in {remote.url}"
+
+    @property
+    def digest(self) -> Optional[str]:
+        """None if it is not known yet."""
+        return _dataset_digest(self.segments) if self.segments else None
+
+    @contextlib.contextmanager
+    def labelled(self) -> Iterator[None]:
+        """Say in errors which archive it is that is damaged or unsafe."""
+        try:
+            yield
+        except Corrupt as e:
+            remedy = e.remedy or 'push it again from where it is whole'
+            raise Corrupt(f'{self.label}: {e.message}', remedy) from e
+
+    def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
+        """Whether it holds what is installed; None if only extracting it would tell."""
+        return self.digest == local.digest
+
+    def wanted(
+            self,
+            partitions: Optional[Sequence[str]],
+            receipt: Optional[_Receipt] = None,
+    ) -> List[_Segment]:
+        """The segments that make up these partitions (with None all), and those that are installed already."""
+        paths = set(_paths_of(self.name, self.segments, partitions))
+        if receipt:
+            paths.update(receipt.installed)
+        return [segment for segment in self.segments if segment.path in paths]
+
+    def extract(
+            self,
+            install: _Install,
+            wanted: Sequence[_Segment],
+            receipt: Optional[_Receipt] = None,
+            progress: _Progress = None,
+    ) -> List[_Segment]:
+        """Fill an install with the wanted segments, and return those that were not installed already."""
+        reused = install.reuse(receipt, wanted)
+        lacking = [segment for segment in wanted if segment.path not in reused]
+        with self.labelled():
+            self.fetch(lacking, install, progress)
+        _validate(install.root, self.label)
+        return lacking
+
+    def fetch(
+            self,
+            segments: Sequence[_Segment],
+            install: _Install,
+            progress: _Progress = None,
+    ) -> None:
+        """Fetch segments, verify them and write them into an install. What an earlier one left is not fetched again."""
+        head = json.dumps([self.remote.url, self.name, self.obj.version])
+        by_path = {segment.path: segment for segment in segments}
+        sink = _Sink(install.root)
+        total = sum(segment.length for segment in segments)
+        with contextlib.closing(_Journal(install.journal, head)) as journal, \
+                _threads(self.remote.connections) as io_pool, _threads(_cores()) as pool, \
+                self.remote.cancelled_on_error(), contextlib.closing(
+                    self.blocks(segments, install, head, sink, (io_pool, pool))) as blocks:
+            reported = _reported(blocks, operator.attrgetter('length'), progress, total)
+            for found in _extract(reported, lambda path: by_path[path].size, sink, pool, journal):
+                promised = by_path[found.path]
+                if (found.files, found.size, found.digest) != (promised.files, promised.size, promised.digest):
+                    raise Corrupt(f"the archive is damaged: '{found.path}' does not have the digest that the index "
+                                  'promises')
+
+    def blocks(
+            self,
+            segments: Sequence[_Segment],
+            install: _Install,
+            head: str,
+            sink: _Sink,
+            pools: Tuple[Any, Any],
+    ) -> Generator[_Block, None, None]:
+        """The blocks of some segments: first what an earlier install has left, then the rest from the remote."""
+        io_pool, pool = pools
+        had = {segment.path: 0 for segment in segments}
+        earlier = install.earlier / 'new'
+        sink.twin = os.path.join(str(earlier), '')
+        lines = functools.partial(_Journal.read, install.earlier_journal, head)
+        with contextlib.closing(_replay(earlier, lines, list(had), pool)) as there:
+            for block in there:
+                had[block.path] += block.length
+                yield block
+        sink.twin = ''
+        _say(f"'{self.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
+        rest = [(segment, had[segment.path]) for segment in segments if had[segment.path] < segment.length]
+        rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
+        spans = [(segment.offset + skipped, segment.offset + segment.length) for segment, skipped in rest]
+        with contextlib.closing(_read_spans(self.remote, self.obj, spans, io_pool)) as chunks, \
+                contextlib.closing(_inflate_blocks(chunks, rest, pool)) as fetched:
+            yield from fetched
+
+    def receipt(self, wanted: Iterable[_Segment]) -> _Receipt:
+        """Of an install with these segments."""
+        return _new_receipt(self.segments, [segment.path for segment in wanted], self.remote.url, self.obj.version)
+
+
+class _ForeignArchive(_StoredArchive):
+    """An archive that another tool made."""
+
+    def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
+        is_same_object = receipt and (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
+        return True if is_same_object and receipt and not receipt.is_touched else None
+
+    def wanted(
+            self,
+            partitions: Optional[Sequence[str]],
+            receipt: Optional[_Receipt] = None,
+    ) -> List[_Segment]:
+        return []  # all
+
+    def extract(
+            self,
+            install: _Install,
+            wanted: Sequence[_Segment],
+            receipt: Optional[_Receipt] = None,
+            progress: _Progress = None,
+    ) -> List[_Segment]:
+        with self.labelled(), _threads(self.remote.connections) as io_pool, _threads(1) as pool, \
+                self.remote.cancelled_on_error(), contextlib.closing(
+                    _read_spans(self.remote, self.obj, [(0, self.obj.size)], io_pool)) as chunks:
+            _extract_foreign(chunks, install.root, pool, progress, self.obj.size)
+        _validate(install.root, self.label)
+        self.segments = _digest_segments(install.root)
+        return self.segments
+
+    def receipt(self, wanted: Iterable[_Segment]) -> _Receipt:
+        return super().receipt(self.segments)
+
+
+def _find(remote: _Remote, name: str) -> _Object:
+    obj = remote.stat(name)
+    if obj is None:
+        remedy = 'check the name and the url'
+        with contextlib.suppress(_Unlisted):
+            names = [other.name for other in remote.list()]
+            remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
+        raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
+    return obj
+
+
+def _open_archive(remote: _Remote, obj: _Object) -> _StoredArchive:
+    """Read the index of an archive, in one or two reads."""
+    archive = _ForeignArchive(remote, obj, ())
+    with archive.labelled():
+        start = max(0, obj.size - _TAIL)
+        tail = _read(remote, obj, start, obj.size) if obj.size else b''
+        offset = _find_index(tail, obj.size)
+        if offset is None:
+            head = tail if start == 0 else _read(remote, obj, 0, _BLOCK_HEADER)
+            if head[:_FIELD] == _member(b'et', bytes(4))[:_FIELD]:
+                raise Corrupt('the archive is damaged: its index is missing')
+            return archive
+        if offset < start:
+            tail = _read(remote, obj, offset, start) + tail
+            start = offset
+        segments = _parse_index(tail[offset - start:], offset)
+    return archive if segments is None else _StoredArchive(remote, obj, segments)
+
+
+def _paths_of(
+        name: str,
+        segments: Iterable[_Segment],
+        partitions: Optional[Sequence[str]],
+) -> List[str]:
+    """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
+    if partitions is None:
+        return [segment.path for segment in segments]
+    known = [segment.partition for segment in segments if segment.partition]
+    for partition in partitions:
+        if partition not in known:
+            raise _unknown_partition(partition, name, known)
+    return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
+
+
+def _new_receipt(
+        segments: Sequence[_Segment],
+        installed: Iterable[str],
+        source: str,
+        version: str,
+) -> _Receipt:
+    return _Receipt(tuple(segments), tuple(sorted(installed)), source, version, _utc(time.time()))
 
 
 # ---------------------------------------------------------------------------------------
@@ -4513,85 +5670,92 @@ def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
     if not remote:
         return _Home(config.home).names()
     with contextlib.closing(_open_remote(config)) as store:
-        return sorted(found.name for found in store.list())
+        return sorted(obj.name for obj in store.list())
 
 
 @_public
-def info(name: str, remote: bool = False, config: Optional[Config] = None, progress: _Progress = None,
-         ) -> Dict[str, Any]:
+def info(
+        name: str,
+        remote: bool = False,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+) -> Dict[str, Any]:
     """What is known of a dataset; of a remote one without downloading its data.
 
-    Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local one also
-    root, source, when, partial; of a remote one archive_size (bytes) and when. What another tool packed has None for
-    what only a download would tell; so have meta and readme beside large files.
-    progress: as for verify(), where all files must be read, as nothing else knows a local dataset's digest.
+    Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local dataset
+    also root, source, when, partial; of a remote one archive_size (bytes) and when. Values that only a download would
+    tell are None: in an archive that another tool made, and meta and readme beside large files.
+    progress: as for verify(), if all files must be read, because nothing else knows a local dataset's digest.
     Raises NotFound and other Errors.
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
     if remote:
         with contextlib.closing(_open_remote(config)) as store:
-            found = _describe_remote(store, _find(store, name), readme=True)
+            summary = _describe_remote(store, _find(store, name), with_readme=True)
     else:
         home = _Home(config.home)
         if not home.has(name):
             raise _not_installed(home, name)
-        found = _describe_local(home, name, measure=True, progress=progress)
+        summary = _describe_local(home, name, measure=True, progress=progress)
         root = home.path(name)
-        found.update(meta=_read_meta(root), readme=_readme(root))
-    _check_pin(name, pin, found['digest'])
-    return found
+        summary.update(meta=_read_meta(root), readme=_read_readme(root))
+    _check_pin(name, pin, summary['digest'])
+    return summary
 
 
-def _readme(root: Path) -> str:
-    try:
-        return _read_text(root / 'README.md', _README_LIMIT, 'replace')
-    except (FileNotFoundError, ValueError):
-        return ''
-
-
-def _summary(name: str, digest: Optional[str], segments: Optional[List[_Segment]], **more: Any) -> Dict[str, Any]:
-    summary = {'name': name, 'digest': digest, 'files': None, 'size': None, 'partitions': None}  # type: Dict[str, Any]
-    if segments is not None:
-        summary.update(files=sum(s.files for s in segments), size=sum(s.size for s in segments), partitions={
-            s.partition: {'files': s.files, 'size': s.size} for s in segments if s.partition})
+def _summary(
+        name: str,
+        digest: Optional[str],
+        segments: Sequence[_Segment],
+        **more: Any
+) -> Dict[str, Any]:
+    """What info() and _list() tell of all datasets. segments: empty if they are not known."""
+    summary: Dict[str, Any] = {'name': name, 'digest': digest, 'files': None, 'size': None, 'partitions': None}
+    if segments:
+        summary['files'] = sum(segment.files for segment in segments)
+        summary['size'] = sum(segment.size for segment in segments)
+        summary['partitions'] = {segment.partition: {'files': segment.files, 'size': segment.size}
+                                 for segment in segments if segment.partition}
     summary.update(more)
     return summary
 
 
-def _describe_local(home: _Home, name: str, measure: bool, progress: _Progress = None) -> Dict[str, Any]:
-    """From the receipt; without one from the files, if `measure`."""
+def _describe_local(
+        home: _Home,
+        name: str,
+        measure: bool,
+        progress: _Progress = None,
+) -> Dict[str, Any]:
+    """From the receipt; without one, if `measure`, from the files."""
     receipt = home.open(name, progress)[1] if measure else home.receipt(name)
     path = home.path(name)
-    source = Path(os.path.realpath(str(path))).as_uri() if path.is_symlink() else receipt.get('source')
-    digest, segments = receipt.get('digest'), receipt.get('segments')
-    if segments:
-        segments = [s for s in segments if s.path in receipt['installed']]
+    source = receipt.source if receipt else None
+    if path.is_symlink():
+        source = Path(os.path.realpath(path)).as_uri()
+    digest = receipt.digest if receipt and not receipt.is_touched else None
+    segments = receipt.here() if receipt else []
     if not digest and measure:
         segments = _digest_segments(path, progress=progress)
         digest = _dataset_digest(segments)
-    return _summary(name, digest, segments, root=str(path), source=source,
-                    when=receipt.get('when'), partial=bool(receipt) and _is_partial(receipt))
+    return _summary(name, digest, segments, root=str(path), source=source, when=receipt.when if receipt else None,
+                    partial=bool(receipt and receipt.is_partial))
 
 
-def _describe_remote(store: _Remote, found: _Object, readme: bool = False) -> Dict[str, Any]:
-    when = _utc(found.modified) or None if found.modified else None
-    segments = _read_index(store, found)
-    digest = None if segments is None else _dataset_digest(segments)
-    summary = _summary(found.name, digest, segments, archive_size=found.size, when=when, meta=None, readme=None)
-    if segments and readme and max(segments[0].length, segments[0].size) <= _META_LIMIT + _README_LIMIT:
-        import tempfile
-        with tempfile.TemporaryDirectory() as scratch:
-            root = Path(scratch) / 'new'
-            root.mkdir()
-            _download(store, found, segments[:1], root, 1)
-            summary.update(meta=_read_meta(root, "'%s' in %s" % (found.name, store.url)),
-                           readme=_readme(root))
+def _describe_remote(store: _Remote, obj: _Object, with_readme: bool = False) -> Dict[str, Any]:
+    archive = _open_archive(store, obj)
+    when = _utc(obj.modified) or None if obj.modified else None
+    summary = _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
+                       readme=None)
+    root_files = archive.segments[:1]
+    if with_readme and root_files:
+        if max(root_files[0].length, root_files[0].size) <= _META_LIMIT + _README_LIMIT:
+            import tempfile
+            with tempfile.TemporaryDirectory() as scratch:
+                with _Home(Path(scratch)).installing(obj.name, replace=False) as install:
+                    archive.fetch(root_files, install)
+                    summary.update(meta=_read_meta(install.root, archive.label), readme=_read_readme(install.root))
     return summary
-
-
-def _is_partial(receipt: Dict[str, Any]) -> bool:
-    return len(receipt['installed']) < len(receipt['segments'])
 
 
 @_public
@@ -4601,68 +5765,27 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
         home = _Home(config.home)
         return [_describe_local(home, name, measure=False) for name in home.names()]
 
-    def describe(found: _Object) -> Dict[str, Any]:
+    def describe(obj: _Object) -> Dict[str, Any]:
         try:
-            return _describe_remote(store, found)
-        except (Error, OSError) as e:  # one that cannot be read shall not hide the others
-            _say('%s', e, level=_WARNING)
-            return _summary(found.name, None, None, archive_size=found.size, when=None)
+            return _describe_remote(store, obj)
+        except (Error, OSError) as e:  # one that cannot be read must not hide the others
+            _say(str(e), _WARNING)
+            return _summary(obj.name, None, (), archive_size=obj.size, when=None)
 
-    store = _open_remote(config)
-    with _threads(config.connections) as pool, contextlib.closing(store):  # closed first, so that no thread goes on
-        return list(pool.map(describe, sorted(store.list())))
-
-
-def _find(store: _Remote, name: str) -> _Object:
-    found = store.stat(name)
-    if found is None:
-        hint = '; check the name and the url'
-        with contextlib.suppress(_Unlisted):
-            names = [other.name for other in store.list()]
-            hint = _did_you_mean(name, names) or "; 'etc ls -r' lists what is there"
-        raise NotFound("no dataset '%s' in %s%s" % (name, store.url, hint))
-    return found
+    with contextlib.closing(_open_remote(config)) as store:
+        with _threads(config.connections) as pool, store.cancelled_on_error():
+            return list(pool.map(describe, sorted(store.list())))
 
 
-def _not_installed(home: _Home, name: str, remedy: str = "'etc pull %s' would fetch it") -> NotFound:
-    return NotFound("no local dataset '%s'%s" % (name, _did_you_mean(name, home.names())
-                                                 or '; ' + remedy.replace('%s', name)))
+def _not_installed(home: _Home, name: str, remedy: str = '') -> NotFound:
+    return NotFound(f"no local dataset '{name}'",
+                    _did_you_mean(name, home.names()) or remedy or f"'etc pull {name}' would fetch it")
 
 
 def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
+    """Raises Corrupt if NAME@sha256:... insists on other contents."""
     if pin and digest != pin:
-        raise Corrupt("'%s' is %s, not %s as demanded" % (name, digest or 'of unknown digest', pin))
-
-
-@_public
-def dataset(name: str, auto_install: bool = False, partitions: Optional[Sequence[str]] = None,
-            config: Optional[Config] = None, progress: _Progress = None, auto_pull: bool = False) -> Dataset:
-    """The installed dataset `name`; with `auto_install` it is pulled first if need be.
-
-    name: NAME, or NAME@sha256:... to insist on these contents.
-    partitions: those that must be there; None means all.
-    progress: as for pull().
-    auto_pull: the name of `auto_install` in etcetera 0.0.x.
-    Raises NotFound, UnknownPartition, Corrupt if the digest is another, and other Errors.
-    """
-    _check_partitions(partitions)
-    config = config or Config.load()
-    bare, pin = _parse_name(name)
-    home = _Home(config.home)
-    installed = home.has(bare)
-    missing = _missing(bare, home.receipt(bare), partitions)
-    if (auto_install or auto_pull) and (not installed or missing):
-        return _pull(name, False, partitions, config, progress)
-    if not installed:
-        raise _not_installed(home, bare)
-    found, _ = home.open(bare)
-    _check_pin(bare, pin, pin and found.digest)
-    for partition in partitions or ():
-        found[partition]  # raises UnknownPartition
-    if missing:
-        raise NotFound("'%s' is only partly installed, without %s; 'etc pull %s' fetches the rest"
-                       % (bare, ', '.join(missing), bare))
-    return found
+        raise Corrupt(f"'{name}': expected digest {pin}, found {digest or 'none, as another tool packed it'}")
 
 
 def _check_partitions(partitions: Optional[Sequence[str]]) -> None:
@@ -4670,34 +5793,59 @@ def _check_partitions(partitions: Optional[Sequence[str]]) -> None:
         raise InvalidDataset('partitions must be a list of one or more names')
 
 
-def _missing(name: str, receipt: Dict[str, Any], partitions: Optional[Sequence[str]]) -> List[str]:
-    """The segments that a partial install lacks of what is asked for."""
-    if not receipt:
-        return []
-    return [path for path in _wanted(name, receipt['segments'], partitions)
-            if path not in receipt['installed']]
+@_public
+def dataset(
+        name: str,
+        auto_install: bool = False,
+        partitions: Optional[Sequence[str]] = None,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+        auto_pull: bool = False,
+) -> Dataset:
+    """The installed dataset `name`; with `auto_install`, it is pulled first if necessary.
 
-
-def _wanted(name: str, segments: Iterable[_Segment], partitions: Optional[Sequence[str]]) -> List[str]:
-    """The paths of the segments that make up these partitions: with some, the root's own files and theirs."""
-    if partitions is None:
-        return [segment.path for segment in segments]
-    known = [segment.partition for segment in segments if segment.partition]
-    for partition in partitions:
-        if partition not in known:
-            raise _no_partition(partition, name, known)
-    return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
+    name: NAME, or NAME@sha256:... to insist on these contents.
+    partitions: those that must be there; None means all.
+    progress: as for pull().
+    auto_pull: the name of `auto_install` in etcetera 0.0.x.
+    Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors.
+    """
+    _check_partitions(partitions)
+    config = config or Config.load()
+    bare, pin = _parse_name(name)
+    home = _Home(config.home)
+    is_installed = home.has(bare)
+    receipt = home.receipt(bare)
+    missing = receipt.missing(_paths_of(bare, receipt.segments, partitions)) if receipt else []
+    if (auto_install or auto_pull) and (not is_installed or missing):
+        return _pull(name, False, partitions, config, progress)
+    if not is_installed:
+        raise _not_installed(home, bare)
+    local, _ = home.open(bare)
+    if pin:
+        _check_pin(bare, pin, local.digest)
+    for partition in partitions or ():
+        local[partition]  # raises UnknownPartition
+    if missing:
+        raise NotFound(f"'{bare}' is only partly installed, without {', '.join(missing)}",
+                       f"'etc pull {bare}' fetches the rest")
+    return local
 
 
 @_public
-def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = None,
-         config: Optional[Config] = None, progress: _Progress = None) -> Dataset:
+def pull(
+        name: str,
+        force: bool = False,
+        partitions: Optional[Sequence[str]] = None,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+) -> Dataset:
     """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     force: replace other contents of that name.
-    progress: is called with (done, total), bytes of the archive, in the thread that called pull(), some hundred times
-        a second at most; what it raises ends the pull.
+    progress: is called with (done, total), bytes of the archive, in the thread that called pull(), at most some hundred
+        times a second; what it raises ends the pull.
     What a partial install has already is not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
@@ -4705,169 +5853,63 @@ def pull(name: str, force: bool = False, partitions: Optional[Sequence[str]] = N
     return _pull(name, force, partitions, config or Config.load(), progress)
 
 
-def _pull(name: str, force: bool, partitions: Optional[Sequence[str]], config: Config, progress: _Progress) -> Dataset:
-    bare, pin = _parse_name(name)
+def _pull(
+        name: str,
+        force: bool,
+        partitions: Optional[Sequence[str]],
+        config: Config,
+        progress: _Progress,
+) -> Dataset:
+    name, pin = _parse_name(name)
+    started = time.monotonic()
     home = _Home(config.home)
-    started = time.monotonic()
-    with contextlib.closing(_open_remote(config)) as store, home.lock(bare):
-        found = _find(store, bare)
-        segments = _read_index(store, found)
-        if segments is None:
-            return _pull_foreign(home, store, found, pin, force, config.connections, progress)
-        digest = _dataset_digest(segments)
-        _check_pin(bare, pin, digest)
-        wanted = set(_wanted(bare, segments, partitions))
-        receipt = home.receipt(bare)
-        if home.has(bare) and not force:
-            local, receipt = home.open(bare)
-            if local.digest != digest:
-                raise _differs_locally(bare)
-            wanted |= set(receipt.get('installed', wanted))
-            if not _missing(bare, receipt, partitions):
-                _say("'%s' is installed already, and identical", bare)
-                return local
-        with home.staging(bare) as staged:
-            have = _reuse(home, bare, receipt, [s for s in segments if s.path in wanted], staged)
-            lacking = [s for s in segments if s.path in wanted and s.path not in have]
-            _download(store, found, lacking, staged, config.connections, progress)
-            _validate(staged, "'%s' in %s" % (bare, store.url))
-            _settle(home, staged, bare, force or bool(receipt), _receipt(segments, wanted, store.url, found.version))
-        _say('pulled %s: %s', bare, _tally(lacking, started))
-        _say('%s@%s', bare, digest, level=_DEBUG)
-        return Dataset(home.path(bare), bare, digest)
-
-
-def _tally(segments: Sequence[_Segment], started: float) -> str:
-    files, size = sum(s.files for s in segments), sum(s.size for s in segments)
-    seconds = max(time.monotonic() - started, 0.001)
-    return '{:,} file{}, {} in {} ({}/s)'.format(files, 's' * (files != 1), _size(size), _duration(seconds),
-                                                 _size(size / seconds))
-
-
-def _differs_locally(name: str) -> Exists:
-    return Exists("another '%s' is installed already; 'etc pull -f %s' replaces it" % (name, name))
-
-
-def _receipt(segments: List[_Segment], installed: Iterable[str], source: str, version: str) -> Dict[str, Any]:
-    return {'digest': _dataset_digest(segments), 'source': source, 'version': version,
-            'when': _utc(time.time()),
-            'installed': sorted(installed), 'segments': segments}
-
-
-def _is_from(receipt: Dict[str, Any], store: _Remote, found: _Object) -> bool:
-    """Whether what is installed is untouched and was pulled from this very object."""
-    return bool(receipt.get('digest')) and (receipt['source'], receipt['version']) == (store.url, found.version)
-
-
-def _settle(home: _Home, staged: Path, name: str, replace: bool, receipt: Dict[str, Any]) -> None:
-    """Install; if another process was faster, what it installed must be the same."""
-    try:
-        home.install(staged, name, replace, receipt)
-    except FileExistsError:
-        if home.open(name)[0].digest != receipt['digest']:
-            raise _differs_locally(name) from None
-
-
-def _download(store: _Remote, found: _Object, segments: Sequence[_Segment], staged: Path, connections: int,
-              progress: _Progress = None) -> None:
-    """Fetch segments of an indexed archive and write them to a staged directory.
-
-    What an earlier pull of this very object left beside it is not fetched again.
-    """
-    head = json.dumps([store.url, found.name, found.version]).encode() + b'\n'
-    earlier = staged.parent / 'earlier'
-    sink = _Sink(staged)
-
-    def blocks() -> Generator[_Block, None, None]:
-        had = dict.fromkeys(segments, 0)
-        sink.twin = os.path.join(str(earlier / 'new'), '')
-        journal = functools.partial(_read_journal, earlier / _JOURNAL, head)
-        with contextlib.closing(_replay(earlier / 'new', journal, segments, pool)) as there:
-            for block in there:
-                had[block[0]] += block[1]
-                yield block
-        sink.twin = ''
-        _say("'%s': %d bytes of it were here already", found.name, sum(had.values()), level=_DEBUG)
-        rest = [(segment, count) for segment, count in had.items() if count < segment.length]
-        rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
-        spans = [(segment.offset + count, segment.offset + segment.length) for segment, count in rest]
-        with contextlib.closing(_fetch(store, found, spans, io_pool, connections)) as chunks, contextlib.closing(
-                _unpack(chunks, rest, pool)) as fetched:
-            yield from fetched
-
-    with _naming(store, found), open(str(staged.parent / _JOURNAL), 'wb', buffering=0) as journal, _threads(
-            connections) as io_pool, _threads(_cores()) as pool, contextlib.closing(store), contextlib.closing(
-            blocks()) as source:
-        journal.write(head)
-        total = sum(segment.length for segment in segments)
-        _extract(_watched(source, operator.itemgetter(1), progress, total), sink, pool, journal)
-
-
-def _read_journal(path: Path, head: bytes) -> Iterator[List[Any]]:
-    """What _extract() wrote down, if it worked for a pull of the same object."""
-    with contextlib.suppress(OSError, ValueError, TypeError), open(str(path), 'rb') as file:
-        if file.readline() == head:
-            for line in file:
-                segment, length, digest, name, size = json.loads(line.decode('ascii'))
-                yield [str(segment), int(length), digest, name, int(size)]
-
-
-def _reuse(home: _Home, name: str, receipt: Dict[str, Any], wanted: List[_Segment], staged: Path) -> List[str]:
-    """Link segments into `staged` that are installed and still hash to what is wanted; their paths."""
-    digests = {s.path: s.digest for s in receipt.get('segments', ()) if s.path in receipt['installed']}
-    candidates = [s for s in wanted if digests.get(s.path) == s.digest]
-    have = []
-    if candidates:
-        with contextlib.suppress(InvalidDataset):
-            for segment in _digest_segments(home.path(name), [s.path for s in candidates]):
-                if segment.digest == digests[segment.path]:
-                    have.append(segment.path)
-    for path in have:
-        for _, entries in _segments(home.path(name), [path]):
-            for entry in entries:
-                target = _join(staged, entry.name)
-                if entry.kind == _DIRECTORY:
-                    os.makedirs(target, exist_ok=True)
-                elif entry.kind == _LINK:
-                    _symlink(_to_os(entry.link), target)
-                else:
-                    _link_or_copy(entry.source, target)
-    return have
-
-
-def _pull_foreign(home: _Home, store: _Remote, found: _Object, pin: Optional[str], force: bool,
-                  connections: int, progress: _Progress) -> Dataset:
-    """Pull a .tgz that another tool made: as a whole, and its digest is known only when it is here."""
-    name = found.name
-    started = time.monotonic()
-    receipt = home.receipt(name)
-    if not force and _is_from(receipt, store, found):
-        _say("'%s' is installed already, and identical", name)
-        return Dataset(home.path(name), name, receipt['digest'])
-    with home.staging(name) as staged:
-        with _naming(store, found), _threads(connections) as io_pool, contextlib.closing(
-                _fetch(store, found, [(0, found.size)], io_pool, connections)) as chunks, _threads(
-                1) as pool, contextlib.closing(store):
-            _unpack_foreign(chunks, staged, pool, progress, found.size)
-        _validate(staged, "'%s' in %s" % (name, store.url))
-        segments = _digest_segments(staged)
-        digest = _dataset_digest(segments)
-        _check_pin(name, pin, digest)
+    with contextlib.closing(_open_remote(config)) as store, home.lock(name):
+        archive = _open_archive(store, _find(store, name))
+        if archive.digest:
+            _check_pin(name, pin, archive.digest)
+        wanted = archive.wanted(partitions)
+        receipt = home.receipt(name)
+        is_same: Optional[bool] = None
         if home.has(name) and not force:
-            local, _ = home.open(name)
-            if local.digest != digest:
-                raise _differs_locally(name)
-            _say("'%s' is installed already, and identical", name)
-            return local
-        _settle(home, staged, name, force, _receipt(segments, [s.path for s in segments], store.url, found.version))
-    _say('pulled %s: %s', name, _tally(segments, started))
-    _say('%s@%s', name, digest, level=_DEBUG)
-    return Dataset(home.path(name), name, digest)
+            local, receipt = home.open(name)
+            is_same = archive.has_contents_of(local, receipt)
+            if is_same is False:
+                raise _taken(name, f"'etc pull -f {name}' replaces it")
+            if is_same and not (receipt and receipt.missing(segment.path for segment in wanted)):
+                if pin:
+                    _check_pin(name, pin, local.digest)
+                _say(f"'{name}' is installed already, and identical")
+                return local
+            wanted = archive.wanted(partitions, receipt)
+        with home.installing(name, replace=force or bool(is_same)) as install:
+            fetched = archive.extract(install, wanted, receipt, progress)
+            _check_pin(name, pin, archive.digest)
+            is_new = install.commit(archive.receipt(wanted))
+        if is_new:
+            _say(f'pulled {name}: {_tally(fetched, started)}')
+        else:
+            _say(f"'{name}' is installed already, and identical")
+        _say(f'{name}@{archive.digest}', _DEBUG)
+        return Dataset(home.path(name), name, archive.digest)
+
+
+def _tally(segments: Iterable[_Segment], started: float) -> str:
+    """How much was done, and how fast."""
+    segments = list(segments)
+    size = sum(segment.size for segment in segments)
+    seconds = max(time.monotonic() - started, 0.001)
+    files = _plural(sum(segment.files for segment in segments), 'file')
+    return f'{files}, {_size(size)} in {_duration(seconds)} ({_size(size / seconds)}/s)'
 
 
 @_public
-def push(name: str, force: bool = False, config: Optional[Config] = None, progress: _Progress = None) -> str:
-    """Share a local dataset; its digest is returned.
+def push(
+        name: str,
+        force: bool = False,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+) -> str:
+    """Share a local dataset. Returns its digest.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     force: replace other contents of that name in the remote storage.
@@ -4876,94 +5918,108 @@ def push(name: str, force: bool = False, config: Optional[Config] = None, progre
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
-    home = _Home(config.home)
     started = time.monotonic()
+    home = _Home(config.home)
     if not home.has(name):
-        raise _not_installed(home, name, "'etc register DIR %s' gives a directory that name")
+        raise _not_installed(home, name, f"'etc register DIR {name}' gives a directory that name")
     local, receipt = home.open(name)
-    if receipt and _is_partial(receipt):
-        raise InvalidDataset("'%s' is only partly installed, so it cannot be pushed; 'etc pull %s' fetches the rest"
-                             % (name, name))
-    _check_pin(name, pin, pin and local.digest)
+    if receipt and receipt.is_partial:
+        raise InvalidDataset(f"'{name}' is only partly installed, so it cannot be pushed",
+                             f"'etc pull {name}' fetches the rest")
+    if pin:
+        _check_pin(name, pin, local.digest)
     with contextlib.closing(_open_remote(config)) as store:
-        if not force and _is_there(store, local, receipt):
+        if not force and _is_stored_already(store, local, receipt):
             return local.digest
-        listing, size, limit = _survey(local.root)
-        segments = []  # type: List[_Segment]
-        with _threads(_cores()) as pool, contextlib.closing(
-                _pack(listing, config.compression_level, pool, segments, progress, size)) as blocks:
-            try:
-                store.write(name, _checked(blocks, local, segments), limit, not force)
-            except _Taken:
-                there = _is_there(store, local, receipt)
-                if there is None:
-                    raise Exists("'%s' is in %s already, and these credentials may not look whether it is the same; "
-                                 'push it under another name' % (name, store.url)) from None
-                if not there:
-                    raise RemoteError("another push of '%s' to %s is under way; try again when it has ended"
-                                      % (name, store.url)) from None
-                return local.digest
-            except _Unconfirmed as e:
-                if not _holds(store, name, _dataset_digest(segments)):
-                    raise e
-    digest = _dataset_digest(segments)
-    _say('pushed %s to %s: %s', name, store.url, _tally(segments, started))
-    _say('%s@%s', name, digest, level=_DEBUG)
-    return digest
+        segments = _SegmentList()
+        try:
+            _write_archive(store, local, not force, config.compression_level, segments, progress)
+        except _NameTaken:
+            _explain_taken(store, local, receipt)
+            return local.digest
+        except _Unconfirmed as e:
+            if not _holds(store, name, segments.digest()):
+                raise e
+    _say(f'pushed {name} to {store.url}: {_tally(segments.segments, started)}')
+    _say(f'{name}@{segments.digest()}', _DEBUG)
+    return segments.digest()
 
 
-def _holds(store: _Remote, name: str, digest: str) -> bool:
-    """Whether what the remote shows under this name is an archive with this digest."""
-    try:
-        found = store.stat(name)
-        segments = _read_index(store, found) if found else None
-    except (RemoteError, Corrupt):
-        return False
-    return segments is not None and _dataset_digest(segments) == digest
+def _write_archive(
+        store: _Remote,
+        local: Dataset,
+        exclusive: bool,
+        level: int,
+        segments: _SegmentList,
+        progress: _Progress,
+) -> None:
+    """Pack a dataset into the remote; `segments` grows on the way."""
+    survey = _survey(local.root)
+
+    def archive() -> Iterator[bytes]:
+        yield from blocks
+        if local._digest and local._digest != segments.digest():
+            raise Corrupt(f"the files of '{local.name}': expected digest {local._digest}, found {segments.digest()}",
+                          f"'etc verify {local.name}' tells more")
+        yield _archive_end(level, segments)
+
+    with _threads(_cores()) as pool, contextlib.closing(_pack(survey, level, pool, segments, progress)) as blocks:
+        store.write(local.name, archive(), survey.limit, exclusive)
 
 
-def _is_there(store: _Remote, local: Dataset, receipt: Dict[str, Any]) -> Optional[bool]:
-    """Whether the remote has this very dataset; raises Exists if it has another of that name.
+def _is_stored_already(
+        store: _Remote,
+        local: Dataset,
+        receipt: Optional[_Receipt],
+) -> Optional[bool]:
+    """Whether the remote has this very dataset; None if it may not look, but the condition of the write decides.
 
-    None if it may not be looked at, but the condition of the write decides.
+    Raises Exists if it has another one of that name.
     """
     try:
-        found = store.stat(local.name)
+        obj = store.stat(local.name)
     except RemoteError as e:
-        if e.status == 403 and store.conditional:
+        if e.status == 403 and store.is_conditional:
             return None
         raise
-    if found is None:
+    if obj is None:
         return False
-    segments = _read_index(store, found)
-    if segments is None:
-        same = _is_from(receipt, store, found)
-    else:
-        same = _dataset_digest(segments) == local.digest
-    if not same:
-        raise Exists("another '%s' is in %s already; push it under another name, or 'etc push -f %s' replaces it"
-                     % (local.name, store.url, local.name))
-    _say("'%s' is in %s already, and identical", local.name, store.url)
+    if not _open_archive(store, obj).has_contents_of(local, receipt):
+        raise Exists(f"another '{local.name}' is in {store.url} already",
+                     f"push it under another name, or 'etc push -f {local.name}' replaces it")
+    _say(f"'{local.name}' is in {store.url} already, and identical")
     return True
 
 
-def _checked(blocks: Iterable[bytes], local: Dataset, segments: List[_Segment]) -> Iterator[bytes]:
-    """The blocks; but an error instead of the last, if the contents are not those that a receipt or pin names."""
-    last = b''
-    for block in blocks:
-        yield last
-        last = block
-    digest = _dataset_digest(segments)
-    if local._digest and local._digest != digest:
-        raise Corrupt("the files of '%s' are %s, not %s; 'etc verify %s' tells more"
-                      % (local.name, digest, local._digest, local.name))
-    yield last
+def _explain_taken(store: _Remote, local: Dataset, receipt: Optional[_Receipt]) -> None:
+    """After a write that was refused because of the name: raises an error, unless this very dataset is there."""
+    is_stored = _is_stored_already(store, local, receipt)
+    if is_stored is None:
+        raise Exists(f"'{local.name}' is in {store.url} already, and these credentials may not look whether it is the "
+                     'same', 'push it under another name')
+    if not is_stored:
+        raise RemoteError(f"another push of '{local.name}' to {store.url} is under way", 'try again when it has ended')
+
+
+def _holds(store: _Remote, name: str, digest: str) -> bool:
+    """Whether the remote shows an archive with this digest under this name."""
+    try:
+        obj = store.stat(name)
+        return obj is not None and _open_archive(store, obj).digest == digest
+    except (RemoteError, Corrupt):
+        return False
 
 
 @_public
-def register(directory: _Path, name: Optional[str] = None, force: bool = False, copy: bool = False,
-             config: Optional[Config] = None, progress: _Progress = None) -> Dataset:
-    """Give a directory a dataset's name, by default its own; it stays where it is and must not change any more.
+def register(
+        directory: _Path,
+        name: Optional[str] = None,
+        force: bool = False,
+        copy: bool = False,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+) -> Dataset:
+    """Give a directory a dataset's name, by default its own. It stays where it is, and must not change any more.
 
     copy: install a private read-only copy instead of a link.
     force: replace a local dataset of that name.
@@ -4971,252 +6027,392 @@ def register(directory: _Path, name: Optional[str] = None, force: bool = False, 
     Raises InvalidDataset, Exists and other Errors.
     """
     config = config or Config.load()
-    started = time.monotonic()
     root = Path(os.path.realpath(_check_path(directory)))
-    if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
-        raise InvalidDataset("no directory %s; the directory comes first: 'etc register %s %s'"
-                             % (_masked(str(root)), name, _masked(root.name)))
+    _check_arguments_order(root, name)
     if name is None:
-        _validate(root)  # or a part of a URL might be taken for a name, and shown
+        _validate(root)  # first, or a part of a URL might be taken for a name, and shown
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
-    _check_pin(name, pin, pin and local.digest)
+    if pin:
+        _check_pin(name, pin, local.digest)
     home = _Home(config.home)
-    if not copy and not home.path(name).is_symlink() and (root / 'x').as_posix().startswith(
-            os.path.realpath(str(home.path(name))).replace(os.sep, '/') + '/'):
-        raise InvalidDataset("%s is what is installed as '%s'; use --copy, or another directory" % (root, name))
+    installed = os.path.realpath(home.path(name))
+    is_inside = root == Path(installed) or Path(installed) in root.parents
+    if is_inside and not copy and not home.path(name).is_symlink():
+        raise InvalidDataset(f"{root} is what is installed as '{name}'", 'use --copy, or another directory')
     if home.has(name) and not force:
-        if not copy and os.path.realpath(str(home.path(name))) == str(root):
-            _say("'%s' is registered already", name)
+        if not copy and installed == str(root):
+            _say(f"'{name}' is registered already")
             return Dataset(home.path(name), name)
-        raise _taken_locally(name)
-    try:
-        if copy:
-            with home.staging(name) as staged:
-                segments = _copy(root, staged, progress)
-                home.install(staged, name, force, _receipt(segments, [s.path for s in segments], root.as_uri(), ''))
-        else:
-            with home.changes():
-                home.link(root, name, force)
-    except FileExistsError:
-        raise _taken_locally(name) from None
+        raise _taken(name)
     if copy:
-        _say('copied %s: %s', name, _tally(segments, started))
-    else:
-        _say("registered '%s': %s", name, root)
+        return _install_copy(home, name, root, force, progress)
+    try:
+        with home.changes():
+            home.link(root, name, force)
+    except FileExistsError:
+        raise _taken(name) from None
+    _say(f"registered '{name}': {root}")
     return Dataset(home.path(name), name)
 
 
-def _taken_locally(name: str) -> Exists:
-    return Exists("a local dataset '%s' exists already; take another name, or -f (force) to replace it" % name)
+def _check_arguments_order(root: Path, name: Optional[str]) -> None:
+    """As in `etc register NAME DIR`."""
+    if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
+        raise InvalidDataset(f'no directory {_masked(str(root))}',
+                             f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
 
 
-def _copy(root: Path, target: Path, progress: _Progress) -> List[_Segment]:
+def _install_copy(home: _Home, name: str, root: Path, force: bool, progress: _Progress) -> Dataset:
     """Copy a dataset as if it had been pushed and pulled."""
-    segments = []  # type: List[_Segment]
+    started = time.monotonic()
+    survey = _survey(root)
 
     def blocks() -> Iterator[_Block]:
-        for segment, payload in source:
-            if not segments or segments[-1] is not segment:
-                segments.append(segment)
-            yield segment, 0, payload, _sha256(payload).digest()
+        for block in processed:
+            yield _Block(block.plan.path, 0, block.result, block.digest)
 
-    listing, size, _ = _survey(root)
-    with _threads(_cores()) as pool, contextlib.closing(_process(listing, bytes, pool, progress, size)) as source:
-        _extract(blocks(), _Sink(target), pool)
-    return segments
+    with home.installing(name, force) as install:
+        with _threads(_cores()) as pool, contextlib.closing(
+                _process(survey.listing, bytes, pool, progress, survey.size)) as processed:
+            segments = _extract(blocks(), lambda path: sys.maxsize, _Sink(install.root), pool)
+        install.commit(_new_receipt(segments, [segment.path for segment in segments], root.as_uri(), ''))
+    _say(f'copied {name}: {_tally(segments, started)}')
+    return Dataset(home.path(name), name)
 
 
 @_public
-def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool = False,
-           config: Optional[Config] = None) -> Dataset:
-    """A new local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
+def create(
+        name: str,
+        partitions: Sequence[str] = ('train', 'test'),
+        force: bool = False,
+        config: Optional[Config] = None,
+) -> Dataset:
+    """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
     config = config or Config.load()
     name, pin = _parse_name(name)
     if pin:
-        raise InvalidDataset('a dataset yet to be filled has no digest to insist on; give only its name')
+        raise InvalidDataset('a dataset that is yet to be filled has no digest to insist on', 'give only its name')
     _check_partitions(partitions or ())
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
-            raise InvalidDataset("'%s' cannot be a partition's name; it becomes a directory" % _masked(partition))
+            raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
     home = _Home(config.home)
-    with home.staging(name) as staged:
-        for partition in sorted(set(partitions)):
-            os.makedirs(_join(staged, 'data/' + partition))
-        try:
-            home.install(staged, name, force)
-        except FileExistsError:
-            raise _taken_locally(name) from None
-    _say("created '%s'; now fill %s", name, home.path(name) / 'data')
+    with home.installing(name, force) as install:
+        for partition in set(partitions):
+            os.makedirs(_join(install.root, 'data/' + partition))
+        install.commit()
+    _say(f"created '{name}'; now fill {home.path(name) / 'data'}")
     return Dataset(home.path(name), name)
 
 
 @_public
 def verify(name: str, config: Optional[Config] = None, progress: _Progress = None) -> str:
-    """Read all files of an installed dataset and return their digest.
+    """Read all files of a local dataset and return their digest.
 
-    Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... demands. A registered or
+    Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... insists on. A registered or
     created dataset has nothing to be compared with.
     progress: as for pull(), but of the bytes of the files that have been read.
     """
     config = config or Config.load()
     name, pin = _parse_name(name)
-    home = _Home(config.home)
     started = time.monotonic()
+    home = _Home(config.home)
     if not home.has(name):
         raise _not_installed(home, name)
     _, receipt = home.open(name)
     found = _digest_segments(home.path(name), progress=progress)
-    if not receipt:
-        digest = _dataset_digest(found)
-        outcome = 'nothing known to compare it with'
-    else:
-        digests = {segment.path: segment.digest for segment in found}
-        promised = {s.path: s.digest for s in receipt['segments'] if s.path in receipt['installed']}
-        wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
-        if wrong:
-            remedy = "'etc pull -f %s' mends it" % name if receipt.get('version') else 'register it again'
-            if not home.keeps_x_bits():
-                remedy = "this disk does not keep which files are executable; set 'home' to a place on another"
-            raise Corrupt("'%s' is not what was installed: %s differ%s; %s"
-                          % (name, ', '.join(wrong), 's' * (len(wrong) == 1), remedy))
-        digest = _dataset_digest(receipt['segments'])
-        outcome = 'partly installed, and unchanged' if _is_partial(receipt) else 'complete and unchanged'
+    digest = _dataset_digest(found)
+    outcome = 'nothing known to compare it with'
+    if receipt:
+        _compare(home, name, receipt, found)
+        digest = receipt.digest
+        outcome = 'partly installed, and unchanged' if receipt.is_partial else 'complete and unchanged'
     _check_pin(name, pin, digest)
-    _say('verified %s: %s; %s', name, 'as demanded' if pin else outcome, _tally(found, started))
-    _say('%s@%s', name, digest, level=_INFO if not receipt else _DEBUG)
+    if pin:
+        outcome = 'the expected digest'
+    _say(f'verified {name}: {outcome}; {_tally(found, started)}')
+    _say(f'{name}@{digest}', _DEBUG if receipt else _INFO)
     return digest
+
+
+def _compare(home: _Home, name: str, receipt: _Receipt, found: Iterable[_Segment]) -> None:
+    """Raises Corrupt unless the files are what was installed."""
+    digests = {segment.path: segment.digest for segment in found}
+    promised = {segment.path: segment.digest for segment in receipt.here()}
+    wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
+    if not wrong:
+        return
+    remedy = f"'etc pull -f {name}' repairs it" if receipt.version else 'register it again'
+    if not home.keeps_x_bits():
+        remedy = "this disk does not keep which files are executable; set 'home' to a place on another"
+    verb = 'differs' if len(wrong) == 1 else 'differ'
+    raise Corrupt(f"'{name}' is not what was installed: {', '.join(wrong)} {verb}", remedy)
 
 
 @_public
 def purge(name: str, config: Optional[Config] = None) -> None:
-    """Remove a local dataset; a registered directory itself is not touched. Raises NotFound and other Errors."""
+    """Remove a local dataset. A registered directory itself is not touched. Raises NotFound and other Errors."""
     config = config or Config.load()
     name, pin = _parse_name(name)
     home = _Home(config.home)
     if not home.has(name):
         raise _not_installed(home, name, "'etc ls' lists what there is")
-    _check_pin(name, pin, pin and home.open(name)[0].digest)
+    if pin:
+        _check_pin(name, pin, home.open(name)[0].digest)
     with home.changes():
         home.remove(name)
-    _say("purged '%s'", name)
+    _say(f"purged '{name}'")
 
 
 # ---------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------
 
-_Command = collections.namedtuple('_Command', 'what words flags names examples')
+_README_LINES = 20  # that `etc info` shows
+_PATIENCE = 3  # seconds that shell completion waits for names
 
-_COMMANDS = {  # names: those that `etc completion` offers; the order is that of a first session
-    'register': _Command('give a directory a name', 'DIR [as] [NAME]', ('--force', '--copy'), '', (
+
+def _parser(is_help: bool = False) -> Any:
+    """The parser of the command line. is_help: whether help is to be shown."""
+    import argparse
+
+    # Without a width, argparse loads modules to ask how wide the terminal is, even where it shows no help.
+    formatter: Any = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if is_help else 80)
+
+    class Parser(argparse.ArgumentParser):
+        """Knows besides what completion and the overview ask for."""
+
+        what = ''
+        examples: Sequence[Tuple[str, str]] = ()
+        completes = ''  # whether its arguments are 'local' or 'remote' names
+        commands: Any  # argparse's action that holds the commands
+
+        def __init__(self, **kwargs: Any) -> None:
+            self.flags: List[str] = []
+            self.flags_with_value: List[str] = []
+            super().__init__(formatter_class=formatter, **kwargs)
+
+        def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+            action = super().add_argument(*args, **kwargs)
+            self.flags += action.option_strings
+            if action.nargs is None:
+                self.flags_with_value += action.option_strings
+            return action
+
+        def error(self, message: str) -> Any:
+            unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+            if unknown:
+                self.fail(f"no command '{unknown.group(1)}'", _did_you_mean(unknown.group(1), self.commands.choices))
+            self.fail(message.replace('the following arguments are required:', f"'{self.prog}' needs"))
+
+        def fail(self, message: str, remedy: str = '') -> None:
+            _console.show(Error(_masked(message), f"{remedy} '{self.prog} -h' shows how".lstrip()))
+            sys.exit(2)
+
+    parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
+                    epilog="'etc COMMAND -h' tells more of a command.")
+    parser.set_defaults(config=None, url=None, home=None, quiet=False, verbose=False, names=[None])
+    parser.add_argument('--version', action='version', version='etcetera ' + __version__)
+    parser.commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
+    for add in (_add_register, _add_push, _add_ls, _add_pull, _add_info, _add_verify, _add_create, _add_purge,
+                _add_completion):
+        add(functools.partial(_add_command, parser.commands))
+    for each in (parser, *parser.commands.choices.values()):
+        _add_common_flags(each)
+    return parser
+
+
+_AddCommand = Callable[..., Any]
+
+
+def _add_command(
+        commands: Any,
+        name: str,
+        words: str,
+        what: str,
+        run: Callable[..., None],
+        examples: Sequence[Tuple[str, str]],
+) -> Any:
+    """Add a command. words: its arguments. what: it does. run: does it, with (args, name, config)."""
+    lines = [f'  {example:33}  {note}'.rstrip() for example, note in examples]
+    command = commands.add_parser(
+        name, help=what, usage=f'etc {name} {words} [options]'.replace('  ', ' '),
+        description=what[0].upper() + what[1:] + '.', epilog='examples:\n' + '\n'.join(lines))
+    command.what = what
+    command.examples = examples
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_common_flags(parser: Any) -> None:
+    """The flags that may precede a command or follow it."""
+    import argparse
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+
+    add('--config', metavar='FILE', help='settings file, instead of $ETC_CONFIG or ~/.etc.yaml')
+    add('--url', help='where datasets are shared, instead of $ETC_URL or the settings')
+    add('--home', metavar='DIR', help='local store, instead of $ETC_HOME, the settings or ~/.etc')
+    add('-q', '--quiet', action='store_true', help='show nothing but errors')
+    add('-v', '--verbose', action='store_true', help='show more, with a traceback of an error')
+
+
+def _add_force(command: Any) -> None:
+    command.add_argument('-f', '--force', action='store_true', help='replace what has that name')
+
+
+def _add_remote(command: Any) -> None:
+    command.add_argument('-r', '--remote', action='store_true', help='in the remote storage')
+
+
+def _add_json(command: Any) -> None:
+    command.add_argument('--json', action='store_true', help='as JSON')
+
+
+# The commands, in the order of a first session
+
+def _add_register(add: _AddCommand) -> None:
+    command = add('register', 'DIR [as] [NAME]', 'give a directory a name', _run_register, [
         ('etc register ./digits MNIST', 'it stays where it is'),
         ('etc register ./digits as MNIST', 'the same'),
-        ('etc register --copy ./digits MNIST', 'install a read-only copy of it'))),
-    'push': _Command('share local datasets', 'NAME...', ('--force',), 'local', (
+        ('etc register --copy ./digits MNIST', 'install a read-only copy of it')])
+    command.add_argument('words', nargs='+', metavar='DIR')
+    _add_force(command)
+    command.add_argument('--copy', action='store_true', help='install a read-only copy instead of a link')
+
+
+def _run_register(args: Any, _: None, config: Config) -> None:
+    directory, name = args.words
+    register(directory, name, args.force, args.copy, config, _meter(f'copying {directory}'))
+
+
+def _add_push(add: _AddCommand) -> None:
+    command = add('push', 'NAME...', 'share local datasets', _run_push, [
         ('etc push MNIST', ''),
-        ('etc push -f MNIST', 'even over other contents of that name'))),
-    'ls': _Command('list datasets', '', ('--remote', '--long', '--json'), '', (
+        ('etc push -f MNIST', 'even over other contents of that name')])
+    command.add_argument('names', nargs='+', metavar='NAME')
+    command.completes = 'local'
+    _add_force(command)
+
+
+def _run_push(args: Any, name: str, config: Config) -> None:
+    push(name, args.force, config, _meter(f'pushing {name}'))
+
+
+def _add_ls(add: _AddCommand) -> None:
+    command = add('ls', '', 'list datasets', _run_ls, [
         ('etc ls -r', 'what is shared'),
         ('etc ls', 'what is here'),
-        ('etc ls -l', 'with size, files, when and digest'))),
-    'pull': _Command('install remote datasets', 'NAME...', ('--force', '--partition'), 'remote', (
+        ('etc ls -l', 'with size, files, when and digest')])
+    _add_remote(command)
+    command.add_argument('-l', '--long', action='store_true', help='with size, files, when and digest')
+    _add_json(command)
+
+
+def _run_ls(args: Any, _: None, config: Config) -> None:
+    if args.json:
+        _print(json.dumps(_list(args.remote, config), indent=1))
+    elif args.long:
+        _print_list(_list(args.remote, config))
+    else:
+        for name in ls(args.remote, config):
+            _print(name)
+
+
+def _add_pull(add: _AddCommand) -> None:
+    command = add('pull', 'NAME...', 'install remote datasets', _run_pull, [
         ('etc pull MNIST', ''),
         ('etc pull MNIST -p test', 'only one partition; the rest may follow later'),
         ('etc pull -f MNIST', 'replace other contents of that name'),
-        ('etc pull MNIST@sha256:...', 'insist on these contents'))),
-    'info': _Command('show what is known of a dataset', 'NAME', ('--remote', '--json'), 'local', (
-        ('etc info MNIST', ''),
-        ('etc info -r MNIST', 'of a remote one, without downloading its data'))),
-    'verify': _Command('read all files again and compare them with the digest', 'NAME...', (), 'local', (
-        ('etc verify MNIST', ''),
-        ('etc verify MNIST@sha256:...', 'with this digest'))),
-    'create': _Command('make an empty dataset to fill', 'NAME [PARTITION...]', ('--force',), '', (
-        ('etc create MNIST', 'with the partitions train and test'),
-        ('etc create MNIST train val test', ''))),
-    'purge': _Command('remove local datasets', 'NAME...', (), 'local', (
-        ('etc purge MNIST', 'a registered directory itself is not touched'),)),
-    'completion': _Command('print what lets a shell complete commands and names', 'SHELL', (), '', (
-        ('eval "$(etc completion bash)"', 'in ~/.bashrc; of zsh: in ~/.zshrc, after compinit'),
-        ('etc completion fish | source', 'in ~/.config/fish/config.fish'))),
-}
-_SWITCH = {'action': 'store_true'}
-_FLAGS = {  # the short flag, if there is one; help; what else argparse is to know
-    '--force': ('-f', 'replace what stands under that name', _SWITCH),
-    '--copy': ('', 'install a read-only copy instead of a link', _SWITCH),
-    '--remote': ('-r', 'in the remote storage', _SWITCH),
-    '--long': ('-l', 'with size, files, when and digest', _SWITCH),
-    '--json': ('', 'as JSON', _SWITCH),
-    '--partition': ('-p', 'only this partition (can be repeated)',
-                    {'action': 'append', 'dest': 'partitions', 'metavar': 'PARTITION'}),
-    '--config': ('', 'settings file, instead of $ETC_CONFIG or ~/.etc.yaml', {'metavar': 'FILE'}),
-    '--url': ('', 'where remote datasets live, instead of $ETC_URL or the settings', {}),
-    '--home': ('', 'local store, instead of $ETC_HOME, the settings or ~/.etc', {'metavar': 'DIR'}),
-    '--quiet': ('-q', 'say nothing but errors', _SWITCH),
-    '--verbose': ('-v', 'say more, with a traceback of an error', _SWITCH),
-}  # type: Dict[str, Tuple[str, str, Dict[str, str]]]
-_README_LINES = 20  # that `etc info` shows
-_PATIENCE = 3  # seconds that one who has pressed Tab may wait
-_COMMON = ('--config', '--url', '--home', '--quiet', '--verbose')
-_WORDS = {  # in _Command.words: what argparse is to know
-    'DIR [as] [NAME]': [('words', {'nargs': '+', 'metavar': 'DIR'})],
-    'NAME...': [('names', {'nargs': '+', 'metavar': 'NAME'})],
-    'NAME': [('name', {'metavar': 'NAME'})],
-    'NAME [PARTITION...]': [('name', {'metavar': 'NAME'}), ('partitions', {'nargs': '*', 'metavar': 'PARTITION',
-                                                                                   'default': ()})],
-    'SHELL': [('shell', {'choices': ('bash', 'zsh', 'fish'), 'metavar': 'SHELL'})],
-}  # type: Dict[str, List[Tuple[str, Dict[str, Any]]]]
+        ('etc pull MNIST@sha256:...', 'insist on these contents')])
+    command.add_argument('names', nargs='+', metavar='NAME')
+    command.completes = 'remote'
+    _add_force(command)
+    command.add_argument('-p', '--partition', action='append', dest='partitions', metavar='PARTITION',
+                         help='only this partition (can be repeated)')
 
+
+def _run_pull(args: Any, name: str, config: Config) -> None:
+    pull(name, args.force, args.partitions, config, _meter(f'pulling {name}'))
+
+
+def _add_info(add: _AddCommand) -> None:
+    command = add('info', 'NAME', 'show what is known of a dataset', _run_info, [
+        ('etc info MNIST', ''),
+        ('etc info -r MNIST', 'of a remote one, without downloading its data')])
+    command.add_argument('names', nargs=1, metavar='NAME')
+    command.completes = 'local'
+    _add_remote(command)
+    _add_json(command)
+
+
+def _run_info(args: Any, name: str, config: Config) -> None:
+    summary = info(name, args.remote, config, _meter(f'reading {name}'))
+    if args.json:
+        _print(json.dumps(summary, indent=1))
+    else:
+        _print_info(summary)
+
+
+def _add_verify(add: _AddCommand) -> None:
+    command = add('verify', 'NAME...', 'read all files again and compare them with the digest', _run_verify, [
+        ('etc verify MNIST', ''),
+        ('etc verify MNIST@sha256:...', 'with this digest')])
+    command.add_argument('names', nargs='+', metavar='NAME')
+    command.completes = 'local'
+
+
+def _run_verify(args: Any, name: str, config: Config) -> None:
+    verify(name, config, _meter(f'verifying {name}'))
+
+
+def _add_create(add: _AddCommand) -> None:
+    command = add('create', 'NAME [PARTITION...]', 'make an empty dataset to fill', _run_create, [
+        ('etc create MNIST', 'with the partitions train and test'),
+        ('etc create MNIST train val test', '')])
+    command.add_argument('names', nargs=1, metavar='NAME')
+    command.add_argument('partitions', nargs='*', metavar='PARTITION')
+    _add_force(command)
+
+
+def _run_create(args: Any, name: str, config: Config) -> None:
+    create(name, args.partitions or ('train', 'test'), args.force, config)
+
+
+def _add_purge(add: _AddCommand) -> None:
+    command = add('purge', 'NAME...', 'remove local datasets', _run_purge, [
+        ('etc purge MNIST', 'a registered directory itself is not touched')])
+    command.add_argument('names', nargs='+', metavar='NAME')
+    command.completes = 'local'
+
+
+def _run_purge(args: Any, name: str, config: Config) -> None:
+    purge(name, config)
+
+
+def _add_completion(add: _AddCommand) -> None:
+    command = add('completion', 'SHELL', 'print what lets a shell complete commands and names', _run_completion, [
+        ('eval "$(etc completion bash)"', 'in ~/.bashrc; of zsh: in ~/.zshrc, after compinit'),
+        ('etc completion fish | source', 'in ~/.config/fish/config.fish')])
+    command.add_argument('shell', choices=sorted(_COMPLETION), metavar='SHELL')
+
+
+def _run_completion(args: Any, _: None, config: Config) -> None:
+    _print(_COMPLETION[args.shell])
+
+
+# Output
 
 def _overview() -> str:
     """What `etc` alone shows."""
+    commands = _parser().commands.choices.values()
     lines = ['etc shares immutable datasets through cloud storage.', '']
-    lines += ['  %-33s %s' % (command.examples[0][0], command.what) for command in _COMMANDS.values()]
-    lines += ['', "Where remote datasets live says a line such as 'url: s3://my-bucket' in ~/.etc.yaml, or $ETC_URL.",
+    lines += [f'  {command.examples[0][0]:33} {command.what}' for command in commands]
+    lines += ['', "Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.",
               "'etc pull -h' tells more of pull; 'etc -h' lists all."]
     if os.path.basename(sys.argv[0]) in ('etcetera.py', '-'):
         lines.append("('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)")
     return '\n'.join(lines)
-
-
-def _parser(argv: Sequence[str]) -> Any:
-    """For these words: only the commands that occur among them, as to make all takes longer than to parse."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            mistyped = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
-            if mistyped:
-                message = "no command '%s'%s" % (mistyped.group(1), _did_you_mean(mistyped.group(1), _COMMANDS))
-            message = message.replace('the following arguments are required:', "'%s' needs" % self.prog)
-            _complain("%s%s '%s -h' shows how" % (_masked(message), '' if message.endswith('?') else ';', self.prog))
-            sys.exit(2)
-
-    def add(parser: Any, flags: Iterable[str], **default: str) -> None:
-        for flag in flags:
-            short, what, more = _FLAGS[flag]
-            parser.add_argument(*filter(None, (short, flag)), help=what, **dict(more, **default))
-
-    helps = any(re.match('-[a-z]*h|--he', word) for word in argv)
-    # without a width, even where no help is to be shown, it would load modules to ask how wide the terminal is
-    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if helps else 80)  # type: Any
-    parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
-                    epilog="'etc COMMAND -h' tells more of a command.", formatter_class=formatter)
-    add(parser, _COMMON, default=argparse.SUPPRESS)
-    parser.add_argument('--version', action='version', version='etcetera ' + __version__)
-    commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
-    wanted = not helps and _COMMANDS.keys() & set(argv)
-    for name, (what, words, flags, _, examples) in _COMMANDS.items():
-        if not wanted or name in wanted:
-            added = commands.add_parser(
-                name, help=what, usage=' '.join(filter(None, ('etc', name, words, '[options]'))),
-                description=what[0].upper() + what[1:] + '.', formatter_class=formatter,
-                epilog='examples:\n' + '\n'.join(('  %-33s  %s' % example).rstrip() for example in examples))
-            for word, more in _WORDS.get(words, ()):
-                added.add_argument(word, **more)
-            add(added, flags)
-            add(added, _COMMON, default=argparse.SUPPRESS)
-    return parser
 
 
 def _print(text: str = '') -> None:
@@ -5227,93 +6423,108 @@ def _print(text: str = '') -> None:
 
 
 def _ago(when: Optional[str]) -> str:
-    """How long ago, of a time as info() gives it."""
+    """How long ago a time was that info() gives."""
     if not when:
         return '-'
-    seconds = time.time() - _timestamp(when)
+    seconds = time.time() - _iso_time(when)
     for unit, name in ((31557600, 'year'), (2629800, 'month'), (604800, 'week'), (86400, 'day'), (3600, 'hour'),
                        (60, 'minute')):
         if seconds >= unit:
-            return '%d %s%s ago' % (seconds // unit, name, 's' * (seconds >= 2 * unit))
+            return _plural(int(seconds // unit), name) + ' ago'
     return 'just now'
 
 
-def _print_list(items: List[Dict[str, Any]]) -> None:
-    """In columns; on a terminal with a heading, and with as much of the digests as tells them apart."""
-    people = sys.stdout is not None and sys.stdout.isatty()
-    rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if people and items else []
-    for item in items:
-        files = '-' if item['files'] is None else '{:,}'.format(item['files'])
-        digest = (item['digest'] or '')[:19 if people else None]
-        rows.append((item['name'], _size(item['size']), files, _ago(item['when']), digest or item.get('source') or '-'))
+def _print_list(summaries: List[Dict[str, Any]]) -> None:
+    """In columns. On a terminal with a heading, and only so much of the digests as tells them apart."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if is_terminal and summaries else []
+    for summary in summaries:
+        files = '-' if summary['files'] is None else f"{summary['files']:,}"
+        digest = summary['digest'] or summary.get('source') or '-'
+        if is_terminal and summary['digest']:
+            digest = digest[:19]
+        rows.append((summary['name'], _size(summary['size']), files, _ago(summary['when']), _printable(digest)))
     widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        _print('  '.join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]),
-                          row[3].ljust(widths[3]), _printable(row[4])]))
+    for name, size, files, when, digest in rows:
+        _print('  '.join([name.ljust(widths[0]), size.rjust(widths[1]), files.rjust(widths[2]), when.ljust(widths[3]),
+                          digest]))
 
 
-def _print_info(found: Dict[str, Any]) -> None:
+def _print_info(summary: Dict[str, Any]) -> None:
     def line(key: str, value: str) -> None:
-        _print('%-11s %s' % (key, _printable(value)))
+        _print(f'{key:11} {_printable(value)}')
 
     def amount(counted: Dict[str, Any]) -> str:
-        return '{} in {:,} file{}'.format(_size(counted['size']), counted['files'], 's' * (counted['files'] != 1))
+        return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}"
 
-    line('name', found['name'])
-    line('digest', found['digest'] or '- (packed by another tool; pull it to learn more)')
-    if found['files'] is not None:
-        line('size', amount(found) + ' (partly installed)' * bool(found.get('partial')))
-    if 'archive_size' in found:
-        line('archive', _size(found['archive_size']))
+    line('name', summary['name'])
+    line('digest', summary['digest'] or '- (packed by another tool; pull it to learn more)')
+    if summary['files'] is not None:
+        line('size', amount(summary) + (' (partly installed)' if summary.get('partial') else ''))
+    if 'archive_size' in summary:
+        line('archive', _size(summary['archive_size']))
     for key, label in (('root', 'root'), ('source', 'from')):
-        if found.get(key):
-            line(label, found[key])
-    if found.get('when'):
-        line('when', '%s (%s)' % (_ago(found['when']), found['when']))
-    for number, (name, partition) in enumerate((found['partitions'] or {}).items()):
-        line('' if number else 'partitions', '%s: %s' % (name, amount(partition)))
-    if found.get('meta'):
-        meta = json.dumps(found['meta'], ensure_ascii=False)
+        if summary.get(key):
+            line(label, summary[key])
+    if summary.get('when'):
+        line('when', f"{_ago(summary['when'])} ({summary['when']})")
+    label = 'partitions'
+    for name, partition in (summary['partitions'] or {}).items():
+        line(label, f'{name}: {amount(partition)}')
+        label = ''
+    if summary.get('meta'):
+        meta = json.dumps(summary['meta'], ensure_ascii=False)
         line('meta', meta if len(meta) <= 500 else meta[:500] + ' ...')
-    lines = (found.get('readme') or '').splitlines()
+    _print_readme(summary.get('readme') or '')
+
+
+def _print_readme(text: str) -> None:
+    lines = text.splitlines()
     if lines:
         _print()
-    for text in lines[:_README_LINES]:
-        _print(_printable(text.expandtabs()))
+    for line in lines[:_README_LINES]:
+        _print(_printable(line.expandtabs()))
     if len(lines) > _README_LINES:
-        _print('... (%d more lines of README.md)' % (len(lines) - _README_LINES))
+        _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
 
 
 def _meter(what: str) -> _Progress:
-    """Shows on the terminal how far a piece of work is, at most ten times a second; None where that would disturb."""
-    if _spoken not in (_INFO, _DEBUG) or sys.stderr is None or not sys.stderr.isatty() \
-            or os.environ.get('TERM') == 'dumb':
+    """Shows on the terminal how far a piece of work is; None where that would disturb."""
+    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get('TERM') == 'dumb':
+        return None
+    if _console.level is None or _console.level > _INFO:
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
-    marks = collections.deque(maxlen=50)  # type: Any  # when it was shown, and the bytes then: some 5 s
+    marks: Any = collections.deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
 
     def show(done: int, total: int) -> None:
         now = time.monotonic()
         if marks and now - marks[-1][0] < 0.1:
             return
         marks.append((now, done))
-        rate = (done - marks[0][1]) / max(now - marks[0][0], 0.001)
-        parts = [what, '%d%%' % (100 * done / max(total, 1)), '%s of %s' % (_size(done), _size(total))]
+        since, before = marks[0]
+        rate = (done - before) / max(now - since, 0.001)
+        parts = [what, f'{100 * done / max(total, 1):.0f}%', f'{_size(done)} of {_size(total)}']
         if rate:
             parts += [_duration((total - done) / rate) + ' left', _size(rate) + '/s']
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        except (OSError, ValueError):
-            width = 80
+        width = _terminal_width()
         while len(parts) > 1 and len('  '.join(parts)) >= width:
             parts.pop()
-        _show('  '.join(parts)[:max(1, width - 1)])
+        _console.show_progress('  '.join(parts)[:max(1, width - 1)])
 
     return show
 
 
-_COMPLETION = {  # what `etc completion` prints; it asks `etc completion SHELL WORD...` what the last word may become
+def _terminal_width() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    return 80
+
+
+# Completion: the shells ask `etc completion SHELL WORD...` what the last word may become.
+
+_COMPLETION = {
     'bash': r'''_etc() {
     local line=${COMP_LINE:0:COMP_POINT} IFS=$' \t\n' words
     read -r -a words <<< "$line"
@@ -5344,98 +6555,111 @@ complete -c etc -f -a '(__etc)'""",
 
 
 def _completions(words: Sequence[str]) -> List[str]:
-    """What the last of the words after `etc` may become; nothing, where the shell shall offer files."""
+    """What the last of the words after `etc` may become; nothing where the shell is to offer files."""
     *before, last = words
-    command = next((word for word in before if word in _COMMANDS), '')
-    place = {flag: value for flag, value in zip(before, before[1:]) if flag in _COMMON[:3]}
-    if before and before[-1] in _COMMON[:3]:
-        known = []  # type: Iterable[str]
+    parser = _parser()
+    commands = parser.commands.choices
+    command = next((commands[word] for word in before if word in commands), None)
+    known: Iterable[str] = ()
+    if before and before[-1] in (command or parser).flags_with_value:
+        pass
     elif last.startswith('-'):
-        known = (_COMMANDS[command].flags if command else ('--version',)) + _COMMON + ('--help',)
+        known = [flag for flag in (command or parser).flags if flag.startswith('--')]
     elif not command:
-        known = _COMMANDS
-    elif command == 'completion':
+        known = commands
+    elif command is commands['completion']:
         known = _COMPLETION
-    else:
-        known = _names(_COMMANDS[command].names == 'remote' or bool({'-r', '--remote'} & set(before)), place) \
-            if _COMMANDS[command].names else ()
+    elif command.completes:
+        is_remote = command.completes == 'remote' or bool({'-r', '--remote'} & set(before))
+        place = {flag[2:]: value for flag, value in zip(before, before[1:]) if flag in parser.flags_with_value}
+        known = _names_in_time(is_remote, place)
     return [word for word in known if word.startswith(last) and word not in before]
 
 
-def _names(remote: bool, place: Dict[str, str]) -> List[str]:
-    """What ls() finds in a short time; nothing, if it fails."""
+def _names_in_time(is_remote: bool, place: Dict[str, str]) -> List[str]:
+    """What ls() finds before people lose patience; nothing, if it fails."""
     import threading
-    found = []  # type: List[str]
+    names: List[str] = []
 
     def look() -> None:
         with contextlib.suppress(Error):
-            config = Config.load(place.get('--config'), url=place.get('--url'), home=place.get('--home'))
-            found.extend(ls(remote, config))
+            config = Config.load(place.get('config'), url=place.get('url'), home=place.get('home'))
+            names.extend(ls(is_remote, config))
 
     thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    return found
+    with contextlib.suppress(RuntimeError):  # no more threads
+        thread.start()
+        thread.join(_PATIENCE)
+    return names
 
 
-def _run(args: Any, config: Config) -> None:
-    """Do what one command says, for one dataset where it takes several."""
-    if args.command == 'ls':
-        if args.long or args.json:
-            items = _list(args.remote, config)
-            _print(json.dumps(items, indent=1)) if args.json else _print_list(items)
-        else:
-            for name in ls(args.remote, config):
-                _print(name)
-    elif args.command == 'info':
-        found = info(args.name, args.remote, config, _meter('reading ' + args.name))
-        _print(json.dumps(found, indent=1)) if args.json else _print_info(found)
-    elif args.command == 'pull':
-        pull(args.name, args.force, args.partitions or None, config, _meter('pulling ' + args.name))
-    elif args.command == 'push':
-        push(args.name, args.force, config, _meter('pushing ' + args.name))
-    elif args.command == 'register':
-        register(args.directory, args.name, args.force, args.copy, config, _meter('copying ' + args.directory))
-    elif args.command == 'create':
-        create(args.name, args.partitions or ('train', 'test'), args.force, config)
-    elif args.command == 'verify':
-        verify(args.name, config, _meter('verifying ' + args.name))
-    elif args.command == 'purge':
-        purge(args.name, config)
-    elif args.command == 'completion':
-        _print(_COMPLETION[args.shell])
-
+# main()
 
 @_public
 def _arguments(argv: List[str]) -> Any:
-    """The parsed command line; SystemExit after a usage error."""
-    parser = _parser(argv)
+    """The parsed command line. SystemExit after wrong usage."""
+    parser = _parser(is_help=any(re.match('-[a-z]*h|--he', word) for word in argv))
     args, rest = parser.parse_known_args(argv)
-    parser.prog = ' '.join(filter(None, ('etc', args.command)))
+    command = parser.commands.choices.get(args.command, parser)
     if rest and getattr(args, 'partitions', None) and not any(word.startswith('-') for word in rest):
         args.partitions += rest  # as in `etc pull NAME -p ONE TWO`
     elif rest:
-        odd = next((word for word in rest if word.startswith('-')), rest[0])
-        known = _COMMANDS[args.command].flags if args.command else ()
-        parser.error("'%s' takes no '%s'%s" % (parser.prog, odd, _did_you_mean(odd, known + _COMMON)))
+        unknown = next((word for word in rest if word.startswith('-')), rest[0])
+        command.fail(f"'{command.prog}' takes no '{unknown}'", _did_you_mean(unknown, command.flags))
     if not args.command:
-        parser.error('say what to do')
+        parser.fail('no command is given')
     if args.command == 'register':
-        words = [word for at, word in enumerate(args.words) if at != 1 or word != 'as' or len(args.words) != 3]
-        if len(words) > 2 or words[1:] == ['as']:
-            parser.error('register takes DIR, DIR NAME or DIR as NAME')
-        args.directory, args.name = (words + [None])[:2]
+        if args.words[1:2] == ['as'] and len(args.words) == 3:
+            del args.words[1]
+        if len(args.words) > 2 or args.words[1:] == ['as']:
+            command.fail('register takes DIR, DIR NAME or DIR as NAME')
+        args.words = (args.words + [None])[:2]
+    try:
+        if getattr(args, 'partitions', None):
+            args.partitions = [_from_os(partition) for partition in args.partitions]
+    except UnicodeError:
+        raise InvalidDataset('the names of partitions must be UTF-8', 'rename them') from None
     return args
 
 
+def _run(argv: List[str]) -> int:
+    """Run one command, for each dataset that it names, and return the exit status."""
+    is_verbose = False
+    status = 0
+    try:
+        args = _arguments(argv)
+        is_verbose = args.verbose
+        _console.level = _DEBUG if args.verbose else _WARNING if args.quiet else _INFO
+        config = Config.load(args.config, url=args.url, home=args.home)
+        for name in args.names:
+            try:
+                args.run(args, name, config)
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+            except Error as e:
+                status = 1
+                _show_error(e, is_verbose)
+    except Error as e:
+        status = 1
+        _show_error(e, is_verbose)
+    return status
+
+
+def _show_error(e: Error, is_verbose: bool) -> None:
+    if is_verbose:
+        import traceback
+        traceback.print_exception(type(e), e, e.__traceback__)
+    _console.show(e)
+
+
 @contextlib.contextmanager
-def _tidy_end() -> Iterator[None]:
+def _ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing behind that is paid for.
 
-    A signal that is ignored, as by nohup, stays ignored; one that a program around us handles is its own.
+    A signal that is ignored, as by nohup, stays ignored. One that a program around us handles is left to it.
     """
     import signal
-    replaced = []  # type: List[int]
+    replaced: List[int] = []
 
     def end(number: int, _: Any) -> None:
         for other in replaced:  # a terminal that closes may send several
@@ -5455,11 +6679,11 @@ def _tidy_end() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-@_tidy_end()
+@_ended_by_signals()
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command `etc`; returns its exit status.
+    """The command `etc`. Returns its exit status.
 
-    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it: 130 for Ctrl-C.
+    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ['completion'] and len(argv) > 2:
@@ -5471,50 +6695,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     if argv[0] == 'help':
         argv = argv[1:] + ['-h']
-    global _spoken
-    verbose = False
     try:
-        args = _arguments(argv)
-        verbose = getattr(args, 'verbose', False)
-        _spoken = _DEBUG if verbose else _WARNING if getattr(args, 'quiet', False) else _INFO
-        config = Config.load(getattr(args, 'config', None), url=getattr(args, 'url', None),
-                             home=getattr(args, 'home', None))
-        try:
-            args.partitions = list(map(_from_os, getattr(args, 'partitions', None) or ()))
-        except UnicodeError:
-            raise InvalidDataset('the names of partitions must be UTF-8; rename them') from None
-        failed = 0
-        for name in getattr(args, 'names', [getattr(args, 'name', None)]):
-            args.name = name
-            try:
-                _run(args, config)
-                if sys.stdout is not None:
-                    sys.stdout.flush()
-            except Error as e:
-                failed = 1
-                _show_error(e, verbose)
-        return failed
-    except Error as e:
-        _show_error(e, verbose)
-        return 1
-    except OSError as e:  # nowhere to print to, as in `etc ls | head -1`
-        if not isinstance(e, BrokenPipeError):
-            _complain('cannot write to standard output: %s' % e.strerror)
+        return _run(argv)
+    except OSError as e:  # stdout cannot be written to
+        if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
+            _console.show(f'cannot write to standard output: {e.strerror}')
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as e:
-        _complain('interrupted')
-        return 128 + (e.args[0] if e.args else 2)
+        _console.show('interrupted')
+        number = e.args[0] if e.args else 2
+        return 128 + int(number)
     finally:
-        _show('')
-        _spoken = None
-
-
-def _show_error(e: Error, verbose: bool) -> None:
-    if verbose:
-        import traceback
-        traceback.print_exception(type(e), e, e.__traceback__)
-    _complain(e)
+        _console.show_progress('')
+        _console.level = None
 
 
 if __name__ == '__main__':

@@ -663,7 +663,7 @@ class Datasets(Case):
         self.assertTrue((self.tmp / 'home/Two').is_symlink())
         self.assertIn('registered already', self.etc('register', root, 'Two')[1])
         other = small(self.tmp / 'other')
-        self.assertIn('exists already', self.etc('register', other, 'Two', status=1)[1])
+        self.assertIn('is installed already', self.etc('register', other, 'Two', status=1)[1])
         self.etc('register', '-f', other, 'Two')
         self.assertEqual(os.path.realpath(str(self.tmp / 'home/Two')), str(other))
         self.etc('register', 'a', 'b', 'c', status=2)
@@ -823,6 +823,56 @@ def members(archive):
         found.append((at, size, tag, extra, payload))
         at += size
     return found
+
+
+EMPTY = b'\3\0' + bytes(8)  # what follows the header of an empty member
+
+
+def member(tag, data):
+    """The header of a gzip member with one extra field."""
+    return b'\x1f\x8b\x08\x04' + bytes(5) + b'\xff' + struct.pack('<H2sH', len(data) + 4, tag, len(data)) + data
+
+
+def block(payload, body=None):
+    """A block with this payload; `body` may lie about it."""
+    if body is None:
+        deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
+        body = deflate.compress(payload) + deflate.flush()
+    return member(b'et', struct.pack('<I', 28 + len(body))) + body + struct.pack('<II', zlib.crc32(payload), len(payload))
+
+
+def header(name, kind=b'0', mode=0o644, size=0, link='', mtime=315532800):
+    """A canonical tar header."""
+    fields = [(key, value) for key, value in (('path', name), ('linkpath', link))
+              if len(value.encode('ascii', 'replace')) > 100 or re.search('[^\0-\x7f]', value)]
+    pax = b''
+    for key, value in fields:
+        record = (' %s=%s\n' % (key, value)).encode('utf-8')
+        length = next(n for n in range(len(record), len(record) + 9) if n == len(record) + len(str(n)))
+        pax += str(length).encode() + record
+    before = header('././@PaxHeader', b'x', 0, len(pax), mtime=0) + pax + bytes(-len(pax) % 512) if pax else b''
+    raw = bytearray(512)
+    for at, field in ((0, name.encode('ascii', 'replace')[:100]), (100, b'%07o' % mode), (108, b'%07o' % 0), (116, b'%07o' % 0),
+                      (124, b'%011o' % size), (136, b'%011o' % mtime), (148, b' ' * 8), (156, kind),
+                      (157, link.encode('ascii', 'replace')[:100]), (257, b'ustar\x0000')):
+        raw[at:at + len(field)] = field
+    raw[148:155] = b'%06o\0' % sum(raw)
+    return before + bytes(raw)
+
+
+def segment(path, offset, length, files, size, digest):
+    return dict(path=path, offset=offset, length=length, files=files, size=size, digest=digest)
+
+
+def index_of(segments, offset):
+    """The index and the footer of an archive with these segments, which may lie."""
+    total = hashlib.sha256()
+    for each in segments:
+        total.update(each['path'].encode() + b'\0' + bytes.fromhex(each['digest'][7:]))
+    text = json.dumps({'etcetera': 1, 'digest': 'sha256:' + total.hexdigest(), 'segments': segments},
+                      separators=(',', ':'), ensure_ascii=False).encode()
+    steps = [text[at:at + 8000] for at in range(0, len(text), 8000)]
+    return b''.join(member(b'ei', step) + EMPTY for step in steps) + member(b'ef', struct.pack('<Q', offset)) + EMPTY
 
 
 def canonical(root, names):
@@ -1340,10 +1390,10 @@ class Hostile(Case):
     def test_indexes_that_take_memory(self):
         for text in (b'[' + b'[],' * 4000000 + b'1]', b'{"etcetera":' + b'1' * 1000000 + b'}', b'[' * 100000, b'{"etcetera":2.5}',
                      b'{"etcetera":1}', b'[]', b'null', b'\xff'):
-            blocks = etc._compress(6, bytes(1024))
+            blocks = block(bytes(1024))
             steps = [text[n:n + 8000] for n in range(0, len(text), 8000)]
-            archive = blocks + b''.join(etc._member(b'ei', step) + etc._EMPTY for step in steps)
-            self.pull_indexed(archive + etc._member(b'ef', struct.pack('<Q', len(blocks))) + etc._EMPTY)
+            archive = blocks + b''.join(member(b'ei', step) + EMPTY for step in steps)
+            self.pull_indexed(archive + member(b'ef', struct.pack('<Q', len(blocks))) + EMPTY)
 
     def test_large_meta(self):
         root = write(self.tmp / 'ds', {'data/train/x': 'x', 'README.md': b'r' * (3 * MIB)})
@@ -1370,17 +1420,15 @@ class Hostile(Case):
 
     def indexed(self, payload, path='data/train', **lies):
         """An archive with a right index whose data/train segment holds `payload`."""
-        first = etc._header('data/', b'5', 0o755, 0, '')
+        first = header('data/', b'5', 0o755, 0, '')
         segments, blocks = [], b''
         for name, data in (('.', first), (path, payload)):
-            block = etc._compress(6, data)
+            coded = block(data)
             digest = hashlib.sha256(hashlib.sha256(data).digest()).hexdigest()
-            segments.append(etc._Segment(name, len(blocks), len(block), 0, 0, 'sha256:' + digest))
-            blocks += block
-        segments[1].files, segments[1].size = lies.pop('files', 1), lies.pop('size', 0)
-        for key, value in lies.items():
-            setattr(segments[1], key, value)
-        return blocks + etc._compress(6, bytes(1024)) + etc._index(segments, len(blocks) + len(etc._compress(6, bytes(1024))))
+            segments.append(segment(name, len(blocks), len(coded), 0, 0, 'sha256:' + digest))
+            blocks += coded
+        segments[1].update(dict({'files': 1}, **lies))
+        return blocks + block(bytes(1024)) + index_of(segments, len(blocks) + len(block(bytes(1024))))
 
     def pull_indexed(self, archive, status=1):
         write(self.tmp / 'share', {'X.tgz': archive})
@@ -1391,32 +1439,58 @@ class Hostile(Case):
         return err
 
     def test_indexed_archives_are_canonical_or_refused(self):
-        top = etc._header('data/train/', b'5', 0o755, 0, '')
+        top = header('data/train/', b'5', 0o755, 0, '')
 
         def file(name, kind=b'0', mode=0o644, size=0, link=''):
-            return etc._header(name, kind, mode, size, link)
+            return header(name, kind, mode, size, link)
         self.pull_indexed(self.indexed(top + file('data/train/x')), status=0)
         self.etc('verify', 'X')
         self.etc('purge', 'X')
-        plain = tarfile.TarInfo('data/train/x').tobuf(tarfile.PAX_FORMAT)  # other mtime
-        for payload in (
-                top + file('data/train/x', mode=0o4755), top + file('data/train/x', mode=0o600), top + plain,
-                top + file('data/test/x'), top + file('x'), top + file('/data/train/x'), top + file('data/train/../x'),
-                top + file('data/train//x'), top + file('data/train/./x'), top + file('data/train/x', b'3'),
-                top + file('data/train/x', b'6'), top + file('data/train/x', b'1', link='data/train/y'),
-                top + file('data/train/x') * 2, top + file('data/train/y') + file('data/train/x'), file('data/train/x'),
-                top + file('data/train/x', size=5), top + file('data/train/x', size=5) + b'abcdefgh'.ljust(512, b'\1'),
-                top + file('data/train/x', b'2', link='../../../victim'), top + file('data/train/x', b'2', link='/etc/passwd'),
-                top + file('data/train/x', b'2', link='gone'), top + file('data/train/x', b'2', link='../../data'),
-                top + file('data/train/d/', b'0'), top + file('data/train/d', b'5', 0o755),
-                top + file('data/train/l', b'2', link='./x') + file('data/train/x'), b'', top + file('data/train/x', link='y'),
-                top + etc._ustar(b'data/train/x', b'0', 0o644, -1), top + file('data/train/x', b'2', link='a\0b'),
-                top + b''.join(file('data/train/%03d' % n, b'2', link='%03d' % (n + 1)) for n in range(50)) + file('data/train/050'),
-                top + file('data/train/' + 'd/' * 300 + 'x'),
-                top + file('data/train/l', b'2', link='x/../x') + file('data/train/x'),
-                top + bytes(512), top + noise(512), top + file('data/train/' + 'p' * 200)[:-512],
-                top + b'x'.join([file('data/train/' + 'p' * 200)[:600], file('data/train/' + 'p' * 200)[601:]])):
-            self.pull_indexed(self.indexed(payload))
+        long = file('data/train/' + 'p' * 200)
+        cases = (
+            ('no entry at all', b'', 'a block does not hold'),
+            ('setuid', top + file('data/train/x', mode=0o4755), 'mode'),
+            ('private', top + file('data/train/x', mode=0o600), 'mode'),
+            ('another mtime', top + header('data/train/x', mtime=0), 'header'),
+            ('another partition', top + file('data/test/x'), 'place'),
+            ('the root', top + file('x'), 'place'),
+            ('an absolute name', top + file('/data/train/x'), 'place'),
+            ('..', top + file('data/train/../x'), 'directory'),
+            ('an empty component', top + file('data/train//x'), 'directory'),
+            ('.', top + file('data/train/./x'), 'directory'),
+            ('a device', top + file('data/train/x', b'3'), 'type'),
+            ('a pipe', top + file('data/train/x', b'6'), 'type'),
+            ('a hard link', top + file('data/train/x', b'1', link='data/train/y'), 'type'),
+            ('twice', top + file('data/train/x') * 2, 'order'),
+            ('not sorted', top + file('data/train/y') + file('data/train/x'), 'order'),
+            ('no directory', file('data/train/x'), 'place'),
+            ('more than the index promises', top + file('data/train/x', size=5), 'size'),
+            ('a negative size', top + file('data/train/x', size=-1), 'size'),
+            ('a link out of the dataset', top + file('data/train/x', b'2', link='../../../victim'), 'link'),
+            ('an absolute link', top + file('data/train/x', b'2', link='/etc/passwd'), 'link'),
+            ('a link to nothing', top + file('data/train/x', b'2', link='gone'), 'leads out of the dataset or nowhere'),
+            ('a link out of its segment', top + file('data/train/x', b'2', link='../../data'), 'link'),
+            ('a link with a detour', top + file('data/train/l', b'2', link='./x') + file('data/train/x'), 'link'),
+            ('a link with a longer detour', top + file('data/train/l', b'2', link='x/../x') + file('data/train/x'), 'link'),
+            ('a link target with NUL', top + file('data/train/x', b'2', link='a\0b'), 'leads out of the dataset or nowhere'),
+            ('a chain of links', top + b''.join(file('data/train/%03d' % n, b'2', link='%03d' % (n + 1)) for n in range(50))
+             + file('data/train/050'), 'leads out of the dataset or nowhere'),
+            ('a file with a target', top + file('data/train/x', link='y'), 'link'),
+            ('a file with a slash', top + file('data/train/d/', b'0'), 'name'),
+            ('a directory without slash', top + file('data/train/d', b'5', 0o755), 'name'),
+            ('too deep', top + file('data/train/' + 'd/' * 300 + 'x'), 'directory'),
+            ('zeros', top + bytes(512), 'header'),
+            ('noise', top + noise(512), 'header'),
+            ('only a pax header', top + long[:-512], 'end'),
+            ('another pax header', top + long[:600] + b'x' + long[601:], 'header'),
+        )
+        for name, payload, problem in cases:
+            with self.subTest(name):
+                err = self.pull_indexed(self.indexed(payload))
+                self.assertIn(problem if ' ' in problem else "'data/train' breaks the rule of the format on: %s;" % problem, err)
+        with self.subTest('padding that is not zero'):
+            archive = self.indexed(top + file('data/train/x', size=5) + b'abcdefgh'.ljust(512, b'\1'), size=5)
+            self.assertIn('format on: padding;', self.pull_indexed(archive))
         for lies in ({'files': 2}, {'size': 1}, {'files': 0}, {'digest': 'sha256:' + '0' * 64}, {'offset': 7}, {'length': 10 ** 12},
                      {'length': 0}, {'length': -5}, {'files': -1}, {'path': '../x'}, {'path': 'data'}, {'path': 'data/a/b'},
                      {'path': '.'}, {'path': '/x'}, {'path': 'a/b'}, {'path': ''}, {'digest': 'md5:0'}, {'digest': None}):
@@ -1426,54 +1500,63 @@ class Hostile(Case):
                 archive = archive.replace(digest, str(lies['digest']).encode().ljust(len(digest)))
             else:
                 archive = self.indexed(top + file('data/train/x'), **lies)
-            self.pull_indexed(archive)
+            with self.subTest(**{key: str(value) for key, value in lies.items()}):
+                self.assertRegex(self.pull_indexed(archive), 'index is unreadable|what its digest|the digest that|format on: (size|place)'
+                                 '|a block does not end')
 
     def test_short_blocks_in_the_middle(self):
-        payload = etc._header('data/train/', b'5', 0o755, 0, '') + etc._header('data/train/x', b'0', 0o644, 4096, '') + bytes(4096)
-        first, second, start = etc._compress(6, payload[:2048]), etc._compress(6, payload[2048:]), etc._header('data/', b'5', 0o755, 0, '')
+        payload = header('data/train/', b'5', 0o755, 0, '') + header('data/train/x', b'0', 0o644, 4096, '') + bytes(4096)
+        first, second, start = block(payload[:2048]), block(payload[2048:]), header('data/', b'5', 0o755, 0, '')
         digests = [hashlib.sha256(part).digest() for part in (payload[:2048], payload[2048:])]
-        root, end = etc._compress(6, start), etc._compress(6, bytes(1024))
-        segments = [etc._Segment('.', 0, len(root), 0, 0, 'sha256:' + hashlib.sha256(hashlib.sha256(start).digest()).hexdigest()),
-                    etc._Segment('data/train', len(root), len(first + second), 1, 4096,
+        root, end = block(start), block(bytes(1024))
+        segments = [segment('.', 0, len(root), 0, 0, 'sha256:' + hashlib.sha256(hashlib.sha256(start).digest()).hexdigest()),
+                    segment('data/train', len(root), len(first + second), 1, 4096,
                                  'sha256:' + hashlib.sha256(b''.join(digests)).hexdigest())]
         blocks = root + first + second + end
-        self.assertIn('not as etcetera writes it', self.pull_indexed(blocks + etc._index(segments, len(blocks))))
+        self.assertIn('block length', self.pull_indexed(blocks + index_of(segments, len(blocks))))
 
     def archive_of(self, *segments):
         """An archive of segments given as (path, files, size, [payload of each block])."""
         data, found = b'', []
         for path, files, size, payloads in segments:
-            blocks = [etc._compress(6, payload) for payload in payloads]
+            blocks = [block(payload) for payload in payloads]
             digest = hashlib.sha256(b''.join(hashlib.sha256(payload).digest() for payload in payloads)).hexdigest()
-            found.append(etc._Segment(path, len(data), sum(map(len, blocks)), files, size, 'sha256:' + digest))
+            found.append(segment(path, len(data), sum(map(len, blocks)), files, size, 'sha256:' + digest))
             data += b''.join(blocks)
-        return data + etc._index(found, len(data))
+        return data + index_of(found, len(data))
 
     def test_entries_astray(self):
         def entry(name, content=b''):
             kind = b'5' if name.endswith('/') else b'0'
             mode = 0o755 if kind == b'5' else 0o644
-            return etc._header(name, kind, mode, len(content), '') + content + bytes(-len(content) % 512)
+            return header(name, kind, mode, len(content), '') + content + bytes(-len(content) % 512)
         data, train = entry('data/'), entry('data/train/')
         good = [('.', 0, 0, [data]), ('data/train', 1, 2, [train + entry('data/train/x', b'hi')])]
         (self.tmp / 'share').mkdir()
         (self.tmp / 'share/X.tgz').write_bytes(self.archive_of(*good))
         self.etc('pull', 'X')
         self.etc('purge', 'X')
-        for bad in ([('.', 1, 4, [data + entry('data/evil/') + entry('data/evil/f', b'evil')]), good[1]],  # another's partition
-                    [('.', 1, 4, [data + entry('data/f', b'evil')]), good[1]],
-                    [('.', 0, 0, [b'', data]), good[1]], [good[0], ('data/train', 1, 2, [b''] + good[1][3])],  # empty blocks
-                    [good[0], ('data/train', 1, 2, [train + entry('data/train/a/x', b'hi')])],  # no entry for a directory
-                    [good[0], ('data/train', 2, 4, [train + entry('data/train/A/') + entry('data/train/A/x', b'hi')
-                                                    + entry('data/train/a/x', b'hi')])],
-                    [good[0], ('data/train', 2, 4, [train + entry('data/train/x', b'hi') + entry('data/train/x', b'hi')])],
-                    [good[0], ('data/train', 2, 4, [train + entry('data/train/y', b'hi') + entry('data/train/x', b'hi')])]):
-            (self.tmp / 'share/X.tgz').write_bytes(self.archive_of(*bad))
-            self.assertIn('damaged', self.etc('pull', 'X', status=1)[1])
-            self.assertEqual(self.installed(), [])
+        inside = entry('data/train/A/') + entry('data/train/A/x', b'hi')
+        for name, bad, problem in (
+                ('a partition among the root files', [('.', 1, 4, [data + entry('data/evil/') + entry('data/evil/f', b'evil')]), good[1]],
+                 "'.' breaks the rule of the format on: place"),
+                ('a file in data among the root files', [('.', 1, 4, [data + entry('data/f', b'evil')]), good[1]],
+                 "'.' breaks the rule of the format on: place"),
+                ('an empty first block', [('.', 0, 0, [b'', data]), good[1]], 'a block does not hold'),
+                ('an empty first block of a partition', [good[0], ('data/train', 1, 2, [b''] + good[1][3])], 'a block does not hold'),
+                ('no entry for a directory', [good[0], ('data/train', 1, 2, [train + entry('data/train/a/x', b'hi')])], 'on: directory'),
+                ('only another directory', [good[0], ('data/train', 2, 4, [train + inside + entry('data/train/a/x', b'hi')])],
+                 'on: directory'),
+                ('twice', [good[0], ('data/train', 2, 4, [train + entry('data/train/x', b'hi') * 2])], 'on: order'),
+                ('not sorted', [good[0], ('data/train', 2, 4, [train + entry('data/train/y', b'hi') + entry('data/train/x', b'hi')])],
+                 'on: order')):
+            with self.subTest(name):
+                (self.tmp / 'share/X.tgz').write_bytes(self.archive_of(*bad))
+                self.assertIn(problem, self.etc('pull', 'X', status=1)[1])
+                self.assertEqual(self.installed(), [])
 
     def test_small_files_in_a_row(self):
-        top = etc._header('data/train/', b'5', 0o755, 0, '')
+        top = header('data/train/', b'5', 0o755, 0, '')
 
         def entry(name, mode=0o644, data=b'hi', **fields):
             """A file's header, with other bytes in some fields, and its data."""
@@ -1508,18 +1591,18 @@ class Hostile(Case):
         self.pull_indexed(self.indexed(top + b''.join(around), files=4, size=3))  # more bytes than the index says
 
     def test_blocks_that_lie(self):
-        top = etc._header('data/train/', b'5', 0o755, 0, '')
+        top = header('data/train/', b'5', 0o755, 0, '')
         good = self.indexed(top, files=0)
         self.pull_indexed(good, 0)
         self.etc('purge', 'X')
         bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
         body = bomb.compress(bytes(64 * MIB)) + bomb.flush()
-        block = etc._member(b'et', struct.pack('<I', 28 + len(body))) + body + struct.pack('<II', zlib.crc32(bytes(64 * MIB)), 64 * MIB)
-        first = etc._compress(6, etc._header('data/', b'5', 0o755, 0, ''))
+        bad = block(bytes(64 * MIB), body)
+        first = block(header('data/', b'5', 0o755, 0, ''))
         digest = 'sha256:' + '0' * 64
-        segments = [etc._Segment('.', 0, len(first), 0, 0, 'sha256:' + hashlib.sha256(hashlib.sha256(
-            etc._header('data/', b'5', 0o755, 0, '')).digest()).hexdigest()), etc._Segment('data/x', len(first), len(block), 1, 1, digest)]
-        self.assertIn('not hold what', self.pull_indexed(first + block + etc._index(segments, len(first + block))))
+        segments = [segment('.', 0, len(first), 0, 0, 'sha256:' + hashlib.sha256(hashlib.sha256(
+            header('data/', b'5', 0o755, 0, '')).digest()).hexdigest()), segment('data/x', len(first), len(bad), 1, 1, digest)]
+        self.assertIn('not hold what', self.pull_indexed(first + bad + index_of(segments, len(first + bad))))
 
     def test_one_flipped_byte(self):
         root = write(self.tmp / 'ds', {'data/train/a': 'text ' * 3000, 'data/train/n': noise(70000), 'data/test/b': 'b' * 500, 'README.md': 'r'})
@@ -1623,7 +1706,7 @@ class RemoteSuite:
         write(self.tmp / 'ds', {'data/train/new': 'new'})
         newer = etc.push('X', force=True, config=self.config())
         self.assertIn('pull -f', self.etc('pull', 'X', home='two', status=1)[1])
-        self.assertIn('not sha256', self.etc('pull', '-f', 'X@' + digest, home='two', status=1)[1])
+        self.assertIn('expected digest sha256', self.etc('pull', '-f', 'X@' + digest, home='two', status=1)[1])
         self.assertEqual(etc.dataset('X@' + digest, config=self.config('two')).digest, digest)
         self.etc('pull', '-f', 'X@' + newer, home='two')
         with self.assertRaises(etc.Corrupt):
@@ -1698,7 +1781,7 @@ class RemoteSuite:
         self.etc('register', small(self.tmp / 'ds'), 'X')
         digest = etc.push('X', config=self.config())
         write(self.tmp / 'ds', {'data/train/new': 'new'})
-        self.assertIn('not sha256', self.etc('push', 'X@' + digest, status=1)[1])
+        self.assertIn('expected digest sha256', self.etc('push', 'X@' + digest, status=1)[1])
 
     def test_pull_mends(self):
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
@@ -2222,10 +2305,10 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertIn('s3:ListBucket', self.etc('push', 'X', status=1)[1])  # this store may ignore conditions
         port = self.server.url.rpartition(':')[2]
         del self.settings['endpoint_url']
-        self.addCleanup(setattr, etc._Aws, 'host', etc._Aws.host)
-        self.addCleanup(setattr, etc._S3Remote, '_is_bucket_in_host', etc._S3Remote._is_bucket_in_host)
-        etc._Aws.host = lambda aws, service, region: 'http://127.0.0.1:' + port
-        etc._S3Remote._is_bucket_in_host = lambda remote: False
+        self.addCleanup(setattr, etc._AwsProfile, 'host', etc._AwsProfile.host)
+        self.addCleanup(setattr, etc._S3Remote, 'choose_addressing', etc._S3Remote.choose_addressing)
+        etc._AwsProfile.host = lambda aws, service, region: 'http://127.0.0.1:' + port
+        etc._S3Remote.choose_addressing = lambda remote: False
         self.etc('push', 'X')
         self.assertIn('already, and identical', self.etc('push', 'X')[1])
         self.server.fault = lambda handler: handler.command in ('GET', 'HEAD') and (handler.error(403, 'AccessDenied'), True)[1]
@@ -2547,7 +2630,7 @@ class S3Remote(RemoteSuite, S3Case):
     def test_addresses(self):
         def address(url='s3://bucket', **settings):
             remote = etc._open_remote(etc.Config(url, **settings))
-            return remote._address('k e+y', {'a': 'b c'})
+            return remote.address('k e+y', {'a': 'b c'})
         self.assertEqual(address(), 'https://bucket.s3.us-east-1.amazonaws.com/k%20e%2By?a=b%20c')
         self.assertEqual(address(region='cn-north-1'), 'https://bucket.s3.cn-north-1.amazonaws.com.cn/k%20e%2By?a=b%20c')
         self.assertEqual(address('s3://my.bucket'), 'https://s3.us-east-1.amazonaws.com/my.bucket/k%20e%2By?a=b%20c')
@@ -2597,8 +2680,8 @@ class S3Kinds(S3Case):
         """Its hosts are reached through a proxy here, and not over TLS."""
         del self.settings['endpoint_url']
         os.environ.update(http_proxy=self.server.url, no_proxy='')
-        self.addCleanup(setattr, etc._Aws, 'host', etc._Aws.host)
-        etc._Aws.host = lambda aws, service, region: 'http://%s.%s.amazonaws.example' % (service, region)
+        self.addCleanup(setattr, etc._AwsProfile, 'host', etc._AwsProfile.host)
+        etc._AwsProfile.host = lambda aws, service, region: 'http://%s.%s.amazonaws.example' % (service, region)
         answers = [(301, {'x-amz-bucket-region': 'eu-west-1'}), (307, {'x-amz-bucket-region': 'eu-west-1'}),
                    (400, {'x-amz-bucket-region': 'eu-west-1'}), (403, {'x-amz-bucket-region': 'eu-west-1'})]
         hosts = []
@@ -3357,7 +3440,7 @@ class Web(WebSuite, Case):
         self.server.ranges = False
         self.test_round_trip()
         del self.server.log[:]
-        self.assertIn('gives no parts', self.etc('pull', 'X', home='four')[1])
+        self.assertIn('supports no ranges', self.etc('pull', 'X', home='four')[1])
         self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'GET'])
 
     def test_cut_download(self):
@@ -4312,10 +4395,10 @@ class AwsCredentialsOracle(AwsCredentials):
                         config = etc.Config('s3://' + params.get('Bucket', 'bucket'), region=region)
                         with contextlib.closing(etc._open_remote(config)) as store:
                             if service == 's3':
-                                self.assertEqual(store._address('', {}), theirs + '/')
+                                self.assertEqual(store.address('', {}), theirs + '/')
                             elif not dual and 'global' not in region:
                                 name = {'sso': 'portal.sso', 'sso-oidc': 'oidc'}.get(service, service)
-                                self.assertEqual(store.aws.host(name, region), theirs)
+                                self.assertEqual(store.profile.host(name, region), theirs)
                         seen.add(region)
         self.assertGreater(len(seen), 30)
 
@@ -4547,14 +4630,14 @@ class AwsLife(AwsCase):
     def test_times(self):
         for text, seconds in (('2024-05-06T07:08:09Z', 0), ('2024-05-06T07:08:09.123456Z', 0), ('2024-05-06T09:08:09+02:00', 0),
                               ('2024-05-06T01:38:09.5-0530', 0), ('2024-05-06T07:08:09UTC', 0), ('2024-05-06T07:08:10', 1)):
-            self.assertEqual(etc._timestamp(text), 1714979289 + seconds, text)
-        self.assertEqual(etc._timestamp('tomorrow'), 0)
+            self.assertEqual(etc._iso_time(text), 1714979289 + seconds, text)
+        self.assertEqual(etc._iso_time('tomorrow'), 0)
 
     def test_regions_are_no_hosts(self):
         del self.settings['endpoint_url'], os.environ['AWS_ENDPOINT_URL']
         for region in ('evil.example/', 'x@evil', 'a#b'):
             os.environ['AWS_REGION'] = region
-            self.assertIn('is no region', self.etc('ls', '-r', status=1)[1])
+            self.assertIn('region is not valid', self.etc('ls', '-r', status=1)[1])
 
     def test_beyond_us(self):
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] == 'botocore'}
@@ -4643,7 +4726,7 @@ class MotoIdentity(Case):
         self.etc('push', 'X')
         self.etc('pull', 'X', home='two')
         with contextlib.closing(etc._open_remote(self.config())) as store:
-            self.assertRegex(store.aws.keys().access_key, '^ASIA')
+            self.assertRegex(store.credentials.keys().access_key, '^ASIA')
         write(self.tmp, {'.aws/credentials': '[base]\n' + static(self.key['AccessKeyId'])})
         self.assertIn('SignatureDoesNotMatch', self.etc('ls', '-r', status=1)[1])
 
@@ -4651,7 +4734,7 @@ class MotoIdentity(Case):
         del os.environ['AWS_EC2_METADATA_DISABLED']
         os.environ['AWS_EC2_METADATA_SERVICE_ENDPOINT'] = os.environ['AWS_ENDPOINT_URL']
         with contextlib.closing(etc._open_remote(self.config())) as store:
-            self.assertEqual(store.aws.keys()[:3], ('test-key', 'test-secret-key', 'test-session-token'))
+            self.assertEqual(store.credentials.keys()[:3], ('test-key', 'test-secret-key', 'test-session-token'))
 
 
 class Signature(unittest.TestCase):
@@ -4667,7 +4750,7 @@ class Signature(unittest.TestCase):
                  '98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd'),
                 ('GET', '/?lifecycle', {}, empty, 'fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543'),
                 ('GET', '/?max-keys=2&prefix=J', {}, empty, '34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7')):
-            signed = etc._aws_sign(method, base + path, headers, digest, credentials, 'us-east-1', 's3', 1369353600)
+            signed = etc._aws_sign(etc._Request(method, base + path, headers), digest, credentials, 'us-east-1/s3', 1369353600)
             self.assertTrue(signed['Authorization'].endswith('Signature=' + signature), path)
 
 
@@ -4696,8 +4779,8 @@ class SignatureOracle(unittest.TestCase):
             method, body = rng.choice(['GET', 'PUT', 'POST', 'HEAD', 'DELETE']), rng.choice([b'', b'body'])
             region, token = rng.choice(['us-east-1', 'eu-west-3']), rng.choice([None, 'to/ken+='])
             now = datetime.datetime(2024, 5, 6, 7, 8, 9, tzinfo=datetime.timezone.utc)
-            ours = etc._aws_sign(method, url, headers, hashlib.sha256(body).hexdigest(),
-                                 etc._AwsKeys(AKID, SECRET, token), region, 's3', now.timestamp())
+            ours = etc._aws_sign(etc._Request(method, url, headers), hashlib.sha256(body).hexdigest(),
+                                 etc._AwsKeys(AKID, SECRET, token), region + '/s3', now.timestamp())
             request = botocore.awsrequest.AWSRequest(method, url, headers=dict(headers), data=body)
             request.context['payload_signing_enabled'] = True
             signer = botocore.auth.S3SigV4Auth(botocore.credentials.Credentials(AKID, SECRET, token), 's3', region)
@@ -4961,7 +5044,7 @@ class Faults(Runs):
         server.rng = rng
         server.shut_for = rng.choice([1, 2]) if count < 3 else 10 ** 9
         if kind in ('silence', 'stalled'):
-            self.patience, count = 0.3, 1
+            self.patience, count = 1.0, 1  # on a busy machine, less would be silence where there is none
         server.requests.clear()
         server.fault_at = kind, start, count
         return count
@@ -5366,6 +5449,7 @@ class Install(S3Case):
                 self.assertEqual((tree(self.tmp / name / 'X'), self.leftovers(name)), (tree(self.root), []))
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    @unittest.skipIf(hasattr(sys, 'pypy_version_info'), 'PyPy does not tell which signals it inherited as ignored')
     def test_signals_that_are_not_for_us(self):
         """nohup's SIGHUP is ignored; a program that calls main() keeps its handlers, also in another thread."""
         self.publish()
@@ -5621,14 +5705,14 @@ class Install(S3Case):
         self.addCleanup(setattr, etc, '_swap', swap)
 
         def busy(old, new):
-            if old.endswith('X'):
+            if str(old).endswith('X'):
                 raise PermissionError(13, 'Permission denied', old)
             rename(old, new)
         os.rename = busy
         self.assertIn('Permission denied', self.etc('register', '--copy', '-f', self.tmp / 'ds', 'X', status=1)[1])
 
         def half(old, new):
-            if 'staging' in old and new.endswith('X'):
+            if 'staging' in str(old) and str(new).endswith('X'):
                 raise PermissionError(13, 'Permission denied', old)
             rename(old, new)
         os.rename = half
@@ -5651,7 +5735,7 @@ import etcetera as etc
 rename = os.rename
 def die(old, new):
     rename(old, new)
-    if old.endswith('X'):
+    if str(old).endswith('X'):
         os._exit(9)
 etc._swap, os.rename = lambda one, other: False, die
 sys.exit(etc.main(sys.argv[2:]))
@@ -5666,9 +5750,9 @@ sys.exit(etc.main(sys.argv[2:]))
         def purge(old, new):
             os.rename = rename
             rename(old, new)
-            if new.endswith('X'):
+            if str(new).endswith('X'):
                 etc._Home(self.tmp / 'home').remove('X')
-        os.rename = lambda old, new: purge(old, new) if old.endswith('new') else rename(old, new)
+        os.rename = lambda old, new: purge(old, new) if str(old).endswith('new') else rename(old, new)
         self.etc('register', '-f', '--copy', self.tmp / 'ds', 'X', status=1)
         self.assertEqual(self.installed(), [], 'a purge stays one')
 
@@ -5838,8 +5922,8 @@ class Disks(Case):
         self.etc('push', 'Y', home='pub')
         self.preload(NO_MODES)
         for command, said in (
-                (['pull', 'X'], "there can be no links on this disk: Operation not permitted; set 'home' to a place on another disk"),
-                (['register', str(self.tmp / 'ds')], "there can be no links on this disk: Operation not permitted; 'etc register --copy'"),
+                (['pull', 'X'], "this disk cannot hold links: Operation not permitted; set 'home' to a place on another disk"),
+                (['register', str(self.tmp / 'ds')], "this disk cannot hold links: Operation not permitted; 'etc register --copy'"),
                 (['pull', 'Y'], 'pulled Y'),
                 (['verify', 'Y'], "; this disk does not keep which files are executable; set 'home' to a place on another")):
             with self.subTest(command):
@@ -6182,7 +6266,7 @@ class Locked:
 
     def commands(self):
         """(home, words, status)"""
-        self.put('Bad.tgz', etc._compress(6, bytes(1024)) * 3)
+        self.put('Bad.tgz', block(bytes(1024)) * 3)
         root = odd(self.tmp / 'ds', 3)
         return [('home', ['register', '--copy', str(root), 'X'], 0), ('home', ['push', 'X'], 0), ('home', ['push', 'X'], 0),
                 ('home', ['ls', '-r'], 0), ('home', ['info', '-r', 'X'], 0), ('two', ['pull', '-p', 'test', 'X'], 0), ('two', ['pull', '-f', 'X'], 0),
@@ -6773,7 +6857,7 @@ class Mistakes(Case):
             (['register', 'digits.tgz'], 1, '%s/digits.tgz is a file, not a directory; unpack it first' % here),
             (['register', './my data'], 1, no_name % 'my data'),
             (['register', './my data', 'MNIST'], 1,
-             "a local dataset 'MNIST' exists already; take another name, or -f (force) to replace it"),
+             "another 'MNIST' is installed already; choose another name, or -f (force) to replace it"),
             (['push', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name"),
             (['purge', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc ls' lists what there is"),
             (['verify', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc pull Flowers' would fetch it"),
@@ -6794,7 +6878,7 @@ class Mistakes(Case):
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
             self.assertEqual(etc.main(['pull', 'MNIST']), 1)
-        self.assertIn('etc: no url: say where remote datasets live', err.getvalue())
+        self.assertIn('etc: no url; set where datasets are shared', err.getvalue())
 
     def test_other_contents(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
@@ -6813,7 +6897,7 @@ class Mistakes(Case):
         self.assertEqual(len(commands), 9)
         for command in commands:
             shown = self.etc(command, '-h')[0]
-            self.assertEqual(shown, etc._parser([command, '-h'])._subparsers._group_actions[0].choices[command].format_help())
+            self.assertEqual(shown, etc._parser(is_help=True).commands.choices[command].format_help())
             examples = re.findall(r'^  .*?(etc \w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
             self.assertTrue(examples[0] in overview.getvalue(), (command, examples))
             for example in examples:
@@ -6933,8 +7017,8 @@ class Completion(Case):
         etc.create('Beta', config=self.config())
         self.assertEqual(self.words('pu'), ['push', 'pull', 'purge'])
         self.assertEqual(self.words('--ver'), ['--version', '--verbose'])
-        self.assertEqual(self.words('pull', '--'), ['--force', '--partition', '--config', '--url', '--home', '--quiet', '--verbose',
-                                                    '--help'])
+        self.assertEqual(sorted(self.words('pull', '--')), ['--config', '--force', '--help', '--home', '--partition', '--quiet', '--url',
+                                                            '--verbose'])
         self.assertEqual(self.words('--home', home, 'purge', ''), ['Alpha', 'Beta'])
         self.assertEqual(self.words('--home', home, 'purge', 'Alpha', ''), ['Beta'])
         self.assertEqual(self.words('completion', 'z'), ['zsh'])
@@ -6957,7 +7041,7 @@ class Python(Case):
         for other in [copy.copy(ds), copy.deepcopy(ds)] + [pickle.loads(pickle.dumps(ds, protocol)) for protocol in range(5)]:
             self.assertEqual((other, other.name, other.root, other._digest), (ds, 'X', ds.root, ds.digest))
         self.assertEqual(repr(pickle.loads(pickle.dumps(ds))), '<Dataset X: empty, test, train>')
-        for error in (etc.RemoteError('gone', 404), etc.UnknownPartition('no')):
+        for error in (etc.RemoteError('gone', status=404), etc.UnknownPartition('no')):
             other = pickle.loads(pickle.dumps(error))
             self.assertEqual((type(other), str(other), vars(other)), (type(error), str(error), vars(error)))
 
@@ -7000,7 +7084,7 @@ class Refusals(Case):
             with self.subTest(args):
                 os.environ.update(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', NO_GCE_CHECK='true')
                 code, out = self.run_python(program, '--home', self.tmp / 'home', *args)
-                self.assertEqual((code, out), (1, 'etc: this Python has no ssl module, so it cannot use https://; take another Python, or a '
+                self.assertEqual((code, out), (1, 'etc: this Python has no ssl module, so it cannot use https://; use another Python, or a '
                                                   'url that needs none\n'))
 
     @unittest.skipUnless(sys.platform == 'linux', 'no /proc here')
@@ -7040,7 +7124,7 @@ sys.exit(etc.main(sys.argv[2:]))
                     code, out = self.run_python(program, limit, *settings + place + command)
                     self.assertEqual(code, 0, out)
         code, out = self.run_python(program, 0, *place + ['push', '-f', 'X'])
-        self.assertEqual((code, out), (1, "etc: the system gives this process no more threads; set 'connections: 1', or raise the limits "
+        self.assertEqual((code, out), (1, "etc: the system grants this process no more threads; set 'connections: 1', or raise the limits "
                                           '(ulimit -u, ulimit -v)\n'))
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
@@ -7117,7 +7201,7 @@ sys.exit(etc.main(sys.argv[2:]))
         etc.time.time = lambda: 2524608000.5
         self.etc('pull', 'X', home='two')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info', 'X', home='two')[0])
-        signed = etc._aws_sign('GET', 'http://h/', {}, 'hash', etc._AwsKeys('a', 'b'), 'r', 's3', 2524608000.5)
+        signed = etc._aws_sign(etc._Request('GET', 'http://h/'), 'hash', etc._AwsKeys('a', 'b'), 'r/s3', 2524608000.5)
         self.assertEqual(signed['x-amz-date'], '20500101T000000Z')
 
     def test_names_that_no_host_can_have(self):
@@ -7429,11 +7513,11 @@ class Target:
 class ArchiveTarget(Target):
     """Pulls. The first byte says what the rest is: an archive, a segment for a right index, an index for right segments."""
 
-    TOP = etc._header('data/', b'5', 0o755, 0, '')
-    TRAIN = etc._header('data/train/', b'5', 0o755, 0, '')
-    FILES = (TRAIN + etc._header('data/train/a', b'0', 0o644, 5, '') + b'alpha'.ljust(512, b'\0')
-             + etc._header('data/train/b/', b'5', 0o755, 0, '') + etc._header('data/train/b/' + 'n' * 120, b'0', 0o755, 0, '')
-             + etc._header('data/train/l', b'2', 0o644, 0, 'b/\u00e9') + etc._header('data/train/m', b'0', 0o644, 3, '') + b'abc'.ljust(512, b'\0'))
+    TOP = header('data/', b'5', 0o755, 0, '')
+    TRAIN = header('data/train/', b'5', 0o755, 0, '')
+    FILES = (TRAIN + header('data/train/a', b'0', 0o644, 5, '') + b'alpha'.ljust(512, b'\0')
+             + header('data/train/b/', b'5', 0o755, 0, '') + header('data/train/b/' + 'n' * 120, b'0', 0o755, 0, '')
+             + header('data/train/l', b'2', 0o644, 0, 'b/\u00e9') + header('data/train/m', b'0', 0o644, 3, '') + b'abc'.ljust(512, b'\0'))
 
     def __init__(self, place):
         super().__init__(place)
@@ -7443,8 +7527,8 @@ class ArchiveTarget(Target):
         text = b''.join(re.findall(rb'\{"etcetera".*\}', whole))
         self.seeds = [b'\0' + whole, b'\0' + self.indexed(self.TRAIN), b'\1' + self.FILES, b'\1' + self.TRAIN, b'\2' + text]
         for name in ('../x', '/x', 'data/train/../../../x', 'data/train/' + 'd/' * 300):
-            self.seeds.append(b'\1' + self.TRAIN + etc._header(name, b'0', 0o644, 0, ''))
-        self.blocks = whole[:whole.index(etc._member(b'ei', text)[:14])]
+            self.seeds.append(b'\1' + self.TRAIN + header(name, b'0', 0o644, 0, ''))
+        self.blocks = whole[:whole.index(member(b'ei', text)[:14])]
 
     def indexed(self, payload):
         files, sizes, blocks, segments = 0, 0, b'', []
@@ -7455,13 +7539,13 @@ class ArchiveTarget(Target):
                     sizes += member.size if member.isreg() else 0
         for path, data in (('.', self.TOP), ('data/train', payload)):
             parts = [data[at:at + MIB] for at in range(0, len(data), MIB)] or [b'']
-            coded = b''.join(etc._compress(1, part) for part in parts)
+            coded = b''.join(block(part) for part in parts)
             digest = hashlib.sha256(b''.join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
             own = path != '.'
-            segments.append(etc._Segment(path, len(blocks), len(coded), files * own, sizes * own, 'sha256:' + digest))
+            segments.append(segment(path, len(blocks), len(coded), files * own, sizes * own, 'sha256:' + digest))
             blocks += coded
-        blocks += etc._compress(1, bytes(1024))
-        return blocks + etc._index(segments, len(blocks))
+        blocks += block(bytes(1024))
+        return blocks + index_of(segments, len(blocks))
 
     def read(self, data):
         kind, data = data[:1], data[1:]
@@ -7469,8 +7553,8 @@ class ArchiveTarget(Target):
             data = self.indexed(data)
         elif kind == b'\2':
             steps = [data[at:at + 8000] for at in range(0, len(data), 8000)]
-            data = self.blocks + b''.join(etc._member(b'ei', step) + etc._EMPTY for step in steps) \
-                + etc._member(b'ef', struct.pack('<Q', len(self.blocks))) + etc._EMPTY
+            data = self.blocks + b''.join(member(b'ei', step) + EMPTY for step in steps) \
+                + member(b'ef', struct.pack('<Q', len(self.blocks))) + EMPTY
         self.pull(data)
 
     def pull(self, archive):
@@ -7542,11 +7626,11 @@ class IndexTarget(Target):
 
     def __init__(self, place):
         super().__init__(place)
-        segments = [etc._Segment(path, at, 1, 1, 5, 'sha256:' + '1' * 64) for at, path in enumerate(['.', 'assets', 'data/train'])]
-        self.seeds = [etc._index(segments, 77), etc._index(segments * 99, 77), etc._member(b'ef', bytes(8)) + etc._EMPTY]
+        segments = [segment(path, at, 1, 1, 5, 'sha256:' + '1' * 64) for at, path in enumerate(['.', 'assets', 'data/train'])]
+        self.seeds = [index_of(segments, 77), index_of(segments * 99, 77), member(b'ef', bytes(8)) + EMPTY]
 
     def read(self, data):
-        etc._footer(data, 77 + len(data))
+        etc._find_index(data, 77 + len(data))
         etc._parse_index(data, 77)
 
 
@@ -7588,7 +7672,7 @@ class XmlTarget(Target):
                 store.http.request = lambda *args, **kwargs: self.reply(data, {}, status)
                 for item in store.list():
                     assert etc._is_name(item.name) and type(item.size) is int, item
-        assert str(store._error(self.reply(data, {}, 400), 's3:GetObject')).isprintable()
+        assert str(store.error(self.reply(data, {}, 400), etc._S3Request('GET'))).isprintable()
 
 
 class HeadersTarget(XmlTarget):
@@ -7625,7 +7709,7 @@ class JsonTarget(Target):
     def read(self, data):
         with contextlib.closing(etc._open_remote(self.config)) as store:
             store.http.request = lambda *args, **kwargs: self.reply(data)
-            assert str(store._error(self.reply(data, {}, 403), True)).isprintable()
+            assert str(store.error(self.reply(data, {}, 403), True)).isprintable()
             with contextlib.suppress(etc.Error):
                 found = store.stat('X')
                 assert found is None or (found.name, type(found.size)) == ('X', int), found
@@ -7636,7 +7720,7 @@ class JsonTarget(Target):
                          {'type': 'impersonated_service_account', 'service_account_impersonation_url': 'http://127.0.0.1:1/', 'source_credentials': {
                              'type': 'authorized_user', 'client_id': 'i', 'client_secret': 's', 'refresh_token': 'r'}}):
                 with contextlib.suppress(etc.Error):
-                    etc._google_token(info, store.http, 'scope', 'file')
+                    etc._GoogleCredentials(self.config, store.http).token(info, 'scope')
 
 
 class HtmlTarget(Target):
@@ -7647,7 +7731,7 @@ class HtmlTarget(Target):
              b'<![CDATA[ <a href="X.tgz"> ]]><script><a href="X.tgz"></script><?x ?><a href="&#88;.tgz" href>', b'<a href="http://[x/X.tgz">' * 3]
 
     def read(self, data):
-        for name in etc._linked('http://h/x/', data):
+        for name in etc._linked_names('http://h/x/', data):
             assert etc._is_name(name), name
 
 
