@@ -963,6 +963,8 @@ _BEFORE_SIZE = struct.Struct('8s8s8s')
 _BEFORE_CHECKSUM = struct.Struct('x11sx')
 _AFTER_CHECKSUM = struct.Struct('c100s8s247x')
 _HEADER = 512  # bytes of a ustar header
+_SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
+_KIND_AT = 156
 
 
 @functools.lru_cache(maxsize=64)
@@ -1204,6 +1206,8 @@ def _digest_segments(
 
 # ---------------------------------------------------------------------------------------
 # Datasets
+#
+# A dataset is a directory with at least one partition. Its name is safe in any path and any key of any storage.
 # ---------------------------------------------------------------------------------------
 
 _META_LIMIT = 16 << 20  # bytes of meta.json
@@ -1494,6 +1498,8 @@ def _inflate(body: Any) -> bytes:
     try:
         payload = inflater.decompress(body, _BLOCK + 1)
     except zlib.error as e:
+        if 'Error -4' in str(e):  # Z_MEM_ERROR
+            raise MemoryError from None
         raise Corrupt(f'the archive is damaged: {e}') from None
     is_complete = inflater.eof and 0 < len(payload) <= _BLOCK and len(payload) % 512 == 0
     if not is_complete or inflater.unused_data != _TRAILER.pack(zlib.crc32(payload), len(payload)):
@@ -1824,7 +1830,7 @@ class _Extractor:
                 at = self.write_siblings(data, view, at)
                 if at == len(data):
                     break
-                length = self.header_length(data, at) if data[at + 156] == _PAX[0] else _HEADER
+                length = self.header_length(data, at) if data[at + _KIND_AT] == _PAX[0] else _HEADER
                 if at + length > len(data):
                     self.rest = data[at:]
                     break
@@ -1866,7 +1872,7 @@ class _Extractor:
             raw_name = data[at:at + 100].rstrip(b'\0')
             try:
                 name = raw_name.decode('ascii')
-                size = int(data[at + 124:at + 135], 8)
+                size = int(data[at:at + _HEADER][_SIZE_FIELD], 8)
             except ValueError:
                 break
             own = name[len(prefix):]
@@ -1905,9 +1911,9 @@ class _Extractor:
 
     def header_length(self, data: bytes, at: int) -> int:
         """The length of the pax header at `at` and the ustar header that follows it."""
-        pax = _octal(data[at + 124:at + 135])
-        length = 1024 + pax + -pax % 512
-        if not 1024 < length <= 65536:
+        pax = _octal(data[at:at + _HEADER][_SIZE_FIELD])
+        length = 2 * _HEADER + pax + -pax % 512
+        if not 0 < pax or length > 65536:
             raise self.broken('pax header')
         return length
 
@@ -2008,7 +2014,7 @@ def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
     if len(header) == _HEADER:
         canonical = _ustar(raw_name, kind, mode, size, raw_link)
     else:
-        pax = _parse_pax(header[512:512 + _octal(header[124:135])])
+        pax = _parse_pax(header[_HEADER:_HEADER + _octal(header[_SIZE_FIELD])])
         name = pax.get(b'path', raw_name).decode('utf-8')
         link = pax.get(b'linkpath', raw_link).decode('utf-8')
         size = int(pax.get(b'size', size))
@@ -2326,7 +2332,7 @@ def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
 
         @classmethod
         def check_pax(cls, tar: Any, header: bytes) -> None:
-            kind = header[156:157]
+            kind = header[_KIND_AT:_KIND_AT + 1]
             if kind not in _TAR_PAX:
                 return
             size = cls.frombuf(header, tar.encoding, tar.errors).size
@@ -5661,6 +5667,8 @@ def _new_receipt(
 
 # ---------------------------------------------------------------------------------------
 # API
+#
+# What programs call, and what each command does. Every function takes its settings as `config`, and raises only Error.
 # ---------------------------------------------------------------------------------------
 
 @_public
@@ -6167,15 +6175,18 @@ def purge(name: str, config: Optional[Config] = None) -> None:
 
 # ---------------------------------------------------------------------------------------
 # Command line
+#
+# Each command parses its arguments, calls one function of the API, and prints what that returns.
 # ---------------------------------------------------------------------------------------
 
 _README_LINES = 20  # that `etc info` shows
 _PATIENCE = 3  # seconds that shell completion waits for names
 
 
-def _parser(is_help: bool = False) -> Any:
-    """The parser of the command line. is_help: whether help is to be shown."""
+def _parser(argv: Sequence[str] = ()) -> Any:
+    """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
     import argparse
+    is_help = any(re.match('-[a-z]*h|--he', word) for word in argv)
 
     # Without a width, argparse loads modules to ask how wide the terminal is, even where it shows no help.
     formatter: Any = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if is_help else 80)
@@ -6203,7 +6214,7 @@ def _parser(is_help: bool = False) -> Any:
         def error(self, message: str) -> Any:
             unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
             if unknown:
-                self.fail(f"no command '{unknown.group(1)}'", _did_you_mean(unknown.group(1), self.commands.choices))
+                self.fail(f"no command '{unknown.group(1)}'", _did_you_mean(unknown.group(1), _COMMANDS))
             self.fail(message.replace('the following arguments are required:', f"'{self.prog}' needs"))
 
         def fail(self, message: str, remedy: str = '') -> None:
@@ -6215,9 +6226,9 @@ def _parser(is_help: bool = False) -> Any:
     parser.set_defaults(config=None, url=None, home=None, quiet=False, verbose=False, names=[None])
     parser.add_argument('--version', action='version', version='etcetera ' + __version__)
     parser.commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
-    for add in (_add_register, _add_push, _add_ls, _add_pull, _add_info, _add_verify, _add_create, _add_purge,
-                _add_completion):
-        add(functools.partial(_add_command, parser.commands))
+    named = () if is_help else _COMMANDS.keys() & set(argv)
+    for name in named or _COMMANDS:
+        _COMMANDS[name](functools.partial(_add_command, parser.commands, name))
     for each in (parser, *parser.commands.choices.values()):
         _add_common_flags(each)
     return parser
@@ -6269,10 +6280,10 @@ def _add_json(command: Any) -> None:
     command.add_argument('--json', action='store_true', help='as JSON')
 
 
-# The commands, in the order of a first session
+# The commands: for each, what argparse is to know, and what to do
 
 def _add_register(add: _AddCommand) -> None:
-    command = add('register', 'DIR [as] [NAME]', 'give a directory a name', _run_register, [
+    command = add('DIR [as] [NAME]', 'give a directory a name', _run_register, [
         ('etc register ./digits MNIST', 'it stays where it is'),
         ('etc register ./digits as MNIST', 'the same'),
         ('etc register --copy ./digits MNIST', 'install a read-only copy of it')])
@@ -6287,7 +6298,7 @@ def _run_register(args: Any, _: None, config: Config) -> None:
 
 
 def _add_push(add: _AddCommand) -> None:
-    command = add('push', 'NAME...', 'share local datasets', _run_push, [
+    command = add('NAME...', 'share local datasets', _run_push, [
         ('etc push MNIST', ''),
         ('etc push -f MNIST', 'even over other contents of that name')])
     command.add_argument('names', nargs='+', metavar='NAME')
@@ -6300,7 +6311,7 @@ def _run_push(args: Any, name: str, config: Config) -> None:
 
 
 def _add_ls(add: _AddCommand) -> None:
-    command = add('ls', '', 'list datasets', _run_ls, [
+    command = add('', 'list datasets', _run_ls, [
         ('etc ls -r', 'what is shared'),
         ('etc ls', 'what is here'),
         ('etc ls -l', 'with size, files, when and digest')])
@@ -6320,7 +6331,7 @@ def _run_ls(args: Any, _: None, config: Config) -> None:
 
 
 def _add_pull(add: _AddCommand) -> None:
-    command = add('pull', 'NAME...', 'install remote datasets', _run_pull, [
+    command = add('NAME...', 'install remote datasets', _run_pull, [
         ('etc pull MNIST', ''),
         ('etc pull MNIST -p test', 'only one partition; the rest may follow later'),
         ('etc pull -f MNIST', 'replace other contents of that name'),
@@ -6337,7 +6348,7 @@ def _run_pull(args: Any, name: str, config: Config) -> None:
 
 
 def _add_info(add: _AddCommand) -> None:
-    command = add('info', 'NAME', 'show what is known of a dataset', _run_info, [
+    command = add('NAME', 'show what is known of a dataset', _run_info, [
         ('etc info MNIST', ''),
         ('etc info -r MNIST', 'of a remote one, without downloading its data')])
     command.add_argument('names', nargs=1, metavar='NAME')
@@ -6355,7 +6366,7 @@ def _run_info(args: Any, name: str, config: Config) -> None:
 
 
 def _add_verify(add: _AddCommand) -> None:
-    command = add('verify', 'NAME...', 'read all files again and compare them with the digest', _run_verify, [
+    command = add('NAME...', 'read all files again and compare them with the digest', _run_verify, [
         ('etc verify MNIST', ''),
         ('etc verify MNIST@sha256:...', 'with this digest')])
     command.add_argument('names', nargs='+', metavar='NAME')
@@ -6367,7 +6378,7 @@ def _run_verify(args: Any, name: str, config: Config) -> None:
 
 
 def _add_create(add: _AddCommand) -> None:
-    command = add('create', 'NAME [PARTITION...]', 'make an empty dataset to fill', _run_create, [
+    command = add('NAME [PARTITION...]', 'make an empty dataset to fill', _run_create, [
         ('etc create MNIST', 'with the partitions train and test'),
         ('etc create MNIST train val test', '')])
     command.add_argument('names', nargs=1, metavar='NAME')
@@ -6380,7 +6391,7 @@ def _run_create(args: Any, name: str, config: Config) -> None:
 
 
 def _add_purge(add: _AddCommand) -> None:
-    command = add('purge', 'NAME...', 'remove local datasets', _run_purge, [
+    command = add('NAME...', 'remove local datasets', _run_purge, [
         ('etc purge MNIST', 'a registered directory itself is not touched')])
     command.add_argument('names', nargs='+', metavar='NAME')
     command.completes = 'local'
@@ -6391,7 +6402,7 @@ def _run_purge(args: Any, name: str, config: Config) -> None:
 
 
 def _add_completion(add: _AddCommand) -> None:
-    command = add('completion', 'SHELL', 'print what lets a shell complete commands and names', _run_completion, [
+    command = add('SHELL', 'print what lets a shell complete commands and names', _run_completion, [
         ('eval "$(etc completion bash)"', 'in ~/.bashrc; of zsh: in ~/.zshrc, after compinit'),
         ('etc completion fish | source', 'in ~/.config/fish/config.fish')])
     command.add_argument('shell', choices=sorted(_COMPLETION), metavar='SHELL')
@@ -6399,6 +6410,19 @@ def _add_completion(add: _AddCommand) -> None:
 
 def _run_completion(args: Any, _: None, config: Config) -> None:
     _print(_COMPLETION[args.shell])
+
+
+_COMMANDS: Dict[str, Callable[[_AddCommand], None]] = {  # in the order of a first session
+    'register': _add_register,
+    'push': _add_push,
+    'ls': _add_ls,
+    'pull': _add_pull,
+    'info': _add_info,
+    'verify': _add_verify,
+    'create': _add_create,
+    'purge': _add_purge,
+    'completion': _add_completion,
+}
 
 
 # Output
@@ -6598,7 +6622,7 @@ def _names_in_time(is_remote: bool, place: Dict[str, str]) -> List[str]:
 @_public
 def _arguments(argv: List[str]) -> Any:
     """The parsed command line. SystemExit after wrong usage."""
-    parser = _parser(is_help=any(re.match('-[a-z]*h|--he', word) for word in argv))
+    parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
     command = parser.commands.choices.get(args.command, parser)
     if rest and getattr(args, 'partitions', None) and not any(word.startswith('-') for word in rest):

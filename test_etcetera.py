@@ -6897,7 +6897,7 @@ class Mistakes(Case):
         self.assertEqual(len(commands), 9)
         for command in commands:
             shown = self.etc(command, '-h')[0]
-            self.assertEqual(shown, etc._parser(is_help=True).commands.choices[command].format_help())
+            self.assertEqual(shown, etc._parser(['-h']).commands.choices[command].format_help())
             examples = re.findall(r'^  .*?(etc \w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
             self.assertTrue(examples[0] in overview.getvalue(), (command, examples))
             for example in examples:
