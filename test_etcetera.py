@@ -186,6 +186,11 @@ class Case(unittest.TestCase):
             self.assertTrue(last.startswith('etc: ') and 'Traceback' not in err.getvalue(), err.getvalue())
         return out.getvalue(), err.getvalue()
 
+    def share(self, root, name='X', home='home'):
+        """Publish a dataset."""
+        self.etc('register', root, name, home=home)
+        self.etc('push', name, home=home)
+
     def spawn(self, *args, home='home', url=None, python=(), **kwargs):
         command = [sys.executable] + list(python) + [SCRIPT, '--url', url or self.url, '--home', str(self.tmp / home)]
         env = dict(os.environ, **{'AWS_' + k[4:].upper(): v for k, v in self.settings.items() if k.startswith('aws_')})
@@ -263,10 +268,21 @@ COMPLETED = (b'<?xml version="1.0" encoding="UTF-8"?>\n<CompleteMultipartUploadR
              b'</CompleteMultipartUploadResult>')
 
 
-class S3Handler(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
+    """What all fakes share. They implement handle_one()."""
     protocol_version = 'HTTP/1.1'
     disable_nagle_algorithm = True
-    service = 's3'
+
+    def do_GET(self):
+        self.handle_one()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def read_body(self):
+        return self.rfile.read(int(self.headers.get('Content-Length') or 0))
+
+    def json(self, answer, status=200, headers=()):
+        self.answer(status, json.dumps(answer).encode(), headers)
 
     def send_header(self, keyword, value):
         """`server.respell` may send another value of a header, or None for not to send it."""
@@ -287,31 +303,14 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.server.sent += len(body)
 
+
+class SignedHandler(Handler):
+    """Checks signatures."""
+    service = 's3'
+
     def error(self, status, code, headers=(), message=''):
         xml = '<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>' % (code, message or 'about ' + code)
         self.answer(status, xml.encode(), headers)
-
-    def handle_one(self):
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
-        self.server.log.append((self.command, self.path, self.headers))
-        self.server.connections.add(self.client_address)
-        if self.server.fault and self.server.fault(self):
-            return
-        problem = self.unsigned(body)
-        if problem:
-            return self.error(403, problem)
-        path, _, query = self.path.partition('?')
-        self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        parts = urllib.parse.unquote(path).split('/', 2)
-        if parts[1] != 'bucket':
-            return self.error(404, 'NoSuchBucket')
-        self.key = parts[2] if len(parts) > 2 else ''
-        with self.server.lock:
-            if self.command in ('GET', 'HEAD') and not self.key:
-                return self.list()
-            getattr(self, 's3_' + self.command.lower())(body)
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_one
 
     def unsigned(self, body):
         """What is wrong with the signature; written from AWS's description, not from etcetera."""
@@ -343,6 +342,28 @@ class S3Handler(http.server.BaseHTTPRequestHandler):
             key = hmac.new(key, part.encode(), 'sha256').digest()
         right = hmac.new(key, text.encode(), 'sha256').hexdigest()
         return None if right == signature and stamp[:8] == day else 'SignatureDoesNotMatch'
+
+
+class S3Handler(SignedHandler):
+    def handle_one(self):
+        body = self.read_body()
+        self.server.log.append((self.command, self.path, self.headers))
+        self.server.connections.add(self.client_address)
+        if self.server.fault and self.server.fault(self):
+            return
+        problem = self.unsigned(body)
+        if problem:
+            return self.error(403, problem)
+        path, _, query = self.path.partition('?')
+        self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+        parts = urllib.parse.unquote(path).split('/', 2)
+        if parts[1] != 'bucket':
+            return self.error(404, 'NoSuchBucket')
+        self.key = parts[2] if len(parts) > 2 else ''
+        with self.server.lock:
+            if self.command in ('GET', 'HEAD') and not self.key:
+                return self.list()
+            getattr(self, 's3_' + self.command.lower())(body)
 
     def list(self):
         prefix, after = self.query.get('prefix', ''), self.query.get('continuation-token', '')
@@ -1686,8 +1707,7 @@ class RemoteSuite:
         self.etc('info', '-r', 'Nope', status=1)
 
     def test_push_again(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.assertIn('identical', self.etc('push', 'X')[1])
         write(self.tmp / 'ds', {'data/train/new': 'new'})
         self.assertIn('push -f', self.etc('push', 'X', status=1)[1])
@@ -1718,8 +1738,7 @@ class RemoteSuite:
 
     def test_partitions(self):
         root = write(small(self.tmp / 'ds'), {'data/train/large': noise(3 * MIB), 'data/val/v': 'v'})
-        self.etc('register', root, 'X')
-        self.etc('push', 'X')
+        self.share(root)
         self.etc('pull', '-p', 'test', 'X', home='two')
         ds = etc.dataset('X', partitions=['test'], config=self.config('two'))
         self.assertEqual((ds.keys(), ds.meta), ({'test'}, {'classes': 10}))
@@ -1743,8 +1762,7 @@ class RemoteSuite:
         self.assertEqual(etc.dataset('X', True, config=self.config('three')).keys(), {'train', 'test', 'val'})
 
     def test_several_partitions(self):
-        self.etc('register', write(small(self.tmp / 'ds'), {'data/val/v': 'v'}), 'X')
-        self.etc('push', 'X')
+        self.share(write(small(self.tmp / 'ds'), {'data/val/v': 'v'}))
         for number, words in enumerate((['X', '-p', 'train', 'val'], ['-p', 'train', '-p', 'val', 'X'], ['-p', 'val', 'X', '-p', 'train'],
                                         ['X', '--partition', 'val', 'train', '-f'])):
             self.etc('pull', *words, home=str(number))
@@ -1753,8 +1771,7 @@ class RemoteSuite:
 
     def test_touched_and_copied_installs(self):
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
-        self.etc('register', root, 'X')
-        self.etc('push', 'X')
+        self.share(root)
         self.etc('pull', '-p', 'test', 'X', home='two')
         digest = etc.Dataset(root).digest
         shutil.copytree(str(self.tmp / 'two'), str(self.tmp / 'copy'), symlinks=True)
@@ -1785,8 +1802,7 @@ class RemoteSuite:
 
     def test_pull_mends(self):
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
-        self.etc('register', root, 'X')
-        self.etc('push', 'X')
+        self.share(root)
         self.etc('pull', 'X', home='two')
         victim = self.tmp / 'two/X/data/train/a.txt'
         victim.chmod(0o644)
@@ -1841,8 +1857,7 @@ class RemoteSuite:
     def test_replaced_while_read(self):
         write(self.tmp / 'one', {'data/train/x': noise(9 * MIB, 1)})
         write(self.tmp / 'two', {'data/train/x': noise(9 * MIB, 2)})
-        self.etc('register', self.tmp / 'one', 'X')
-        self.etc('push', 'X')
+        self.share(self.tmp / 'one')
         with etc.contextlib.closing(etc._open_remote(self.config())) as store:
             found = store.stat('X')
             self.assertEqual(len(store.read(found, 5, 50)), 45)
@@ -1989,8 +2004,7 @@ class FileRemote(RemoteSuite, Case):
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_places_where_one_may_not_write(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.etc('register', '-f', odd(self.tmp / 'other', 3), 'X')
         self.etc('push', 'Y', status=1)  # what is imported for an error is there from here on
         share = self.tmp / 'share'
@@ -2048,8 +2062,7 @@ class S3Remote(RemoteSuite, S3Case):
     def test_reads_go_on_where_they_broke(self):
         self.addCleanup(setattr, etc, '_pause', etc._pause)
         etc._pause = lambda failures: None
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(5 * MIB)}), 'X')
-        self.etc('push', 'X')
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(5 * MIB)}))
         size = len(next(iter(self.server.objects.values()))[0])
         self.settings['connections'] = 1
         sent = []
@@ -2072,8 +2085,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertLess(sum(sent), size + 65536 + 8 * 262144)
 
     def test_answers_that_end_before_they_begin(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
 
         def fault(handler):
             match = re.match(r'bytes=(\d+)-(\d+)$', handler.headers.get('Range', ''))
@@ -2088,8 +2100,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertLess(len(self.server.log), 30)
 
     def test_nothing_is_left_in_the_temporary_directory(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         scratch = write(self.tmp / 'scratch', {'journal': 'mine'})
         self.addCleanup(setattr, tempfile, 'tempdir', tempfile.tempdir)
         tempfile.tempdir = str(scratch)
@@ -2178,8 +2189,7 @@ class S3Remote(RemoteSuite, S3Case):
                 super().answer(status, b' \n' * 3 + body if body[:1] == b'<' else body, headers, length)
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
         self.server.RequestHandlerClass = Slow
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
-        self.etc('push', 'X')
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}))
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         self.etc('pull', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
@@ -2326,8 +2336,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertEqual(len(self.server.objects), 2)
 
     def test_head_that_is_refused(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
-        self.etc('push', 'X')
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}))
         etag = self.server.objects['some/prefix/X.tgz'][1]
 
         def tell_no_length(handler):
@@ -2377,8 +2386,7 @@ class S3Remote(RemoteSuite, S3Case):
 
     def test_partial_pull_reads_little(self):
         root = write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB), 'data/test/x': noise(100000), 'README.md': 'r'})
-        self.etc('register', root, 'X')
-        self.etc('push', 'X')
+        self.share(root)
         self.server.sent = 0
         self.etc('pull', '-p', 'test', 'X', home='two')
         self.assertLess(self.server.sent, 100000 + 2 * 65536 + 10000)
@@ -2391,8 +2399,7 @@ class S3Remote(RemoteSuite, S3Case):
 
     def test_connections_are_kept(self):
         write(self.tmp / 'ds', {'data/train/large': noise(40 * MIB)})
-        self.etc('register', self.tmp / 'ds', 'X')
-        self.etc('push', 'X')
+        self.share(self.tmp / 'ds')
         self.server.connections.clear()
         self.server.log.clear()
         self.etc('pull', 'X', home='two')
@@ -2489,8 +2496,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_wrong_answers(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         faults = {
             'no range': lambda h: h.answer(200, b'x' * 500, {'ETag': self.server.objects['some/prefix/X.tgz'][1]}),
             'wrong range': lambda h: h.answer(206, b'x' * 10, {'ETag': self.server.objects['some/prefix/X.tgz'][1],
@@ -2512,8 +2518,7 @@ class S3Remote(RemoteSuite, S3Case):
             self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []), name)
 
     def test_absurd_headers(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         etag = {'ETag': self.server.objects['some/prefix/X.tgz'][1]}
         for modified in ('Mon, 06 May 99999999999 07:08:09 GMT', 'Mon, 06 May 9999999999999999999999 07:08:09 GMT', 'never'):
             def fault(handler):
@@ -2550,8 +2555,7 @@ class S3Remote(RemoteSuite, S3Case):
             self.assertEqual(lost, [1])
 
     def test_stores_without_etags(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         for etag in ('W/"weak"', ''):
             key, (data, _, headers) = list(self.server.objects.items())[0]
             self.server.objects[key] = data, etag, headers
@@ -2568,8 +2572,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertNotIn('sh\n', err.replace('etc: ', '', 1)[:-1])
 
     def test_one_bad_archive_does_not_hide_the_others(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.put('Bad.tgz', b'x' * 100)
         self.server.fault = lambda h: 'Bad.tgz' in h.path and (h.error(403, 'AccessDenied'), True)[1]
         out, err = self.etc('ls', '-r', '-l')
@@ -2615,8 +2618,7 @@ class S3Remote(RemoteSuite, S3Case):
 
     def test_odd_prefix(self):
         self.url = 's3://bucket/a b/+~\u00e9/(x)'
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.assertEqual(list(self.server.objects), ['a b/+~\u00e9/(x)/X.tgz'])
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         self.etc('pull', 'X', home='two')
@@ -2717,8 +2719,8 @@ class S3Kinds(S3Case):
                 handler.error(403, 'RequestTimeTooSkewed')
                 return True
         self.server.fault = fault
-        self.addCleanup(setattr, S3Handler, 'date_time_string', S3Handler.date_time_string)
-        S3Handler.date_time_string = lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True)
+        self.addCleanup(setattr, Handler, 'date_time_string', Handler.date_time_string)
+        Handler.date_time_string = lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True)
         for skew in (-3 * 3600, 40 * 86400):
             etc.time.time = lambda skew=skew: now() + skew
             del self.server.log[:]
@@ -2726,7 +2728,7 @@ class S3Kinds(S3Case):
             self.etc('pull', 'X', '-f', home='two')
             methods = [m for m, _, _ in self.server.log]
             self.assertEqual(methods[:2], ['PUT', 'PUT'])
-        S3Handler.date_time_string = lambda handler, timestamp=None: 'no date'
+        Handler.date_time_string = lambda handler, timestamp=None: 'no date'
         self.assertIn("set this machine's clock", self.etc('ls', '-r', status=1)[1])
 
     def test_headers_that_are_asked_for(self):
@@ -2805,7 +2807,7 @@ class S3Kinds(S3Case):
         self.assertIn('-s3alias', self.etc('ls', '-r', url='s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/mine', status=1)[1])
 
 
-class GsHandler(S3Handler):
+class GsHandler(Handler):
     """Google Cloud Storage's JSON API, as https://cloud.google.com/storage/docs/json_api/v1 describes it."""
 
     def problem(self, status, message):
@@ -2826,7 +2828,7 @@ class GsHandler(S3Handler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        body = self.read_body()
         if server.fault and server.fault(self):
             return
         if server.token and self.headers.get('Authorization') != 'Bearer ' + server.token:
@@ -2844,8 +2846,6 @@ class GsHandler(S3Handler):
             if len(parts) != 7:
                 return self.problem(404, 'Not Found')
             self.object(urllib.parse.unquote(parts[6]))
-
-    do_GET = do_PUT = do_POST = do_DELETE = handle_one
 
     def resource(self, name):
         data, generation, headers = self.server.objects[name]
@@ -3050,8 +3050,7 @@ class GsRemote(RemoteSuite, GsCase):
 
     def test_odd_prefix(self):
         self.url = 'gs://bucket/a b/+~\u00e9/(x)'
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.assertEqual(list(self.server.objects), ['a b/+~\u00e9/(x)/X.tgz'])
         self.etc('pull', 'X', home='two')
 
@@ -3075,11 +3074,11 @@ class GsRemote(RemoteSuite, GsCase):
         self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
 
 
-class TokenHandler(S3Handler):
+class TokenHandler(Handler):
     """Google's token endpoints: OAuth, STS, IAM Credentials, metadata; `server.check(handler, form)` says what is wrong."""
 
     def handle_one(self):
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        body = self.read_body()
         self.server.log.append((self.command, self.path, self.headers))
         is_form = 'form' in (self.headers.get('Content-Type') or '')
         form = dict(urllib.parse.parse_qsl(body.decode())) if is_form else json.loads(body.decode() or '{}')
@@ -3088,8 +3087,6 @@ class TokenHandler(S3Handler):
             self.answer(400, json.dumps({'error': 'invalid_grant', 'error_description': answer}).encode())
         else:
             self.answer(200, json.dumps(answer).encode(), {'Metadata-Flavor': 'Google'})
-
-    do_GET = do_POST = handle_one
 
 
 def make_key(bits):
@@ -3146,8 +3143,7 @@ class GoogleCredentials(GoogleCase):
         self.use({'type': 'authorized_user', 'client_id': 'id', 'client_secret': 'se+cret', 'refresh_token': 'a/b',
                   'token_uri': self.tokens.url + '/token', 'quota_project_id': 'billing'})
         self.respond({'grant_type': 'refresh_token', 'client_id': 'id', 'client_secret': 'se+cret', 'refresh_token': 'a/b'})
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.assertEqual(len(self.asked), 1, 'a token is kept')
         self.assertEqual(self.server.log[-1][2]['x-goog-user-project'], 'billing')
         self.respond({'refresh_token': 'other'})
@@ -3175,8 +3171,7 @@ class GoogleCredentials(GoogleCase):
         self.works()
         self.assertEqual(len(self.server.log), 2)
         self.tokens.respond = lambda h, form: (self.asked.append(1), {'access_token': 'ya29.token', 'expires_in': 100})[1]
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.assertGreater(len(self.asked), 2)
         self.tokens.respond = lambda h, form: {'access_token': 'never right', 'expires_in': 3600}
         self.assertIn('permissions', self.etc('ls', '-r', status=1)[1])
@@ -3752,8 +3747,7 @@ class WebBucket(S3Case):
 
     def setUp(self):
         super().setUp()
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.settings = {}
         self.addCleanup(setattr, S3Handler, 'unsigned', S3Handler.unsigned)
         S3Handler.unsigned = lambda handler, body: handler.headers['Authorization'] and 'AccessDenied'
@@ -3906,8 +3900,7 @@ class Rclone(RemoteSuite, Case):
         self.client().put_object(Bucket='bucket', Key=self.prefix + '/' + name, Body=data)
 
     def test_boto3_reads_what_we_push(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}), 'X')
-        self.etc('push', 'X')
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}))
         body = self.client().get_object(Bucket='bucket', Key=self.prefix + '/X.tgz')['Body'].read()
         with tarfile.open(fileobj=io.BytesIO(body)) as tar:
             self.assertEqual(tar.extractfile('data/train/x').read(), noise(20 * MIB))
@@ -3939,16 +3932,14 @@ class Moto(Rclone):
 
     def test_no_upload_is_left(self):
         root = write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)})
-        self.etc('register', '--copy', root, 'X')
-        self.etc('push', 'X')
+        self.share('--copy', root)
         self.etc('push', '-f', 'X@sha256:' + '3' * 64, status=1)
         uploads = self.client().list_multipart_uploads(Bucket='bucket', Prefix=self.prefix).get('Uploads', [])
         self.assertEqual(uploads, [])
 
     def test_public(self):
         self.settings['public'] = True
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         grants = self.client().get_object_acl(Bucket='bucket', Key=self.prefix + '/X.tgz')['Grants']
         self.assertIn('http://acs.amazonaws.com/groups/global/AllUsers', [g['Grantee'].get('URI') for g in grants])
 
@@ -4089,8 +4080,7 @@ class GcpEmulator(RemoteSuite, Case):
         pass  # it neither knows ifGenerationMatch nor says which generation it sends
 
     def test_official_client_reads_what_we_push(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}), 'X')
-        self.etc('push', 'X')
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}))
         body = self.bucket().blob(self.prefix + '/X.tgz').download_as_bytes(raw_download=True)
         with tarfile.open(fileobj=io.BytesIO(body)) as tar:
             self.assertEqual(tar.extractfile('data/train/x').read(), noise(20 * MIB))
@@ -4102,7 +4092,7 @@ class GcpEmulator(RemoteSuite, Case):
         self.assertEqual(tree(etc.pull('X', config=self.config('two')).root), tree(self.tmp / 'ds'))
 
 
-class AwsHandler(S3Handler):
+class AwsHandler(SignedHandler):
     """STS, SSO's portal and its OIDC, a container's credentials service, and instance metadata of version 2.
 
     Every access key has the secret 'secret-of-KEY', and if it is temporary the token 'token/of+KEY'.
@@ -4115,11 +4105,8 @@ class AwsHandler(S3Handler):
             int(expires * 1000) if milliseconds else time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(expires)))}
         return {k[0].lower() + k[1:]: v for k, v in keys.items()} if lower else keys
 
-    def json(self, answer, status=200):
-        self.answer(status, json.dumps(answer).encode())
-
     def handle_one(self):
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        body = self.read_body()
         path, _, query = self.path.partition('?')
         self.server.log.append((self.command, path, self.headers))
         if self.server.fault and self.server.fault(self):
@@ -4154,8 +4141,6 @@ class AwsHandler(S3Handler):
             role = path.rpartition('/')[2] + '2' * self.server.rotated
             return self.json(dict(self.temporary('INSTANCE-' + role, 'Token'), Code='Success'))
         self.answer(404)
-
-    do_GET = do_PUT = do_POST = handle_one
 
     def sts(self, body, form):
         form['RoleArn'] = form['RoleArn'].rpartition('/')[2]
@@ -4576,8 +4561,8 @@ class AwsLife(AwsCase):
         for name in ('server', 'aws'):
             getattr(self, name).fault = lambda h: abs(calendar.timegm(time.strptime(
                 h.headers['x-amz-date'], '%Y%m%dT%H%M%SZ')) - now()) > 300 and (h.error(403, 'SignatureDoesNotMatch'), True)[1]
-        self.addCleanup(setattr, S3Handler, 'date_time_string', S3Handler.date_time_string)
-        S3Handler.date_time_string = lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True)
+        self.addCleanup(setattr, Handler, 'date_time_string', Handler.date_time_string)
+        Handler.date_time_string = lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True)
         self.shift(5 * 3600)
         self.assertEqual(self.akid(), 'dev-by-STATIC')
         self.assertEqual((len(self.aws.log), len(self.server.log)), (2, 1))
@@ -4942,15 +4927,11 @@ class FlakyServer(Server):
                 threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
-class Recorder(http.server.BaseHTTPRequestHandler):
+class Recorder(Handler):
     """The host that a redirect leads to; it keeps every byte that it is told."""
-    protocol_version = 'HTTP/1.1'
-
-    def log_message(self, *args):
-        pass
 
     def handle_one(self):
-        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        body = self.read_body()
         self.server.log.append('%s %s\n%s\n%s' % (self.command, self.path, self.headers, body[:MIB].decode('latin-1')))
         self.send_response(200)
         self.send_header('Content-Length', '0')
@@ -5388,8 +5369,7 @@ class FileFaults(Runs, Case):
 class Install(S3Case):
     def publish(self, size=20 * MIB):
         self.root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(size // 10, n) for n in range(10)})
-        self.etc('register', self.root, 'X', home='pub')
-        self.etc('push', 'X', home='pub')
+        self.share(self.root, home='pub')
 
     def test_read_only(self):
         self.etc('register', small(self.tmp / 'ds'), 'X', home='pub')
@@ -5529,8 +5509,7 @@ class Install(S3Case):
         files.update({'data/test/%d' % n: noise(300000) for n in range(10)})
         self.root = write(self.tmp / 'ds', files)
         (self.root / 'data/train/0000').chmod(0o755)
-        self.etc('register', self.root, 'X', home='pub')
-        self.etc('push', 'X', home='pub')
+        self.share(self.root, home='pub')
         return len(next(iter(self.server.objects.values()))[0])
 
     @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
@@ -5799,8 +5778,7 @@ sys.exit(etc.main(sys.argv[2:]))
 
     def test_receipts_that_are_odd(self):
         """What is no receipt tells nothing; one with odd times is still one."""
-        self.etc('register', small(self.tmp / 'ds'), 'X', home='pub')
-        self.etc('push', 'X', home='pub')
+        self.share(small(self.tmp / 'ds'), home='pub')
         self.etc('pull', 'X')
         path, = (self.tmp / 'home/.etcetera/receipts').iterdir()
         good = json.loads(path.read_text())
@@ -5905,8 +5883,7 @@ class Disks(Case):
     """File systems that cannot do all that is usual."""
 
     def publish(self):
-        self.etc('register', odd(self.tmp / 'ds', 40), 'X', home='pub')
-        self.etc('push', 'X', home='pub')
+        self.share(odd(self.tmp / 'ds', 40), home='pub')
 
     def preload(self, source):
         """Put functions in C before those of the system, in the processes that are spawned."""
@@ -6881,8 +6858,7 @@ class Mistakes(Case):
         self.assertIn('etc: no url; set where datasets are shared', err.getvalue())
 
     def test_other_contents(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share('--copy', small(self.tmp / 'ds'))
         self.etc('create', '-f', 'X')
         self.assertIn("push it under another name, or 'etc push -f X' replaces it", self.etc('push', 'X', status=1)[1])
         self.assertIn("'etc pull -f X' replaces it", self.etc('pull', 'X', status=1)[1])
@@ -7152,8 +7128,7 @@ sys.exit(etc.main(sys.argv[2:]))
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
         """As with ulimit -v: the command succeeds, or says what to do."""
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}), 'X')
-        self.etc('push', 'X')
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}))
         program = r"""
 import resource, etcetera as etc
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
@@ -7186,8 +7161,7 @@ sys.exit(etc.main(sys.argv[2:]))
                 return function(seconds)
             return limited
 
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         for name in ('gmtime', 'localtime'):
             self.addCleanup(setattr, etc.time, name, getattr(time, name))
             setattr(etc.time, name, narrow(getattr(time, name)))
@@ -7233,8 +7207,7 @@ sys.exit(etc.main(sys.argv[2:]))
                 self.assertIn('what holds a NUL cannot be a path', str(caught.exception))
 
     def test_what_a_progress_function_raises(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         with tarfile.open(str(self.tmp / 'share/Y.tgz'), 'w:gz') as tar:
             tar.add(str(self.tmp / 'ds'), '.')
         config = self.config()
@@ -7257,8 +7230,7 @@ sys.exit(etc.main(sys.argv[2:]))
             self.assertEqual((self.installed('two'), self.installed()), ([], ['X']))
 
     def test_faults_of_ours_are_not_called_damage(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         for error in (TypeError, ValueError, KeyError):
             def broken(*args):
                 raise error('a fault in etcetera')
