@@ -31,46 +31,66 @@ Settings live in ~/.etc.yaml. This file needs Python 3.6 or later and nothing el
 
 HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
 
-    Errors          what is raised, and how errors of the system become errors of etcetera
     Messages        what is shown to people, and how secrets are kept out of it
+    Errors          what is raised, and how errors of the system become errors of etcetera
     Settings        ~/.etc.yaml and Config
     Threads         parallel work with ordered results
     Contents        a directory as canonical tar bytes, and its digest
     Datasets        Dataset: a directory with partitions
     Archives        the .tgz format: its specification, writing it, reading it safely
+    Other tools     reading any .tgz safely
     HTTP            one client: connections, proxies, TLS, retries
     AWS             credentials and request signatures
     Google          credentials
     Remotes         file://, s3://, gs://, https://: list, stat, read, write
+    Home            the local store: receipts, and installing atomically
     Stored archives an archive in a remote: its index, and extracting it
-    Home            ~/.etc: receipts, and installing atomically
     API             what `import etcetera` offers
     Command line    the command `etc`
 
 AUDIT MAP. What this file touches, and when.
 
-Hosts. Only commands that need a remote use the network; importing never does. It contacts:
-    - the host of `url` or `endpoint_url`; for s3:// without an endpoint, hosts below amazonaws.com (or the partition's
-      own domain); for gs://, storage.googleapis.com;
-    - https:// URLs only: the hosts that a web server redirects to, without credentials and never to plain http://;
-    - for AWS credentials, if the profile asks for them: sts, portal.sso and oidc hosts of AWS, or the endpoints set for
-      them; the container's credential service; else, if no keys are found, http://169.254.169.254 (EC2);
-    - for Google credentials: the token URLs in the credentials file; without a file, http://metadata.google.internal;
-    - a proxy that the environment names. Credential services of a container or machine are never asked by proxy.
-Files outside the local store (~/.etc by default). It reads:
+Hosts. Importing contacts none. Commands that need a remote, and shell completion of remote names, contact:
+    - the host in `url` or `endpoint_url`, in AWS's variables or profile ($AWS_ENDPOINT_URL, ...) or in
+      $STORAGE_EMULATOR_HOST; for s3:// without an endpoint, hosts below amazonaws.com or the domain of another AWS
+      partition; for gs://, storage.googleapis.com, and the host that it names for an upload (it gets the data, no
+      credentials);
+    - for http(s):// URLs, any host that the server redirects to; no credentials are sent, and redirects from https://
+      to http:// are refused;
+    - for AWS credentials, if the profile or AWS's variables ask for them: the sts, portal.sso and oidc hosts of AWS,
+      or endpoints that are set for them; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if
+      no keys are found anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
+    - for Google credentials: the URLs in the credentials file, by default oauth2.googleapis.com; without a file, the
+      metadata service of the machine (metadata.google.internal, or $GCE_METADATA_HOST);
+    - a proxy that the environment or the system names. Requests to a container's or machine's credential service never
+      go through a proxy.
+Environment. Besides the variables above and those of AWS's and Google's own tools (AWS_..., GOOGLE_...,
+CLOUDSDK_CONFIG, NO_GCE_CHECK): ETC_URL, ETC_HOME, ETC_CONFIG, HOME, TERM; and what Python itself reads (TMPDIR,
+http_proxy and the like, SSL_CERT_FILE, SSLKEYLOGFILE, ...).
+Files. It reads:
     - ~/.etc.yaml (else ~/.etc.toml), or the file that --config or $ETC_CONFIG names;
-    - ~/.aws/config, ~/.aws/credentials, ~/.aws/sso/cache/*.json, token files that AWS variables or profiles name;
+    - ~/.aws/config, ~/.aws/credentials, ~/.aws/sso/cache/*.json, and token files that AWS's variables or profiles
+      name;
     - Google's application_default_credentials.json, or the file that is configured, and token files that it names;
-    - the `ca_bundle`; the directories of registered datasets; /etc/machine-id, to tell hosts that share a store apart.
-  It writes:
-    - a `file://` remote; a temporary file for objects of web servers that support no ranges, and for `etc info -r`;
-    - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do; with boto3 also ~/.aws/cli/cache.
-Programs: the `credential_process` of an AWS profile, if one is configured. No shell is involved.
+    - the `ca_bundle`; /etc/machine-id and /proc/self/ns/pid, to tell apart hosts and containers that share a store;
+    - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
+      unless they stay inside their partition.
+  It writes below the local store (~/.etc by default), and besides:
+    - a `file://` remote, where it also removes what killed pushes left behind a day ago or more;
+    - a temporary file, if a web server does not support range requests; a temporary directory for `etc info -r`;
+    - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do.
+  In S3 and Google Cloud Storage it deletes only uploads of its own that failed.
+Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
+that the console understands escape sequences.
+Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does. Signal 0 tests whether a process
+lives.
 Optional libraries: botocore (MFA, `aws login`) and google-auth (credential types that need more than the standard
-library) are imported only where the configured credentials ask for them.
+library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/cli/cache) and
+programs of their own.
 ctypes: syncfs and renameat2 of Linux's libc and renamex_np of macOS's, to flush and to swap directories.
-TLS: certificates and names are always verified. With `ca_bundle`, that file replaces the system's CAs, and
-VERIFY_X509_STRICT is switched off, since many private CAs leave out extensions that it demands.
+TLS: certificates and names are always verified. With `ca_bundle` (for s3:// also $AWS_CA_BUNDLE and the profile's),
+that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, since many private CAs leave out
+extensions that it demands.
 """
 
 # Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
@@ -122,117 +142,12 @@ _Path = Union[str, 'os.PathLike[str]']
 
 
 # ---------------------------------------------------------------------------------------
-# Errors
-#
-# Every failure that a user can cause or meet is an Error. Its text is one line: what happened; what to do next.
-# ---------------------------------------------------------------------------------------
-
-class Error(Exception):
-    """Something that a user can cause or meet.
-
-    str() is one line: the message and, after a semicolon, the remedy, if there is one.
-    """
-
-    def __init__(self, message: str = '', remedy: str = '') -> None:
-        super().__init__(message, remedy)
-        self.message = message
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return '; '.join(filter(None, [self.message, self.remedy]))
-
-
-class ConfigError(Error):
-    """A setting, flag or argument is missing or wrong."""
-
-
-class InvalidDataset(Error):
-    """A directory that is not a dataset, or a name that no dataset can have."""
-
-
-class NotFound(Error):
-    """There is no dataset of that name."""
-
-
-class Exists(Error):
-    """A dataset with other contents has that name already, and `force` was not given."""
-
-
-class Corrupt(Error):
-    """The bytes are not those that were published."""
-
-
-class RemoteError(Error):
-    """The storage could not be reached, or refused. `status` is its HTTP status, or 0."""
-
-    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
-        super().__init__(message, remedy)
-        self.status = status
-
-
-class UnknownPartition(Error, KeyError):
-    """The dataset has no partition of that name."""
-
-
-class _Malformed(Exception):
-    """What was read does not have the form that it must have. No ValueError, which may be a fault of ours."""
-
-
-class _FromCaller(BaseException):
-    """Carries what a caller's own function raised past every handler that is not meant for it."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-_F = TypeVar('_F', bound=Callable[..., Any])
-
-
-def _public(function: _F) -> _F:
-    """Decorates what users call: errors of the system become an Error, errors of a caller's function stay as they are.
-    """
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except OSError as e:
-            where = ''
-            if e.filename is not None:
-                e.filename = _existing(str(e.filename))  # a traceback shows both names, too
-                e.filename2 = None
-                where = f': {e.filename}'
-            raise Error(f'{e.strerror or e}{where}') from e
-        except MemoryError as e:
-            raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
-        except _FromCaller as e:
-            error = e.error
-        raise error
-    return wrapper  # type: ignore[return-value]
-
-
-def _check_path(path: _Path) -> str:
-    """Return the path as text. Raises Error if no file can have that path on this system."""
-    text = os.fspath(path)
-    if '\0' in text:
-        raise Error('what holds a NUL cannot be a path', 'check what was given')
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        raise Error(f"the path '{_masked(text)}' cannot be written in this locale", 'set LC_ALL=C.UTF-8') from None
-    return text
-
-
-# ---------------------------------------------------------------------------------------
 # Messages
 #
 # Output goes to stdout, messages go to stderr: through the console while the command `etc` runs, otherwise to the
-# logger `etcetera`. Keys end up in places that were made for something else, so what users set and type is shown with
-# care: the value of a setting or variable only if it has the form that it must have, otherwise its name; a URL without
-# user, password and query; of a path only as much as exists.
+# logger `etcetera`. People paste keys in the wrong places, so what they set and type is shown with care: the value of a
+# setting or variable only if it is well-formed, otherwise its name; a URL without user, password and query; a path only
+# as far as it exists.
 # ---------------------------------------------------------------------------------------
 
 def _masked(text: str) -> str:
@@ -241,7 +156,7 @@ def _masked(text: str) -> str:
     return _printable(re.sub(r'([?#]).+', r'\1***', text, flags=re.S))
 
 
-def _existing(path: str) -> str:
+def _existing_part(path: str) -> str:
     """The part of a path that exists, followed by `...` if there is more."""
     known = path
     while known != os.path.dirname(known) and not os.path.lexists(known):
@@ -335,10 +250,115 @@ def _say(message: str, level: int = _INFO) -> None:
 
 
 # ---------------------------------------------------------------------------------------
+# Errors
+#
+# Every failure that a user can cause or run into is an Error. Its text is one line: what happened; what to do next.
+# ---------------------------------------------------------------------------------------
+
+class Error(Exception):
+    """Something that a user can cause or run into.
+
+    str() is one line: the message and, after a semicolon, the remedy, if there is one.
+    """
+
+    def __init__(self, message: str = '', remedy: str = '') -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return '; '.join(filter(None, [self.message, self.remedy]))
+
+
+class ConfigError(Error):
+    """A setting, flag or argument is missing or wrong."""
+
+
+class InvalidDataset(Error):
+    """A directory that is not a dataset, or a name that no dataset can have."""
+
+
+class NotFound(Error):
+    """There is no dataset of that name."""
+
+
+class Exists(Error):
+    """A dataset with other contents has that name already, and `force` was not given."""
+
+
+class Corrupt(Error):
+    """The bytes are not those that were published."""
+
+
+class RemoteError(Error):
+    """The storage could not be reached, or refused. `status` is its HTTP status, or 0."""
+
+    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
+        super().__init__(message, remedy)
+        self.status = status
+
+
+class UnknownPartition(Error, KeyError):
+    """The dataset has no partition of that name."""
+
+
+class _Malformed(Exception):
+    """The data that was read is malformed. Not a ValueError, since that may be a bug in etcetera."""
+
+
+class _FromCaller(BaseException):
+    """Carries an exception of a caller's function past handlers that are not meant for it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_F = TypeVar('_F', bound=Callable[..., Any])
+
+
+def _api(function: _F) -> _F:
+    """Decorates what users call: errors of the system become an Error, errors of a caller's function stay as they are.
+    """
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except OSError as e:
+            where = ''
+            if e.filename is not None:
+                e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
+                e.filename2 = None
+                where = f': {e.filename}'
+            raise Error(f'{e.strerror or e}{where}') from e
+        except MemoryError as e:
+            raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
+        except _FromCaller as e:
+            error = e.error
+        raise error
+    return wrapper  # type: ignore[return-value]
+
+
+def _check_path(path: _Path) -> str:
+    """Return the path as text. Raises Error if no file can have that path on this system."""
+    text = os.fspath(path)
+    if '\0' in text:
+        raise Error('a path cannot contain a NUL character', 'check the path')
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise Error(f"the path '{_masked(text)}' cannot be written in this locale", 'set LC_ALL=C.UTF-8') from None
+    return text
+
+
+# ---------------------------------------------------------------------------------------
 # Settings
 #
-# A settings file is a flat map in a subset of YAML. Whatever is accepted means what YAML 1.1 means by it, as PyYAML
-# reads it; everything else is refused with its line number.
+# A settings file is a flat map in a subset of YAML. What is accepted has its YAML 1.1 meaning, as in PyYAML; everything
+# else is refused with its line number.
 # ---------------------------------------------------------------------------------------
 
 _SETTINGS: Dict[str, type] = {
@@ -406,7 +426,7 @@ def _yaml_scalar(text: str, line: int) -> Any:
     plain = re.split(' +#', text, maxsplit=1)[0].rstrip(' ')
     means_something_else = plain[:1] in set('?:,[]{}&*!|>%@`') or plain[-1:] == ':' or ': ' in plain
     if means_something_else or '\t' in plain:
-        raise _YamlError(line, 'etcetera reads no such YAML; put the value in double quotes')
+        raise _YamlError(line, 'this YAML syntax is not supported; put the value in double quotes')
     return _yaml_plain(plain, line)
 
 
@@ -422,7 +442,7 @@ def _yaml_quoted(text: str, line: int) -> str:
         value: str = json.loads(quoted, strict=False)  # JSON's escapes mean the same in YAML, except for surrogates
     except ValueError:
         value = '\ud800'
-    if not _is_utf8(value) or re.search(r'\\u[dD][89a-fA-F]', quoted):
+    if not _is_utf8(value) or re.search(r'(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]', quoted):
         raise _YamlError(line, 'unknown escape; in double quotes, write \\\\ for a backslash and \\u00e9 for U+00E9')
     return value
 
@@ -505,12 +525,12 @@ class Config:
         homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
         if named:
             file = _expand(named)
-            values = _read_settings(file, _masked(str(file)) if path else _existing(str(file)), required=True)
+            values = _read_settings(file, _masked(str(file)) if path else _existing_part(str(file)), required=True)
         elif not homeless:
             file, old = _expand('~/.etc.yaml'), _expand('~/.etc.toml')
             if not os.path.exists(file) and os.path.exists(old):  # Path.exists() may raise
                 file = old
-            values = _read_settings(file, _existing(str(file)), required=False)
+            values = _read_settings(file, _existing_part(str(file)), required=False)
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
@@ -522,7 +542,7 @@ class Config:
         for key, value in shown.items():
             if isinstance(value, str):
                 shown[key] = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
-        shown['home'] = _existing(str(self.home))
+        shown['home'] = _existing_part(str(self.home))
         return 'Config(%s)' % ', '.join(f'{key}={value!r}' for key, value in shown.items())
 
 
@@ -535,7 +555,7 @@ def _expanduser(path: str) -> str:
 
 
 def _expand(path: _Path) -> Path:
-    """The absolute path that a user means, who may have written ~."""
+    """The absolute path, with ~ expanded."""
     text = _check_path(path)
     expanded = _expanduser(text)
     if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
@@ -568,7 +588,7 @@ def _check_setting(key: str, value: Any) -> None:
 def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
     """The settings in a file; {} if it does not exist and is not required.
 
-    shown: what to call it until it has turned out to be a path, as someone may have given a key in its place.
+    shown: its name in messages until it is known to exist, since someone may have passed a secret by mistake.
     """
     try:
         text = path.read_bytes().decode('utf-8-sig')
@@ -604,7 +624,7 @@ def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
 # ---------------------------------------------------------------------------------------
 # Threads
 #
-# Work is done in parallel, while its results come in order and only so many are under way: so memory stays flat.
+# Work runs in parallel. Results come in order, and a limit on what is under way bounds memory.
 # ---------------------------------------------------------------------------------------
 
 _T = TypeVar('_T')
@@ -633,7 +653,7 @@ def _threads(count: int) -> Any:
         if not isinstance(e, (RuntimeError, MemoryError)):
             raise
     if count == 1:
-        raise Error('the system grants this process no more threads',
+        raise Error('the system does not allow this process any more threads',
                     "set 'connections: 1', or raise the limits (ulimit -u, ulimit -v)")
     return _threads(count // 2)
 
@@ -647,8 +667,8 @@ def _ordered(
 ) -> Generator[_R, None, None]:
     """Yield function(item) for every item, in order, while up to `ahead` of them are under way.
 
-    keep: how many finished results may wait, before the next item is taken, so that the pool has work while the caller
-        uses a result; but a broken connection or a kill loses what waits.
+    keep: how many finished results may be buffered. That keeps the pool busy while the caller uses a result, but they
+        are lost if the process is killed.
     """
     pending: Any = collections.deque()
     try:
@@ -706,9 +726,9 @@ _BLOCK = 1 << 20  # bytes of a block
 _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
 _DEPTH = 256  # levels of directories that a dataset may have
-_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
+_MAX_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
 _KEPT_ENTRIES = 100000  # entries that _survey() keeps in memory
-_MANY_FILES = 32  # in a block, from which on one thread may read them faster than many
+_MANY_FILES = 32  # in a block, above which one thread may read them faster than several
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'  # type flags of tar
@@ -760,7 +780,7 @@ class _Segment(NamedTuple):
         fields: List[Any] = [row.get(key) for key in ('path', 'offset', 'length', 'files', 'size', 'digest')]
         if [type(field) for field in fields] != [str, int, int, int, int, str]:
             raise _Malformed
-        if not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
+        if not _is_utf8(fields[0]) or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
             raise _Malformed
         return cls(*fields)
 
@@ -805,7 +825,7 @@ def _scan(path: _Path) -> Tuple[List[str], Set[str]]:
 
 
 def _stat(name: str, path: str) -> os.stat_result:
-    """The status of what `path` leads to. Raises InvalidDataset, which calls it `name`, if a dataset cannot hold it."""
+    """os.stat() of `path`. Raises InvalidDataset, which calls it `name`, if it cannot be part of a dataset."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -846,7 +866,7 @@ def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
     """The segments of a dataset, or only those with the given paths, each with its entries."""
     names, links = _scan(root)
     directories = [name for name in names if name != 'data' and _is_directory(root, name)]
-    inside = {'.': [name for name in names if name not in directories]}
+    inside = {'.': sorted(set(names) - set(directories))}
     for path in directories + ['data/' + name for name in _partitions(root)]:
         inside[path] = [path]
     for path, tops in inside.items():
@@ -877,8 +897,9 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
         own = level.names.pop()
         name = level.prefix + own
         followed += level.through_link
-        if followed > _FOLLOWED or len(levels) > _DEPTH:
-            raise InvalidDataset(f"links lead to ever more files at '{name[:300]}', or it is too deep", 'remove links')
+        if followed > _MAX_FOLLOWED or len(levels) > _DEPTH:
+            raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
+                                 'remove links')
         path = level.place + _to_os(own)
         status = _stat(name, path)
         is_directory = stat.S_ISDIR(status.st_mode)
@@ -962,7 +983,7 @@ def _survey(root: _Path) -> _Survey:
 _BEFORE_SIZE = struct.Struct('8s8s8s')
 _BEFORE_CHECKSUM = struct.Struct('x11sx')
 _AFTER_CHECKSUM = struct.Struct('c100s8s247x')
-_HEADER = 512  # bytes of a ustar header
+_HEADER_SIZE = 512  # bytes of a ustar header
 _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
 
@@ -1142,8 +1163,8 @@ def _process(
     def plans() -> Iterator[_BlockPlan]:
         is_fast = True
         for plan in _reported(_blocks(listing), _BlockPlan.file_bytes, progress, total):
-            # Threads that open many files mostly wait for each other, so one had better do it, unless the disk is slow:
-            # then they had better wait for the disk together.
+            # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
+            # is slow: then several threads overlap their waits.
             if is_fast and len(plan.pieces) > _MANY_FILES:
                 begin = time.monotonic()
                 payload = plan.read()
@@ -1155,7 +1176,7 @@ def _process(
 
 
 class _SegmentList:
-    """Adds blocks up to segments."""
+    """Accumulates blocks into segments."""
 
     def __init__(self) -> None:
         self.segments: List[_Segment] = []
@@ -1228,7 +1249,7 @@ class Dataset(Mapping[str, Path]):
     Raises InvalidDataset if `root` is not a dataset.
     """
 
-    @_public
+    @_api
     def __init__(
             self,
             root: _Path,
@@ -1242,7 +1263,7 @@ class Dataset(Mapping[str, Path]):
 
     def __getitem__(self, partition: str) -> Path:
         if partition not in self._partitions:
-            raise _unknown_partition(partition, self.name, self._partitions)
+            raise _unknown_partition_error(partition, self.name, self._partitions)
         return self.root / 'data' / _to_os(partition)
 
     def __iter__(self) -> Iterator[str]:
@@ -1255,17 +1276,17 @@ class Dataset(Mapping[str, Path]):
         return f"<Dataset {self.name}: {', '.join(self)}>"
 
     def keys(self) -> KeysView[str]:
-        """The partitions' names, as a set that compares and prints as that of a dict."""
+        """The partitions' names, as a set-like view, like dict.keys()."""
         return dict.fromkeys(self._partitions).keys()
 
     @property
-    @_public
+    @_api
     def meta(self) -> Dict[str, Any]:
         """The contents of meta.json; {} if there is none."""
         return _read_meta(self.root)
 
     @property
-    @_public
+    @_api
     def digest(self) -> str:
         """'sha256:...' of all contents. If no receipt holds it, every file is read."""
         if self._digest is None:
@@ -1293,7 +1314,7 @@ class Dataset(Mapping[str, Path]):
         return list(self)
 
 
-def _unknown_partition(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
+def _unknown_partition_error(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
     return UnknownPartition(f"no partition '{_masked(str(partition))}' in {name}; it has: {', '.join(known)}",
                             _did_you_mean(str(partition), known))
 
@@ -1375,7 +1396,7 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
     if not _is_name(name):
         raise InvalidDataset(
             f"'{_masked(text)}' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
-            'the first a letter or digit', 'a url is given by --url' if '://' in text else '')
+            'the first a letter or digit', 'use --url for a URL' if '://' in text else '')
     return name, match.group(2)
 
 
@@ -1438,15 +1459,15 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
 _GZIP = b'\x1f\x8b\x08\x04\0\0\0\0\0\xff'  # RFC 1952, 2.3: deflate, FEXTRA, no time, unknown system
 _EMPTY = b'\x03\0' + bytes(8)  # an empty deflate stream, its CRC-32 and its size
 _EXTRA = struct.Struct('<H2sH')  # RFC 1952, 2.3.1.1: length of all fields, tag and length of the only one
-_FIELD = len(_GZIP) + _EXTRA.size  # where the data of the extra field start
-_BLOCK_HEADER = _FIELD + 4  # bytes before a block's deflate stream
+_FIELD_OFFSET = len(_GZIP) + _EXTRA.size  # where the data of the extra field start
+_BLOCK_HEADER_SIZE = _FIELD_OFFSET + 4  # bytes before a block's deflate stream
 _TRAILER = struct.Struct('<II')  # CRC-32 and size
-_FOOTER = _FIELD + 8 + len(_EMPTY)
+_FOOTER_SIZE = _FIELD_OFFSET + 8 + len(_EMPTY)
 _LONGEST_BLOCK = _BLOCK + 4096  # bytes in the archive: stored, a block grows by 5 bytes in each 16 KiB or more
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # bytes of index: enough for some 80,000 partitions
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
-_LARGE_FILE = 32768  # bytes from which on another thread is worth its while to write a file
+_LARGE_FILE = 32768  # bytes above which writing a file in another thread pays off
 
 
 def _member(tag: bytes, data: bytes) -> bytes:
@@ -1460,7 +1481,7 @@ def _compress(level: int, payload: bytes) -> bytes:
     body = _deflate(payload, level, strategy)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
-    length = struct.pack('<I', _BLOCK_HEADER + len(body) + _TRAILER.size)
+    length = struct.pack('<I', _BLOCK_HEADER_SIZE + len(body) + _TRAILER.size)
     return b''.join((_member(b'et', length), body, _TRAILER.pack(zlib.crc32(payload), len(payload))))
 
 
@@ -1503,7 +1524,7 @@ def _inflate(body: Any) -> bytes:
         raise Corrupt(f'the archive is damaged: {e}') from None
     is_complete = inflater.eof and 0 < len(payload) <= _BLOCK and len(payload) % 512 == 0
     if not is_complete or inflater.unused_data != _TRAILER.pack(zlib.crc32(payload), len(payload)):
-        raise Corrupt('the archive is damaged: a block does not hold what it promises')
+        raise Corrupt('the archive is damaged: a block does not match its checksum or size')
     return payload
 
 
@@ -1540,12 +1561,12 @@ def _index(segments: Sequence[_Segment], offset: int) -> bytes:
 
 def _find_index(tail: bytes, size: int) -> Optional[int]:
     """The offset of the index in an archive of `size` bytes that ends in `tail`; None if it has no index."""
-    footer = tail[-_FOOTER:]
-    offset_bytes = footer[_FIELD:_FIELD + 8]
-    if len(footer) < _FOOTER or footer != _member(b'ef', offset_bytes) + _EMPTY:
+    footer = tail[-_FOOTER_SIZE:]
+    offset_bytes = footer[_FIELD_OFFSET:_FIELD_OFFSET + 8]
+    if len(footer) < _FOOTER_SIZE or footer != _member(b'ef', offset_bytes) + _EMPTY:
         return None
     offset = int.from_bytes(offset_bytes, 'little')
-    if not 0 < size - _FOOTER - offset <= _INDEX_LIMIT:
+    if not 0 < size - _FOOTER_SIZE - offset <= _INDEX_LIMIT:
         raise Corrupt('the archive is damaged: its footer points nowhere')
     return offset
 
@@ -1556,7 +1577,7 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
     None if the index is of an unknown version. Raises Corrupt.
     """
     try:
-        index = _parse_json(_index_text(data[:-_FOOTER]))
+        index = _parse_json(_index_text(data[:-_FOOTER_SIZE]))
         if not isinstance(index, dict) or type(index.get('etcetera')) is not int:
             raise _Malformed
         if index['etcetera'] != 1:
@@ -1584,10 +1605,10 @@ def _index_text(data: bytes) -> bytes:
     parts = []
     at = 0
     while at < len(data):
-        header = data[at:at + _FIELD]
+        header = data[at:at + _FIELD_OFFSET]
         length = int.from_bytes(header[-2:], 'little')
-        end = at + _FIELD + length + len(_EMPTY)
-        part = data[at + _FIELD:at + _FIELD + length]
+        end = at + _FIELD_OFFSET + length + len(_EMPTY)
+        part = data[at + _FIELD_OFFSET:at + _FIELD_OFFSET + length]
         if data[at:end] != _member(b'ei', part) + _EMPTY:
             raise _Malformed
         parts.append(part)
@@ -1609,7 +1630,7 @@ def _check_order(segments: List[_Segment], end: int) -> None:
         if segment.path == '.':
             order.append((0, ''))
             continue
-        if not _is_utf8(segment.path) or not _is_safe(segment.path):
+        if not _is_safe(segment.path):
             raise _Malformed
         parts = segment.path.split('/')
         if len(parts) > 2 or (len(parts) == 2) != (parts[0] == 'data'):
@@ -1639,7 +1660,7 @@ def _link_or_copy(source: str, target: str) -> None:
     import shutil
     try:
         if os.name == 'nt':
-            raise OSError  # to remove one link, it would have to be made writable, and with it the other
+            raise OSError  # there, a link can be removed only if the file is writable, and so would the other be
         os.link(source, target)
     except OSError:
         mode = os.stat(source).st_mode & 0o777
@@ -1676,7 +1697,7 @@ class _Sink:
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
-        self.twin = ''  # a directory that holds the same files, while there is one
+        self.reuse_from = ''  # a directory that holds the same files, while there is one
         self.links: Dict[str, str] = {}  # targets of links, which finish() makes
         self.writable: List[Tuple[str, int]] = []  # files that finish() makes read-only, with their modes
 
@@ -1695,9 +1716,9 @@ class _Sink:
             os.mkdir(path)
         except FileExistsError:
             if not exist_ok or not os.path.isdir(path):
-                raise self.duplicate(name) from None
+                raise self.duplicate_error(name) from None
         except (FileNotFoundError, NotADirectoryError):
-            raise self.orphan(name) from None
+            raise self.orphan_error(name) from None
 
     def create_file(self, name: str, executable: bool) -> int:
         """Create a read-only file, and return a descriptor to write to it."""
@@ -1713,15 +1734,15 @@ class _Sink:
                 self.writable.append((path, mode))
                 return file
         except FileExistsError:
-            raise self.duplicate(name) from None
+            raise self.duplicate_error(name) from None
         except (FileNotFoundError, NotADirectoryError):
-            raise self.orphan(name) from None
+            raise self.orphan_error(name) from None
 
     def write_file(self, name: str, executable: bool, data: Any) -> None:
         """Create a file with all its contents."""
-        twin = self.twin  # another thread may reset it
-        if twin:
-            _link_or_copy(twin + _to_os(name), self.path(name))
+        reuse_from = self.reuse_from  # another thread may reset it
+        if reuse_from:
+            _link_or_copy(reuse_from + _to_os(name), self.path(name))
             return
         file = self.create_file(name, executable)
         try:
@@ -1733,9 +1754,9 @@ class _Sink:
         """Note a link. finish() makes it, so that nothing can be written through it."""
         self.path(name)
         if name in self.links:
-            raise self.duplicate(name)
+            raise self.duplicate_error(name)
         if not 0 < len(target) < 4096 or '\0' in target or not _is_utf8(target):
-            raise self.bad_link(name, ascii(target))
+            raise self.link_error(name, ascii(target))
         self.links[name] = target
 
     def finish(self, confined: bool) -> None:
@@ -1747,11 +1768,11 @@ class _Sink:
             try:
                 _symlink(_to_os(target), self.path(name))
             except FileExistsError:
-                raise self.duplicate(name) from None
+                raise self.duplicate_error(name) from None
         root = os.path.realpath(self.root)
         for name, target in self.links.items():
             if os.path.isabs(target) or not self.stays_inside(root, name, confined):
-                raise self.bad_link(name, target)
+                raise self.link_error(name, target)
 
     def stays_inside(self, root: str, name: str, confined: bool) -> bool:
         """Whether a link leads to something in the dataset or, if `confined`, in its segment."""
@@ -1766,15 +1787,15 @@ class _Sink:
         inside = os.path.normpath(os.path.join(root, _to_os(segment)))
         return real == inside or real.startswith(inside + os.sep)
 
-    def orphan(self, name: str) -> Error:
+    def orphan_error(self, name: str) -> Error:
         if not os.path.isdir(self.root):
             return Error(f'{self.root} was removed while it was being filled', 'run the command again')
         return Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it")
 
-    def duplicate(self, name: str) -> Error:
+    def duplicate_error(self, name: str) -> Error:
         return Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)")
 
-    def bad_link(self, name: str, target: str) -> Error:
+    def link_error(self, name: str, target: str) -> Error:
         return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
                        'nowhere')
 
@@ -1793,11 +1814,12 @@ class _Extractor:
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, sink: _Sink, path: str, limit: int) -> None:
-        """limit: bytes that all files of the segment may have."""
+    def __init__(self, sink: _Sink, path: str, promised: Optional[_Segment]) -> None:
+        """promised: what the index says of the segment."""
         self.sink = sink
         self.path = path
-        self.limit = limit
+        self.promised = promised
+        self.limit = promised.size if promised else 1 << 63  # bytes of all files
         self.digests = _sha256()
         self.files = 0
         self.size = 0
@@ -1811,13 +1833,13 @@ class _Extractor:
         self.has_directory = False  # whether a directory has come
         # the file whose bytes come next
         self.file = -1  # its descriptor, if it goes on in the next block
-        self.whole = 0  # its size
+        self.file_size = 0
         self.left = 0  # bytes of it that are still to come
 
     def feed(self, payload: bytes, digest: bytes) -> List[Tuple[str, bool, Any]]:
         """Write what the next block holds, but return the larger files, as arguments for _Sink.write_file()."""
         if self.block_length not in (0, _BLOCK):  # only the last block may be shorter
-            raise self.broken('block length')
+            raise self.rule_error('block length')
         self.block_length = len(payload)
         self.digests.update(digest)
         data = self.rest + payload
@@ -1830,7 +1852,7 @@ class _Extractor:
                 at = self.write_siblings(data, view, at)
                 if at == len(data):
                     break
-                length = self.header_length(data, at) if data[at + _KIND_AT] == _PAX[0] else _HEADER
+                length = self.header_length(data, at) if data[at + _KIND_AT] == _PAX[0] else _HEADER_SIZE
                 if at + length > len(data):
                     self.rest = data[at:]
                     break
@@ -1853,7 +1875,7 @@ class _Extractor:
             if not self.left:
                 at += -stop % 512
                 if not data.startswith(_ZEROS[:at - stop], stop):
-                    raise self.broken('padding')
+                    raise self.rule_error('padding')
         return large
 
     def write_siblings(self, data: bytes, view: Any, at: int) -> int:
@@ -1862,23 +1884,23 @@ class _Extractor:
         The rules are those of begin(), to which it leaves whatever breaks one. Without this short cut, pulling many
         small files takes a fifth longer.
         """
-        if not self.has_directory or self.path == '.' or self.sink.twin or os.sep != '/':
+        if not self.has_directory or self.path == '.' or self.sink.reuse_from or os.sep != '/':
             return at
         prefix = self.parent + '/'
         place = self.sink.path(self.parent) + '/'
         mode = 0o755 if self.executable else 0o644
-        last_start = len(data) - 2 * _HEADER
+        last_start = len(data) - 2 * _HEADER_SIZE
         while at <= last_start and prefix.count('/') < _DEPTH:
             raw_name = data[at:at + 100].rstrip(b'\0')
             try:
                 name = raw_name.decode('ascii')
-                size = int(data[at:at + _HEADER][_SIZE_FIELD], 8)
+                size = int(data[at:at + _HEADER_SIZE][_SIZE_FIELD], 8)
             except ValueError:
                 break
             own = name[len(prefix):]
             if not name.startswith(prefix) or own <= self.own or own[0] == '.' or '/' in own:
                 break
-            start = at + _HEADER
+            start = at + _HEADER_SIZE
             stop = start + size
             if not 0 < size < _LARGE_FILE or size > self.limit - self.size or stop > last_start:
                 break
@@ -1911,10 +1933,10 @@ class _Extractor:
 
     def header_length(self, data: bytes, at: int) -> int:
         """The length of the pax header at `at` and the ustar header that follows it."""
-        pax = _octal(data[at:at + _HEADER][_SIZE_FIELD])
-        length = 2 * _HEADER + pax + -pax % 512
+        pax = _octal(data[at:at + _HEADER_SIZE][_SIZE_FIELD])
+        length = 2 * _HEADER_SIZE + pax + -pax % 512
         if not 0 < pax or length > 65536:
-            raise self.broken('pax header')
+            raise self.rule_error('pax header')
         return length
 
     def begin(self, header: bytes) -> None:
@@ -1922,7 +1944,7 @@ class _Extractor:
         try:
             name, kind, mode, size, link = _parse_header(header)
         except ValueError:
-            raise self.broken('header') from None
+            raise self.rule_error('header') from None
         self.check(name, kind, mode, size, link)
         is_directory = kind == _DIRECTORY
         path = name[:-1] if is_directory else name
@@ -1942,7 +1964,7 @@ class _Extractor:
             self.sink.add_link(path, link)
             return
         self.executable = mode == 0o755
-        self.whole = size
+        self.file_size = size
         self.left = size
         self.size += size
         if not size:
@@ -1951,15 +1973,15 @@ class _Extractor:
     def check(self, name: str, kind: bytes, mode: int, size: int, link: str) -> None:
         """The rules for an entry by itself."""
         if kind not in _MODES:
-            raise self.broken('type')
+            raise self.rule_error('type')
         if mode not in _MODES[kind]:
-            raise self.broken('mode')
+            raise self.rule_error('mode')
         if name.endswith('/') != (kind == _DIRECTORY):
-            raise self.broken('name')
+            raise self.rule_error('name')
         if size < 0 or size > self.limit - self.size or size and kind != _FILE:
-            raise self.broken('size')
+            raise self.rule_error('size')
         if link and kind != _LINK or kind == _LINK and link != _relative(name, link):
-            raise self.broken('link')
+            raise self.rule_error('link')
 
     def check_place(self, path: str, parent: str, own: str, is_directory: bool) -> None:
         """The rules for which entries a segment holds, and in which order."""
@@ -1973,26 +1995,29 @@ class _Extractor:
         else:
             belongs = path.startswith(self.path + '/')
         if not belongs:
-            raise self.broken('place')
+            raise self.rule_error('place')
         if path.split('/') <= self.name.split('/'):
-            raise self.broken('order')
+            raise self.rule_error('order')
         # The directory around it must have come: it is the directory of the last entry, or one above that.
         if self.name and not is_root and not (self.parent + '/').startswith(parent + '/'):
-            raise self.broken('directory')
+            raise self.rule_error('directory')
 
     def finish(self) -> _Segment:
-        """The segment that has come. Raises Corrupt if it breaks off."""
+        """The segment that was read. Raises Corrupt if it is truncated, or not what was promised."""
         if self.left or self.rest or not self.has_directory:
-            raise self.broken('end')
-        return _Segment(self.path, 0, 0, self.files, self.size, 'sha256:' + self.digests.hexdigest())
+            raise self.rule_error('end')
+        segment = _Segment(self.path, 0, 0, self.files, self.size, 'sha256:' + self.digests.hexdigest())
+        if self.promised and segment != self.promised._replace(offset=0, length=0):
+            raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
+        return segment
 
     def close(self) -> None:
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
 
-    def broken(self, rule: str) -> Error:
-        return Corrupt(f"the archive is damaged: '{self.path}' breaks the rule of the format on: {rule}")
+    def rule_error(self, rule: str) -> Error:
+        return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
 
 
 def _octal(field: bytes) -> int:
@@ -2004,17 +2029,17 @@ _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, t
 
 def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
     """Name, type flag, mode, size and link target of a canonical header. Raises ValueError if it is not canonical."""
-    raw_name, raw_mode, raw_size, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER)
+    raw_name, raw_mode, raw_size, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
     raw_name = raw_name.rstrip(b'\0')
     raw_link = raw_link.rstrip(b'\0')
     name = raw_name.decode('ascii')
     link = raw_link.decode('ascii')
     mode = int(raw_mode, 8)
     size = int(raw_size, 8)
-    if len(header) == _HEADER:
+    if len(header) == _HEADER_SIZE:
         canonical = _ustar(raw_name, kind, mode, size, raw_link)
     else:
-        pax = _parse_pax(header[_HEADER:_HEADER + _octal(header[_SIZE_FIELD])])
+        pax = _parse_pax(header[_HEADER_SIZE:_HEADER_SIZE + _octal(header[_SIZE_FIELD])])
         name = pax.get(b'path', raw_name).decode('utf-8')
         link = pax.get(b'linkpath', raw_link).decode('utf-8')
         size = int(pax.get(b'size', size))
@@ -2025,7 +2050,7 @@ def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
 
 
 def _parse_pax(records: bytes) -> Dict[bytes, bytes]:
-    """The records of a pax header. Others than _tar_header() writes give anything or ValueError."""
+    """The records of a pax header. For what _tar_header() would not write, any result or ValueError."""
     values = {}
     while records:
         length = int(records[:20].split(b' ', 1)[0])
@@ -2046,7 +2071,7 @@ class _Block(NamedTuple):
     digest: bytes  # SHA-256 of the payload
 
 
-_Span = Tuple[_Segment, int]  # a segment without so many bytes at its start
+_Span = Tuple[_Segment, int]  # a segment, and how many bytes to skip at its start
 
 
 def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[Tuple[str, Any]]:
@@ -2069,13 +2094,13 @@ def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[T
     for segment, skipped in spans:
         left = segment.length - skipped
         while left:
-            header = bytes(take(min(left, _BLOCK_HEADER)))
-            length = int.from_bytes(header[_FIELD:], 'little')
-            if header != _member(b'et', header[_FIELD:]):
+            header = bytes(take(min(left, _BLOCK_HEADER_SIZE)))
+            length = int.from_bytes(header[_FIELD_OFFSET:], 'little')
+            if header != _member(b'et', header[_FIELD_OFFSET:]):
                 raise Corrupt('the archive is damaged: a block does not start where it should')
-            if not _BLOCK_HEADER + _TRAILER.size < length <= min(left, _LONGEST_BLOCK):
+            if not _BLOCK_HEADER_SIZE + _TRAILER.size < length <= min(left, _LONGEST_BLOCK):
                 raise Corrupt('the archive is damaged: a block does not end where it should')
-            yield segment.path, take(length - _BLOCK_HEADER)
+            yield segment.path, take(length - _BLOCK_HEADER_SIZE)
             left -= length
 
 
@@ -2088,15 +2113,15 @@ def _inflate_blocks(
     def inflate(item: Tuple[str, Any]) -> _Block:
         path, body = item
         payload = _inflate(body)
-        return _Block(path, _BLOCK_HEADER + len(body), payload, _sha256(payload).digest())
+        return _Block(path, _BLOCK_HEADER_SIZE + len(body), payload, _sha256(payload).digest())
 
     return _ordered(pool, inflate, _split_blocks(chunks, spans), 2 * _cores(), 1)
 
 
 class _Journal:
-    """Notes which blocks have been written, so that _replay() can go on where an extraction broke off.
+    """Notes which blocks have been written, so that _replay() can continue where an extraction was interrupted.
 
-    After a line that says of which object they are, there is one for each block: the path of its segment, its length in
+    The first line identifies the object. Each later line describes one block: the path of its segment, its length in
     the archive, its digest, and the name and size of the file that goes on in the next block.
     """
 
@@ -2134,14 +2159,14 @@ class _Journal:
 
 def _extract(
         blocks: Iterable[_Block],
-        limits: Callable[[str], int],
+        promised: Optional[Mapping[str, _Segment]],
         sink: _Sink,
         pool: Any,
         journal: Optional[_Journal] = None,
 ) -> List[_Segment]:
-    """Write the blocks of some segments, all of each, to a sink, and return the segments that have come.
+    """Write complete segments to a sink, and return them as they were read.
 
-    limits: gives for the path of a segment the bytes that its files may have.
+    promised: what the index says of each segment, by its path; None if there is no index.
     """
     segments: List[_Segment] = []
     extractor: Optional[_Extractor] = None
@@ -2154,11 +2179,11 @@ def _extract(
             if extractor is None or extractor.path != block.path:
                 if extractor:
                     segments.append(extractor.finish())
-                extractor = _Extractor(sink, block.path, limits(block.path))
+                extractor = _Extractor(sink, block.path, promised[block.path] if promised else None)
             files = extractor.feed(block.payload, block.digest)
             note = None
             if journal and extractor.left:
-                note = journal.begin(block, extractor.name, extractor.whole)
+                note = journal.begin(block, extractor.name, extractor.file_size)
             elif journal:
                 note = journal.begin(block, '', 0)
             yield files, note
@@ -2188,9 +2213,10 @@ def _replay(
         paths: Iterable[str],
         pool: Any,
 ) -> Generator[_Block, None, None]:
-    """The first blocks of some segments, from the files and the journal of an extraction that broke off.
+    """The first blocks of some segments, from the files and the journal of an extraction that was interrupted.
 
-    All is read, hashed and compared with the journal. Where it differs, as after a power cut, the blocks end.
+    Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
+    cut.
     """
     wanted = set(paths)
 
@@ -2224,9 +2250,9 @@ def _replay(
 # Archives of other tools
 #
 # Any .tgz that holds a dataset can be pulled: as a whole and in one pass, since it has no index. tarfile reads it, but
-# takes a header that is broken or missing for the end of the archive, and bounds nothing. So it gets a stream that only
-# moves forward, never ends without an error, and limits what the headers of one entry may take; and each header passes
-# a check of ours before. What the entries are called and lead to is checked by _Sink.
+# treats a bad or missing header as the end of the archive, and sets no limits. So it gets a forward-only stream that
+# raises an error at an early end and limits the size of headers, and each header is checked first. _Sink checks names
+# and targets of links.
 # ---------------------------------------------------------------------------------------
 
 _TAR_HEADERS = 4 << 20  # bytes of names, pax records and sparse maps that may stand before one entry
@@ -2237,15 +2263,15 @@ _SPARSE_ZEROS = 1 << 30  # bytes that a sparse file may have beyond 1,024 times 
 
 @contextlib.contextmanager
 def _refuse_damage() -> Iterator[None]:
-    """Around what reads gzip and tar, whose errors mean that the archive is damaged."""
+    """For code that reads gzip and tar: their errors mean that the archive is damaged."""
     import tarfile
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
-        raise Corrupt(f'the archive is damaged or no .tgz: {e}') from None
+        raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
     except OSError as e:
         if e.errno is None:  # gzip's way to say that this is not gzip, or that a CRC is wrong
-            raise Corrupt(f'the archive is damaged or no .tgz: {e}') from None
+            raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
         raise
 
 
@@ -2287,7 +2313,7 @@ class _TarStream(_Stream):
 
     def seek(self, position: int) -> None:
         if position < self.position:
-            raise EOFError('it leads backwards')
+            raise EOFError('it contains a backward seek')
         while self.position < position:
             self.read(min(position - self.position, _BLOCK))
 
@@ -2303,7 +2329,8 @@ class _TarStream(_Stream):
         """Read what follows the end of the tar, which may only be padding."""
         for chunk in itertools.chain([self.rest], self.chunks):
             if bytes(chunk).count(0) != len(chunk):
-                raise EOFError('another archive follows its end; pack the files of both as one')
+                raise Corrupt('the archive is damaged or not a .tgz: another archive follows its end',
+                              'pack the files of both as one')
 
 
 def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
@@ -2448,7 +2475,7 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
     """Write a regular file. Of its mode only the owner's x bit is kept, as on push."""
     stored = tar.offset - member.offset_data  # whatever a sparse map says
     if member.size > (stored << 10) + _SPARSE_ZEROS:
-        raise Corrupt(f"the archive holds '{name}', which would be {member.size} bytes of nothing")
+        raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
     file = sink.create_file(name, bool(member.mode & 0o100))
     try:
         with _refuse_damage():
@@ -2566,7 +2593,7 @@ class _Http:
         self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # connections by scheme and host
         self.busy: Set[Any] = set()  # connections that are in use
         self.closed = False
-        self.hurried = False  # requests are tried twice at most, since work that failed or was interrupted is ending
+        self.giving_up = False  # requests are tried at most twice, since the work is being abandoned
         self.tls: Any = None
 
     def close(self) -> None:
@@ -2579,12 +2606,12 @@ class _Http:
             connection.close()
 
     @contextlib.contextmanager
-    def hurry_on_error(self) -> Iterator[None]:
-        """Around what waits for threads, so that an error or Ctrl-C need not wait for all their tries."""
+    def give_up_on_error(self) -> Iterator[None]:
+        """For code that waits for threads, so that an error or Ctrl-C need not wait for all their tries."""
         try:
             yield
         except BaseException:
-            self.hurried = True
+            self.giving_up = True
             raise
 
     def request(
@@ -2595,17 +2622,17 @@ class _Http:
             tries: int = _TRIES,
             into: Optional[Any] = None,
     ) -> _Reply:
-        """Make a request, again while that may help. Raises RemoteError if there is no answer.
+        """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         sign: gives the headers to send, anew for each try. limit: bytes that the answer may have.
         into: a file that takes the body of an answer with status 200, of any size.
         """
         import http.client
         if not _is_address(request.url):
-            raise RemoteError('an address that the settings, the credentials or a server give is not of the form '
+            raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
                               'https://host[:port][/path]; a user or password cannot be in it')
         for attempt in range(1, tries + 1):
-            is_last = attempt == tries or self.hurried and attempt > 1
+            is_last = attempt == tries or self.giving_up and attempt > 1
             signed = request._replace(headers=sign(request)) if sign else request
             delay = 0.0
             try:
@@ -2615,11 +2642,11 @@ class _Http:
                 delay = reply.requested_delay()
                 problem: object = reply.status
             except UnicodeError:  # of the codec idna
-                raise ConfigError(f'{_site(request.url)} or the proxy for it has a name that no host can have',
+                raise ConfigError(f'{_site(request.url)} or the proxy for it has an invalid host name',
                                   'check the url, the endpoint_url and the proxy') from None
             except (OSError, http.client.HTTPException) as e:
                 if is_last or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
-                    raise _unreachable(request.url, e) from None
+                    raise _unreachable_error(request.url, e) from None
                 problem = e
             _say(f'{request.method} {_site(request.url)}: {problem}; trying again', _DEBUG)
             _pause(attempt)
@@ -2628,7 +2655,7 @@ class _Http:
 
     def _wait(self, seconds: float) -> None:
         """Sleep, unless what is waited for is not wanted any more."""
-        while seconds > 0 and not self.closed and not self.hurried:
+        while seconds > 0 and not self.closed and not self.giving_up:
             time.sleep(min(seconds, 1.0))
             seconds -= 1.0
 
@@ -2720,8 +2747,8 @@ def _complete_headers(request: _Request) -> Dict[str, str]:
         headers['Content-Length'] = str(sum(map(len, request.body)))
     for name, value in headers.items():
         if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
-            raise ConfigError(f'a token, a project or something else that {_site(request.url)} is to be told holds '
-                              'characters that it cannot have', 'check the credentials')
+            raise ConfigError(f'a header for {_site(request.url)}, such as a token or project, contains invalid '
+                              'characters', 'check the credentials')
     return headers
 
 
@@ -2770,10 +2797,11 @@ def _save(response: Any, file: Any) -> None:
         raise http.client.IncompleteRead(b'', response.length)
 
 
-def _unreachable(url: str, e: Exception) -> RemoteError:
+def _unreachable_error(url: str, e: Exception) -> RemoteError:
     if 'CERTIFICATE_VERIFY_FAILED' in str(e):
         reason = getattr(e, 'verify_message', '')  # from Python 3.7 on
-        return RemoteError(f'{_site(url)} shows a certificate that is not trusted' + (f' ({reason})' if reason else ''),
+        detail = f' ({reason})' if reason else ''
+        return RemoteError(f'{_site(url)} presented a certificate that is not trusted{detail}',
                            "if a private CA signed it, set 'ca_bundle' to the file with its certificate")
     reason = getattr(e, 'strerror', None) or e or type(e).__name__
     return RemoteError(f'cannot reach {_site(url)}: {reason}', 'check the network, the proxy settings and the URL')
@@ -2952,7 +2980,7 @@ class _Renewed:
             return self.value
 
     def renew(self, used: Any) -> None:
-        """Fetch it anew next time, unless that has happened since `used`, which was refused, was given out."""
+        """Fetch it anew next time, unless `used`, which was refused, has already been replaced."""
         with self.lock:
             if used == self.value:
                 self.expires = 0
@@ -2966,11 +2994,12 @@ class _Renewed:
 # ---------------------------------------------------------------------------------------
 
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
-_AWS_CLOCK = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
+_AWS_CLOCK_ERRORS = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
 _AWS_REGION = r'[A-Za-z0-9_.-]{1,32}\Z'  # other stores have names of their own
 _AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
                  'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
-_AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')  # and https, and loopback
+# that may be asked by http; any https host and any loopback address will do, too
+_AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')
 _TOKEN_LIMIT = 1 << 20  # bytes of an answer that holds credentials
 
 
@@ -2986,10 +3015,11 @@ class _AwsProfile:
     """A profile of ~/.aws/config and ~/.aws/credentials, and what the environment says instead."""
 
     def __init__(self, config: Config) -> None:
-        self.is_configured = bool(config.aws_profile)  # then it precedes the environment's keys
+        self.is_explicit = bool(config.aws_profile)  # then it precedes the environment's keys
         self.name = (config.aws_profile or os.environ.get('AWS_PROFILE') or os.environ.get('AWS_DEFAULT_PROFILE')
                      or 'default')
         self.reload()
+        self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
         self.region = _check_region(
             config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
             or self.values.get('region') or 'us-east-1')
@@ -2998,7 +3028,6 @@ class _AwsProfile:
     def reload(self) -> None:
         """Read the files, which other tools may have changed meanwhile."""
         self.sections = _aws_sections()
-        self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
 
     def section(self, name: str, source: str) -> Dict[str, str]:
         """The settings of a profile that `source` names."""
@@ -3047,12 +3076,12 @@ class _AwsCredentials:
         return self.current.get()  # type: ignore[no-any-return]
 
     def renew(self, keys: Optional[_AwsKeys]) -> None:
-        """Look for others than these, which were refused."""
+        """Look for new keys; these were refused."""
         self.current.renew(keys)
 
     def learn_clock(self, reply: _Reply, code: str) -> None:
         """Go by the server's clock if it refuses a signature and the two clocks differ much."""
-        if code not in _AWS_CLOCK or 'Date' not in reply.headers:
+        if code not in _AWS_CLOCK_ERRORS or 'Date' not in reply.headers:
             return
         ahead = _http_time(reply.headers['Date']) - time.time()
         if 300 < abs(ahead - self.skew) < 1e9:
@@ -3072,7 +3101,7 @@ class _AwsCredentials:
     def find(self) -> Tuple[Optional[_AwsKeys], float]:
         self.profile.reload()
         keys = _aws_static(vars(self.config), 'the settings')
-        if not keys and not self.profile.is_configured:
+        if not keys and not self.profile.is_explicit:
             keys = self.from_environment()
         keys = keys or self.from_profile(self.profile.name) or self.from_container() or self.from_instance()
         if not keys:
@@ -3090,7 +3119,7 @@ class _AwsCredentials:
         if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and own):
             return self.from_role(name, values, users)
         web_identity = dict(values)
-        if not users and not self.profile.is_configured:
+        if not users and not self.profile.is_explicit:
             for key in ('web_identity_token_file', 'role_arn', 'role_session_name'):
                 web_identity[key] = os.environ.get('AWS_' + key.upper()) or values.get(key) or ''
         if web_identity.get('web_identity_token_file'):
@@ -3098,7 +3127,7 @@ class _AwsCredentials:
         if 'sso_account_id' in values or 'sso_role_name' in values:
             return self.from_sso(name, values)
         if 'login_session' in values:
-            return self.from_library(name, 'aws login --profile ' + name)
+            return self.from_botocore(name, 'aws login --profile ' + name)
         if 'credential_process' in values:
             return self.from_process(name, values['credential_process'])
         return own
@@ -3115,14 +3144,14 @@ class _AwsCredentials:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
         if 'mfa_serial' in values:
             command = f'eval "$(aws configure export-credentials --profile {name} --format env)"'
-            return self.from_library(name, command)
+            return self.from_botocore(name, command)
         source = values.get('source_profile')
         kind = values.get('credential_source')
         kinds = {'Environment': self.from_environment, 'EcsContainer': self.from_container,
                  'Ec2InstanceMetadata': self.from_instance}
         if bool(source) == bool(kind) or kind and kind not in kinds or source in users:
-            raise ConfigError(f"the AWS profile '{name}' needs, beside role_arn, either a source_profile that does not "
-                              f"lead back to it, or a credential_source of {', '.join(sorted(kinds))}")
+            raise ConfigError(f"the AWS profile '{name}' needs, besides role_arn, either a source_profile that does "
+                              f"not lead back to it, or a credential_source of {', '.join(sorted(kinds))}")
         keys = self.from_profile(source, users + (name,)) if source else kinds[str(kind)]()
         if not keys:
             raise ConfigError(f"the AWS profile '{name}' finds no credentials in {source or kind}")
@@ -3172,7 +3201,8 @@ class _AwsCredentials:
         missing = ' and '.join(key for key in needed if key not in values)
         if missing:
             raise ConfigError(f'{source} lacks {missing}', f'run: aws configure sso --profile {name}')
-        logged_out = ConfigError(f'{source} is not logged in, or no longer', f'run: aws sso login --profile {name}')
+        logged_out = ConfigError(f'{source} has no SSO login, or it has expired',
+                                 f'run: aws sso login --profile {name}')
         region = values['sso_region']
         try:
             token = self.sso_token(session or values['sso_start_url'], region, renew=bool(session))
@@ -3288,8 +3318,8 @@ class _AwsCredentials:
             _say(f'no instance metadata: {e}', _DEBUG)
             return None
 
-    def from_library(self, name: str, command: str) -> _AwsKeys:
-        """Keys that need a question to people, or more than the standard library: from botocore, if it is there."""
+    def from_botocore(self, name: str, command: str) -> _AwsKeys:
+        """Keys that need a prompt, or more than the standard library: from botocore, if it is installed."""
         from importlib import import_module  # so that no type checker looks for it
         source = f"the AWS profile '{name}'"
         try:
@@ -3325,7 +3355,7 @@ def _aws_sections() -> Dict[Tuple[str, str], Dict[str, str]]:
         place = ('profile', name) if name == 'default' else (kind, rest.strip(' \t"\''))
         sections.setdefault(place, {}).update(values)
     for name, values in _read_ini('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials').items():
-        section = sections.setdefault(('profile', name), {})
+        section = sections.setdefault(('profile', name.strip(' \t"\'')), {})
         section.update(values)
         if 'aws_access_key_id' in values:  # nothing in the other file may be mixed with these keys
             for lesser in {'aws_session_token'} - set(values) | {'credential_process', 'login_session'}:
@@ -3376,7 +3406,7 @@ def _aws_temporary(answer: Any, source: str, reply: Optional[_Reply] = None) -> 
     token = values.get('SessionToken') or values.get('Token') or ''
     for key in (access_key, secret_key, token or '-'):
         if not isinstance(key, str) or not re.match(r'[!-~]+\Z', key):
-            raise RemoteError(f'{source} gives nothing that can be used as credentials')
+            raise RemoteError(f'{source} returned no usable credentials')
     expiration = values.get('Expiration')
     expires = 1e12
     if isinstance(expiration, str):
@@ -3523,13 +3553,15 @@ class _GoogleCredentials:
 
     def fetch(self) -> _Token:
         """A new token, and the unix time at which it expires."""
-        token, seconds = self.token(self.info, _GOOGLE_SCOPE) if self.info else self.from_metadata()
+        token, seconds = self.token(self.info, _GOOGLE_SCOPE)
         return token, time.time() + seconds
 
     def token(self, info: Any, scope: str) -> _Token:
-        """A token for the credentials in `info`, which is what a credentials file holds."""
+        """A token for the credentials in `info`, which is what a credentials file holds; {} if there is none."""
+        if not info:
+            return self.from_metadata(scope)
         kinds = {'service_account': self.from_key, 'authorized_user': self.from_login,
-                 'external_account': self.from_identity, 'impersonated_service_account': self.from_other_account}
+                 'external_account': self.from_identity, 'impersonated_service_account': self.from_impersonation}
         try:
             kind = info.get('type')
             source = info.get('credential_source') or {}
@@ -3540,7 +3572,7 @@ class _GoogleCredentials:
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {e} is missing "
                               'or wrong') from None
-        return self.from_library(str(kind), scope)
+        return self.from_google_auth(str(kind), scope)
 
     def from_key(self, info: Dict[str, Any], scope: str) -> _Token:
         """With a signed assertion of a service account (RFC 7523; https://google.aip.dev/auth/4112)."""
@@ -3591,7 +3623,7 @@ class _GoogleCredentials:
             return subject
         return json.loads(subject)[form['subject_token_field_name']]  # type: ignore[no-any-return]
 
-    def from_other_account(self, info: Dict[str, Any], scope: str) -> _Token:
+    def from_impersonation(self, info: Dict[str, Any], scope: str) -> _Token:
         token, _ = self.token(info['source_credentials'], _GOOGLE_PLATFORM)
         return self.impersonate(info, scope, token)
 
@@ -3628,13 +3660,13 @@ class _GoogleCredentials:
         raise RemoteError(f'{_site(url)} gives no access token: {_printable(str(problem))[:300]}', _GOOGLE_REMEDY,
                           reply.status)
 
-    def from_metadata(self) -> _Token:
+    def from_metadata(self, scope: str) -> _Token:
         """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
         host = os.environ.get('GCE_METADATA_HOST') or os.environ.get('GCE_METADATA_ROOT') or 'metadata.google.internal'
         if os.environ.get('NO_GCE_CHECK', '').lower() == 'true':
             return None, 1e9
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
-        request = _Request('GET', f'http://{host}/{path}?scopes={_quote(_GOOGLE_SCOPE)}',
+        request = _Request('GET', f'http://{host}/{path}?scopes={_quote(scope)}',
                            {'Metadata-Flavor': 'Google'})
         with contextlib.closing(_Http(direct=True, timeout=3)) as http, contextlib.suppress(RemoteError):
             reply = http.request(request, limit=65536, tries=1)
@@ -3647,8 +3679,8 @@ class _GoogleCredentials:
                                       ) from None
         return None, 1e9
 
-    def from_library(self, kind: str, scope: str) -> _Token:
-        """For kinds that need a program, a certificate or something new: from Google's library, if it is there."""
+    def from_google_auth(self, kind: str, scope: str) -> _Token:
+        """For kinds that need a program, a certificate or something new: from Google's library, if it is installed."""
         from importlib import import_module  # so that no type checker looks for it
         try:
             auth = import_module('google.auth')
@@ -3726,38 +3758,41 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
 
 def _der_sequence(data: bytes) -> List[Any]:
     """The items of a DER sequence (X.690): integers as int, sequences as list, others as bytes. Raises IndexError."""
-    items = _der_items(data)
-    return items[0] if items and isinstance(items[0], list) else []
+    item, _ = _der_item(data)
+    return item if isinstance(item, list) else []
 
 
-def _der_items(data: bytes) -> List[Any]:
-    items: List[Any] = []
-    while data:
-        tag, length, start = data[0], data[1], 2
-        if length & 0x80:  # the long form: the number of bytes of the length
-            start += length & 0x7f
-            length = int.from_bytes(data[2:start], 'big')
-        value = data[start:start + length]
-        data = data[start + length:]
-        if tag == 0x02:
-            items.append(int.from_bytes(value, 'big'))
-        elif tag == 0x30:
-            items.append(_der_items(value))
-        else:
-            items.append(value)
-    return items
+def _der_item(data: bytes) -> Tuple[Any, bytes]:
+    """The first item, and what follows it."""
+    tag = data[0]
+    length = data[1]
+    start = 2
+    if length & 0x80:  # the long form: the number of bytes of the length
+        start += length & 0x7f
+        length = int.from_bytes(data[2:start], 'big')
+    value = data[start:start + length]
+    rest = data[start + length:]
+    if tag == 0x02:
+        return int.from_bytes(value, 'big'), rest
+    if tag != 0x30:
+        return value, rest
+    items = []
+    while value:
+        item, value = _der_item(value)
+        items.append(item)
+    return items, rest
 
 
 # ---------------------------------------------------------------------------------------
 # Remotes
 #
 # Where archives are stored: each kind of storage is a subclass of _Remote. Remotes know nothing of what the archives
-# hold. Every read after the first is bound to the version of the object that was seen first, so an object that is
-# replaced meanwhile gives an error, never a mixture.
+# hold. Every read after the first is bound to the version of the object that was seen first: if the object is replaced
+# meanwhile, the read fails; versions are never mixed.
 # ---------------------------------------------------------------------------------------
 
-_PART = 8 << 20  # bytes of a part of an upload; S3 wants 5 MiB or more
-_PARTS = 10000  # parts that S3 takes at most
+_MIN_PART = 8 << 20  # bytes of a part of an upload; S3 wants 5 MiB or more
+_MAX_PARTS = 10000  # parts that S3 takes at most
 _IN_FLIGHT = 64 << 20  # bytes of parts that may be under way at once
 _RANGE = 6 << 20  # bytes that one request reads at most
 
@@ -3786,7 +3821,7 @@ class _Unlisted(RemoteError):
 class _Remote:
     """A place for archives. Raises RemoteError for whatever the storage refuses."""
 
-    is_conditional = False  # whether write() alone tells if a name is taken, even where stat() may not look
+    has_exclusive_write = False  # whether write() alone tells if a name is taken, even where stat() may not look
 
     def __init__(self, config: Config) -> None:
         self.url = _masked(config.url or '')
@@ -3800,7 +3835,7 @@ class _Remote:
 
     @contextlib.contextmanager
     def cancelled_on_error(self) -> Iterator[None]:
-        """Around what waits for threads, so that an error or Ctrl-C need not wait for what they are doing."""
+        """For code that waits for threads, so that an error or Ctrl-C need not wait for what they are doing."""
         try:
             yield
         except BaseException:
@@ -3830,7 +3865,7 @@ class _Remote:
         """
         raise NotImplementedError
 
-    def replaced(self, obj: _Object) -> RemoteError:
+    def replaced_error(self, obj: _Object) -> RemoteError:
         return RemoteError(f"'{obj.name}' in {self.url} was replaced while it was read", 'run the command again', 412)
 
 
@@ -3861,14 +3896,17 @@ class _HttpStore(_Remote):
 
     def check_version(self, obj: _Object, reply: _Reply) -> None:
         """RemoteError unless the answer is of this very version. Some stores ignore If-Match, so compare, too."""
-        if reply.status not in (404, 412, 416) and _reply_version(reply) == obj.version:
-            return
+        if reply.status in (404, 412, 416) or _reply_version(reply) != obj.version:
+            raise self.changed_error(obj, reply)
+
+    def changed_error(self, obj: _Object, reply: _Reply) -> RemoteError:
+        """For an answer that is not of this version."""
         is_encoded = reply.headers.get('Content-Encoding', 'identity') != 'identity'
         # What is compressed on the way has no ranges; some servers call each .tgz encoded, too.
         if reply.status == 200 and is_encoded and 'Content-Range' not in reply.headers:
-            raise RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
-                              'ask who runs it', reply.status)
-        raise self.replaced(obj)
+            return RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
+                               'ask who runs it', reply.status)
+        return self.replaced_error(obj)
 
     def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
         """The body, if it is the very range that was asked for, or its start, if the connection broke."""
@@ -3906,7 +3944,7 @@ def _parse_bucket_url(url: str) -> Tuple[str, str]:
     return match.group(2), prefix + '/' if prefix else ''
 
 
-def _parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
+def _split_parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
     """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
     part: List[Any] = []
     left = size
@@ -3938,13 +3976,13 @@ def _md5() -> Any:
 
 # file:// -------------------------------------------------------------------------------
 
-_FILE_REMNANTS = 86400  # seconds after which what a push left that was killed is removed
+_FILE_REMNANTS = 86400  # seconds after which leftovers of a killed push are removed
 
 
 class _FileRemote(_Remote):
     """file:///path: a shared directory."""
 
-    is_conditional = True
+    has_exclusive_write = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -3988,11 +4026,11 @@ class _FileRemote(_Remote):
                               'ask who pushed it to let you read it') from None
         with file:
             if _file_object(obj.name, os.fstat(file.fileno())) != obj:
-                raise self.replaced(obj)
+                raise self.replaced_error(obj)
             file.seek(start)
             data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
         if len(data) != stop - start:
-            raise self.replaced(obj)
+            raise self.replaced_error(obj)
         return data
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
@@ -4014,10 +4052,10 @@ class _FileRemote(_Remote):
             if e.errno in _FULL:
                 remedy = 'free some space there'
             elif e.errno in _DENIED and (e.filename in (new, path) or self.root.startswith(e.filename or ' ')):
-                remedy = 'ask who owns it to replace it, or who owns the directory to let you write there'
+                remedy = "ask the file's owner to replace it, or the directory's owner for write access"
             else:
                 raise  # about a file of the dataset
-            raise RemoteError(f"cannot write '{name}' to {_existing(self.root)}: {e.strerror}", remedy) from None
+            raise RemoteError(f"cannot write '{name}' to {_existing_part(self.root)}: {e.strerror}", remedy) from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
@@ -4041,7 +4079,8 @@ class _FileRemote(_Remote):
             with contextlib.suppress(OSError):
                 os.chmod(path, mode | 0o444)
         elif os.name == 'posix' and os.stat(self.root).st_mode & ~mode & 0o044:
-            _say(f"not all who can list {self.root} can read '{name}'; set 'public: true', or another umask", _WARNING)
+            _say(f"some users who can list {self.root} cannot read '{name}'; set 'public: true', or change your umask",
+                 _WARNING)
 
     def place(self, new: str, path: str, exclusive: bool) -> None:
         """Give a complete file its name. FileExistsError if it is taken and `exclusive`."""
@@ -4120,7 +4159,7 @@ class _S3Remote(_HttpStore):
         self.credentials = _AwsCredentials(config, self.profile, self.http)
         self.region = self.profile.region  # the bucket's, as soon as an answer has told it
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
-        self.is_conditional = not self.endpoint  # other stores may ignore If-None-Match
+        self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
         self.is_bucket_in_host = self.choose_addressing()
         self.checksum = '' if _md5() else 'sha256'  # which one requests carry; a bucket may want one (see learn())
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
@@ -4163,7 +4202,7 @@ class _S3Remote(_HttpStore):
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
     ) -> _Reply:
-        """Make a signed request, again as long as a refusal teaches another region, clock, key or checksum.
+        """Make a signed request, retrying while a refusal teaches another region, clock, key or checksum.
 
         Raises RemoteError for any answer but 2xx and those in `accept`.
         """
@@ -4196,11 +4235,11 @@ class _S3Remote(_HttpStore):
         raise self.error(reply, request)
 
     def state(self) -> Tuple[Any, ...]:
-        """What a refusal may teach to do otherwise."""
+        """What learn() may change."""
         return self.region, self.credentials.skew, self.credentials.keys(), self.checksum
 
     def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
-        """Do otherwise what led to this refusal of a request with these keys."""
+        """Adjust to the refusal of a request with these keys, before the next try."""
         code, message, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
         if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
@@ -4268,7 +4307,7 @@ class _S3Remote(_HttpStore):
             'InvalidObjectState': 'it was moved to an archive class; restore it there first',
         }.get(code) or 'check the url, the endpoint_url and the region'
 
-    def stranger(self) -> RemoteError:
+    def protocol_error(self) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as S3 does',
                            'check the endpoint_url, and whether a proxy or login page answers in its place')
 
@@ -4286,8 +4325,8 @@ class _S3Remote(_HttpStore):
         return self.range_body(obj, reply, start, stop)
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
-        size = max(_PART, -(-limit // _PARTS >> 20) << 20)
-        parts = _parts(chunks, size)
+        size = max(_MIN_PART, -(-limit // _MAX_PARTS >> 20) << 20)
+        parts = _split_parts(chunks, size)
         first = next(parts, [])
         second = next(parts, None)
         if second is None:
@@ -4299,14 +4338,14 @@ class _S3Remote(_HttpStore):
         except ValueError:
             upload = None
         if not upload:
-            raise self.stranger()
+            raise self.protocol_error()
         parts = itertools.chain([first, second], parts)
         del first, second  # or memory would hold them to the end
         try:
             manifest = self.send_parts(name, upload, parts, max(1, min(self.connections, _IN_FLIGHT // size)))
             self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
                                    [manifest.encode()]), name, exclusive)
-        except BaseException:  # parts that stay behind are paid for
+        except BaseException:  # abandoned parts are billed
             with contextlib.suppress(RemoteError):
                 self.request(_S3Request('DELETE', self.key(name), {'uploadId': upload}), accept=[404])
             raise
@@ -4321,12 +4360,12 @@ class _S3Remote(_HttpStore):
             reply = self.request(_S3Request('PUT', self.key(name), query, body=part))
             etag = reply.headers.get('ETag')
             if not etag:
-                raise self.stranger()
+                raise self.protocol_error()
             checksum = reply.headers.get('x-amz-checksum-sha256')
             extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
             return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
 
-        with _threads(ahead) as pool, self.http.hurry_on_error():
+        with _threads(ahead) as pool, self.http.give_up_on_error():
             with contextlib.closing(_ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
                 return f"<CompleteMultipartUpload>{''.join(sent)}</CompleteMultipartUpload>"
 
@@ -4335,13 +4374,13 @@ class _S3Remote(_HttpStore):
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
-        if exclusive and not self.is_conditional and self.stat(name):
+        if exclusive and not self.has_exclusive_write and self.stat(name):
             raise _NameTaken
         condition = {'If-None-Match': '*'} if exclusive else {}
         reply = self.request(request._replace(headers=dict(request.headers, **condition)),
                              accept=[400, 404, 409, 412, 501])
         code = _aws_error(reply)[0]
-        if exclusive and not self.is_conditional and reply.status in (400, 501):
+        if exclusive and not self.has_exclusive_write and reply.status in (400, 501):
             if code in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest'):  # it knows no conditions
                 reply = self.request(request)
                 code = _aws_error(reply)[0]
@@ -4351,11 +4390,11 @@ class _S3Remote(_HttpStore):
             raise _Unconfirmed(f'{self.error(reply, request)}', status=reply.status)
         if reply.status >= 300 or code:
             raise self.error(reply, request)
-        if not _is_stored(request.method, reply):
-            raise _Unconfirmed(f'{self.stranger()}', status=reply.status)
+        if not _confirms_write(request.method, reply):
+            raise _Unconfirmed(f'{self.protocol_error()}', status=reply.status)
 
 
-def _is_stored(method: str, reply: _Reply) -> bool:
+def _confirms_write(method: str, reply: _Reply) -> bool:
     """Whether this is how PutObject or CompleteMultipartUpload say that the object is there.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html
@@ -4376,7 +4415,7 @@ def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
     """The headers that are set. Raises ConfigError if one cannot be sent."""
     for name, value in headers.items():
         if value and not re.match(r'[!-~]+\Z', value):
-            raise ConfigError(f'the settings ask for something as {name}, which cannot be sent', 'check them')
+            raise ConfigError(f'a setting gives the header {name} a value that cannot be sent', 'check the settings')
     return {name: value for name, value in headers.items() if value}
 
 
@@ -4422,7 +4461,7 @@ def _listed_object(page: Any, prefix: str, item: Any) -> Optional[_Object]:
 class _GsRemote(_HttpStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
-    is_conditional = True
+    has_exclusive_write = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -4483,13 +4522,13 @@ class _GsRemote(_HttpStore):
             remedy = 'check the bucket in the url'
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
 
-    def stranger(self) -> RemoteError:
+    def protocol_error(self) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as Google Cloud Storage does', 'check the endpoint_url')
 
     def parse(self, reply: _Reply) -> Dict[str, Any]:
         answer = reply.json()
         if not answer and reply.page().strip() != b'{}':
-            raise self.stranger()
+            raise self.protocol_error()
         return answer
 
     def list(self) -> List[_Object]:
@@ -4503,12 +4542,12 @@ class _GsRemote(_HttpStore):
             is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
             token = page.get('nextPageToken') or ''
             if not is_listing or not isinstance(items, list) or not isinstance(token, str):
-                raise self.stranger()
+                raise self.protocol_error()
             objects += filter(None, map(self.parse_object, items))
             if not token:
                 return objects
             if token in seen:
-                raise RemoteError(f'{self.url} lists in circles', 'check the endpoint_url')
+                raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
             seen.add(token)
             query['pageToken'] = token
 
@@ -4520,7 +4559,7 @@ class _GsRemote(_HttpStore):
                 return None
             return _Object(name, int(item['size']), str(item['generation']), _iso_time(item.get('updated') or ''))
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise self.stranger() from None
+            raise self.protocol_error() from None
 
     def stat(self, name: str) -> Optional[_Object]:
         query = {'fields': 'name,size,generation,updated'}
@@ -4529,7 +4568,7 @@ class _GsRemote(_HttpStore):
             return None
         obj = self.parse_object(self.parse(reply))
         if not obj or obj.name != name:
-            raise self.stranger()
+            raise self.protocol_error()
         return obj
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
@@ -4539,7 +4578,7 @@ class _GsRemote(_HttpStore):
                              accept=[404, 412, 416], limit=stop - start + 65536)
         generation = reply.headers.get('x-goog-generation') or obj.version
         if reply.status in (404, 412, 416) or generation != obj.version:
-            raise self.replaced(obj)
+            raise self.replaced_error(obj)
         return self.range_body(obj, reply, start, stop)
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
@@ -4558,8 +4597,8 @@ class _GsRemote(_HttpStore):
             return self.send_part(session, start, b''.join(part), is_last)
 
         try:
-            with _threads(1) as pool, self.http.hurry_on_error(), contextlib.closing(
-                    _ordered(pool, send, _with_last(_parts(chunks, _PART)), 2)) as sent:
+            with _threads(1) as pool, self.http.give_up_on_error(), contextlib.closing(
+                    _ordered(pool, send, _with_last(_split_parts(chunks, _MIN_PART)), 2)) as sent:
                 reply = collections.deque(sent, 1)[0]
             answer = reply.json() if reply else {}
         except BaseException:
@@ -4570,7 +4609,7 @@ class _GsRemote(_HttpStore):
         if is_known:
             self.check_md5(name, answer, md5)
         if not is_known or str(answer.get('size')) != str(size):
-            raise _Unconfirmed(f'{self.stranger()}')
+            raise _Unconfirmed(f'{self.protocol_error()}')
 
     def begin_upload(self, name: str, exclusive: bool) -> str:
         """The address to which the parts of an upload go."""
@@ -4585,8 +4624,9 @@ class _GsRemote(_HttpStore):
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
-        if not re.match(r'https?://', session):
-            raise self.stranger()
+        is_encrypted = self.endpoint.startswith('https:')
+        if not re.match('https://' if is_encrypted else 'https?://', session):
+            raise self.protocol_error()
         return session
 
     def send_part(self, session: str, start: int, part: bytes, is_last: bool) -> Optional[_Reply]:
@@ -4610,7 +4650,7 @@ class _GsRemote(_HttpStore):
                 raise _NameTaken
             if reply.status != 308:
                 if not is_last:
-                    raise self.stranger()
+                    raise self.protocol_error()
                 return reply
             received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
             arrived = int(received.group(1)) + 1 if received else 0
@@ -4645,7 +4685,7 @@ def _with_last(items: Iterator[List[bytes]]) -> Iterator[Tuple[List[bytes], bool
 # http(s):// ----------------------------------------------------------------------------
 
 _MISSING = (404, 410)
-_HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: what gives GET away by signed URLs refuses HEAD
+_HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: a URL that is signed for GET refuses HEAD
 
 
 class _WebRemote(_HttpStore):
@@ -4664,13 +4704,13 @@ class _WebRemote(_HttpStore):
         self.headers = {'Cache-Control': 'no-transform'}  # for proxies (RFC 9111, 5.2.1.6)
         self.http = _Http(config.ca_bundle)
         self.lock = threading.Lock()
-        self.whole: Dict[_Object, Any] = {}  # files with all bytes of objects from servers that support no ranges
+        self.downloads: Dict[_Object, Any] = {}  # files with all bytes of objects from servers that support no ranges
 
     def close(self) -> None:
         super().close()
-        for file in self.whole.values():
+        for file in self.downloads.values():
             file.close()
-        self.whole.clear()
+        self.downloads.clear()
 
     def address(self, name: str) -> str:
         return f'{self.base}{name}.tgz'
@@ -4713,7 +4753,7 @@ class _WebRemote(_HttpStore):
 
     def list_links(self, page: bytes) -> List[_Object]:
         """The archives to which the index page of a directory links."""
-        with _threads(self.connections) as pool, self.http.hurry_on_error():
+        with _threads(self.connections) as pool, self.http.give_up_on_error():
             return list(filter(None, pool.map(self.stat, _linked_names(self.base, page))))
 
     def list_public_bucket(self, status: int) -> List[_Object]:
@@ -4741,17 +4781,17 @@ class _WebRemote(_HttpStore):
         return None if reply.status in _MISSING else self.describe(name, reply)
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        if obj not in self.whole:
+        if obj not in self.downloads:
             try:
                 return self.read_range(obj, start, stop)
             except RemoteError as e:
                 if e.status != 200:  # not because it answers with the whole object
                     raise
         with self.lock:
-            if obj not in self.whole:
-                self.whole[obj] = self.download(obj)
-            self.whole[obj].seek(start)
-            return self.whole[obj].read(stop - start)  # type: ignore[no-any-return]
+            if obj not in self.downloads:
+                self.downloads[obj] = self.download(obj)
+            self.downloads[obj].seek(start)
+            return self.downloads[obj].read(stop - start)  # type: ignore[no-any-return]
 
     def read_range(self, obj: _Object, start: int, stop: int) -> bytes:
         request = _Request('GET', self.address(obj.name), self.range_headers(obj, start, stop))
@@ -4770,7 +4810,7 @@ class _WebRemote(_HttpStore):
             reply = self.request(_Request('GET', self.address(obj.name)), accept=[404], into=file)
             self.check_version(obj, reply)
             if reply.status != 200 or file.seek(0, os.SEEK_END) != obj.size:
-                raise self.replaced(obj)
+                raise self.changed_error(obj, reply)
         except BaseException:
             file.close()
             raise
@@ -4876,10 +4916,10 @@ def _joined(spans: Iterable[Tuple[int, int]]) -> List[Tuple[int, int]]:
 # ---------------------------------------------------------------------------------------
 # Home
 #
-# The local store. At any instant ~/.etc/NAME is absent, or a complete old, or a complete new dataset: all work happens
-# in a staging directory beside it, and installing is one rename. A receipt is bound to its directory by the inode,
-# which survives the rename, so it is never taken for that of another directory. Locks only save work; no promise rests
-# on them.
+# The local store. At any instant ~/.etc/NAME is absent, the complete old dataset, or the complete new one: all work
+# happens in a staging directory beside it, and installing is one rename. A receipt is bound to its directory by inode
+# and mtime, which survive the rename. In a copy of the store, where inodes differ, the mtime decides; if the directory
+# was touched, its files are hashed again. Locks only save work; no promise rests on them.
 #
 #     ~/.etc/NAME                  a directory (pulled, created, copied) or a link (registered)
 #     ~/.etc/.etcetera/receipts    NAME@inode.json: what was installed, from where
@@ -4887,15 +4927,15 @@ def _joined(spans: Iterable[Tuple[int, int]]) -> List[Tuple[int, int]]:
 #
 # and, for the work of processes, as NAME@host@pid@random, so that others can tell whether the process is alive:
 #
-#     ~/.etc/.etcetera/staging     new: what is being filled; journal: what of it is written; earlier: what a pull that
-#                                  broke off has left
-#     ~/.etc/.etcetera/replaced    a dataset that was set aside for another one, and is put back if that did not come
+#     ~/.etc/.etcetera/staging     new: what is being filled; journal: what of it is written; earlier: what an
+#                                  interrupted pull has left
+#     ~/.etc/.etcetera/replaced    a dataset moved aside for a new one; restored if the new one was not installed
 #     ~/.etc/.etcetera/successors  a dataset that waits until one that cannot be renamed is removed
 #     ~/.etc/.etcetera/old         what is to be removed
 # ---------------------------------------------------------------------------------------
 
 _STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
-_RESUMABLE = 7 * 86400  # seconds for which the next pull can go on with what one that broke off has left
+_RESUMABLE = 7 * 86400  # seconds for which what an interrupted pull has left is kept
 _GRACE = 900  # seconds for which a replaced dataset is kept for those who are reading it
 
 _own_names: Set[str] = set()  # of what this process has made in the local store
@@ -5022,12 +5062,12 @@ class _Home:
             yield
         except OSError as e:
             if e.errno in _FULL:
-                raise Error(f'{e.strerror}: {_existing(str(self.root))}',
+                raise Error(f'{e.strerror}: {_existing_part(str(self.root))}',
                             "free some space there, or set 'home' to a place that has more") from e
             place = os.path.join(str(e.filename2 or e.filename), '')
             home = os.path.join(str(self.root), '')
             if e.errno in _DENIED and (place.startswith(home) or home.startswith(place)):
-                raise Error(f'cannot change what is in {_existing(str(self.root))}: {e.strerror}',
+                raise Error(f'cannot change what is in {_existing_part(str(self.root))}: {e.strerror}',
                             "ask who owns it, or set 'home' to a place of yours") from e
             raise
 
@@ -5035,7 +5075,7 @@ class _Home:
     def installing(self, name: str, replace: bool) -> Iterator['_Install']:
         """An install of `name`, which vanishes at the end if it was not committed.
 
-        If the network or Ctrl-C breaks it off, it is kept for the next one.
+        If the network or Ctrl-C interrupts it, it is kept for the next one.
         """
         with self.changes():
             outer = self.scratch(name)
@@ -5092,7 +5132,7 @@ class _Home:
         return True
 
     def sweep(self, name: str) -> None:
-        """Remove what dead processes left behind; of other datasets than `name` not what may still be of use."""
+        """Remove what dead processes left behind; but keep what pulls of other datasets may still resume."""
         for kind in ('staging', 'old'):
             with contextlib.suppress(FileNotFoundError):
                 for path in (self.inner / kind).iterdir():
@@ -5130,7 +5170,7 @@ class _Home:
 
     # Putting datasets in place
 
-    def put(
+    def install(
             self,
             directory: Path,
             name: str,
@@ -5150,7 +5190,7 @@ class _Home:
         try:
             _flush(directory)
             _remove(directory.parent / 'journal')  # from here on, nobody may go on with it
-            self.place(directory, self.path(name), replace)
+            self.move_into_place(directory, self.path(name), replace)
         except BaseException:
             target = self.path(name)
             if not os.path.lexists(target) or os.lstat(target).st_ino != status.st_ino:
@@ -5158,7 +5198,7 @@ class _Home:
             raise
         self.drop_traces(name)
 
-    def place(self, new: Path, target: Path, replace: bool) -> None:
+    def move_into_place(self, new: Path, target: Path, replace: bool) -> None:
         if replace:
             _make_movable(target)
         while True:
@@ -5174,10 +5214,10 @@ class _Home:
             if _swap(new, target):
                 self.retire(new)
                 return
-            if self.replace(new, target):
+            if self.replace_by_renames(new, target):
                 return
 
-    def replace(self, new: Path, target: Path) -> bool:
+    def replace_by_renames(self, new: Path, target: Path) -> bool:
         """Replace a directory in two renames, where _swap() cannot. False if another process was at work here.
 
         Between the two, and after a crash there, recover() puts the old one back.
@@ -5190,7 +5230,7 @@ class _Home:
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
-            self.replace_immovable(new, target)
+            self.replace_by_removal(new, target)
             return True
         try:
             os.rename(new, target)
@@ -5205,17 +5245,20 @@ class _Home:
         self.retire(aside)
         return True
 
-    def replace_immovable(self, new: Path, target: Path) -> None:
+    def replace_by_removal(self, new: Path, target: Path) -> None:
         """Replace a directory of a lower layer of overlayfs, which cannot be renamed."""
         try:
-            os.rename(new, target)  # nothing may be removed for what could not come there either
+            os.rename(new, target)  # make sure that it can be moved there, before anything is removed
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
                 raise
             self.supplant(self.successor(target, new), target)
 
     def successor(self, target: Path, path: Optional[Path] = None) -> Path:
-        """Give a directory, or an empty file for nothing, a name by which recover() knows what it is to supplant."""
+        """Move a directory to a name that tells recover() what it is to supplant.
+
+        Without one, an empty file says that the target is only to be removed.
+        """
         successor = self.scratch(target.name, 'successors')
         if path:
             os.rename(path, successor)
@@ -5284,7 +5327,7 @@ class _Home:
         if not replace:
             return
         try:
-            self.put(new, name, replace)
+            self.install(new, name, replace)
         finally:
             _remove(new)
 
@@ -5330,7 +5373,7 @@ class _Install:
         self.replace = replace
         self.root = outer / 'new'  # to be filled
         self.journal = outer / 'journal'
-        self.earlier = outer / 'earlier'  # what an install that broke off has left
+        self.earlier = outer / 'earlier'  # what an interrupted install has left
         self.earlier_journal = self.earlier / 'journal'
 
     def reuse(self, receipt: Optional[_Receipt], segments: Iterable[_Segment]) -> Set[str]:
@@ -5340,10 +5383,12 @@ class _Install:
         if not candidates:
             return set()
         source = self.home.path(self.name)
-        reused = set()
+        reused: Set[str] = set()
         with contextlib.suppress(InvalidDataset):
             found = _digest_segments(source, candidates)
             reused = {segment.path for segment in found if segment.digest == here[segment.path]}
+        if not reused:
+            return reused
         for _, entries in _segments(source, reused):
             for entry in entries:
                 self.link_entry(entry)
@@ -5361,18 +5406,19 @@ class _Install:
     def commit(self, receipt: Optional[_Receipt] = None) -> bool:
         """Give the directory its name.
 
-        If that is taken and may not be replaced: returns False if it is by the same contents, otherwise raises Exists.
+        If that is taken and may not be replaced: returns False if that dataset has the same contents, otherwise raises
+        Exists.
         """
         try:
-            self.home.put(self.root, self.name, self.replace, receipt)
+            self.home.install(self.root, self.name, self.replace, receipt)
             return True
         except FileExistsError:
             if receipt and self.home.open(self.name)[0].digest == receipt.digest:
                 return False
-            raise _taken(self.name) from None
+            raise _taken_error(self.name) from None
 
 
-def _taken(name: str, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
+def _taken_error(name: str, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
     return Exists(f"another '{name}' is installed already", remedy)
 
 
@@ -5392,13 +5438,14 @@ def _age(path: Path) -> float:
 @functools.lru_cache(maxsize=None)
 def _host() -> str:
     """This machine and, on Linux, the container: where a process number means one process."""
-    import platform
+    import socket
+    node = os.uname().nodename if hasattr(os, 'uname') else socket.gethostname()
     machine = space = ''
     with contextlib.suppress(OSError):
         space = re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))
         with open('/etc/machine-id') as file:
             machine = file.read(8)
-    return re.sub('[^A-Za-z0-9-]', '-', f'{platform.node()}-{machine}-{space}')
+    return re.sub('[^A-Za-z0-9-]', '-', f'{node}-{machine}-{space}')
 
 
 def _flush(directory: Path) -> None:
@@ -5426,10 +5473,11 @@ def _swap(one: Path, other: Path) -> bool:
         libc = ctypes.CDLL(None, use_errno=True)
         one_raw, other_raw = os.fsencode(one), os.fsencode(other)
         if sys.platform == 'darwin':
-            swap_flag = 2  # RENAME_SWAP
-            return bool(libc.renamex_np(one_raw, other_raw, swap_flag) == 0)
-        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        return bool(libc.renameat2(here, one_raw, here, other_raw, exchange) == 0)
+            rename_swap = 2
+            return bool(libc.renamex_np(one_raw, other_raw, rename_swap) == 0)
+        at_fdcwd = -100
+        rename_exchange = 2
+        return bool(libc.renameat2(at_fdcwd, one_raw, at_fdcwd, other_raw, rename_exchange) == 0)
     except (ImportError, OSError, AttributeError, TypeError):
         return False
 
@@ -5491,7 +5539,7 @@ class _StoredArchive:
         try:
             yield
         except Corrupt as e:
-            remedy = e.remedy or 'push it again from where it is whole'
+            remedy = e.remedy or 'push it again from an intact copy'
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
 
     def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
@@ -5519,8 +5567,7 @@ class _StoredArchive:
         """Fill an install with the wanted segments, and return those that were not installed already."""
         reused = install.reuse(receipt, wanted)
         lacking = [segment for segment in wanted if segment.path not in reused]
-        with self.labelled():
-            self.fetch(lacking, install, progress)
+        self.fetch(lacking, install, progress)
         _validate(install.root, self.label)
         return lacking
 
@@ -5532,19 +5579,14 @@ class _StoredArchive:
     ) -> None:
         """Fetch segments, verify them and write them into an install. What an earlier one left is not fetched again."""
         head = json.dumps([self.remote.url, self.name, self.obj.version])
-        by_path = {segment.path: segment for segment in segments}
         sink = _Sink(install.root)
         total = sum(segment.length for segment in segments)
-        with contextlib.closing(_Journal(install.journal, head)) as journal, \
+        with self.labelled(), contextlib.closing(_Journal(install.journal, head)) as journal, \
                 _threads(self.remote.connections) as io_pool, _threads(_cores()) as pool, \
                 self.remote.cancelled_on_error(), contextlib.closing(
                     self.blocks(segments, install, head, sink, (io_pool, pool))) as blocks:
             reported = _reported(blocks, operator.attrgetter('length'), progress, total)
-            for found in _extract(reported, lambda path: by_path[path].size, sink, pool, journal):
-                promised = by_path[found.path]
-                if (found.files, found.size, found.digest) != (promised.files, promised.size, promised.digest):
-                    raise Corrupt(f"the archive is damaged: '{found.path}' does not have the digest that the index "
-                                  'promises')
+            _extract(reported, {segment.path: segment for segment in segments}, sink, pool, journal)
 
     def blocks(
             self,
@@ -5558,13 +5600,13 @@ class _StoredArchive:
         io_pool, pool = pools
         had = {segment.path: 0 for segment in segments}
         earlier = install.earlier / 'new'
-        sink.twin = os.path.join(str(earlier), '')
+        sink.reuse_from = os.path.join(str(earlier), '')
         lines = functools.partial(_Journal.read, install.earlier_journal, head)
         with contextlib.closing(_replay(earlier, lines, list(had), pool)) as there:
             for block in there:
                 had[block.path] += block.length
                 yield block
-        sink.twin = ''
+        sink.reuse_from = ''
         _say(f"'{self.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
         rest = [(segment, had[segment.path]) for segment in segments if had[segment.path] < segment.length]
         rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
@@ -5599,9 +5641,10 @@ class _ForeignArchive(_StoredArchive):
             receipt: Optional[_Receipt] = None,
             progress: _Progress = None,
     ) -> List[_Segment]:
-        with self.labelled(), _threads(self.remote.connections) as io_pool, _threads(1) as pool, \
-                self.remote.cancelled_on_error(), contextlib.closing(
-                    _read_spans(self.remote, self.obj, [(0, self.obj.size)], io_pool)) as chunks:
+        # The pool's thread reads the chunks, so it must come to its end before they are closed.
+        with self.labelled(), _threads(self.remote.connections) as io_pool, contextlib.closing(
+                _read_spans(self.remote, self.obj, [(0, self.obj.size)], io_pool)) as chunks, \
+                _threads(1) as pool, self.remote.cancelled_on_error():
             _extract_foreign(chunks, install.root, pool, progress, self.obj.size)
         _validate(install.root, self.label)
         self.segments = _digest_segments(install.root)
@@ -5630,8 +5673,8 @@ def _open_archive(remote: _Remote, obj: _Object) -> _StoredArchive:
         tail = _read(remote, obj, start, obj.size) if obj.size else b''
         offset = _find_index(tail, obj.size)
         if offset is None:
-            head = tail if start == 0 else _read(remote, obj, 0, _BLOCK_HEADER)
-            if head[:_FIELD] == _member(b'et', bytes(4))[:_FIELD]:
+            head = tail if start == 0 else _read(remote, obj, 0, _BLOCK_HEADER_SIZE)
+            if head[:_FIELD_OFFSET] == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
                 raise Corrupt('the archive is damaged: its index is missing')
             return archive
         if offset < start:
@@ -5652,7 +5695,7 @@ def _paths_of(
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
-            raise _unknown_partition(partition, name, known)
+            raise _unknown_partition_error(partition, name, known)
     return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
 
 
@@ -5671,7 +5714,7 @@ def _new_receipt(
 # What programs call, and what each command does. Every function takes its settings as `config`, and raises only Error.
 # ---------------------------------------------------------------------------------------
 
-@_public
+@_api
 def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error."""
     config = config or Config.load()
@@ -5681,7 +5724,7 @@ def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
         return sorted(obj.name for obj in store.list())
 
 
-@_public
+@_api
 def info(
         name: str,
         remote: bool = False,
@@ -5692,7 +5735,7 @@ def info(
 
     Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local dataset
     also root, source, when, partial; of a remote one archive_size (bytes) and when. Values that only a download would
-    tell are None: in an archive that another tool made, and meta and readme beside large files.
+    tell are None: in an archive that another tool made, and meta and readme if the top-level files are large.
     progress: as for verify(), if all files must be read, because nothing else knows a local dataset's digest.
     Raises NotFound and other Errors.
     """
@@ -5704,7 +5747,7 @@ def info(
     else:
         home = _Home(config.home)
         if not home.has(name):
-            raise _not_installed(home, name)
+            raise _not_installed_error(home, name)
         summary = _describe_local(home, name, measure=True, progress=progress)
         root = home.path(name)
         summary.update(meta=_read_meta(root), readme=_read_readme(root))
@@ -5760,13 +5803,14 @@ def _describe_remote(store: _Remote, obj: _Object, with_readme: bool = False) ->
         if max(root_files[0].length, root_files[0].size) <= _META_LIMIT + _README_LIMIT:
             import tempfile
             with tempfile.TemporaryDirectory() as scratch:
-                with _Home(Path(scratch)).installing(obj.name, replace=False) as install:
-                    archive.fetch(root_files, install)
-                    summary.update(meta=_read_meta(install.root, archive.label), readme=_read_readme(install.root))
+                install = _Install(_Home(Path(scratch)), obj.name, False, Path(scratch))  # which is never committed
+                install.root.mkdir()
+                archive.fetch(root_files, install)
+                summary.update(meta=_read_meta(install.root, archive.label), readme=_read_readme(install.root))
     return summary
 
 
-@_public
+@_api
 def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
     """As ls(), with what `etc ls -l` shows."""
     if not remote:
@@ -5785,7 +5829,7 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
             return list(pool.map(describe, sorted(store.list())))
 
 
-def _not_installed(home: _Home, name: str, remedy: str = '') -> NotFound:
+def _not_installed_error(home: _Home, name: str, remedy: str = '') -> NotFound:
     return NotFound(f"no local dataset '{name}'",
                     _did_you_mean(name, home.names()) or remedy or f"'etc pull {name}' would fetch it")
 
@@ -5801,7 +5845,7 @@ def _check_partitions(partitions: Optional[Sequence[str]]) -> None:
         raise InvalidDataset('partitions must be a list of one or more names')
 
 
-@_public
+@_api
 def dataset(
         name: str,
         auto_install: bool = False,
@@ -5828,7 +5872,7 @@ def dataset(
     if (auto_install or auto_pull) and (not is_installed or missing):
         return _pull(name, False, partitions, config, progress)
     if not is_installed:
-        raise _not_installed(home, bare)
+        raise _not_installed_error(home, bare)
     local, _ = home.open(bare)
     if pin:
         _check_pin(bare, pin, local.digest)
@@ -5840,7 +5884,7 @@ def dataset(
     return local
 
 
-@_public
+@_api
 def pull(
         name: str,
         force: bool = False,
@@ -5882,7 +5926,7 @@ def _pull(
             local, receipt = home.open(name)
             is_same = archive.has_contents_of(local, receipt)
             if is_same is False:
-                raise _taken(name, f"'etc pull -f {name}' replaces it")
+                raise _taken_error(name, f"'etc pull -f {name}' replaces it")
             if is_same and not (receipt and receipt.missing(segment.path for segment in wanted)):
                 if pin:
                     _check_pin(name, pin, local.digest)
@@ -5910,7 +5954,7 @@ def _tally(segments: Iterable[_Segment], started: float) -> str:
     return f'{files}, {_size(size)} in {_duration(seconds)} ({_size(size / seconds)}/s)'
 
 
-@_public
+@_api
 def push(
         name: str,
         force: bool = False,
@@ -5929,7 +5973,7 @@ def push(
     started = time.monotonic()
     home = _Home(config.home)
     if not home.has(name):
-        raise _not_installed(home, name, f"'etc register DIR {name}' gives a directory that name")
+        raise _not_installed_error(home, name, f"'etc register DIR {name}' gives a directory that name")
     local, receipt = home.open(name)
     if receipt and receipt.is_partial:
         raise InvalidDataset(f"'{name}' is only partly installed, so it cannot be pushed",
@@ -5987,7 +6031,7 @@ def _is_stored_already(
     try:
         obj = store.stat(local.name)
     except RemoteError as e:
-        if e.status == 403 and store.is_conditional:
+        if e.status == 403 and store.has_exclusive_write:
             return None
         raise
     if obj is None:
@@ -6003,10 +6047,11 @@ def _explain_taken(store: _Remote, local: Dataset, receipt: Optional[_Receipt]) 
     """After a write that was refused because of the name: raises an error, unless this very dataset is there."""
     is_stored = _is_stored_already(store, local, receipt)
     if is_stored is None:
-        raise Exists(f"'{local.name}' is in {store.url} already, and these credentials may not look whether it is the "
-                     'same', 'push it under another name')
+        raise Exists(f"'{local.name}' is in {store.url} already, and these credentials cannot read it to "
+                     'compare', 'push it under another name') from None
     if not is_stored:
-        raise RemoteError(f"another push of '{local.name}' to {store.url} is under way", 'try again when it has ended')
+        raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
+                          'try again when it has ended') from None
 
 
 def _holds(store: _Remote, name: str, digest: str) -> bool:
@@ -6018,7 +6063,7 @@ def _holds(store: _Remote, name: str, digest: str) -> bool:
         return False
 
 
-@_public
+@_api
 def register(
         directory: _Path,
         name: Optional[str] = None,
@@ -6052,14 +6097,14 @@ def register(
         if not copy and installed == str(root):
             _say(f"'{name}' is registered already")
             return Dataset(home.path(name), name)
-        raise _taken(name)
+        raise _taken_error(name)
     if copy:
         return _install_copy(home, name, root, force, progress)
     try:
         with home.changes():
             home.link(root, name, force)
     except FileExistsError:
-        raise _taken(name) from None
+        raise _taken_error(name) from None
     _say(f"registered '{name}': {root}")
     return Dataset(home.path(name), name)
 
@@ -6083,13 +6128,13 @@ def _install_copy(home: _Home, name: str, root: Path, force: bool, progress: _Pr
     with home.installing(name, force) as install:
         with _threads(_cores()) as pool, contextlib.closing(
                 _process(survey.listing, bytes, pool, progress, survey.size)) as processed:
-            segments = _extract(blocks(), lambda path: sys.maxsize, _Sink(install.root), pool)
+            segments = _extract(blocks(), None, _Sink(install.root), pool)
         install.commit(_new_receipt(segments, [segment.path for segment in segments], root.as_uri(), ''))
     _say(f'copied {name}: {_tally(segments, started)}')
     return Dataset(home.path(name), name)
 
 
-@_public
+@_api
 def create(
         name: str,
         partitions: Sequence[str] = ('train', 'test'),
@@ -6114,7 +6159,7 @@ def create(
     return Dataset(home.path(name), name)
 
 
-@_public
+@_api
 def verify(name: str, config: Optional[Config] = None, progress: _Progress = None) -> str:
     """Read all files of a local dataset and return their digest.
 
@@ -6127,7 +6172,7 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
     started = time.monotonic()
     home = _Home(config.home)
     if not home.has(name):
-        raise _not_installed(home, name)
+        raise _not_installed_error(home, name)
     _, receipt = home.open(name)
     found = _digest_segments(home.path(name), progress=progress)
     digest = _dataset_digest(found)
@@ -6153,19 +6198,19 @@ def _compare(home: _Home, name: str, receipt: _Receipt, found: Iterable[_Segment
         return
     remedy = f"'etc pull -f {name}' repairs it" if receipt.version else 'register it again'
     if not home.keeps_x_bits():
-        remedy = "this disk does not keep which files are executable; set 'home' to a place on another"
+        remedy = "this disk does not keep executable bits; set 'home' to a place on another"
     verb = 'differs' if len(wrong) == 1 else 'differ'
     raise Corrupt(f"'{name}' is not what was installed: {', '.join(wrong)} {verb}", remedy)
 
 
-@_public
+@_api
 def purge(name: str, config: Optional[Config] = None) -> None:
     """Remove a local dataset. A registered directory itself is not touched. Raises NotFound and other Errors."""
     config = config or Config.load()
     name, pin = _parse_name(name)
     home = _Home(config.home)
     if not home.has(name):
-        raise _not_installed(home, name, "'etc ls' lists what there is")
+        raise _not_installed_error(home, name, "'etc ls' lists what there is")
     if pin:
         _check_pin(name, pin, home.open(name)[0].digest)
     with home.changes():
@@ -6180,7 +6225,7 @@ def purge(name: str, config: Optional[Config] = None) -> None:
 # ---------------------------------------------------------------------------------------
 
 _README_LINES = 20  # that `etc info` shows
-_PATIENCE = 3  # seconds that shell completion waits for names
+_COMPLETION_TIMEOUT = 3  # seconds that shell completion waits for names
 
 
 def _parser(argv: Sequence[str] = ()) -> Any:
@@ -6192,7 +6237,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
     formatter: Any = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if is_help else 80)
 
     class Parser(argparse.ArgumentParser):
-        """Knows besides what completion and the overview ask for."""
+        """Also keeps what completion and the overview need."""
 
         what = ''
         examples: Sequence[Tuple[str, str]] = ()
@@ -6222,7 +6267,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
             sys.exit(2)
 
     parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
-                    epilog="'etc COMMAND -h' tells more of a command.")
+                    epilog="For help on a command, run 'etc COMMAND -h'.")
     parser.set_defaults(config=None, url=None, home=None, quiet=False, verbose=False, names=[None])
     parser.add_argument('--version', action='version', version='etcetera ' + __version__)
     parser.commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
@@ -6269,7 +6314,7 @@ def _add_common_flags(parser: Any) -> None:
 
 
 def _add_force(command: Any) -> None:
-    command.add_argument('-f', '--force', action='store_true', help='replace what has that name')
+    command.add_argument('-f', '--force', action='store_true', help='replace a different dataset of that name')
 
 
 def _add_remote(command: Any) -> None:
@@ -6300,7 +6345,7 @@ def _run_register(args: Any, _: None, config: Config) -> None:
 def _add_push(add: _AddCommand) -> None:
     command = add('NAME...', 'share local datasets', _run_push, [
         ('etc push MNIST', ''),
-        ('etc push -f MNIST', 'even over other contents of that name')])
+        ('etc push -f MNIST', 'replace a different dataset of that name')])
     command.add_argument('names', nargs='+', metavar='NAME')
     command.completes = 'local'
     _add_force(command)
@@ -6334,7 +6379,7 @@ def _add_pull(add: _AddCommand) -> None:
     command = add('NAME...', 'install remote datasets', _run_pull, [
         ('etc pull MNIST', ''),
         ('etc pull MNIST -p test', 'only one partition; the rest may follow later'),
-        ('etc pull -f MNIST', 'replace other contents of that name'),
+        ('etc pull -f MNIST', 'replace a different dataset of that name'),
         ('etc pull MNIST@sha256:...', 'insist on these contents')])
     command.add_argument('names', nargs='+', metavar='NAME')
     command.completes = 'remote'
@@ -6382,7 +6427,7 @@ def _add_create(add: _AddCommand) -> None:
         ('etc create MNIST', 'with the partitions train and test'),
         ('etc create MNIST train val test', '')])
     command.add_argument('names', nargs=1, metavar='NAME')
-    command.add_argument('partitions', nargs='*', metavar='PARTITION')
+    command.add_argument('partitions', nargs='*', default=(), metavar='PARTITION')
     _add_force(command)
 
 
@@ -6402,8 +6447,8 @@ def _run_purge(args: Any, name: str, config: Config) -> None:
 
 
 def _add_completion(add: _AddCommand) -> None:
-    command = add('SHELL', 'print what lets a shell complete commands and names', _run_completion, [
-        ('eval "$(etc completion bash)"', 'in ~/.bashrc; of zsh: in ~/.zshrc, after compinit'),
+    command = add('SHELL', 'print a shell completion script', _run_completion, [
+        ('eval "$(etc completion bash)"', 'in ~/.bashrc; for zsh: in ~/.zshrc, after compinit'),
         ('etc completion fish | source', 'in ~/.config/fish/config.fish')])
     command.add_argument('shell', choices=sorted(_COMPLETION), metavar='SHELL')
 
@@ -6433,7 +6478,7 @@ def _overview() -> str:
     lines = ['etc shares immutable datasets through cloud storage.', '']
     lines += [f'  {command.examples[0][0]:33} {command.what}' for command in commands]
     lines += ['', "Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.",
-              "'etc pull -h' tells more of pull; 'etc -h' lists all."]
+              "For help on a command, run 'etc pull -h'; for all commands, 'etc -h'."]
     if os.path.basename(sys.argv[0]) in ('etcetera.py', '-'):
         lines.append("('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)")
     return '\n'.join(lines)
@@ -6529,7 +6574,7 @@ def _meter(what: str) -> _Progress:
         marks.append((now, done))
         since, before = marks[0]
         rate = (done - before) / max(now - since, 0.001)
-        parts = [what, f'{100 * done / max(total, 1):.0f}%', f'{_size(done)} of {_size(total)}']
+        parts = [what, f'{100 * done // max(total, 1)}%', f'{_size(done)} of {_size(total)}']
         if rate:
             parts += [_duration((total - done) / rate) + ' left', _size(rate) + '/s']
         width = _terminal_width()
@@ -6581,7 +6626,7 @@ complete -c etc -f -a '(__etc)'""",
 def _completions(words: Sequence[str]) -> List[str]:
     """What the last of the words after `etc` may become; nothing where the shell is to offer files."""
     *before, last = words
-    parser = _parser()
+    parser = _parser(['completion', *before])
     commands = parser.commands.choices
     command = next((commands[word] for word in before if word in commands), None)
     known: Iterable[str] = ()
@@ -6590,7 +6635,7 @@ def _completions(words: Sequence[str]) -> List[str]:
     elif last.startswith('-'):
         known = [flag for flag in (command or parser).flags if flag.startswith('--')]
     elif not command:
-        known = commands
+        known = _COMMANDS
     elif command is commands['completion']:
         known = _COMPLETION
     elif command.completes:
@@ -6613,13 +6658,13 @@ def _names_in_time(is_remote: bool, place: Dict[str, str]) -> List[str]:
     thread = threading.Thread(target=look, daemon=True)
     with contextlib.suppress(RuntimeError):  # no more threads
         thread.start()
-        thread.join(_PATIENCE)
+        thread.join(_COMPLETION_TIMEOUT)
     return names
 
 
 # main()
 
-@_public
+@_api
 def _arguments(argv: List[str]) -> Any:
     """The parsed command line. SystemExit after wrong usage."""
     parser = _parser(argv)
@@ -6678,7 +6723,7 @@ def _show_error(e: Error, is_verbose: bool) -> None:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing behind that is paid for.
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing behind that is billed.
 
     A signal that is ignored, as by nohup, stays ignored. One that a program around us handles is left to it.
     """
