@@ -2495,6 +2495,13 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
 #
 # One client for all: connections that are kept alive, proxies, private CAs, time-outs, and tries. It knows nothing of
 # S3 or Google, and follows no redirect: what to do then is for a remote to decide.
+#
+# What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
+# _TRANSIENT, five times in all, with pauses of about 0.4, 0.8, 1.5 and 3 seconds, and for as long as Retry-After asks,
+# up to a minute. A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on
+# with a range where it broke; S3 makes a request again after the errors in _S3_TRANSIENT, or when it has learnt another
+# region, clock, key or checksum; an upload to Google goes on until five tries in a row bring nothing across; metadata
+# services are asked once, a container's three times.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60  # seconds of silence after which a connection counts as broken
@@ -3099,6 +3106,7 @@ class _AwsCredentials:
         return sign
 
     def find(self) -> Tuple[Optional[_AwsKeys], float]:
+        """From the settings, else the environment, the profile, the container, or the machine; and when they expire."""
         self.profile.reload()
         keys = _aws_static(vars(self.config), 'the settings')
         if not keys and not self.profile.is_explicit:
@@ -3113,7 +3121,10 @@ class _AwsCredentials:
         return _aws_static({key: os.environ.get(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
     def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
-        """users: the profiles whose roles are assumed with the keys of this one."""
+        """The first of: a role, a web identity, SSO, `aws login`, a credential_process, keys.
+
+        users: the profiles whose roles are assumed with the keys of this one.
+        """
         values = self.profile.section(name, f"the source_profile of '{''.join(users[-1:])}'")
         own = _aws_static(values, f"the AWS profile '{name}'")
         if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and own):
@@ -4325,7 +4336,9 @@ class _S3Remote(_HttpStore):
         return self.range_body(obj, reply, start, stop)
 
     def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
-        size = max(_MIN_PART, -(-limit // _MAX_PARTS >> 20) << 20)
+        mib = 1 << 20
+        least = -(-limit // _MAX_PARTS)  # rounded up, so that the parts suffice
+        size = max(_MIN_PART, -(-least // mib) * mib)
         parts = _split_parts(chunks, size)
         first = next(parts, [])
         second = next(parts, None)
@@ -4919,7 +4932,14 @@ def _joined(spans: Iterable[Tuple[int, int]]) -> List[Tuple[int, int]]:
 # The local store. At any instant ~/.etc/NAME is absent, the complete old dataset, or the complete new one: all work
 # happens in a staging directory beside it, and installing is one rename. A receipt is bound to its directory by inode
 # and mtime, which survive the rename. In a copy of the store, where inodes differ, the mtime decides; if the directory
-# was touched, its files are hashed again. Locks only save work; no promise rests on them.
+# was touched, its files are hashed again.
+#
+# If two pulls of a dataset race, the second waits for the lock of the first, and then finds it installed. Where locks
+# do nothing, both fill a staging directory of their own; one rename wins, and the other pull, in _Install.commit(),
+# accepts what is there if it has the same digest. So locks only save work; no promise rests on them.
+#
+# If a pull is killed, its staging directory tells by its name that the process is dead. The next pull takes it over,
+# reads, hashes and compares what its journal lists (_replay() in Archives), links that, and fetches the rest.
 #
 #     ~/.etc/NAME                  a directory (pulled, created, copied) or a link (registered)
 #     ~/.etc/.etcetera/receipts    NAME@inode.json: what was installed, from where
