@@ -2499,9 +2499,9 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
 # What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
 # _TRANSIENT, five times in all, with pauses of about 0.4, 0.8, 1.5 and 3 seconds, and for as long as Retry-After asks,
 # up to a minute. A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on
-# with a range where it broke; S3 makes a request again after the errors in _S3_TRANSIENT, or when it has learnt another
-# region, clock, key or checksum; an upload to Google goes on until five tries in a row bring nothing across; metadata
-# services are asked once, a container's three times.
+# with a range where it broke; S3 makes a request again after errors that it calls transient, or when it has learnt
+# another region, clock, key or checksum; an upload to Google goes on until five tries in a row bring nothing across;
+# metadata services are asked once, a container's three times.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60  # seconds of silence after which a connection counts as broken
