@@ -3588,7 +3588,7 @@ class Web(WebSuite, Case):
         for location in ('http://[', 'http://[1/x', '//[x]/', 'http://[::::]/'):
             with self.subTest(location):
                 self.server.fault = lambda handler: (handler.answer(302, Location=location), True)[1]
-                self.assertRegex(self.etc('pull', 'X', home='two', status=1)[1], 'answers 302|not of the form')
+                self.assertRegex(self.etc('pull', 'X', home='two', status=1)[1], 'answers 302|not have the form')
         self.server.fault = lambda handler: handler.path.endswith('/') and (
             handler.answer(200, b'<a href="X.tgz"><a href="&#%s;">' % (b'1' * 5000)), True)[1]
         self.etc('ls', '-r')
