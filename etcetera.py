@@ -96,7 +96,6 @@ extensions that it demands.
 # Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
 # in the functions that need them, so that `import etcetera` and shell completion stay fast.
 
-import base64
 import collections
 import contextlib
 import errno
@@ -874,20 +873,29 @@ def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
             yield path, _entries(root, tops, links, path)
 
 
-class _Level(NamedTuple):
+class _Level:
     """A directory that _entries() is in."""
 
-    prefix: str  # of the names in it
-    place: str  # of their paths on disk
-    names: List[str]  # that are still to come, the next one last
-    links: Set[str]  # those that are links
-    through_link: bool  # whether a followed link leads here
-    identity: Optional[Tuple[int, int]]  # device and inode
+    def __init__(
+            self,
+            prefix: str,
+            place: str,
+            names: List[str],
+            links: Set[str],
+            through_link: bool = False,
+            identity: Optional[Tuple[int, int]] = None,
+    ) -> None:
+        self.prefix = prefix  # of the names in it
+        self.place = place  # of their paths on disk
+        self.names = names[::-1]  # that are still to come, the next one last
+        self.links = links  # those that are links
+        self.through_link = through_link  # whether a followed link leads here
+        self.identity = identity  # device and inode
 
 
 def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
     """Everything at and below `names`, a directory before its contents."""
-    levels = [_Level('', _join(root, ''), list(names)[::-1], links, False, None)]
+    levels = [_Level('', _join(root, ''), list(names), links)]
     followed = 0
     while levels:
         level = levels[-1]
@@ -920,7 +928,7 @@ def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -
             if any(level.identity == identity for level in levels):
                 raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
             inner, inner_links = _scan(path)
-            levels.append(_Level(name + '/', path + os.sep, inner[::-1], inner_links,
+            levels.append(_Level(name + '/', path + os.sep, inner, inner_links,
                                  level.through_link or is_link, identity))
 
 
@@ -949,12 +957,13 @@ def _relative(name: str, target: str) -> str:
     return posixpath.relpath(posixpath.join(base, target), base)
 
 
-class _Survey(NamedTuple):
+class _Survey:
     """What is known of a dataset before its files are read."""
 
-    listing: _Listing
-    size: int  # bytes of all files
-    limit: int  # bytes that the archive will not exceed
+    def __init__(self, listing: _Listing, size: int, limit: int) -> None:
+        self.listing = listing
+        self.size = size  # bytes of all files
+        self.limit = limit  # bytes that the archive will not exceed
 
 
 def _survey(root: _Path) -> _Survey:
@@ -1137,12 +1146,13 @@ def _sha256(data: bytes = b'') -> Any:
     return hashlib.sha256(data)
 
 
-class _Processed(NamedTuple):
+class _Processed:
     """A block after its files have been read."""
 
-    plan: _BlockPlan
-    digest: bytes  # SHA-256 of its bytes
-    result: Any  # of the work that was asked for
+    def __init__(self, plan: _BlockPlan, digest: bytes, result: Any) -> None:
+        self.plan = plan
+        self.digest = digest  # SHA-256 of its bytes
+        self.result = result  # of the work that was asked for
 
 
 def _process(
@@ -1216,11 +1226,9 @@ def _digest_segments(
 ) -> List[_Segment]:
     """The segments of a dataset, or only those with the given paths, after reading all their files."""
     found = _SegmentList()
-    listing, total = _segments(root, only), 0
-    if progress:
-        listing, total, _ = _survey(root)
+    survey = _survey(root) if progress else _Survey(_segments(root, only), 0, 0)
     with _threads(_cores()) as pool:
-        for block in _process(listing, len, pool, progress, total):
+        for block in _process(survey.listing, len, pool, progress, survey.size):
             found.add(block)
     return found.segments
 
@@ -2579,9 +2587,10 @@ class _Reply(NamedTuple):
 _Signer = Callable[[_Request], Dict[str, str]]  # gives the headers to send
 
 
-class _Proxy(NamedTuple):
-    address: str  # host:port
-    headers: Dict[str, str]  # that it wants to see
+class _Proxy:
+    def __init__(self, address: str, headers: Dict[str, str]) -> None:
+        self.address = address  # host:port
+        self.headers = headers  # that it wants to see
 
 
 class _Http:
@@ -2829,7 +2838,7 @@ def _parse_proxy(url: str, scheme: str) -> _Proxy:
     if user:
         name, _, password = user.partition(':')
         credentials = f'{unquote(name)}:{unquote(password)}'.encode('utf-8', 'surrogateescape')
-        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(credentials).decode()
+        headers['Proxy-Authorization'] = 'Basic ' + _base64(credentials)
     return _Proxy(f'{host}:{port or 80}', headers)
 
 
@@ -2903,6 +2912,11 @@ def _check_endpoint(url: str) -> str:
 def _quote(text: str, safe: str = '') -> str:
     """Percent-encode all but A-Z a-z 0-9 - . _ ~ and what is safe, as Signature Version 4 and Google want it."""
     return quote(text, safe=safe + '~')
+
+
+def _base64(data: bytes) -> str:
+    from base64 import b64encode
+    return b64encode(data).decode()
 
 
 def _query(pairs: Iterable[Tuple[str, str]]) -> str:
@@ -3613,7 +3627,7 @@ class _GoogleCredentials:
         headers = {}
         if info.get('client_id'):
             user = f"{info['client_id']}:{info.get('client_secret') or ''}"
-            headers['Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
+            headers['Authorization'] = 'Basic ' + _base64(user.encode())
         elif info.get('workforce_pool_user_project'):
             form['options'] = json.dumps({'userProject': info['workforce_pool_user_project']})
         token = self.from_endpoint(info['token_url'], form, headers)
@@ -3745,16 +3759,18 @@ def _bearer_token(token: Any) -> str:
 
 
 def _base64url(data: bytes) -> bytes:
-    return base64.urlsafe_b64encode(data).rstrip(b'=')
+    from base64 import urlsafe_b64encode
+    return urlsafe_b64encode(data).rstrip(b'=')
 
 
 def _rsa_sign(pem: str, message: bytes) -> bytes:
     """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). The key is in PKCS#8 (RFC 5208) or PKCS#1."""
+    from base64 import b64decode
     match = re.search('-----BEGIN (?:RSA )?PRIVATE KEY-----(.*?)-----END', pem, re.S)
     if not match:
         raise ValueError('private_key')
     try:
-        fields = _der_sequence(base64.b64decode(match.group(1)))
+        fields = _der_sequence(b64decode(match.group(1)))
         if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
             fields = _der_sequence(fields[2])
         modulus = fields[1]
@@ -4274,11 +4290,11 @@ class _S3Remote(_HttpStore):
         if request.method != 'PUT' or not self.checksum:
             return {}
         if self.checksum == 'sha256':
-            return {'x-amz-checksum-sha256': base64.b64encode(sha256.digest()).decode()}
+            return {'x-amz-checksum-sha256': _base64(sha256.digest())}
         md5 = _md5()
         for chunk in request.body:
             md5.update(chunk)
-        return {'Content-MD5': base64.b64encode(md5.digest()).decode()}
+        return {'Content-MD5': _base64(md5.digest())}
 
     def error(self, reply: _Reply, request: _S3Request) -> RemoteError:
         code, message, _ = _aws_error(reply)
@@ -4679,7 +4695,7 @@ class _GsRemote(_HttpStore):
 
     def check_md5(self, name: str, answer: Dict[str, Any], md5: Any) -> None:
         """Delete the object if the server has stored other bytes than were sent, and raise Corrupt."""
-        if not md5 or not answer.get('md5Hash') or answer['md5Hash'] == base64.b64encode(md5.digest()).decode():
+        if not md5 or not answer.get('md5Hash') or answer['md5Hash'] == _base64(md5.digest()):
             return
         query = {'ifGenerationMatch': str(answer.get('generation'))}
         self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
