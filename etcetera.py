@@ -3949,6 +3949,17 @@ class _HttpStore(_Remote):
         return reply.body  # type: ignore[no-any-return]
 
 
+class _BucketStore(_HttpStore):
+    """What remotes share whose url names a bucket and a prefix."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.bucket, self.prefix = _parse_bucket_url(config.url or '')
+
+    def key(self, name: str) -> str:
+        return f'{self.prefix}{name}.tgz'
+
+
 def _version(etag: Optional[str], modified: float) -> str:
     """The ETag, always in quotes, since some stores list it bare; otherwise the time of the last change."""
     if not etag or etag.startswith('W/'):  # a weak one says nothing of bytes (RFC 9110, 8.8.1)
@@ -4171,16 +4182,14 @@ class _S3Request(NamedTuple):
     body: Sequence[bytes] = ()
 
 
-class _S3Remote(_HttpStore):
+class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        url = config.url or ''
-        if url.startswith('s3://arn:'):
+        if (config.url or '').startswith('s3://arn:'):
             raise ConfigError('the url is an ARN',
                               'use the alias of the access point (it ends in -s3alias) as the bucket: s3://alias')
-        self.bucket, self.prefix = _parse_bucket_url(url)
+        super().__init__(config)
         self.profile = _AwsProfile(config)
         self.http = _Http(self.profile.ca_bundle)
         self.credentials = _AwsCredentials(config, self.profile, self.http)
@@ -4210,9 +4219,6 @@ class _S3Remote(_HttpStore):
             return False
         dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
-
-    def key(self, name: str) -> str:
-        return f'{self.prefix}{name}.tgz'
 
     def address(self, key: str, query: Mapping[str, str]) -> str:
         base = self.endpoint or self.profile.host('s3', self.region)
@@ -4487,14 +4493,13 @@ def _listed_object(page: Any, prefix: str, item: Any) -> Optional[_Object]:
 
 # gs:// ---------------------------------------------------------------------------------
 
-class _GsRemote(_HttpStore):
+class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
     has_exclusive_write = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.bucket, self.prefix = _parse_bucket_url(config.url or '')
         endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
         self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
         self.is_public = config.public
@@ -4502,9 +4507,6 @@ class _GsRemote(_HttpStore):
         self.credentials: Optional[_GoogleCredentials] = None
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
-
-    def key(self, name: str) -> str:
-        return f'{self.prefix}{name}.tgz'
 
     def address(self, key: str, query: Mapping[str, str], api: str = '/storage/v1') -> str:
         path = '/' + _quote(key) if key else ''
