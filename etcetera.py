@@ -1895,10 +1895,12 @@ class _Extractor:
         if not self.has_directory or self.path == '.' or self.sink.reuse_from or os.sep != '/':
             return at
         prefix = self.parent + '/'
+        if prefix.count('/') >= _DEPTH:
+            return at
         place = self.sink.path(self.parent) + '/'
         mode = 0o755 if self.executable else 0o644
         last_start = len(data) - 2 * _HEADER_SIZE
-        while at <= last_start and prefix.count('/') < _DEPTH:
+        while at <= last_start:
             raw_name = data[at:at + 100].rstrip(b'\0')
             try:
                 name = raw_name.decode('ascii')
@@ -5563,13 +5565,9 @@ class _StoredArchive:
         self.remote = remote
         self.obj = obj
         self.name = obj.name
-        self.segments = segments  # empty while they are not known
+        self.segments = segments  # empty while they are not known; neither is the digest then
+        self.digest = _dataset_digest(segments) if segments else None
         self.label = f"'{obj.name}' in {remote.url}"
-
-    @property
-    def digest(self) -> Optional[str]:
-        """None if it is not known yet."""
-        return _dataset_digest(self.segments) if self.segments else None
 
     @contextlib.contextmanager
     def labelled(self) -> Iterator[None]:
@@ -5686,6 +5684,7 @@ class _ForeignArchive(_StoredArchive):
             _extract_foreign(chunks, install.root, pool, progress, self.obj.size)
         _validate(install.root, self.label)
         self.segments = _digest_segments(install.root)
+        self.digest = _dataset_digest(self.segments)
         return self.segments
 
     def receipt(self, wanted: Iterable[_Segment]) -> _Receipt:
