@@ -438,10 +438,11 @@ def _yaml_quoted(text: str, line: int) -> str:
     if quoted[0] == "'":
         return quoted[1:-1].replace("''", "'")
     try:
-        value: str = json.loads(quoted, strict=False)  # JSON's escapes mean the same in YAML, except for surrogates
+        value: Optional[str] = json.loads(quoted, strict=False)
     except ValueError:
-        value = '\ud800'
-    if not _is_utf8(value) or re.search(r'(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]', quoted):
+        value = None
+    # JSON's escapes mean the same in YAML, except for surrogates.
+    if value is None or re.search(r'(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]', quoted):
         raise _YamlError(line, 'unknown escape; in double quotes, write \\\\ for a backslash and \\u00e9 for U+00E9')
     return value
 
