@@ -1814,26 +1814,28 @@ class RemoteSuite:
         self.assertEqual(etc.ls(remote=True, config=self.config()), ['One', 'a.b-c_d'])
         digest = etc.Dataset(self.tmp / 'ds').digest
         for item in json.loads(self.etc('ls', '-r', '--json')[0]):
-            self.assertEqual((item['digest'], item['files']), (digest, 6))
-            self.assertRegex(item['when'], r'^20\d\d-')
+            with self.subTest(item['name']):
+                self.assertEqual((item['digest'], item['files']), (digest, 6))
+                self.assertRegex(item['when'], r'^20\d\d-')
         self.assertIn(digest, self.etc('ls', '-r', '-l')[0])
         found = etc.info('One', remote=True, config=self.config('fresh'))
         self.assertEqual((found['meta'], found['readme']), ({'classes': 10}, '# Small\n'))
         self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
         self.assertFalse((self.tmp / 'fresh').exists())
         self.assertIn("did you mean 'One'", self.etc('pull', 'Onne', status=1)[1])
-        self.etc('info', '-r', 'Nope', status=1)
+        self.assertIn("no dataset 'Nope' in", self.etc('info', '-r', 'Nope', status=1)[1])
 
     def test_push_again(self):
         self.share(small(self.tmp / 'ds'))
         self.assertIn('identical', self.etc('push', 'X')[1])
         write(self.tmp / 'ds', {'data/train/new': 'new'})
         self.assertIn('push -f', self.etc('push', 'X', status=1)[1])
-        self.etc('push', 'X@sha256:' + '1' * 64, '-f', status=1)
+        self.assertIn("'X': expected digest sha256:111", self.etc('push', 'X@sha256:' + '1' * 64, '-f', status=1)[1])
         self.etc('push', '-f', 'X@' + etc.Dataset(self.tmp / 'ds').digest)
         self.etc('pull', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
-        self.etc('push', 'Gone', 'X', status=1)
+        err = self.etc('push', 'Gone', 'X', status=1)[1]
+        self.assertRegex(err, "\\Aetc: no local dataset 'Gone'; .*\netc: 'X' is in .* already, and identical\n\\Z")
 
     def test_pull_again(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
@@ -1847,11 +1849,11 @@ class RemoteSuite:
         self.assertIn('expected digest sha256', self.etc('pull', '-f', 'X@' + digest, home='two', status=1)[1])
         self.assertEqual(etc.dataset('X@' + digest, config=self.config('two')).digest, digest)
         self.etc('pull', '-f', 'X@' + newer, home='two')
-        with self.assertRaises(etc.Corrupt):
+        with self.assertRaisesRegex(etc.Corrupt, "'X': expected digest %s, found %s" % (digest, newer)):
             etc.dataset('X@' + digest, auto_install=True, config=self.config('two'))
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
         self.assertEqual(self.leftovers('two'), [])
-        self.etc('pull', 'Nope', 'X', home='three', status=1)
+        self.assertRegex(self.etc('pull', 'Nope', 'X', home='three', status=1)[1], "\\Aetc: no dataset 'Nope' in .*\netc: pulled X: ")
         self.assertEqual(self.installed('three'), ['X'])
 
     def test_partitions(self):
@@ -1861,12 +1863,12 @@ class RemoteSuite:
         ds = etc.dataset('X', partitions=['test'], config=self.config('two'))
         self.assertEqual((ds.keys(), ds.meta), ({'test'}, {'classes': 10}))
         self.assertEqual(ds.digest, etc.Dataset(root).digest)
-        self.assertIn('partly', self.etc('push', 'X', home='two', status=1)[1])
+        self.assertIn('is only partly installed, so it cannot be pushed', self.etc('push', 'X', home='two', status=1)[1])
         self.assertIn('partly', self.etc('info', 'X', home='two')[0])
         self.etc('verify', 'X', home='two')
-        with self.assertRaises(etc.NotFound):
+        with self.assertRaisesRegex(etc.NotFound, "'X' is only partly installed, without assets, data/train, data/val"):
             etc.dataset('X', config=self.config('two'))
-        with self.assertRaises(KeyError):
+        with self.assertRaisesRegex(KeyError, "no partition 'nope' in X; it has: test, train, val"):
             etc.dataset('X', partitions=['nope'], config=self.config('two'))
         self.assertIn("did you mean 'train'", self.etc('pull', '-p', 'trian', 'X', home='two', status=1)[1])
         self.assertIn('identical', self.etc('pull', '-p', 'test', 'X', home='two')[1])
@@ -1883,9 +1885,10 @@ class RemoteSuite:
         self.share(write(small(self.tmp / 'ds'), {'data/val/v': 'v'}))
         for number, words in enumerate((['X', '-p', 'train', 'val'], ['-p', 'train', '-p', 'val', 'X'], ['-p', 'val', 'X', '-p', 'train'],
                                         ['X', '--partition', 'val', 'train', '-f'])):
-            self.etc('pull', *words, home=str(number))
-            self.assertEqual(etc.Dataset(self.tmp / str(number) / 'X').keys(), {'train', 'val'})
-        self.etc('pull', 'X', 'Y', '--nonsense', status=2)
+            with self.subTest(words):
+                self.etc('pull', *words, home=str(number))
+                self.assertEqual(etc.Dataset(self.tmp / str(number) / 'X').keys(), {'train', 'val'})
+        self.assertIn("'etc pull' takes no '--nonsense'", self.etc('pull', 'X', 'Y', '--nonsense', status=2)[1])
 
     def test_touched_and_copied_installs(self):
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
@@ -1893,11 +1896,12 @@ class RemoteSuite:
         self.etc('pull', '-p', 'test', 'X', home='two')
         digest = etc.Dataset(root).digest
         shutil.copytree(str(self.tmp / 'two'), str(self.tmp / 'copy'), symlinks=True)
-        self.assertIn('partly', self.etc('push', 'X', home='copy', status=1)[1])  # a copy is partial, too
+        partly = 'is only partly installed, so it cannot be pushed'
+        self.assertIn(partly, self.etc('push', 'X', home='copy', status=1)[1])  # a copy is partial, too
         self.assertEqual(etc.dataset('X@' + digest, partitions=['test'], config=self.config('copy')).keys(), {'test'})
         write(self.tmp / 'two/X', {'.DS_Store': 'x'})
         (self.tmp / 'two/X/.DS_Store').unlink()
-        self.assertIn('partly', self.etc('push', 'X', home='two', status=1)[1])
+        self.assertIn(partly, self.etc('push', 'X', home='two', status=1)[1])
         self.assertEqual(etc.dataset('X@' + digest, partitions=['test'], config=self.config('two')).keys(), {'test'})
         self.assertEqual(etc.info('X', config=self.config('two'))['digest'], digest)
         modes = {p: p.stat().st_mode for p in (self.tmp / 'two/X').rglob('*') if p.is_file()}
@@ -1909,7 +1913,7 @@ class RemoteSuite:
         self.etc('pull', 'X', home='copy')
         self.etc('verify', 'X', home='copy')
         self.etc('pull', '-f', '-p', 'test', 'X', home='copy')
-        self.etc('purge', 'X@sha256:' + '0' * 64, home='copy', status=1)
+        self.assertIn("'X': expected digest sha256:000", self.etc('purge', 'X@sha256:' + '0' * 64, home='copy', status=1)[1])
         self.etc('purge', 'X@' + digest, home='copy')
 
     def test_pins_are_about_the_files(self):
@@ -1926,7 +1930,7 @@ class RemoteSuite:
         victim.chmod(0o644)
         victim.write_text('broken')
         (self.tmp / 'two/X/data/val/v').unlink()
-        self.etc('verify', 'X', home='two', status=1)
+        self.assertIn("'X' is not what was installed: data/train, data/val differ;", self.etc('verify', 'X', home='two', status=1)[1])
         self.etc('pull', '-f', 'X', home='two')
         self.etc('verify', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
@@ -1935,20 +1939,22 @@ class RemoteSuite:
         original = etc._read_file
         self.addCleanup(setattr, etc, '_read_file', original)
         for name, size in (('Small', 1000), ('Large', 9 * MIB)):  # a single request, and a multipart upload
-            self.etc('register', write(self.tmp / name / 'slow', {'data/train/x': noise(size, 1)}), name, home='one')
-            self.etc('register', write(self.tmp / name / 'fast', {'data/train/x': noise(size, 2)}), name, home='two')
-            overtaken = []
+            with self.subTest(name):
+                self.etc('register', write(self.tmp / name / 'slow', {'data/train/x': noise(size, 1)}), name, home='one')
+                self.etc('register', write(self.tmp / name / 'fast', {'data/train/x': noise(size, 2)}), name, home='two')
+                overtaken = []
 
-            def read(entry, start, stop, name=name, overtaken=overtaken):
-                if not overtaken:
-                    overtaken.append(None)
-                    overtaken[0] = etc.push(name, config=self.config('two'))
-                return original(entry, start, stop)
-            etc._read_file = read
-            self.etc('push', name, home='one', status=1 if self.conditions else 0)
-            etc._read_file = original
-            if self.conditions:
-                self.assertEqual(etc.info(name, remote=True, config=self.config())['digest'], overtaken[0])
+                def read(entry, start, stop, name=name, overtaken=overtaken):
+                    if not overtaken:
+                        overtaken.append(None)
+                        overtaken[0] = etc.push(name, config=self.config('two'))
+                    return original(entry, start, stop)
+                etc._read_file = read
+                err = self.etc('push', name, home='one', status=1 if self.conditions else 0)[1]
+                etc._read_file = original
+                if self.conditions:
+                    self.assertIn("another '%s' is in %s already; push it under another name" % (name, self.url), err)
+                    self.assertEqual(etc.info(name, remote=True, config=self.config())['digest'], overtaken[0])
 
     def test_races(self):
         if not (self.conditions and self.atomic):
@@ -1996,7 +2002,7 @@ class RemoteSuite:
         self.assertEqual(tree(etc.pull('X', partitions=['test'], config=self.config()).root), tree(root))
         self.assertIn('identical', self.etc('pull', 'X')[1])
         self.etc('pull', '-f', 'X@' + etc.Dataset(root).digest)
-        self.etc('pull', '-f', 'X@sha256:' + '2' * 64, status=1)
+        self.assertIn("'X': expected digest sha256:222", self.etc('pull', '-f', 'X@sha256:' + '2' * 64, status=1)[1])
         self.etc('verify', 'X')
         self.assertIn('is in %s already, and identical' % self.url, self.etc('push', 'X')[1])
         self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
@@ -2028,18 +2034,23 @@ class FileRemote(RemoteSuite, Case):
         write(self.tmp / 'share', {name: data})
 
     def test_urls(self):
-        for url in ('file://host/x', 'file:x', 'nonsense', 'ftp://x/y', 's3:/x', 's3://', 's3://a b', 'S3://x'):
-            self.etc('ls', '-r', url=url, status=1)
+        start, bucket = 'cannot use the url; it must start with file://', 'the url is not of the form s3://bucket'
+        for url, problem in (
+                ('file://host/x', 'the url is no absolute path; write file:///path'), ('file:x', start), ('nonsense', start), ('ftp://x/y', start),
+                ('s3:/x', start), ('s3://', bucket), ('s3://a b', bucket), ('S3://x', start)):
+            with self.subTest(url):
+                self.assertIn('etc: ' + problem, self.etc('ls', '-r', url=url, status=1)[1])
         (self.tmp / 'with space').mkdir()
         self.assertEqual(self.etc('ls', '-r', url=(self.tmp / 'with space').as_uri()), ('', ''))
-        self.assertIn('no directory', self.etc('ls', '-r', url=(self.tmp / 'nowhere').as_uri(), status=1)[1])
+        self.assertIn('no directory %s;' % (self.tmp / 'nowhere'), self.etc('ls', '-r', url=(self.tmp / 'nowhere').as_uri(), status=1)[1])
 
     def test_directories_and_dead_links_are_no_datasets(self):
         write(self.tmp / 'share', {'X.tgz/file': 'x'})
         (self.tmp / 'share/Y.tgz').symlink_to('nowhere')
         self.assertEqual(self.etc('ls', '-r')[0], '')
         for name in 'X', 'Y':
-            self.assertIn("no dataset '%s'" % name, self.etc('pull', name, status=1)[1])
+            with self.subTest(name):
+                self.assertIn("no dataset '%s'" % name, self.etc('pull', name, status=1)[1])
 
     def test_killed_push_leaves_nothing_under_the_name(self):
         root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(20)})
@@ -2104,12 +2115,14 @@ class FileRemote(RemoteSuite, Case):
         finally:
             os.umask(before)
         for place in (share / 'a', share / 'a/b'):
-            self.assertEqual(place.stat().st_mode & 0o055, 0o055, place)
+            with self.subTest(place.name):
+                self.assertEqual(place.stat().st_mode & 0o055, 0o055, place)
         (share / 'X.tgz').chmod(0)
         with unprivileged(share, self.tmp / 'home', self.tmp / 'settings.yaml'):
             for command in (['pull', 'X'], ['info', '-r', 'X']):
-                self.assertIn("cannot read 'X' in %s: Permission denied; ask who pushed it to let you read it" % share,
-                              self.etc(*command, status=1)[1])
+                with self.subTest(command):
+                    self.assertIn("cannot read 'X' in %s: Permission denied; ask who pushed it to let you read it" % share,
+                                  self.etc(*command, status=1)[1])
 
     @unittest.skipUnless(sys.platform == 'linux', 'no limits on files there')
     def test_no_room_for_a_push(self):
@@ -2124,7 +2137,7 @@ class FileRemote(RemoteSuite, Case):
     def test_places_where_one_may_not_write(self):
         self.share(small(self.tmp / 'ds'))
         self.etc('register', '-f', odd(self.tmp / 'other', 3), 'X')
-        self.etc('push', 'Y', status=1)  # what is imported for an error is there from here on
+        self.assertIn("no local dataset 'Y'", self.etc('push', 'Y', status=1)[1])  # what is imported for an error is there from here on
         share = self.tmp / 'share'
         if os.geteuid() == 0:  # others' files in a sticky directory
             share.chmod(0o1777)
@@ -2141,7 +2154,7 @@ class FileRemote(RemoteSuite, Case):
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_files_that_cannot_be_read(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'Y', status=1)
+        self.assertIn("no local dataset 'Y'", self.etc('push', 'Y', status=1)[1])
         with unprivileged(self.tmp):
             (self.tmp / 'ds/data/train/a.txt').chmod(0)
             err = self.etc('push', 'X', status=1)[1]
@@ -2214,7 +2227,7 @@ class S3Remote(RemoteSuite, S3Case):
                     start, stop - 1, len(data))}, stop - start)
                 return True
         self.server.fault = fault
-        self.assertIn('range', self.etc('pull', 'X', home='two', status=1)[1])
+        self.assertIn('does not answer with the range that was asked for', self.etc('pull', 'X', home='two', status=1)[1])
         self.assertLess(len(self.server.log), 30)
 
     def test_nothing_is_left_in_the_temporary_directory(self):
@@ -2419,7 +2432,7 @@ class S3Remote(RemoteSuite, S3Case):
                 self.assertEqual(hosts, {host})
         write(self.tmp, {'.aws/config': '[default]\ns3 =\n    addressing_style = virtual\n'})
         hosts.clear()
-        self.etc('ls', '-r', url='s3://My_Bucket', status=1)  # no host can have such a name
+        self.assertIn('404 NoSuchBucket', self.etc('ls', '-r', url='s3://My_Bucket', status=1)[1])  # no host can have such a name
         self.assertEqual(hosts, {'store.example'})
         self.settings['endpoint_url'] = self.server.url
         hosts.clear()
@@ -2594,12 +2607,13 @@ class S3Remote(RemoteSuite, S3Case):
         self.server.fault = fault
         self.server.conditions = False
         for answer in ((501, 'NotImplemented'), (400, 'InvalidArgument'), (501, ''), ()):
-            self.server.objects.clear()
-            self.etc('push', 'X', 'Y')
-            self.etc('push', 'X', 'Y')
-            self.assertEqual((len(self.server.objects), self.server.uploads), (2, {}))
-            write(self.tmp / 'ds', {'data/train/x': 'changed %s' % (answer,)})
-            self.etc('push', 'X', status=1)
+            with self.subTest(answer):
+                self.server.objects.clear()
+                self.etc('push', 'X', 'Y')
+                self.etc('push', 'X', 'Y')
+                self.assertEqual((len(self.server.objects), self.server.uploads), (2, {}))
+                write(self.tmp / 'ds', {'data/train/x': 'changed %s' % (answer,)})
+                self.assertIn("another 'X' is in %s already" % self.url, self.etc('push', 'X', status=1)[1])
 
     def test_errors_of_complete(self):
         write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)})
@@ -2615,25 +2629,26 @@ class S3Remote(RemoteSuite, S3Case):
 
     def test_wrong_answers(self):
         self.share(small(self.tmp / 'ds'))
-        faults = {
-            'no range': lambda h: h.answer(200, b'x' * 500, {'ETag': self.server.objects['some/prefix/X.tgz'][1]}),
-            'wrong range': lambda h: h.answer(206, b'x' * 10, {'ETag': self.server.objects['some/prefix/X.tgz'][1],
-                                                               'Content-Range': 'bytes 0-9/10'}),
-            'other etag': lambda h: h.answer(206, b'x' * 10, {'ETag': '"other"', 'Content-Range': 'bytes 0-9/10'}),
-            'short': lambda h: (h.answer(206, b'x' * 10, {}, 1000), setattr(h, 'close_connection', True)),
-            'endless': lambda h: h.answer(206, b'x' * 3 * MIB),
-            'all': lambda h: h.answer(200, b'x' * 90 * MIB),
-        }
+        etag = {'ETag': self.server.objects['some/prefix/X.tgz'][1]}
+        no_range, too_much = 'does not answer with the range that was asked for', 'answers with more than was asked for'
         self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
         etc.time.sleep = lambda seconds: None
-        for name, answer in faults.items():
+        for name, problem, answer in (
+                ('no range', no_range, lambda h: h.answer(200, b'x' * 500, etag)),
+                ('wrong range', no_range, lambda h: h.answer(206, b'x' * 10, dict(etag, **{'Content-Range': 'bytes 0-9/10'}))),
+                ('other etag', "'X' in %s was replaced while it was read" % self.url,
+                 lambda h: h.answer(206, b'x' * 10, {'ETag': '"other"', 'Content-Range': 'bytes 0-9/10'})),
+                ('short', 'IncompleteRead(10 bytes read, 990 more expected)',
+                 lambda h: (h.answer(206, b'x' * 10, {}, 1000), setattr(h, 'close_connection', True))),
+                ('endless', too_much, lambda h: h.answer(206, b'x' * 3 * MIB)), ('all', too_much, lambda h: h.answer(200, b'x' * 90 * MIB))):
             def fault(handler, answer=answer):
                 if handler.headers.get('Range'):
                     answer(handler)
                     return True
-            self.server.fault = fault
-            self.etc('pull', 'X', home='two', status=1)
-            self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []), name)
+            with self.subTest(name):
+                self.server.fault = fault
+                self.assertIn(problem, self.etc('pull', 'X', home='two', status=1)[1])
+                self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []))
 
     def test_absurd_headers(self):
         self.share(small(self.tmp / 'ds'))
@@ -2643,14 +2658,16 @@ class S3Remote(RemoteSuite, S3Case):
                 if handler.command == 'HEAD':
                     size = len(self.server.objects['some/prefix/X.tgz'][0])
                     return handler.answer(200, b'', dict(etag, **{'Last-Modified': modified}), size) or True
-            self.server.fault = fault
-            self.etc('pull', '-f', 'X', home='two')
+            with self.subTest(modified):
+                self.server.fault = fault
+                self.etc('pull', '-f', 'X', home='two')
         for size in ('1e3', '5 5', ' ', '-5', '9' * 5000):
-            self.server.fault = lambda h: h.command == 'HEAD' and (h.answer(200, b'', etag, size), True)[1]
-            self.etc('pull', '-f', 'X', home='two')  # a range tells the size
-            self.server.respell = lambda name, value: None if name == 'Content-Range' else value
-            self.assertIn('how large', self.etc('pull', '-f', 'X', home='two', status=1)[1])
-            self.server.respell = None
+            with self.subTest(size[:9]):
+                self.server.fault = lambda h: h.command == 'HEAD' and (h.answer(200, b'', etag, size), True)[1]
+                self.etc('pull', '-f', 'X', home='two')  # a range tells the size
+                self.server.respell = lambda name, value: None if name == 'Content-Range' else value
+                self.assertIn("does not say how large 'X' is", self.etc('pull', '-f', 'X', home='two', status=1)[1])
+                self.server.respell = None
 
     def test_lost_answer_of_complete(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/large': noise(20 * MIB)}), 'X')
@@ -2667,18 +2684,20 @@ class S3Remote(RemoteSuite, S3Case):
         self.addCleanup(setattr, S3Handler, 'answer', original)
         S3Handler.answer = answer
         for conditions in (True, False):
-            del lost[:]
-            self.server.conditions = conditions
-            self.etc('push', 'X' if conditions else '-f', *[] if conditions else ['X'])
-            self.assertEqual(lost, [1])
+            with self.subTest(conditions=conditions):
+                del lost[:]
+                self.server.conditions = conditions
+                self.etc('push', 'X' if conditions else '-f', *[] if conditions else ['X'])
+                self.assertEqual(lost, [1])
 
     def test_stores_without_etags(self):
         self.share(small(self.tmp / 'ds'))
         for etag in ('W/"weak"', ''):
-            key, (data, _, headers) = list(self.server.objects.items())[0]
-            self.server.objects[key] = data, etag, headers
-            self.assertIn('sha256:', self.etc('ls', '-r', '-l')[0])  # times of listing and reading differ here
-            self.etc('pull', '-f', 'X', home='two')
+            with self.subTest(etag):
+                key, (data, _, headers) = list(self.server.objects.items())[0]
+                self.server.objects[key] = data, etag, headers
+                self.assertIn('sha256:', self.etc('ls', '-r', '-l')[0])  # times of listing and reading differ here
+                self.etc('pull', '-f', 'X', home='two')
 
     def test_credentials_with_line_ends(self):
         os.environ.update(AWS_ACCESS_KEY_ID=self.settings.pop('aws_access_key_id') + '\n',
@@ -2686,7 +2705,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.etc('ls', '-r')
         os.environ['AWS_SECRET_ACCESS_KEY'] = 'hu\nsh'
         err = self.etc('ls', '-r', status=1)[1]
-        self.assertIn('AWS_SECRET'.lower()[:3], err.lower())
+        self.assertIn('the environment: aws_secret_access_key holds characters that it cannot have;', err)
         self.assertNotIn('sh\n', err.replace('etc: ', '', 1)[:-1])
 
     def test_one_bad_archive_does_not_hide_the_others(self):
@@ -2756,14 +2775,16 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertEqual(address('s3://my.bucket'), 'https://s3.us-east-1.amazonaws.com/my.bucket/k%20e%2By?a=b%20c')
         self.assertEqual(address(endpoint_url='http://h:1/'), 'http://h:1/bucket/k%20e%2By?a=b%20c')
         for bad in ('h:1', 'ftp://h', 'http://user:pw@h', 'http://h/?q'):
-            with self.assertRaises(etc.ConfigError):
-                address(endpoint_url=bad)
+            with self.subTest(bad):
+                self.settings['endpoint_url'] = bad
+                self.assertIn(r'the endpoint_url must look like https://host[:port];', self.etc('ls', '-r', status=1)[1])
 
     def test_part_sizes_reach_5_tib(self):
         for limit in (0, 1 << 30, 1 << 36, 5 << 40):
-            size = max(etc._MIN_PART, -(-limit // etc._MAX_PARTS >> 20) << 20)
-            self.assertGreaterEqual(size * etc._MAX_PARTS, limit)
-            self.assertLessEqual(size, 5 << 30)
+            with self.subTest(limit=limit):
+                size = max(etc._MIN_PART, -(-limit // etc._MAX_PARTS >> 20) << 20)
+                self.assertGreaterEqual(size * etc._MAX_PARTS, limit)
+                self.assertLessEqual(size, 5 << 30)
         chunks = [noise(n) for n in (0, 3, 10, 25, 1, 1, 9, 10)]
         parts = [b''.join(part) for part in etc._split_parts(chunks, 10)]
         self.assertEqual(b''.join(parts), b''.join(chunks))
