@@ -102,7 +102,6 @@ import errno
 import functools
 import itertools
 import json
-import operator
 import os
 import posixpath
 import re
@@ -507,7 +506,7 @@ class Config:
         values = dict(settings, url=url, home=None if home is None else os.fspath(home))
         for key, value in values.items():
             _check_setting(key, value)
-        defaults = {'public': False, 'connections': 8, 'compression_level': _DEFAULT_LEVEL}
+        defaults = {'public': False, 'connections': 32, 'compression_level': _DEFAULT_LEVEL}
         for key in _SETTINGS:
             value = values.get(key)
             setattr(self, key, defaults.get(key) if value is None else value)
@@ -683,7 +682,37 @@ def _ordered(
             future.cancel()
 
 
+def _unordered(
+        pool: Any,
+        function: Callable[[_T], _R],
+        items: Iterable[_T],
+        ahead: Callable[[], int],
+        wait: Callable[[Set[Any]], Set[Any]],
+) -> Generator[_R, None, None]:
+    """Yield function(item) for every item, in the order in which they end.
+
+    ahead: how many may be under way now. wait: gives those of some futures that are done, at least one.
+    """
+    pending: Set[Any] = set()
+    try:
+        for item in items:
+            pending.add(pool.submit(function, item))
+            del item  # or memory would hold it while this waits
+            while len(pending) >= ahead():
+                done = wait(pending)
+                pending -= done
+                yield from [future.result() for future in done]
+        while pending:
+            done = wait(pending)
+            pending -= done
+            yield from [future.result() for future in done]
+    finally:
+        for future in pending:
+            future.cancel()
+
+
 _Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
+_Watch = Callable[[int], Any]  # is told how many bytes of something have been sent or received
 
 
 def _reported(
@@ -711,6 +740,82 @@ def _reported(
             yield item
 
     return reported()
+
+
+_TICK = 0.1  # seconds between two reports of progress
+_PACE_TIME = 2.0  # seconds over which the speed of a transfer is measured
+_PACE_START = 8  # connections that a transfer begins with
+
+
+class _Transfer:
+    """Counts the bytes that connections move, and reports progress in the thread that waits for them.
+
+    It also says how many connections are worth having: half as many again, as long as that makes it a tenth faster.
+    """
+
+    def __init__(self, progress: _Progress = None, total: int = 0, most: int = _PACE_START) -> None:
+        """total: what progress is to reach. most: connections."""
+        self.progress = progress
+        self.total = total
+        self.most = most
+        self.connections = min(most, _PACE_START)
+        self.moved: Dict[Any, int] = {}  # bytes of each request
+        self.expected: Any = collections.deque()  # up to how many moved bytes, and how much progress that is
+        self.passed = (0, 0)  # the last of `expected` that was reached
+        self.done = 0  # the most that was reported
+        self.since = time.monotonic()  # when measuring the speed began
+        self.before = 0  # bytes that had been moved then
+        self.speed = 0.0
+
+    def watch(self, key: Any) -> _Watch:
+        """What counts the bytes of a request. Requests have different keys, and another try of one counts anew."""
+        return functools.partial(self.moved.__setitem__, key)
+
+    def expect(self, moved: int, progress: int) -> None:
+        """Say that so many more bytes are going to be moved, and that they mean so much more progress."""
+        last = self.expected[-1] if self.expected else self.passed
+        self.expected.append((last[0] + moved, last[1] + progress))
+
+    def report(self) -> None:
+        moved = sum(list(self.moved.values()))
+        self.choose_connections(moved)
+        if not self.progress:
+            return
+        while self.expected and self.expected[0][0] <= moved:
+            self.passed = self.expected.popleft()
+        start, done = self.passed
+        if self.expected:
+            stop, then = self.expected[0]
+            done += (then - done) * max(0, moved - start) // (stop - start)
+        self.done = max(self.done, done)  # what a request sends again does not count backwards
+        try:
+            self.progress(self.done, self.total)
+        except Exception as e:
+            raise _FromCaller(e) from e
+
+    def limit_connections(self, most: int) -> None:
+        self.most = min(self.most, most)
+        self.connections = min(self.connections, most)
+
+    def choose_connections(self, moved: int) -> None:
+        now = time.monotonic()
+        if now - self.since < _PACE_TIME or self.connections == self.most:
+            return
+        speed = (moved - self.before) / (now - self.since)
+        if speed > 1.1 * self.speed:
+            self.connections = min(self.most, self.connections * 3 // 2)
+        else:
+            self.most = self.connections
+        self.since, self.before, self.speed = now, moved, speed
+
+    def wait(self, futures: Set[Any]) -> Set[Any]:
+        """Wait until one of them is done, and return those that are."""
+        from concurrent.futures import FIRST_COMPLETED, wait
+        while True:
+            done, _ = wait(futures, timeout=_TICK, return_when=FIRST_COMPLETED)
+            self.report()
+            if done:
+                return done
 
 
 # ---------------------------------------------------------------------------------------
@@ -1180,7 +1285,7 @@ def _process(
                 begin = time.monotonic()
                 payload = plan.read()
                 is_fast = time.monotonic() - begin < 4e-5 * len(plan.pieces)
-                plan = plan._replace(pieces=[(payload, None, 0, 0)])
+                plan = plan._replace(pieces=[(payload, None, 0, plan.file_bytes())])
             yield plan
 
     return _ordered(pool, process, plans(), 2 * _cores(), _cores())
@@ -1542,11 +1647,12 @@ def _pack(
         level: int,
         pool: Any,
         segments: _SegmentList,
-        progress: _Progress = None,
+        transfer: _Transfer,
 ) -> Generator[bytes, None, None]:
     """Yield the blocks of a dataset's archive; `segments` grows on the way."""
-    for block in _process(survey.listing, functools.partial(_compress, level), pool, progress, survey.size):
+    for block in _process(survey.listing, functools.partial(_compress, level), pool):
         segments.add(block, len(block.result))
+        transfer.expect(len(block.result), block.plan.file_bytes())
         yield block.result
 
 
@@ -2508,16 +2614,24 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
 # S3 or Google, and follows no redirect: what to do then is for a remote to decide.
 #
 # What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
-# _TRANSIENT, five times in all, with pauses of about 0.4, 0.8, 1.5 and 3 seconds, and for as long as Retry-After asks,
-# up to a minute. A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on
-# with a range where it broke; S3 makes a request again after errors that it calls transient, or when it has learnt
-# another region, clock, key or checksum; an upload to Google goes on until five tries in a row bring nothing across;
-# metadata services are asked once, a container's three times.
+# _TRANSIENT, five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds, and for as long as Retry-After
+# asks, up to a minute. A server that has answered before gets two tries more, 7 seconds apart, as it may be restarting.
+# A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on with a range
+# where it broke; S3 makes a request again after errors that it calls transient, or when it has learnt another region,
+# clock, key or checksum; an upload to Google goes on until five tries in a row bring nothing across; metadata services
+# are asked once, a container's three times.
 # ---------------------------------------------------------------------------------------
 
-_TIMEOUT = 60  # seconds of silence after which a connection counts as broken
+_TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
+_READ_TIMEOUT = 20.0  # the same for the first try of a request that only reads
+_LAST_TIMEOUT = 1.0  # the same after an interruption
 _CONNECT = 15  # seconds that connecting may take
 _TRIES = 5
+_MORE_TRIES = 2  # for a server that has answered before
+_SLICE = 65536  # bytes that are sent or received at once
+# The socket option TCP_NOTSENT_LOWAT, which Python names on some systems only from 3.7 on. It keeps the system from
+# taking megabytes that a slow link has yet to send: a server's silence meanwhile would look like a fault.
+_NOTSENT_LOWAT = {'linux': 25, 'darwin': 0x201}.get(sys.platform)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _RETRY_AFTER = 60.0  # seconds that a server may ask for before the next try
@@ -2531,7 +2645,21 @@ class _Request(NamedTuple):
     method: str
     url: str  # percent-encoded, as it is sent
     headers: Mapping[str, str] = {}
-    body: Sequence[bytes] = ()
+    body: Sequence[Any] = ()  # of bytes
+    watch: Optional[_Watch] = None  # of the body, while it is sent, or of a range, while it is received
+    patience: float = _TIMEOUT  # seconds of silence
+
+    def slices(self) -> Iterator[Any]:
+        """The body in small pieces, as the time-out of a socket applies to each piece."""
+        sent = 0
+        for chunk in self.body:
+            rest = memoryview(chunk)
+            while len(rest):
+                yield rest[:_SLICE]
+                sent += len(rest[:_SLICE])
+                rest = rest[_SLICE:]
+                if self.watch:
+                    self.watch(sent)
 
 
 class _Reply(NamedTuple):
@@ -2606,39 +2734,39 @@ class _Http:
             timeout: float = _TIMEOUT,
     ) -> None:
         """direct: without any proxy. timeout: seconds of silence."""
+        import threading
         self.ca_bundle = ca_bundle
         self.direct = direct
         self.timeout = timeout
         self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # connections by scheme and host
         self.busy: Set[Any] = set()  # connections that are in use
-        self.closed = False
-        self.giving_up = False  # requests are tried at most twice, since the work is being abandoned
+        self.closed = threading.Event()
+        self.tries = _TRIES + _MORE_TRIES  # of any request, at most
+        self.answered: Set[str] = set()  # sites that have answered
         self.tls: Any = None
 
     def close(self) -> None:
         """Close all connections. Requests that threads wait for fail at once, and so do later ones."""
         import socket
-        self.closed = True
+        self.closed.set()
         for connection in [c for idle in self.idle.values() for c in idle] + list(self.busy):
             with contextlib.suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
 
-    @contextlib.contextmanager
-    def give_up_on_error(self) -> Iterator[None]:
-        """For code that waits for threads, so that an error or Ctrl-C need not wait for all their tries."""
-        try:
-            yield
-        except BaseException:
-            self.giving_up = True
-            raise
+    def reopen(self, in_haste: bool) -> None:
+        """Allow requests again after close(); in haste, two short tries of each."""
+        self.closed.clear()
+        if in_haste:
+            self.tries = 2
+            self.timeout = min(self.timeout, _LAST_TIMEOUT)
 
     def request(
             self,
             request: _Request,
             sign: Optional[_Signer] = None,
             limit: int = _REPLY_LIMIT,
-            tries: int = _TRIES,
+            tries: Optional[int] = None,
             into: Optional[Any] = None,
     ) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
@@ -2650,33 +2778,38 @@ class _Http:
         if not _is_address(request.url):
             raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
                               'https://host[:port][/path]; a user or password cannot be in it')
-        for attempt in range(1, tries + 1):
-            is_last = attempt == tries or self.giving_up and attempt > 1
+        site = _site(request.url)
+        for attempt in itertools.count(1):
+            is_known = site in self.answered
+            is_last = attempt >= min(self.tries, tries or _TRIES + _MORE_TRIES * is_known)
+            is_eager = attempt == 1 and request.method in ('GET', 'HEAD')
+            request = request._replace(patience=min(self.timeout, _READ_TIMEOUT if is_eager else _TIMEOUT))
             signed = request._replace(headers=sign(request)) if sign else request
             delay = 0.0
             try:
                 reply = self._try(signed, limit, into)
+                self.answered.add(site)
                 if reply.status not in _TRANSIENT or is_last:
                     return reply
                 delay = reply.requested_delay()
                 problem: object = reply.status
             except UnicodeError:  # of the codec idna
-                raise ConfigError(f'{_site(request.url)} or the proxy for it has an invalid host name',
+                raise ConfigError(f'{site} or the proxy for it has an invalid host name',
                                   'check the url, the endpoint_url and the proxy') from None
             except (OSError, http.client.HTTPException) as e:
-                if is_last or self.closed or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                if is_last or self.closed.is_set() or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise _unreachable_error(request.url, e) from None
                 problem = e
-            _say(f'{request.method} {_site(request.url)}: {problem}; trying again', _DEBUG)
-            _pause(attempt)
-            self._wait(delay)
+            _say(f'{request.method} {site}: {problem}; trying again', _DEBUG)
+            self.wait(attempt, delay)
         raise AssertionError
 
-    def _wait(self, seconds: float) -> None:
-        """Sleep, unless what is waited for is not wanted any more."""
-        while seconds > 0 and not self.closed and not self.giving_up:
-            time.sleep(min(seconds, 1.0))
-            seconds -= 1.0
+    def wait(self, failures: int, delay: float = 0.0) -> None:
+        """Sleep before another try, and so many seconds longer, but not after close()."""
+        left = _backoff(failures) + delay
+        while left > 0 and not self.closed.is_set():
+            time.sleep(min(left, 0.2))
+            left -= 0.2
 
     def _try(self, request: _Request, limit: int, into: Optional[Any]) -> _Reply:
         scheme, netloc, path, query, _ = urlsplit(request.url)
@@ -2691,7 +2824,7 @@ class _Http:
         is_reusable = False
         try:
             response = self._ask(connection, is_kept, request._replace(url=target, headers=headers))
-            body = _receive(response, limit, into)
+            body = _receive(response, limit, into, request.watch)
             if len(body) > limit:
                 raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
                                   'a proxy or the endpoint_url is at fault', response.status)
@@ -2699,7 +2832,7 @@ class _Http:
             return _Reply(response.status, response.headers, body)
         finally:
             self.busy.discard(connection)
-            if is_reusable and not self.closed:
+            if is_reusable and not self.closed.is_set():
                 self.idle[scheme, netloc].append(connection)
             else:
                 connection.close()
@@ -2714,7 +2847,7 @@ class _Http:
     def _connection(self, scheme: str, netloc: str, proxy: Optional[_Proxy]) -> Tuple[Any, bool]:
         """A connection, and whether it has been used before."""
         import http.client
-        if self.closed:
+        if self.closed.is_set():
             raise http.client.HTTPException('interrupted')
         with contextlib.suppress(IndexError):
             return self.idle[scheme, netloc].pop(), True
@@ -2739,19 +2872,23 @@ class _Http:
         try:
             return self._send(connection, request)
         except (ConnectionError, http.client.BadStatusLine):
-            if not is_kept or self.closed:
+            if not is_kept or self.closed.is_set():
                 raise
             connection.close()  # the server had closed the kept connection meanwhile
             return self._send(connection, request)
 
     def _send(self, connection: Any, request: _Request) -> Any:
         import http.client
+        import socket
         if not connection.sock:
             connection.connect()
-            connection.sock.settimeout(self.timeout)
-        if self.closed:  # close() may have looked before the socket was there
+            if _NOTSENT_LOWAT:
+                with contextlib.suppress(OSError):
+                    connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, 2 * _SLICE)
+        connection.sock.settimeout(request.patience)
+        if self.closed.is_set():  # close() may have looked before the socket was there
             raise http.client.HTTPException('interrupted')
-        body = iter(request.body) if request.body else None
+        body = request.slices() if request.body else None
         # A server may answer, and close the connection, before it has read the whole request.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(request.method, request.url, body, request.headers)
@@ -2771,7 +2908,7 @@ def _complete_headers(request: _Request) -> Dict[str, str]:
     return headers
 
 
-def _receive(response: Any, limit: int, into: Optional[Any]) -> Any:
+def _receive(response: Any, limit: int, into: Optional[Any], watch: Optional[_Watch]) -> Any:
     """The body of a response; more bytes than `limit` if it is too long."""
     if into and response.status == 200:
         _save(response, into)
@@ -2780,23 +2917,25 @@ def _receive(response: Any, limit: int, into: Optional[Any]) -> Any:
     if not is_bounded:
         return response.read(limit + 1)
     if response.length and 'Content-Range' in response.headers:
-        return _receive_range(response)
+        return _receive_range(response, watch)
     return response.read()
 
 
-def _receive_range(response: Any) -> bytearray:
+def _receive_range(response: Any, watch: Optional[_Watch]) -> bytearray:
     """The body of a range; only its start, if the connection breaks when some of it has come."""
     import http.client
     data = bytearray(response.length)
     received = 0
     try:
         while received < len(data):
-            count = response.readinto(memoryview(data)[received:received + 262144])
+            count = response.readinto(memoryview(data)[received:received + _SLICE])
             if not count:
                 raise http.client.IncompleteRead(b'', len(data) - received)
             received += count
+            if watch:
+                watch(received)
     except (OSError, http.client.HTTPException):
-        if received < 65536:
+        if received < _SLICE:
             raise
     return data if received == len(data) else data[:received]
 
@@ -2863,10 +3002,10 @@ def _final_response() -> Any:
     return FinalResponse
 
 
-def _pause(failures: int) -> None:
-    """Exponential backoff with jitter: about 0.4, 0.8, 1.5, 3 seconds."""
+def _backoff(failures: int) -> float:
+    """Seconds to wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ..."""
     import random
-    time.sleep(random.uniform(0.5, 1) * 0.25 * 2 ** failures)
+    return random.uniform(0.75, 1) * min(8.0, 0.25 * 2.0 ** failures)
 
 
 def _tls(ca_bundle: Optional[str]) -> Any:
@@ -3821,10 +3960,18 @@ def _der_item(data: bytes) -> Tuple[Any, bytes]:
 # meanwhile, the read fails; versions are never mixed.
 # ---------------------------------------------------------------------------------------
 
-_MIN_PART = 8 << 20  # bytes of a part of an upload; S3 wants 5 MiB or more
+_MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
-_IN_FLIGHT = 64 << 20  # bytes of parts that may be under way at once
-_RANGE = 6 << 20  # bytes that one request reads at most
+_GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
+_IN_FLIGHT = 96 << 20  # bytes that may be under way at once
+_MIN_RANGE = 256 << 10  # bytes that one request reads at first
+_MAX_RANGE = 6 << 20  # bytes that one request reads at most
+_FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
+_TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
+
+
+_MISSING = (404, 410)
+_NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
 
 
 class _Object(NamedTuple):
@@ -3880,17 +4027,39 @@ class _Remote:
         """The object that has this name now; None if there is none."""
         raise NotImplementedError
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        """Bytes of this very version, or at least the first of them, if the connection breaks. Threads share it.
+    def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
+        """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
+        obj = self.stat(name)
+        return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size) if obj and obj.size else b''
+
+    def read(self, obj: _Object, start: int, stop: int, transfer: Optional[_Transfer] = None) -> bytes:
+        """Bytes of this very version. Threads share it. Where the connection breaks, it goes on from there.
 
         Raises RemoteError if the object was replaced.
         """
+        data = b''
+        while start + len(data) < stop:
+            at = start + len(data)
+            part = self.read_once(obj, at, stop, transfer.watch(at) if transfer else None)
+            data = data + part if data else part
+        return data
+
+    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
+        """What read() gives, or at least the first of it, if the connection breaks."""
         raise NotImplementedError
 
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+    def write(
+            self,
+            name: str,
+            chunks: Iterable[bytes],
+            limit: int,
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> None:
         """Store all chunks under this name, or nothing.
 
         limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
+        transfer: counts what is sent.
         Raises _Unconfirmed if the object may be there.
         """
         raise NotImplementedError
@@ -3910,23 +4079,64 @@ class _HttpStore(_Remote):
     def cancel(self) -> None:
         self.http.close()
 
+    def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
+        """As above: in one request, where the server knows ranges that count from the end (RFC 9110, 14.1.2)."""
+        try:
+            reply = self.get(name, f'-{_TAIL}', _TAIL)
+        except RemoteError as e:
+            if e.status != 200:  # not because it answers with the whole object
+                raise
+            return super().find(name)
+        if reply.status in _MISSING:
+            return None, b''
+        tail = bytes(reply.body)
+        first, after, size = reply.content_range()
+        if size is not None and reply.status in (200, 206) and self.version(reply):
+            is_tail = (first, after) == (max(0, size - _TAIL), size)
+            if is_tail and len(tail) == min(size, _TAIL):
+                return self.describe(name, reply), tail
+        return super().find(name)
+
+    def get(
+            self,
+            name: str,
+            span: str,
+            length: int,
+            version: str = '',
+            watch: Optional[_Watch] = None,
+    ) -> _Reply:
+        """Ask for a range of an object, as RFC 9110, 14.1.1 writes it, of `length` bytes.
+
+        version: the only one that will do, if there is one. Statuses in _NO_RANGE are answers, too.
+        """
+        raise NotImplementedError
+
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
         size = reply.whole_size()
         if size is None:
             raise RemoteError(f"{self.url} does not say how large '{name}' is", 'check the url', reply.status)
-        return _Object(name, size, _reply_version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+        return _Object(name, size, self.version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
 
-    def range_headers(self, obj: _Object, start: int, stop: int) -> Dict[str, str]:
-        """The headers that ask for a range of this very version (RFC 9110, 13.1.1: only a strong ETag will do)."""
-        headers = {'Range': f'bytes={start}-{stop - 1}'}
-        if obj.version.startswith('"'):
-            headers['If-Match'] = obj.version
+    def version(self, reply: _Reply) -> str:
+        """The version of the object that an answer is of; '' if the answer does not say."""
+        return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
+
+    def range_headers(self, span: str, version: str) -> Dict[str, str]:
+        """The headers that ask for a range of a version (RFC 9110, 13.1.1: only a strong ETag will do)."""
+        headers = {'Range': f'bytes={span}'}
+        if version.startswith('"'):
+            headers['If-Match'] = version
         return headers
+
+    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
+        reply = self.get(obj.name, f'{start}-{stop - 1}', stop - start, obj.version, watch)
+        self.check_version(obj, reply)
+        return self.range_body(obj, reply, start, stop)
 
     def check_version(self, obj: _Object, reply: _Reply) -> None:
         """RemoteError unless the answer is of this very version. Some stores ignore If-Match, so compare, too."""
-        if reply.status in (404, 412, 416) or _reply_version(reply) != obj.version:
+        if reply.status in _NO_RANGE or self.version(reply) not in (obj.version, ''):
             raise self.changed_error(obj, reply)
 
     def changed_error(self, obj: _Object, reply: _Reply) -> RemoteError:
@@ -3969,10 +4179,6 @@ def _version(etag: Optional[str], modified: float) -> str:
         return f'{modified:.0f}'
     bare = etag.strip('"')
     return f'"{bare}"'
-
-
-def _reply_version(reply: _Reply) -> str:
-    return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
 
 
 def _parse_bucket_url(url: str) -> Tuple[str, str]:
@@ -4059,7 +4265,7 @@ class _FileRemote(_Remote):
             return None
         return _file_object(name, status) if stat.S_ISREG(status.st_mode) else None
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
         try:
             file = open(self.path(obj.name), 'rb', buffering=0)
         except PermissionError as e:
@@ -4072,10 +4278,20 @@ class _FileRemote(_Remote):
             data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
         if len(data) != stop - start:
             raise self.replaced_error(obj)
+        if watch:
+            watch(len(data))
         return data
 
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+    def write(
+            self,
+            name: str,
+            chunks: Iterable[bytes],
+            limit: int,
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> None:
         path = self.path(name)
+        watch = transfer.watch(name)
         new = os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
         try:
             self.make_root()
@@ -4083,6 +4299,8 @@ class _FileRemote(_Remote):
             with open(new, 'xb') as file:
                 for chunk in chunks:
                     file.write(chunk)
+                    watch(file.tell())
+                    transfer.report()
                 file.flush()
                 os.fsync(file.fileno())
             self.set_mode(new, name)
@@ -4182,7 +4400,8 @@ class _S3Request(NamedTuple):
     key: str = ''  # '' means the bucket
     query: Mapping[str, str] = {}
     headers: Mapping[str, str] = {}
-    body: Sequence[bytes] = ()
+    body: Sequence[Any] = ()
+    watch: Optional[_Watch] = None
 
 
 class _S3Remote(_BucketStore):
@@ -4252,10 +4471,11 @@ class _S3Remote(_BucketStore):
             headers.update(self.checksum_headers(request, payload))
             address = self.address(request.key, request.query)
             sign = self.credentials.signer(keys, 's3', self.region, payload.hexdigest())
-            reply = self.http.request(_Request(request.method, address, headers, request.body), sign, limit)
+            reply = self.http.request(_Request(request.method, address, headers, request.body, request.watch), sign,
+                                      limit)
             if (request.method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
                 if attempt < _TRIES:
-                    _pause(attempt)
+                    self.http.wait(attempt)
                 continue
             if request.method == 'HEAD' and reply.status not in accept and reply.whole_size() is None:
                 # No size, or a refusal, whose reason an answer to HEAD cannot give: GET tells both.
@@ -4340,6 +4560,7 @@ class _S3Remote(_BucketStore):
             'SecondLevelDomainForbidden': by_host,  # as Alibaba calls it
             'PathStyleDomainForbidden': by_host,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
             'VirtualHostDomainRequired': by_host,  # Huawei
+            'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
             'InvalidObjectState': 'it was moved to an archive class; restore it there first',
         }.get(code) or 'check the url, the endpoint_url and the region'
 
@@ -4354,13 +4575,25 @@ class _S3Remote(_BucketStore):
         reply = self.request(_S3Request('HEAD', self.key(name)), accept=[404])
         return None if reply.status == 404 else self.describe(name, reply)
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        request = _S3Request('GET', self.key(obj.name), headers=self.range_headers(obj, start, stop))
-        reply = self.request(request, accept=[404, 412, 416], limit=stop - start + 65536)
-        self.check_version(obj, reply)
-        return self.range_body(obj, reply, start, stop)
+    def get(
+            self,
+            name: str,
+            span: str,
+            length: int,
+            version: str = '',
+            watch: Optional[_Watch] = None,
+    ) -> _Reply:
+        request = _S3Request('GET', self.key(name), {}, self.range_headers(span, version), watch=watch)
+        return self.request(request, accept=_NO_RANGE, limit=length + 65536)
 
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+    def write(
+            self,
+            name: str,
+            chunks: Iterable[bytes],
+            limit: int,
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> None:
         mib = 1 << 20
         least = -(-limit // _MAX_PARTS)  # rounded up, so that the parts suffice
         size = max(_MIN_PART, -(-least // mib) * mib)
@@ -4368,7 +4601,11 @@ class _S3Remote(_BucketStore):
         first = next(parts, [])
         second = next(parts, None)
         if second is None:
-            self.finish(_S3Request('PUT', self.key(name), {}, self.object_headers, first), name, exclusive)
+            request = _S3Request('PUT', self.key(name), {}, self.object_headers, first, transfer.watch(1))
+            with _threads(1) as pool, self.cancelled_on_error():
+                writing = pool.submit(self.finish, request, name, exclusive)
+                transfer.wait({writing})
+            writing.result()
             return
         reply = self.request(_S3Request('POST', self.key(name), {'uploads': ''}, self.object_headers))
         try:
@@ -4379,33 +4616,42 @@ class _S3Remote(_BucketStore):
             raise self.protocol_error()
         parts = itertools.chain([first, second], parts)
         del first, second  # or memory would hold them to the end
+        transfer.limit_connections(max(1, min(_IN_FLIGHT, limit) // size))
         try:
-            manifest = self.send_parts(name, upload, parts, max(1, min(self.connections, _IN_FLIGHT // size)))
+            manifest = self.send_parts(name, upload, parts, transfer)
             self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
                                    [manifest.encode()]), name, exclusive)
-        except BaseException:  # abandoned parts are billed
+        except BaseException as e:  # abandoned parts are billed
+            self.http.reopen(in_haste=not isinstance(e, Exception))
             with contextlib.suppress(RemoteError):
                 self.request(_S3Request('DELETE', self.key(name), {'uploadId': upload}), accept=[404])
             raise
 
-    def send_parts(self, name: str, upload: str, parts: Iterable[List[bytes]], ahead: int) -> str:
-        """Upload parts, so many at once, and return the manifest that completes the upload."""
+    def send_parts(
+            self,
+            name: str,
+            upload: str,
+            parts: Iterable[List[bytes]],
+            transfer: _Transfer,
+    ) -> str:
+        """Upload parts, several at once, and return the manifest that completes the upload."""
         from xml.sax.saxutils import escape
 
-        def send(item: Tuple[int, List[bytes]]) -> str:
+        def send(item: Tuple[int, List[bytes]]) -> Tuple[int, str]:
             number, part = item
             query = {'partNumber': str(number), 'uploadId': upload}
-            reply = self.request(_S3Request('PUT', self.key(name), query, body=part))
+            reply = self.request(_S3Request('PUT', self.key(name), query, {}, part, transfer.watch(number)))
             etag = reply.headers.get('ETag')
             if not etag:
                 raise self.protocol_error()
             checksum = reply.headers.get('x-amz-checksum-sha256')
             extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
-            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
+            return number, f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
 
-        with _threads(ahead) as pool, self.http.give_up_on_error():
-            with contextlib.closing(_ordered(pool, send, enumerate(parts, 1), ahead)) as sent:
-                return f"<CompleteMultipartUpload>{''.join(sent)}</CompleteMultipartUpload>"
+        with _threads(transfer.most) as pool, self.cancelled_on_error(), contextlib.closing(_unordered(
+                pool, send, enumerate(parts, 1), lambda: transfer.connections, transfer.wait)) as sent:
+            rows = [row for _, row in sorted(sent)]
+        return f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>"
 
     def finish(self, request: _S3Request, name: str, exclusive: bool) -> None:
         """Make the request that lets the object appear.
@@ -4520,7 +4766,7 @@ class _GsRemote(_BucketStore):
             request: _Request,
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
-            tries: int = _TRIES,
+            tries: Optional[int] = None,
     ) -> _Reply:
         """Make an authorized request. Raises RemoteError for any answer but 2xx and those in `accept`."""
         authorization: Dict[str, str] = {}
@@ -4605,17 +4851,32 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error()
         return obj
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        query = {'alt': 'media', 'generation': obj.version, 'ifGenerationMatch': obj.version}
-        headers = {'Range': f'bytes={start}-{stop - 1}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
-        reply = self.request(_Request('GET', self.address(self.key(obj.name), query), headers),
-                             accept=[404, 412, 416], limit=stop - start + 65536)
-        generation = reply.headers.get('x-goog-generation') or obj.version
-        if reply.status in (404, 412, 416) or generation != obj.version:
-            raise self.replaced_error(obj)
-        return self.range_body(obj, reply, start, stop)
+    def version(self, reply: _Reply) -> str:
+        return reply.headers.get('x-goog-generation') or ''
 
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+    def get(
+            self,
+            name: str,
+            span: str,
+            length: int,
+            version: str = '',
+            watch: Optional[_Watch] = None,
+    ) -> _Reply:
+        query = {'alt': 'media'}
+        if version:
+            query.update(generation=version, ifGenerationMatch=version)
+        headers = {'Range': f'bytes={span}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
+        request = _Request('GET', self.address(self.key(name), query), headers, watch=watch)
+        return self.request(request, accept=_NO_RANGE, limit=length + 65536)
+
+    def write(
+            self,
+            name: str,
+            chunks: Iterable[bytes],
+            limit: int,
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
         session = self.begin_upload(name, exclusive)
         md5 = _md5()
@@ -4628,14 +4889,16 @@ class _GsRemote(_BucketStore):
                 md5.update(chunk)
             start = size
             size += sum(map(len, part))
-            return self.send_part(session, start, b''.join(part), is_last)
+            return self.send_part(session, start, b''.join(part), is_last, transfer)
 
+        parts = _with_last(_split_parts(chunks, _GS_PART))
         try:
-            with _threads(1) as pool, self.http.give_up_on_error(), contextlib.closing(
-                    _ordered(pool, send, _with_last(_split_parts(chunks, _MIN_PART)), 2)) as sent:
+            with _threads(1) as pool, self.cancelled_on_error(), contextlib.closing(
+                    _unordered(pool, send, parts, lambda: 2, transfer.wait)) as sent:  # one thread keeps the order
                 reply = collections.deque(sent, 1)[0]
             answer = reply.json() if reply else {}
-        except BaseException:
+        except BaseException as e:
+            self.http.reopen(in_haste=not isinstance(e, Exception))
             with contextlib.suppress(RemoteError):
                 self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
             raise
@@ -4663,22 +4926,30 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error()
         return session
 
-    def send_part(self, session: str, start: int, part: bytes, is_last: bool) -> Optional[_Reply]:
+    def send_part(
+            self,
+            session: str,
+            start: int,
+            part: bytes,
+            is_last: bool,
+            transfer: _Transfer,
+    ) -> Optional[_Reply]:
         """Send what the server still lacks of a part until it has all; return the answer to the last part."""
         stop = start + len(part)
         at = start
         failures = 0  # since the last byte arrived
         while True:
             failures += 1
-            body = [part[at - start:]] if at < stop else []
+            body = [memoryview(part)[at - start:]] if at < stop else []
             span = f'{at}-{stop - 1}' if body else '*'
             headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
             try:
-                reply = self.request(_Request('PUT', session, headers, body), accept=[308, 412], tries=1)
+                request = _Request('PUT', session, headers, body, transfer.watch(at))
+                reply = self.request(request, accept=[308, 412], tries=1)
             except RemoteError as e:
                 if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
                     raise
-                _pause(failures)
+                self.http.wait(failures)
                 reply = self.request(_Request('PUT', session, {'Content-Range': 'bytes */*'}), accept=[308, 412])
             if reply.status == 412:
                 raise _NameTaken
@@ -4718,7 +4989,6 @@ def _with_last(items: Iterator[List[bytes]]) -> Iterator[Tuple[List[bytes], bool
 
 # http(s):// ----------------------------------------------------------------------------
 
-_MISSING = (404, 410)
 _HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: a URL that is signed for GET refuses HEAD
 
 
@@ -4787,7 +5057,7 @@ class _WebRemote(_HttpStore):
 
     def list_links(self, page: bytes) -> List[_Object]:
         """The archives to which the index page of a directory links."""
-        with _threads(self.connections) as pool, self.http.give_up_on_error():
+        with _threads(self.connections) as pool, self.cancelled_on_error():
             return list(filter(None, pool.map(self.stat, _linked_names(self.base, page))))
 
     def list_public_bucket(self, status: int) -> List[_Object]:
@@ -4814,10 +5084,10 @@ class _WebRemote(_HttpStore):
             reply = self.request(request, accept=_MISSING + (416,), limit=65536)
         return None if reply.status in _MISSING else self.describe(name, reply)
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
         if obj not in self.downloads:
             try:
-                return self.read_range(obj, start, stop)
+                return self.read_range(obj, start, stop, watch)
             except RemoteError as e:
                 if e.status != 200:  # not because it answers with the whole object
                     raise
@@ -4827,9 +5097,19 @@ class _WebRemote(_HttpStore):
             self.downloads[obj].seek(start)
             return self.downloads[obj].read(stop - start)  # type: ignore[no-any-return]
 
-    def read_range(self, obj: _Object, start: int, stop: int) -> bytes:
-        request = _Request('GET', self.address(obj.name), self.range_headers(obj, start, stop))
-        reply = self.request(request, accept=[404, 412, 416], limit=stop - start + 65536)
+    def get(
+            self,
+            name: str,
+            span: str,
+            length: int,
+            version: str = '',
+            watch: Optional[_Watch] = None,
+    ) -> _Reply:
+        request = _Request('GET', self.address(name), self.range_headers(span, version), watch=watch)
+        return self.request(request, accept=_NO_RANGE, limit=length + 65536)
+
+    def read_range(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
+        reply = self.get(obj.name, f'{start}-{stop - 1}', stop - start, obj.version, watch)
         self.check_version(obj, reply)
         if reply.status == 200 and 'Content-Range' not in reply.headers and len(reply.body) == obj.size:
             return reply.body[start:stop]  # type: ignore[no-any-return]
@@ -4850,7 +5130,14 @@ class _WebRemote(_HttpStore):
             raise
         return file
 
-    def write(self, name: str, chunks: Iterable[bytes], limit: int, exclusive: bool) -> None:
+    def write(
+            self,
+            name: str,
+            chunks: Iterable[bytes],
+            limit: int,
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> None:
         raise ConfigError(f'{self.url} can only be read',
                           'to push, set a url that begins with s3://, gs:// or file://')
 
@@ -4893,48 +5180,96 @@ def _open_remote(config: Config) -> _Remote:
     return kind(config)
 
 
-def _read(remote: _Remote, obj: _Object, start: int, stop: int) -> bytes:
-    """All bytes of a range; where the connection breaks, it goes on from there."""
-    data = remote.read(obj, start, stop)
-    while start + len(data) < stop:
-        _pause(1)
-        data += remote.read(obj, start + len(data), stop)
-    return data
+_Read = Callable[[int, int, _Transfer], bytes]  # gives a range of an object
 
 
-def _read_spans(
-        remote: _Remote,
-        obj: _Object,
-        spans: Sequence[Tuple[int, int]],
-        pool: Any,
-) -> Generator[bytes, None, None]:
-    """The bytes of some spans of an object, one after the other, read in parallel.
+class _Reader:
+    """Reads some spans of an object over several connections at once, and gives out their bytes in order.
 
-    Ranges begin small and grow while they come fast: on slow connections, long ones would show little progress, and
-    much would be lost when one breaks.
+    Each connection reads one range after another. Ranges begin small and grow while they come fast: on slow
+    connections, long ones would show little progress, and much would be lost when one breaks. Towards the end they
+    become shorter, so that all connections end together. What has been read and not yet given out is bounded; only then
+    does a slow range hold up the others.
     """
-    total = sum(stop - start for start, stop in spans)
-    longest = max(1 << 20, min(_RANGE, total // (2 * remote.connections)))
-    ahead = min(2 * remote.connections, max(remote.connections, _IN_FLIGHT // longest))  # none waits for the consumer
-    length = 1 << 20
 
-    def read(span: Tuple[int, int]) -> bytes:
-        nonlocal length
-        start, stop = span
-        begin = time.monotonic()
-        data = _read(remote, obj, start, stop)
-        if time.monotonic() - begin < 0.25:
-            length = min(max(length, 2 * (stop - start)), longest)
-        return data
+    def __init__(self, read: _Read, spans: Iterable[Tuple[int, int]], transfer: _Transfer) -> None:
+        import threading
+        self.read = read
+        self.spans = collections.deque(_joined(spans))  # that no connection has begun to read
+        self.transfer = transfer
+        self.changed = threading.Condition()  # guards what follows
+        self.left = sum(stop - start for start, stop in self.spans)
+        self.length = _MIN_RANGE  # of the next range, at most
+        self.begun = 0  # number of ranges
+        self.ahead = 0  # bytes that are being read or wait to be given out
+        self.arrived: Dict[int, Any] = {}  # the bytes of ranges, or the error, by number
+        self.is_closed = False
+        transfer.limit_connections(max(1, self.left // _MIN_RANGE))
 
-    def ranges() -> Iterator[Tuple[int, int]]:
-        for start, stop in _joined(spans):
-            while start < stop:
-                end = min(start + length, stop)
-                yield start, end
-                start = end
+    def chunks(self, pool: Any) -> Generator[bytes, None, None]:
+        """The bytes, range by range. The pool must have a thread for each connection."""
+        readers = 0
+        number = 0
+        try:
+            while self.left or number < self.begun:
+                while readers < self.transfer.connections:
+                    pool.submit(self.work)
+                    readers += 1
+                chunk = self.take(number)
+                self.transfer.report()
+                if chunk is not None:
+                    number += 1
+                    yield chunk
+        finally:
+            with self.changed:
+                self.is_closed = True
+                self.changed.notify_all()
 
-    return _ordered(pool, read, ranges(), ahead)
+    def take(self, number: int) -> Any:
+        """The bytes of a range; None if they do not come soon."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: number in self.arrived, _TICK):
+                return None
+            chunk = self.arrived.pop(number)
+            if isinstance(chunk, BaseException):
+                raise chunk
+            self.ahead -= len(chunk)
+            self.changed.notify_all()
+            return chunk
+
+    def work(self) -> None:
+        """What a connection does."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.is_closed or not self.left or self.ahead < _IN_FLIGHT)
+                if self.is_closed or not self.left:
+                    return
+                number, start, stop = self.begin()
+            begin = time.monotonic()
+            try:
+                outcome: Any = self.read(start, stop, self.transfer)
+            except BaseException as e:
+                outcome = e
+            is_fast = time.monotonic() - begin < _FAST_RANGE
+            with self.changed:
+                self.arrived[number] = outcome
+                if is_fast:
+                    self.length = min(max(self.length, 2 * (stop - start)), _MAX_RANGE)
+                self.changed.notify_all()
+
+    def begin(self) -> Tuple[int, int, int]:
+        """The next range: its number and where it starts and stops."""
+        connections = self.transfer.connections
+        longest = max(_MIN_RANGE, min(self.length, self.left // (2 * connections), _IN_FLIGHT // (2 * connections)))
+        start, end = self.spans.popleft()
+        stop = min(start + longest, end)
+        if stop < end:
+            self.spans.appendleft((stop, end))
+        self.left -= stop - start
+        self.ahead += stop - start
+        number = self.begun
+        self.begun += 1
+        return number, start, stop
 
 
 def _joined(spans: Iterable[Tuple[int, int]]) -> List[Tuple[int, int]]:
@@ -5556,15 +5891,19 @@ def _remove(path: Path) -> None:
 # fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
 # ---------------------------------------------------------------------------------------
 
-_TAIL = 65536  # bytes at an archive's end that nearly always hold the whole index
-
-
 class _StoredArchive:
     """An archive with an index."""
 
-    def __init__(self, remote: _Remote, obj: _Object, segments: Sequence[_Segment]) -> None:
+    def __init__(
+            self,
+            remote: _Remote,
+            obj: _Object,
+            tail: bytes,
+            segments: Sequence[_Segment],
+    ) -> None:
         self.remote = remote
         self.obj = obj
+        self.tail = tail  # its last bytes
         self.name = obj.name
         self.segments = segments  # empty while they are not known; neither is the digest then
         self.digest = _dataset_digest(segments) if segments else None
@@ -5578,6 +5917,16 @@ class _StoredArchive:
         except Corrupt as e:
             remedy = e.remedy or 'push it again from an intact copy'
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
+
+    def read(self, start: int, stop: int, transfer: Optional[_Transfer] = None) -> bytes:
+        """Bytes of the archive. Those of the tail are here already."""
+        tail_start = self.obj.size - len(self.tail)
+        here = self.tail[max(0, start - tail_start):max(0, stop - tail_start)]
+        if here and transfer:
+            transfer.watch(('tail', start))(len(here))
+        if len(here) == stop - start:
+            return here
+        return self.remote.read(self.obj, start, stop - len(here), transfer) + here
 
     def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
         """Whether it holds what is installed; None if only extracting it would tell."""
@@ -5617,13 +5966,14 @@ class _StoredArchive:
         """Fetch segments, verify them and write them into an install. What an earlier one left is not fetched again."""
         head = json.dumps([self.remote.url, self.name, self.obj.version])
         sink = _Sink(install.root)
-        total = sum(segment.length for segment in segments)
+        transfer = _Transfer(progress, sum(segment.length for segment in segments), self.remote.connections)
+        transfer.expect(transfer.total, transfer.total)
+        transfer.report()
         with self.labelled(), contextlib.closing(_Journal(install.journal, head)) as journal, \
-                _threads(self.remote.connections) as io_pool, _threads(_cores()) as pool, \
-                self.remote.cancelled_on_error(), contextlib.closing(
-                    self.blocks(segments, install, head, sink, (io_pool, pool))) as blocks:
-            reported = _reported(blocks, operator.attrgetter('length'), progress, total)
-            _extract(reported, {segment.path: segment for segment in segments}, sink, pool, journal)
+                _threads(_cores()) as pool, contextlib.closing(
+                    self.blocks(segments, install, head, sink, pool, transfer)) as blocks:
+            _extract(blocks, {segment.path: segment for segment in segments}, sink, pool, journal)
+            transfer.report()
 
     def blocks(
             self,
@@ -5631,10 +5981,10 @@ class _StoredArchive:
             install: _Install,
             head: str,
             sink: _Sink,
-            pools: Tuple[Any, Any],
+            pool: Any,
+            transfer: _Transfer,
     ) -> Generator[_Block, None, None]:
         """The blocks of some segments: first what an earlier install has left, then the rest from the remote."""
-        io_pool, pool = pools
         had = {segment.path: 0 for segment in segments}
         earlier = install.earlier / 'new'
         sink.reuse_from = os.path.join(str(earlier), '')
@@ -5642,13 +5992,17 @@ class _StoredArchive:
         with contextlib.closing(_replay(earlier, lines, list(had), pool)) as there:
             for block in there:
                 had[block.path] += block.length
+                transfer.watch('here')(sum(had.values()))
+                transfer.report()
                 yield block
         sink.reuse_from = ''
         _say(f"'{self.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
         rest = [(segment, had[segment.path]) for segment in segments if had[segment.path] < segment.length]
         rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
         spans = [(segment.offset + skipped, segment.offset + segment.length) for segment, skipped in rest]
-        with contextlib.closing(_read_spans(self.remote, self.obj, spans, io_pool)) as chunks, \
+        reader = _Reader(self.read, spans, transfer)
+        with _threads(transfer.most) as io_pool, self.remote.cancelled_on_error(), \
+                contextlib.closing(reader.chunks(io_pool)) as chunks, \
                 contextlib.closing(_inflate_blocks(chunks, rest, pool)) as fetched:
             yield from fetched
 
@@ -5678,10 +6032,11 @@ class _ForeignArchive(_StoredArchive):
             receipt: Optional[_Receipt] = None,
             progress: _Progress = None,
     ) -> List[_Segment]:
+        transfer = _Transfer(most=self.remote.connections)
+        reader = _Reader(self.read, [(0, self.obj.size)], transfer)
         # The pool's thread reads the chunks, so it must come to its end before they are closed.
-        with self.labelled(), _threads(self.remote.connections) as io_pool, contextlib.closing(
-                _read_spans(self.remote, self.obj, [(0, self.obj.size)], io_pool)) as chunks, \
-                _threads(1) as pool, self.remote.cancelled_on_error():
+        with self.labelled(), _threads(transfer.most) as io_pool, contextlib.closing(
+                reader.chunks(io_pool)) as chunks, _threads(1) as pool, self.remote.cancelled_on_error():
             _extract_foreign(chunks, install.root, pool, progress, self.obj.size)
         _validate(install.root, self.label)
         self.segments = _digest_segments(install.root)
@@ -5692,34 +6047,35 @@ class _ForeignArchive(_StoredArchive):
         return super().receipt(self.segments)
 
 
-def _find(remote: _Remote, name: str) -> _Object:
-    obj = remote.stat(name)
-    if obj is None:
+def _look_up(remote: _Remote, name: str) -> Optional[_StoredArchive]:
+    """The archive of this name; None if there is none."""
+    obj, tail = remote.find(name)
+    return _open_archive(remote, obj, tail) if obj else None
+
+
+def _find(remote: _Remote, name: str) -> _StoredArchive:
+    archive = _look_up(remote, name)
+    if archive is None:
         remedy = 'check the name and the url'
         with contextlib.suppress(_Unlisted):
             names = [other.name for other in remote.list()]
             remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
         raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
-    return obj
+    return archive
 
 
-def _open_archive(remote: _Remote, obj: _Object) -> _StoredArchive:
-    """Read the index of an archive, in one or two reads."""
-    archive = _ForeignArchive(remote, obj, ())
+def _open_archive(remote: _Remote, obj: _Object, tail: bytes) -> _StoredArchive:
+    """Read the index of an archive that ends in `tail`."""
+    archive = _ForeignArchive(remote, obj, tail, ())
     with archive.labelled():
-        start = max(0, obj.size - _TAIL)
-        tail = _read(remote, obj, start, obj.size) if obj.size else b''
         offset = _find_index(tail, obj.size)
         if offset is None:
-            head = tail if start == 0 else _read(remote, obj, 0, _BLOCK_HEADER_SIZE)
+            head = archive.read(0, min(obj.size, _BLOCK_HEADER_SIZE))
             if head[:_FIELD_OFFSET] == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
                 raise Corrupt('the archive is damaged: its index is missing')
             return archive
-        if offset < start:
-            tail = _read(remote, obj, offset, start) + tail
-            start = offset
-        segments = _parse_index(tail[offset - start:], offset)
-    return archive if segments is None else _StoredArchive(remote, obj, segments)
+        segments = _parse_index(archive.read(offset, obj.size), offset)
+    return archive if segments is None else _StoredArchive(remote, obj, tail, segments)
 
 
 def _paths_of(
@@ -5781,7 +6137,7 @@ def info(
     name, pin = _parse_name(name)
     if remote:
         with contextlib.closing(_open_remote(config)) as store:
-            summary = _describe_remote(store, _find(store, name), with_readme=True)
+            summary = _describe_remote(_find(store, name), with_readme=True)
     else:
         home = _Home(config.home)
         if not home.has(name):
@@ -5831,8 +6187,8 @@ def _describe_local(
                     partial=bool(receipt and receipt.is_partial))
 
 
-def _describe_remote(store: _Remote, obj: _Object, with_readme: bool = False) -> Dict[str, Any]:
-    archive = _open_archive(store, obj)
+def _describe_remote(archive: _StoredArchive, with_readme: bool = False) -> Dict[str, Any]:
+    obj = archive.obj
     when = _utc(obj.modified) or None if obj.modified else None
     summary = _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
                        readme=None)
@@ -5857,14 +6213,16 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
 
     def describe(obj: _Object) -> Dict[str, Any]:
         try:
-            return _describe_remote(store, obj)
+            tail = store.read(obj, max(0, obj.size - _TAIL), obj.size)
+            return _describe_remote(_open_archive(store, obj, tail))
         except (Error, OSError) as e:  # one that cannot be read must not hide the others
             _say(str(e), _WARNING)
             return _summary(obj.name, None, (), archive_size=obj.size, when=None)
 
     with contextlib.closing(_open_remote(config)) as store:
-        with _threads(config.connections) as pool, store.cancelled_on_error():
-            return list(pool.map(describe, sorted(store.list())))
+        objects = sorted(store.list())
+        with _threads(min(config.connections, len(objects) or 1)) as pool, store.cancelled_on_error():
+            return list(pool.map(describe, objects))
 
 
 def _not_installed_error(home: _Home, name: str, remedy: str = '') -> NotFound:
@@ -5954,7 +6312,7 @@ def _pull(
     started = time.monotonic()
     home = _Home(config.home)
     with contextlib.closing(_open_remote(config)) as store, home.lock(name):
-        archive = _open_archive(store, _find(store, name))
+        archive = _find(store, name)
         if archive.digest:
             _check_pin(name, pin, archive.digest)
         wanted = archive.wanted(partitions)
@@ -6003,7 +6361,7 @@ def push(
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     force: replace other contents of that name in the remote storage.
-    progress: as for pull(), but of the bytes of the files that have been packed.
+    progress: as for pull(), but of the bytes of the files whose part of the archive has been sent.
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
     """
     config = config or Config.load()
@@ -6045,6 +6403,8 @@ def _write_archive(
 ) -> None:
     """Pack a dataset into the remote; `segments` grows on the way."""
     survey = _survey(local.root)
+    transfer = _Transfer(progress, survey.size, store.connections)
+    transfer.report()
 
     def archive() -> Iterator[bytes]:
         yield from blocks
@@ -6053,8 +6413,8 @@ def _write_archive(
                           f"'etc verify {local.name}' tells more")
         yield _archive_end(level, segments)
 
-    with _threads(_cores()) as pool, contextlib.closing(_pack(survey, level, pool, segments, progress)) as blocks:
-        store.write(local.name, archive(), survey.limit, exclusive)
+    with _threads(_cores()) as pool, contextlib.closing(_pack(survey, level, pool, segments, transfer)) as blocks:
+        store.write(local.name, archive(), survey.limit, exclusive, transfer)
 
 
 def _is_stored_already(
@@ -6067,14 +6427,14 @@ def _is_stored_already(
     Raises Exists if it has another one of that name.
     """
     try:
-        obj = store.stat(local.name)
+        archive = _look_up(store, local.name)
     except RemoteError as e:
         if e.status == 403 and store.has_exclusive_write:
             return None
         raise
-    if obj is None:
+    if archive is None:
         return False
-    if not _open_archive(store, obj).has_contents_of(local, receipt):
+    if not archive.has_contents_of(local, receipt):
         raise Exists(f"another '{local.name}' is in {store.url} already",
                      f"push it under another name, or 'etc push -f {local.name}' replaces it")
     _say(f"'{local.name}' is in {store.url} already, and identical")
@@ -6095,8 +6455,8 @@ def _explain_taken(store: _Remote, local: Dataset, receipt: Optional[_Receipt]) 
 def _holds(store: _Remote, name: str, digest: str) -> bool:
     """Whether the remote shows an archive with this digest under this name."""
     try:
-        obj = store.stat(name)
-        return obj is not None and _open_archive(store, obj).digest == digest
+        archive = _look_up(store, name)
+        return archive is not None and archive.digest == digest
     except (RemoteError, Corrupt):
         return False
 
@@ -6595,6 +6955,9 @@ def _print_readme(text: str) -> None:
         _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
 
 
+_METER_TIME = 2.0  # seconds after which there is enough to tell how long the rest will take
+
+
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
     if sys.stderr is None or not sys.stderr.isatty() or os.environ.get('TERM') == 'dumb':
@@ -6611,9 +6974,10 @@ def _meter(what: str) -> _Progress:
             return
         marks.append((now, done))
         since, before = marks[0]
-        rate = (done - before) / max(now - since, 0.001)
+        seconds = now - since
         parts = [what, f'{100 * done // max(total, 1)}%', f'{_size(done)} of {_size(total)}']
-        if rate:
+        if done > before and seconds > _METER_TIME:
+            rate = (done - before) / seconds
             parts += [_duration((total - done) / rate) + ' left', _size(rate) + '/s']
         width = _terminal_width()
         while len(parts) > 1 and len('  '.join(parts)) >= width:

@@ -282,6 +282,14 @@ COMPLETED = (b'<?xml version="1.0" encoding="UTF-8"?>\n<CompleteMultipartUploadR
              b'</CompleteMultipartUploadResult>')
 
 
+def asked_range(headers, size):
+    """Where the range that a request asks for starts and stops (RFC 9110, 14.1.2)."""
+    first, last = re.match(r'bytes=(\d*)-(\d*)$', headers['Range']).groups()
+    if not first:
+        return max(0, size - int(last)), size
+    return int(first), min(int(last) + 1, size)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """What all fakes share. They implement handle_one()."""
     protocol_version = 'HTTP/1.1'
@@ -405,10 +413,11 @@ class S3Handler(SignedHandler):
         headers = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}
         if self.server.conditions and self.headers.get('If-Match', etag) != etag:
             return self.error(412, 'PreconditionFailed')
-        match = re.match(r'bytes=(\d+)-(\d+)$', self.headers.get('Range', ''))
-        if not match:
+        if 'Range' not in self.headers:
             return self.answer(200, b'' if self.command == 'HEAD' else data, headers, len(data))
-        start, stop = int(match.group(1)), min(int(match.group(2)) + 1, len(data))
+        start, stop = asked_range(self.headers, len(data))
+        if start >= stop:
+            return self.error(416, 'InvalidRange')
         headers['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
         self.answer(206, data[start:stop], headers)
 
@@ -1166,7 +1175,7 @@ class Foreign(Case):
         self.addCleanup(go_on.set)
         read = etc._FileRemote.read
         self.addCleanup(setattr, etc._FileRemote, 'read', read)
-        etc._FileRemote.read = lambda remote, obj, start, stop: (start > 2 * MIB and go_on.wait(2), read(remote, obj, start, stop))[1]
+        etc._FileRemote.read = lambda remote, obj, start, *args: (start > 2 * MIB and go_on.wait(2), read(remote, obj, start, *args))[1]
 
         def stop(error):
             def progress(done, total):
@@ -2547,6 +2556,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.share(self.tmp / 'ds')
         self.server.connections.clear()
         self.server.log.clear()
+        self.settings['connections'] = 8
         self.etc('pull', 'X', home='two')
         self.assertGreater(len(self.server.log), 10)
         self.assertLessEqual(len(self.server.connections), 8)
@@ -2565,7 +2575,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.etc('register', self.tmp / 'tiny', 'T')
         self.server.log.clear()
         self.etc('push', 'T')
-        self.assertEqual([(m, h.get('x-amz-acl'), h.get('If-None-Match')) for m, p, h in self.server.log if m != 'HEAD'],
+        self.assertEqual([(m, h.get('x-amz-acl'), h.get('If-None-Match')) for m, p, h in self.server.log if m not in ('GET', 'HEAD')],
                          [('PUT', 'public-read', '*')])
 
     def test_pages_that_go_round(self):
@@ -3033,10 +3043,11 @@ class GsHandler(Handler):
             return self.answer(204)
         if self.query.get('alt') != 'media':
             return self.answer(200, json.dumps(self.resource(name)).encode())
-        start, last = map(int, re.match(r'bytes=(\d+)-(\d+)$', self.headers['Range']).groups())
-        data = found[0][start:last + 1]
-        self.answer(206, data, {'Content-Range': 'bytes %d-%d/%d' % (start, start + len(data) - 1, len(found[0])),
-                                'x-goog-generation': found[1]})
+        start, stop = asked_range(self.headers, len(found[0]))
+        if start >= stop:
+            return self.problem(416, 'requestedRangeNotSatisfiable')
+        self.answer(206, found[0][start:stop], {'Content-Range': 'bytes %d-%d/%d' % (start, stop - 1, len(found[0])),
+                                                'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT', 'x-goog-generation': found[1]})
 
     def start(self, body):
         json.loads(body.decode())
@@ -3100,7 +3111,7 @@ class GsCase(Case):
 class GsRemote(RemoteSuite, GsCase):
     def test_answers_that_are_not_understood(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB)}), 'Y')
+        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(17 * MIB)}), 'Y')
         for what, body in (('an empty object', b'{}'), ('nothing', b''), ('a page', b'<html>Log in</html>'), ('a list', b'[]'),
                            ('another object', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}'),
                            ('no generation', b'{"name": "some/prefix/X.tgz", "size": "7"}'),
@@ -3507,11 +3518,10 @@ class WebHandler(http.server.SimpleHTTPRequestHandler):
             return super().do_GET() if self.command == 'GET' else super().do_HEAD()
         data = path.read_bytes()
         self.headers_sent = {'ETag': '"%s"' % hashlib.sha1(data).hexdigest()}
-        match = re.match(r'bytes=(\d+)-(\d+)$', self.headers.get('Range', ''))
         if self.server.conditions and self.headers.get('If-Match', self.headers_sent['ETag']) != self.headers_sent['ETag']:
             self.headers_sent, data, status = {}, b'', 412
-        elif match:
-            start, stop = int(match.group(1)), min(int(match.group(2)) + 1, len(data))
+        elif 'Range' in self.headers:
+            start, stop = asked_range(self.headers, len(data))
             self.headers_sent['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
             data, status = data[start:stop], 206
         else:
@@ -3613,7 +3623,7 @@ class Web(WebSuite, Case):
         self.test_round_trip()
         del self.server.log[:]
         self.assertIn('supports no ranges', self.etc('pull', 'X', home='four')[1])
-        self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'GET'])
+        self.assertEqual([m for m, _, _ in self.server.log], ['GET', 'HEAD', 'GET', 'GET'])
 
     def test_cut_download(self):
         self.server.ranges = False
@@ -5075,6 +5085,7 @@ class FlakyServer(Server):
                 self.shut_for -= 1
                 if self.shut_for <= 0:
                     self.reopen()
+        return 0
 
     def reopen(self):
         with self.lock:
@@ -5152,8 +5163,8 @@ class Faults(Runs):
         self.settings['endpoint_url'] = os.environ['STORAGE_EMULATOR_HOST'] = self.server.url
         self.other = Server(Recorder)
         self.addCleanup(self.other.stop)
-        self.addCleanup(setattr, etc, '_pause', etc._pause)
-        etc._pause = self.server.paused
+        self.addCleanup(setattr, etc, '_backoff', etc._backoff)
+        etc._backoff = self.server.paused
         init = etc._Http.__init__
         self.addCleanup(setattr, etc._Http, '__init__', init)
 
@@ -5396,6 +5407,248 @@ class GsFaults(Faults, GoogleCase):
         self.use(self.user(refresh_token='refresh-secret'))
         with (self.tmp / 'settings.yaml').open('a') as file:
             file.write('google_credentials: %s\n' % (self.tmp / 'key.json'))
+
+
+class SlowBodies(S3Handler):
+    """Reads the bodies of parts and objects as the test says: `server.receive(handler, size)` before each read."""
+
+    def read_body(self):
+        left, parts = int(self.headers.get('Content-Length') or 0), []
+        while left:
+            if self.command == 'PUT':
+                self.server.receive(self, left)
+            parts.append(self.rfile.read(min(left, 32768)))
+            left -= len(parts[-1])
+        return b''.join(parts)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
+
+
+class Links(S3Case):
+    """Slow, lossy and long links, and servers that are slow or gone for a while."""
+
+    def slow_bodies(self, receive):
+        self.server.stop()
+        self.server = Server(SlowBodies)
+        self.addCleanup(self.server.stop)
+        self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        self.server.receive = receive
+        self.settings['endpoint_url'] = self.server.url
+
+    def set(self, name, value):
+        self.addCleanup(setattr, etc, name, getattr(etc, name))
+        setattr(etc, name, value)
+
+    def test_slow_uplink(self):
+        """A link on which a block takes longer than the time-out, but is never silent for so long."""
+        self.set('_TIMEOUT', 1.0)
+        self.slow_bodies(lambda handler, left: time.sleep(0.1))
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(MIB)}))
+        self.assertEqual(len(self.requests('PUT')), 1)
+
+    def test_parts_in_any_order(self):
+        """A slow part holds up none of the others."""
+        others = threading.Semaphore(0)
+
+        def fault(handler):
+            if 'partNumber=1&' in handler.path:
+                for _ in range(6):
+                    self.assertTrue(others.acquire(timeout=20))
+            elif 'partNumber=' in handler.path:
+                others.release()
+        self.server.fault = fault
+        self.settings['connections'] = 2
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(34 * MIB)}))
+        self.assertIn('partNumber=1&', ' '.join(self.requests('PUT')))
+        self.server.fault = None
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
+    def test_ranges_in_any_order(self):
+        """A slow range holds up none of the others."""
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}))
+        size = len(next(iter(self.server.objects.values()))[0])
+        self.server.log.clear()
+        seen = set()
+        rest = threading.Event()
+
+        def fault(handler):
+            if handler.headers.get('Range', '').startswith('bytes=-'):
+                return
+            start, stop = asked_range(handler.headers, size)
+            if not start:
+                self.assertTrue(rest.wait(20))
+            seen.add(stop)
+            if size - max(seen) < 10000:
+                rest.set()
+        self.server.fault = fault
+        self.settings['connections'] = 2
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertTrue(rest.is_set())
+
+    def test_silence(self):
+        """A connection that says nothing is given up early, if the request only reads."""
+        self.share(small(self.tmp / 'ds'))
+        self.set('_READ_TIMEOUT', 0.5)
+        late = []
+        over = threading.Event()
+
+        def fault(handler):
+            if handler.command == 'GET' and not late:
+                late.append(None)
+                late.append(not over.wait(10))
+                return True
+            over.set()
+        self.server.fault = fault
+        self.etc('pull', 'X', home='two')
+        self.assertTrue(over.wait(20))
+        self.assertNotIn(True, late)
+
+    def test_server_that_restarts(self):
+        """A server that has answered before is waited for, at least 15 seconds."""
+        slept = []
+
+        def sleep(seconds):
+            slept.append(seconds)
+            if sum(slept) > 15:
+                self.server.reopen()
+        self.server.stop()
+        self.server = FlakyServer(S3Handler)
+        self.addCleanup(self.server.stop)
+        self.settings['endpoint_url'] = self.server.url
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = sleep
+
+        def fault(handler):
+            if handler.command == 'PUT' and not slept:
+                handler.server.socket.close()
+                handler.close_connection = True
+                threading.Thread(target=handler.server.shutdown).start()
+                return True
+        self.server.fault = fault
+        self.etc('push', 'X')
+        self.assertGreater(sum(slept), 15)
+
+    def test_requests(self):
+        """How many requests the commands make."""
+        self.share(small(self.tmp / 'ds'))
+        large = write(self.tmp / 'large', {'data/train/x': noise(9 * MIB), 'README.md': 'large'})
+        self.etc('register', large, 'Large')
+        for what, args, methods in (
+                ('push of a new dataset', ['push', 'Large'], ['DELETE'] * 0 + ['GET', 'HEAD', 'POST', 'POST', 'PUT', 'PUT']),
+                ('push of the same dataset', ['push', 'Large'], ['GET']),
+                ('info of a small dataset', ['info', '-r', 'X'], ['GET']),
+                ('info of a large dataset', ['info', '-r', 'Large'], ['GET', 'GET']),
+                ('pull of a small dataset', ['--home', self.tmp / 'two', 'pull', 'X'], ['GET']),
+                ('list', ['ls', '-r'], ['GET']), ('long list', ['ls', '-r', '-l'], ['GET'] * 3)):
+            with self.subTest(what):
+                self.server.log.clear()
+                self.server.sent = 0
+                self.etc(*args)
+                self.assertEqual(sorted(m for m, _, _ in self.server.log), methods)
+
+    def test_ranges_from_the_end(self):
+        """Servers that refuse or misread them are asked otherwise."""
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(100000)}))
+        data, etag, _ = next(iter(self.server.objects.values()))
+        headers = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}
+
+        def part(start, stop, **more):
+            return 206, data[start:stop], dict(headers, **dict({'Content-Range': 'bytes %d-%d/%d' % (start, stop - 1, len(data))}, **more))
+        size = len(data)
+        for what, answer in (
+                ('the whole object', (200, data, headers)), ('refused', (416, b'', {})), ('from the start', part(0, 8193)),
+                ('the last bytes but one', part(size - 8193, size - 1)), ('fewer bytes', part(size - 4000, size)),
+                ('no size', part(size - 8192, size, **{'Content-Range': 'bytes %d-%d/*' % (size - 8192, size - 1)})),
+                ('another length', (206, data[-8000:], part(size - 8192, size)[2]))):
+            with self.subTest(what):
+                asked = []
+
+                def fault(handler):
+                    if handler.headers.get('Range', '').startswith('bytes=-'):
+                        asked.append(handler.path)
+                        return handler.answer(*answer) or True
+                self.server.fault = fault
+                self.etc('pull', 'X', home=what)
+                self.assertEqual(tree(self.tmp / what / 'X'), tree(self.tmp / 'ds'))
+                self.assertEqual(len(asked), 1)
+
+    def test_lost_upload(self):
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
+
+        def fault(handler):
+            if 'partNumber=2' in handler.path:
+                self.server.uploads.clear()
+        self.server.fault = fault
+        self.assertRegex(self.etc('push', 'X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push again')
+
+    def test_interruption_while_the_server_is_silent(self):
+        """Ctrl-C ends a push at once, and the upload."""
+        started, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+
+        def receive(handler, left):
+            if left < MIB:
+                started.set()
+                go_on.wait(60)
+        self.slow_bodies(receive)
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}), 'X')
+        for name, status in (('SIGINT', 130), ('SIGTERM', 143)):
+            with self.subTest(name):
+                started.clear()
+                process = self.spawn('push', 'X')
+                self.assertTrue(started.wait(20))
+                process.send_signal(getattr(signal, name))
+                err = process.communicate(timeout=20)[1].decode()
+                self.assertEqual((process.returncode, err), (status, 'etc: interrupted\n'))
+                self.assertEqual(self.server.uploads, {})
+
+    def test_progress_of_a_part(self):
+        """Progress tells of bytes when they are sent, not when all of a part is."""
+        told = threading.Event()
+        missing = []
+
+        def receive(handler, left):
+            if left < 2 * MIB and not told.wait(20):
+                missing.append(left)
+
+        def progress(done, total):
+            if done:
+                told.set()
+        self.slow_bodies(receive)
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(4 * MIB)}), 'X')
+        etc.push('X', config=self.config(), progress=progress)
+        self.assertEqual(missing, [])
+
+    def test_progress_of_a_range(self):
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(MIB)}))
+        told = threading.Event()
+        data, etag, _ = next(iter(self.server.objects.values()))
+        missing = []
+
+        def fault(handler):
+            if handler.headers.get('Range', '').startswith('bytes=-'):
+                return
+            start, stop = asked_range(handler.headers, len(data))
+            handler.send_response(206)
+            for header in (('ETag', etag), ('Content-Range', 'bytes %d-%d/%d' % (start, stop - 1, len(data))),
+                           ('Content-Length', str(stop - start))):
+                handler.send_header(*header)
+            handler.end_headers()
+            handler.wfile.write(data[start:stop - 1])
+            if not told.wait(20):
+                missing.append(start)
+            handler.wfile.write(data[stop - 1:stop])
+            return True
+
+        def progress(done, total):
+            if done:
+                told.set()
+        self.server.fault = fault
+        etc.pull('X', config=self.config('two'), progress=progress)
+        self.assertEqual(missing, [])
 
 
 class FileFaults(Runs, Case):
