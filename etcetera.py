@@ -2741,7 +2741,7 @@ class _Http:
         self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # connections by scheme and host
         self.busy: Set[Any] = set()  # connections that are in use
         self.closed = threading.Event()
-        self.tries = _TRIES + _MORE_TRIES  # of any request, at most
+        self.in_haste = False  # after an interruption: two short tries of each request
         self.answered: Set[str] = set()  # sites that have answered
         self.tls: Any = None
 
@@ -2755,10 +2755,10 @@ class _Http:
             connection.close()
 
     def reopen(self, in_haste: bool) -> None:
-        """Allow requests again after close(); in haste, two short tries of each."""
+        """Allow requests again after close(), for what must be undone."""
         self.closed.clear()
+        self.in_haste = in_haste
         if in_haste:
-            self.tries = 2
             self.timeout = min(self.timeout, _LAST_TIMEOUT)
 
     def request(
@@ -2780,8 +2780,8 @@ class _Http:
                               'https://host[:port][/path]; a user or password cannot be in it')
         site = _site(request.url)
         for attempt in itertools.count(1):
-            is_known = site in self.answered
-            is_last = attempt >= min(self.tries, tries or _TRIES + _MORE_TRIES * is_known)
+            most = tries or _TRIES + _MORE_TRIES * (site in self.answered)
+            is_last = attempt >= (min(most, 2) if self.in_haste else most)
             is_eager = attempt == 1 and request.method in ('GET', 'HEAD')
             request = request._replace(patience=min(self.timeout, _READ_TIMEOUT if is_eager else _TIMEOUT))
             signed = request._replace(headers=sign(request)) if sign else request
@@ -2801,7 +2801,7 @@ class _Http:
                     raise _unreachable_error(request.url, e) from None
                 problem = e
             _say(f'{request.method} {site}: {problem}; trying again', _DEBUG)
-            self.wait(attempt, delay)
+            self.wait(attempt, 0.0 if self.in_haste else delay)
         raise AssertionError
 
     def wait(self, failures: int, delay: float = 0.0) -> None:
@@ -2824,11 +2824,12 @@ class _Http:
         is_reusable = False
         try:
             response = self._ask(connection, is_kept, request._replace(url=target, headers=headers))
-            body = _receive(response, limit, into, request.watch)
+            with contextlib.closing(response):  # or it would keep the socket open
+                body = _receive(response, limit, into, request.watch)
+                is_reusable = response.isclosed() and not response.will_close
             if len(body) > limit:
                 raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
                                   'a proxy or the endpoint_url is at fault', response.status)
-            is_reusable = response.isclosed() and not response.will_close
             return _Reply(response.status, response.headers, body)
         finally:
             self.busy.discard(connection)

@@ -2239,7 +2239,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertLess(sum(sent), size + 65536 + 8 * 262144)
 
     def test_answers_that_end_before_they_begin(self):
-        self.share(small(self.tmp / 'ds'))
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20000)}))
 
         def fault(handler):
             match = re.match(r'bytes=(\d+)-(\d+)$', handler.headers.get('Range', ''))
@@ -2652,7 +2652,7 @@ class S3Remote(RemoteSuite, S3Case):
         self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_wrong_answers(self):
-        self.share(small(self.tmp / 'ds'))
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20000)}))
         etag = {'ETag': self.server.objects['some/prefix/X.tgz'][1]}
         no_range, too_much = 'does not answer with the range that was asked for', 'answers with more than was asked for'
         self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
@@ -2666,9 +2666,10 @@ class S3Remote(RemoteSuite, S3Case):
                  lambda h: (h.answer(206, b'x' * 10, {}, 1000), setattr(h, 'close_connection', True))),
                 ('endless', too_much, lambda h: h.answer(206, b'x' * 3 * MIB)), ('all', too_much, lambda h: h.answer(200, b'x' * 90 * MIB))):
             def fault(handler, answer=answer):
-                if handler.headers.get('Range'):
-                    answer(handler)
-                    return True
+                if handler.headers.get('Range', 'bytes=-').startswith('bytes=-'):
+                    return False
+                answer(handler)
+                return True
             with self.subTest(name):
                 self.server.fault = fault
                 self.assertIn(problem, self.etc('pull', 'X', home='two', status=1)[1])
@@ -2678,16 +2679,17 @@ class S3Remote(RemoteSuite, S3Case):
         self.share(small(self.tmp / 'ds'))
         etag = {'ETag': self.server.objects['some/prefix/X.tgz'][1]}
         for modified in ('Mon, 06 May 99999999999 07:08:09 GMT', 'Mon, 06 May 9999999999999999999999 07:08:09 GMT', 'never'):
-            def fault(handler):
-                if handler.command == 'HEAD':
-                    size = len(self.server.objects['some/prefix/X.tgz'][0])
-                    return handler.answer(200, b'', dict(etag, **{'Last-Modified': modified}), size) or True
             with self.subTest(modified):
-                self.server.fault = fault
+                self.server.respell = lambda name, value: modified if name == 'Last-Modified' else value
                 self.etc('pull', '-f', 'X', home='two')
+        self.server.respell = None
         for size in ('1e3', '5 5', ' ', '-5', '9' * 5000):
             with self.subTest(size[:9]):
-                self.server.fault = lambda h: h.command == 'HEAD' and (h.answer(200, b'', etag, size), True)[1]
+                def fault(handler):
+                    if handler.headers.get('Range', '').startswith('bytes=-'):
+                        return handler.answer(416) or True
+                    return handler.command == 'HEAD' and (handler.answer(200, b'', etag, size), True)[1]
+                self.server.fault = fault
                 self.etc('pull', '-f', 'X', home='two')  # a range tells the size
                 self.server.respell = lambda name, value: None if name == 'Content-Range' else value
                 self.assertIn("does not say how large 'X' is", self.etc('pull', '-f', 'X', home='two', status=1)[1])
@@ -2833,7 +2835,7 @@ class S3Kinds(S3Case):
                 return True
         self.server.fault = fault
         self.etc('push', 'X')
-        self.assertEqual([m for m, _, _ in self.server.log], ['HEAD', 'GET', 'HEAD', 'HEAD', 'PUT'])  # asked once, then remembered
+        self.assertEqual([m for m, _, _ in self.server.log], ['GET', 'GET', 'HEAD', 'PUT'])  # asked once, then remembered
         self.assertEqual(self.region(), 'eu-9')
         del self.server.log[:]
         self.etc('push', '-f', 'X')
@@ -5537,7 +5539,7 @@ class Links(S3Case):
         large = write(self.tmp / 'large', {'data/train/x': noise(9 * MIB), 'README.md': 'large'})
         self.etc('register', large, 'Large')
         for what, args, methods in (
-                ('push of a new dataset', ['push', 'Large'], ['DELETE'] * 0 + ['GET', 'HEAD', 'POST', 'POST', 'PUT', 'PUT']),
+                ('push of a new dataset', ['push', 'Large'], ['GET', 'HEAD', 'POST', 'POST', 'PUT', 'PUT']),
                 ('push of the same dataset', ['push', 'Large'], ['GET']),
                 ('info of a small dataset', ['info', '-r', 'X'], ['GET']),
                 ('info of a large dataset', ['info', '-r', 'Large'], ['GET', 'GET']),
@@ -5978,7 +5980,7 @@ class Install(S3Case):
         self.etc('push', '-f', 'X', home='pub')
         self.broken_off(0.9)
         forge()
-        self.assertIn("'data/train' violates the format (end);", self.etc('pull', 'X', status=1)[1])  # refused in the end, and then forgotten
+        self.assertRegex(self.etc('pull', 'X', status=1)[1], r'violates the format \(end\);|a block does not start where')  # refused in the end, and then forgotten
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
         self.etc('pull', 'X')
         self.etc('verify', 'X')
