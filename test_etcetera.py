@@ -7106,6 +7106,7 @@ class Places(Hush, S3Case):
         self.settings = {}
         etc.push('X')  # or pull would not come to look at partitions
         name, usage = "is not NAME@sha256:|cannot be a dataset's name", "etc: '?etc.* takes no "
+        command = 'etc: no command |argument COMMAND'
         file, home, url = 'no settings file', "Not a directory: |'home' holds", "the url[ ;]|'url' holds"
         for alphabet, mark in ALPHABETS.items():
             secret = mark.join(self.secrets)
@@ -7119,8 +7120,9 @@ class Places(Hush, S3Case):
                         (['register', word], 1, 'no directory'), (['register', word, 'Y'], 1, 'no directory'),
                         (['register', 'ds', word], 1, name), (['register', 'ds', 'as', word], 1, name),
                         (['register', word, 'ds'], 1, 'no directory'),
-                        ([word], 2, 'etc: no command '), (['ls', word], 2, usage), (['pull', 'X', '--ulr=' + word], (1, 2), usage),
-                        (['pull', 'X', '--force=' + word], 2, 'argument -f/--force'), (['--' + word], 2, usage), (['-x' + word], 2, usage),
+                        ([word], 2, command), (['ls', word], 2, usage), (['pull', 'X', '--ulr=' + word], (1, 2), usage + '|' + name),
+                        (['pull', 'X', '--force=' + word], 2, 'argument -f/--force'), (['--' + word], 2, usage + '|' + command),
+                        (['-x' + word], 2, usage + '|' + command),
                         (['--co=' + word, 'ls'], (1, 2), file + '|' + usage),
                         (['completion', word], 2, 'argument SHELL'), (['--config', word, 'ls'], 1, file),
                         (['--config', 'file/' + word, 'ls'], 1, 'cannot be read: '),
