@@ -78,24 +78,45 @@ def write(path, data):
         file.write(data)
 
 
+def has_room(directory):
+    return os.path.isdir(directory) and shutil.disk_usage(directory).free > 4 << 30
+
+
 def find(name):
     beside = os.path.join(os.path.dirname(sys.executable), name)
     return beside if os.path.exists(beside) else shutil.which(name)
 
 
+# A process counts the memory of the one that it was forked from as its own, so a small one starts all that is measured
+STARTER = """import os, sys, time
+null = os.open(os.devnull, os.O_WRONLY)
+begin = time.perf_counter()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 1)])
+_, status, usage = os.wait4(child, 0)
+print(time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, status)"""
+
+
 def run(command, env):
     """Run a shell pipeline; its wall seconds, CPU seconds and the peak MiB of its largest process."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(['bash', '-o', 'pipefail', '-c', command], env=env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE)
-    error = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - begin
-    process.returncode = status
-    process.stderr.close()
+    starter = subprocess.Popen([sys.executable, '-I', '-S', '-c', STARTER, shutil.which('bash'), '-o', 'pipefail',
+                                '-c', command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, error = starter.communicate()
+    wall, cpu, memory, status = map(float, output.split() or [0, 0, 0, 1])
     if status:
         sys.exit('%s\nfailed: %s' % (command, error.decode('utf-8', 'replace')))
-    return wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return wall, cpu, memory
+
+
+def version():
+    return subprocess.check_output(ETC.split() + ['--version'], env=dict(os.environ, PYTHONPATH=HERE)).decode().strip()
+
+
+def etcetera(arguments):
+    """The contestants that are etcetera; the last one is as it comes, so that what stays behind is its work."""
+    command = '%s -q %s' % (ETC, arguments)
+    if 'libdeflate' in version():
+        return {'etcetera, without libdeflate': 'ETC_LIBDEFLATE=0 ' + command, 'etcetera': command}
+    return {'etcetera': command}
 
 
 def free_port():
@@ -261,15 +282,13 @@ class Requests:
 
 
 def measure(contestants, env, runs, before=lambda name: None, after=lambda name: None):
-    """{name: (wall, cpu, memory)}, medians of rounds in which all take turns, after one that does not count."""
+    """{name: (wall, cpu, memory)}, medians of rounds in which all take turns."""
     samples = {name: [] for name in contestants}
-    for number in range(runs + 1):
+    for _ in range(runs):
         for name, command in contestants.items():
             before(name)
-            result = run(command, env)
+            samples[name].append(run(command, env))
             after(name)
-            if number:
-                samples[name].append(result)
     return {name: tuple(map(statistics.median, zip(*found))) for name, found in samples.items()}
 
 
@@ -290,7 +309,7 @@ def main():
     options.add_argument('--runs', type=int, default=3)
     options.add_argument('--rows', default='text,jpeg,tiny,link,uplink,requests,scale,start')
     options.add_argument('--scale', default='30000,100000,300000', help='how many files')
-    options.add_argument('--dir', default='/dev/shm' if os.path.isdir('/dev/shm') else None)
+    options.add_argument('--dir', default='/dev/shm' if has_room('/dev/shm') else None)
     options = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     work = tempfile.mkdtemp(prefix='etc-bench-', dir=options.dir)
@@ -305,7 +324,7 @@ def main():
                    AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url, RCLONE_CONFIG=os.devnull, RCLONE_CONFIG_S3_TYPE='s3',
                    RCLONE_CONFIG_S3_PROVIDER='Rclone', RCLONE_CONFIG_S3_ENV_AUTH='true')
         env.pop('PYTHONDONTWRITEBYTECODE', None)
-        print('Python %s, %d cores, %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname())))
+        print('Python %s, %d cores, %s; %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname()), version()))
         for row in DATA:
             if row in rows:
                 register(work, row, env)
@@ -328,10 +347,10 @@ def main():
 
 
 def bench_row(work, row, env, runs):
-    source, ours = '%s/%s' % (work, row), ETC + ' -q'
+    source = '%s/%s' % (work, row)
     s5cmd, aws, rapidgzip = find('s5cmd'), find('aws'), find('rapidgzip')
     pack = 'tar cf - -C %s .' % source
-    push = {'etcetera': '%s push -f %s' % (ours, row)}
+    push = etcetera('push -f ' + row)
     if s5cmd:
         push['tar | gzip | s5cmd pipe'] = '%s | gzip | %s pipe s3://bucket/gzip.tgz' % (pack, s5cmd)
         if find('pigz'):
@@ -344,7 +363,7 @@ def bench_row(work, row, env, runs):
     if os.path.exists(gzip):
         print('%49s %.1f MB; gzip -6: %.1f MB (%+.1f %%)' % (
             'size', size / 1e6, os.path.getsize(gzip) / 1e6, 100 * (size / os.path.getsize(gzip) - 1)))
-    pull = {'etcetera': '%s --home %s/out pull %s' % (ours, work, row)}
+    pull = etcetera('--home %s/out pull %s' % (work, row))
     if s5cmd:
         pull['s5cmd cat | tar xz'] = '%s cat s3://bucket/gzip.tgz | tar xzf - -C %s/out' % (s5cmd, work)
         if rapidgzip:
@@ -356,7 +375,7 @@ def bench_row(work, row, env, runs):
 
     def after(name):
         if name not in checked:
-            same('%s/out/%s' % (work, row if name == 'etcetera' else ''), source)
+            same('%s/out/%s' % (work, row if name.startswith('etcetera') else ''), source)
             checked.add(name)
         shutil.rmtree(work + '/out')
     table('pull ' + row, measure(pull, env, runs, lambda name: os.mkdir(work + '/out'), after))
@@ -372,7 +391,7 @@ def bench_link(work, env, port, runs):
     env = dict(env, AWS_ENDPOINT_URL=link.url, S3_ENDPOINT_URL=link.url, RCLONE_CONFIG_S3_ENDPOINT=link.url)
     print('\nlink: %d MB over 100 ms round trip, 20 MB/s a connection' % (os.path.getsize(archive) / 1e6))
     for verb, ours in (('push', 'push -f link'), ('pull', '--home %s/out pull link' % work)):
-        contestants = {'etcetera': '%s -q %s' % (ETC, ours)}
+        contestants = etcetera(ours)
         for peer, copy in (('aws', 's3 cp --quiet'), ('s5cmd', 'cp'), ('rclone', 'copyto --ignore-times')):
             remote = ('s3:bucket/%s.tgz' if peer == 'rclone' else 's3://bucket/%s.tgz') % peer
             ends = '%s %s' % ((archive, remote) if verb == 'push' else (remote, work + '/out/x'))
@@ -444,23 +463,20 @@ def bench_scale(work, env, count):
     env = dict(env, ETC_URL='file://%s/shared' % work)
     os.makedirs(work + '/shared', exist_ok=True)
     source, out = '%s/%s' % (work, row), work + '/out'
-    push = {'etcetera': '%s -q push -f %s' % (ETC, row), 'tar cz': 'tar czf %s/tar.tgz -C %s .' % (work, source)}
-    table('push %d' % count, {name: run(command, env) for name, command in push.items()})
-    pull = {'etcetera': '%s -q --home %s pull %s' % (ETC, out, row), 'tar xz': 'tar xzf %s/tar.tgz -C %s' % (work, out)}
-    found = {}
-    for name, command in pull.items():
-        os.mkdir(out)
-        found[name] = run(command, env)
-        shutil.rmtree(out)
-    table('pull %d' % count, found)
+    push = dict(etcetera('push -f ' + row), **{'tar cz': 'tar czf %s/tar.tgz -C %s .' % (work, source)})
+    table('push %d' % count, measure(push, env, 1))
+    pull = dict(etcetera('--home %s pull %s' % (out, row)), **{'tar xz': 'tar xzf %s/tar.tgz -C %s' % (work, out)})
+    table('pull %d' % count, measure(pull, env, 1, lambda name: os.mkdir(out), lambda name: shutil.rmtree(out)))
     shutil.rmtree(source)
 
 
 def bench_start(env, runs):
     python = sys.executable
-    table('etc ls', measure({'etcetera': ETC + ' ls',
-                            'python3 -c "import etcetera"': python + ' -c "import etcetera"',
-                            'python3 -c pass': '%s -c pass' % python}, env, runs))
+    results = measure({'etcetera': ETC + ' ls', 'python3 -c "import etcetera"': python + ' -c "import etcetera"',
+                       'python3 -c pass': python + ' -c pass'}, env, runs)
+    table('etc ls', results)
+    _, imported, bare = (wall for wall, _, _ in results.values())
+    print('import etcetera takes %.1f ms' % (1000 * (imported - bare)))
 
 
 if __name__ == '__main__':
