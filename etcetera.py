@@ -1751,7 +1751,8 @@ def _choose_effort(level: int, payload: bytes) -> Tuple[int, bool]:
 
 def _inflate(body: Any) -> bytes:
     """The bytes that a block holds, from what follows its header."""
-    library = _libdeflate()
+    is_deflated = body[0] & 6  # zlib takes fewer copies to read what is stored
+    library = _libdeflate() if is_deflated else None
     payload, rest = library.state().inflate(bytes(body)) if library else (b'', b'')
     if not _is_sound(payload, rest):
         payload, rest = _inflate_by_zlib(body)
