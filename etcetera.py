@@ -6805,7 +6805,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
     class Version(argparse.Action):
         def __call__(self, *_: Any) -> None:
             _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
-            sys.exit()
+            sys.exit(0)
 
     parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
                     epilog="For help on a command, run 'etc COMMAND -h'.")

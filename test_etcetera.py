@@ -168,7 +168,8 @@ class Case(unittest.TestCase):
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(saved)))
         for key in list(os.environ):
             if key.startswith(('ETC_', 'AWS_', 'GOOGLE_', 'CLOUDSDK_', 'STORAGE_')) or key.lower().endswith('_proxy'):
-                del os.environ[key]
+                if key != 'ETC_LIBDEFLATE':
+                    del os.environ[key]
         os.environ.update(HOME=str(self.tmp), USERPROFILE=str(self.tmp), AWS_EC2_METADATA_DISABLED='true',
                           no_proxy='127.0.0.1')
         logging.getLogger('etcetera').handlers[:] = []  # those of a command line before
@@ -1798,6 +1799,207 @@ class Hostile(Case):
                 self.assertIn('the archive is %s; push it again' % problem, self.etc('pull', 'X', status=1)[1])
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
 
+
+
+# ---------------------------------------------------------------------------------------
+# libdeflate and zlib: all other classes run with the one that is there
+# ---------------------------------------------------------------------------------------
+
+DEFLATERS = {'libdeflate': '1', 'zlib': '0'}
+
+FALSE_LIBRARY = r'''
+#include <stddef.h>
+#include <string.h>
+#include <unistd.h>
+static char it;
+static int say(const char *what) { return write(2, what, strlen(what)) < 0; }
+void *libdeflate_alloc_compressor(int level) { return MEMORY ? &it : NULL; }
+void *libdeflate_alloc_decompressor(void) { return MEMORY ? &it : NULL; }
+void libdeflate_free_compressor(void *it) {}
+void libdeflate_free_decompressor(void *it) {}
+size_t libdeflate_deflate_compress(void *c, const void *in, size_t n, void *out, size_t room) { return say("deflates\n"); }
+int libdeflate_deflate_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room, size_t *read, size_t *written) {
+    memset(out, 0, *written = 1024);
+    *read = n - 8;
+    return say("inflates\n");
+}
+unsigned libdeflate_crc32(unsigned crc, const unsigned char *data, size_t n) {
+    crc = ~crc;
+    for (size_t at = 0; at < 8 * n; at++)
+        crc = crc >> 1 ^ (0xedb88320 & -((crc ^ data[at / 8] >> at % 8) & 1));
+    return ~crc;
+}
+'''
+
+
+class Deflate(Case):
+    def setUp(self):
+        super().setUp()
+        self.use('libdeflate')
+        if 'libdeflate' not in self.etc('--version')[0]:
+            self.skipTest('libdeflate is not installed')
+
+    def use(self, name):
+        os.environ['ETC_LIBDEFLATE'] = DEFLATERS[name]
+
+    def test_version(self):
+        for name, pattern in (('libdeflate', 'libdeflate'), ('zlib', r'zlib \d[\w.-]*')):
+            self.use(name)
+            self.assertRegex(self.etc('--version')[0], r'\Aetcetera %s \(Python %s, %s\)\n\Z' % (
+                re.escape(etc.__version__), re.escape(sys.version.split()[0]), pattern))
+
+    def test_each_reads_what_the_other_writes(self):
+        rng = random.Random(1)
+        text = ''.join('line %d says %x\n' % (number, rng.randrange(1 << 20)) for number in range(50000))
+        root = write(self.tmp / 'ds', {'data/text/a': text, 'data/noise/n': noise(100000), 'data/zeros/z': bytes(MIB), 'README.md': ''})
+        write(root, {'data/padded/%02d' % number: noise(700 + number, number) for number in range(60)})
+        etc.register(root, 'X', config=self.config())
+        digest, expected, sizes = etc.Dataset(root).digest, tree(root), {}
+        for level in range(10):
+            for writer in DEFLATERS:
+                self.use(writer)
+                etc.push('X', force=True, config=self.config(compression_level=level))
+                archive = (self.tmp / 'share/X.tgz').read_bytes()
+                (self.tmp / 'share/X.tgz').replace(self.tmp / 'share/Y.tgz')
+                sizes[writer, level] = sum(m[1] for m in members(archive) if m[2] == b'et')
+                self.use('zlib' if writer == 'libdeflate' else 'libdeflate')
+                self.assertEqual(etc.pull('Y', config=self.config('two')).digest, digest, (writer, level))
+                self.assertEqual(tree(self.tmp / 'two/Y'), expected)
+                etc.purge('Y', config=self.config('two'))
+        self.assertEqual(sizes['libdeflate', 0], sizes['zlib', 0])
+        for level in range(1, 10):
+            self.assertLess(sizes['libdeflate', level], min(sizes['zlib', level], 0.6 * sizes['zlib', 0]), level)
+
+    def test_zlib_is_spared(self):
+        def refuse(*args):
+            raise AssertionError('zlib was asked')
+        etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
+        functions = zlib.compressobj, zlib.decompressobj
+        zlib.compressobj = zlib.decompressobj = refuse
+        try:
+            etc.push('X', config=self.config())
+            etc.pull('X', config=self.config('two'))
+        finally:
+            zlib.compressobj, zlib.decompressobj = functions
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
+    def archive(self, payload, stream, crc=None, size=None):
+        """An archive whose last block holds this stream instead of that of the payload, and may lie."""
+        top = header('data/', b'5', 0o755)
+        first = block(top)
+        trailer = struct.pack('<II', zlib.crc32(payload) if crc is None else crc, len(payload) if size is None else size)
+        second = member(b'et', struct.pack('<I', 28 + len(stream))) + stream + trailer
+        digests = ['sha256:' + hashlib.sha256(hashlib.sha256(data).digest()).hexdigest() for data in (top, payload)]
+        segments = [segment('.', 0, len(first), 0, 0, digests[0]),
+                    segment('data/train', len(first), len(second), 1, 30000, digests[1])]
+        blocks = first + second + block(bytes(1024))
+        return blocks + index_of(segments, len(blocks))
+
+    def told(self, archive):
+        """What a pull says that is refused; the same with both."""
+        said = []
+        for name in DEFLATERS:
+            self.use(name)
+            write(self.tmp / 'share', {'X.tgz': archive})
+            err = self.etc('pull', 'X', status=None)[1]
+            if 'pulled' in err:
+                self.etc('purge', 'X')
+                err = ''
+            self.assertEqual((self.installed(), self.leftovers()), ([], []))
+            said.append(err)
+        self.assertEqual(*said)
+        return said[0]
+
+    def test_damaged_blocks(self):
+        def deflate(data, level=6):
+            packer = zlib.compressobj(level, zlib.DEFLATED, -15)
+            return packer.compress(data) + packer.flush()
+        file = ''.join('%d ' % number for number in range(9999)).encode()[:30000]
+        payload = header('data/train/', b'5', 0o755) + header('data/train/x', size=30000) + file + bytes(-30000 % 512)
+        good, crc, size = deflate(payload), zlib.crc32(payload), len(payload)
+        self.assertEqual(self.told(self.archive(payload, good)), '')
+        self.assertEqual(self.told(self.archive(payload, deflate(payload, 0))), '')
+        bomb, odd_size, mismatch = bytes(MIB + 512), payload + b'x', 'does not match its checksum or size'
+        for name, archive, says in (
+                ('without its end', self.archive(payload, good[:-1]), 'the archive is damaged'),
+                ('half', self.archive(payload, good[:len(good) // 2]), 'the archive is damaged'),
+                ('a byte', self.archive(payload, good[:1]), 'the archive is damaged'),
+                ('stored, without its end', self.archive(payload, deflate(payload, 0)[:-1]), 'the archive is damaged'),
+                ('a byte after the end', self.archive(payload, good + b'\0'), mismatch),
+                ('another stream after the end', self.archive(payload, good + good), mismatch),
+                ('the trailer twice', self.archive(payload, good + struct.pack('<II', crc, size)), mismatch),
+                ('another checksum', self.archive(payload, good, crc=crc ^ 1), mismatch),
+                ('a larger size', self.archive(payload, good, size=size + 512), mismatch),
+                ('a smaller size', self.archive(payload, good, size=size - 512), mismatch),
+                ('no bytes', self.archive(b'', deflate(b'')), mismatch),
+                ('half a record', self.archive(odd_size, deflate(odd_size)), mismatch),
+                ('more than a block', self.archive(bomb, deflate(bomb)), mismatch),
+                ('other contents', self.archive(payload, deflate(payload[::-1]), zlib.crc32(payload[::-1])), 'in file:///'),
+                ('a reserved type', self.archive(payload, b'\7' + good), 'invalid block type'),
+                ('a wrong complement', self.archive(payload, b'\1\1\0\1\0x'), 'invalid stored block lengths'),
+                ('a distance before the start', self.archive(payload, b'\x4b\x04\xa2' + good), 'too far back'),
+                ('noise', self.archive(payload, noise(2000)), 'the archive is damaged')):
+            with self.subTest(name):
+                self.assertIn(says, self.told(archive))
+        rng, silent = random.Random(7), 0
+        for number in range(50 * RUNS):
+            bad = bytearray(good)
+            for _ in range(rng.choice((1, 1, 3))):
+                bad[rng.choice((rng.randrange(len(bad)), rng.randrange(60)))] ^= 1 << rng.randrange(8)
+            with self.subTest(number=number):
+                silent += self.told(self.archive(payload, bytes(bad))) == ''
+        self.assertLess(silent, 5)
+
+    def beside(self, make, *commands):
+        """What commands say, in a Python beside whose standard library make(path) has put a libdeflate."""
+        home = Path(tempfile.mkdtemp(dir=str(self.tmp)))
+        stdlib = os.path.dirname(os.path.realpath(os.__file__))
+        write(home / 'lib', {os.path.basename(stdlib): ('->', stdlib)})
+        make(home / 'lib/libdeflate.so.0')
+        os.environ['PYTHONHOME'] = str(home)
+        said = ''
+        for command in commands:
+            process = self.spawn(*command)
+            out, err = process.communicate()
+            self.assertEqual(process.returncode, 0, err)
+            said += (out + err).decode()
+        del os.environ['PYTHONHOME']
+        return said
+
+    @unittest.skipIf(sys.platform != 'linux' or hasattr(sys, 'pypy_version_info'), 'for CPython on Linux')
+    def test_broken_libraries(self):
+        import _ctypes
+        with open('/proc/self/maps') as maps:
+            real = re.search(r'/.*libdeflate\S*', maps.read()).group()
+        version = ['--version']
+        self.assertIn('libdeflate', self.beside(lambda path: path.symlink_to(real), version))
+        self.assertIn('libdeflate', self.beside(lambda path: None, version))
+        for name, make in (('empty', Path.touch), ('a directory', Path.mkdir), ('text', lambda path: path.write_text('text')),
+                           ('another library', lambda path: path.symlink_to(_ctypes.__file__))):
+            with self.subTest(name):
+                self.assertIn('zlib', self.beside(make, version))
+
+    @unittest.skipUnless(sys.platform == 'linux', 'LD_LIBRARY_PATH is of Linux')
+    def test_current_directory(self):
+        write(self.tmp, {'libdeflate.so.0': 'text'})
+        os.environ['LD_LIBRARY_PATH'] = ':'
+        self.assertIn(b'libdeflate', self.spawn('--version', cwd=str(self.tmp)).communicate()[0])
+
+    @unittest.skipIf(sys.platform != 'linux' or hasattr(sys, 'pypy_version_info'), 'for CPython on Linux')
+    @unittest.skipUnless(shutil.which('gcc'), 'no gcc here')
+    def test_false_libraries(self):
+        write(self.tmp, {'false.c': FALSE_LIBRARY})
+        root = small(self.tmp / 'ds')
+        for memory in 0, 1:
+            def make(path):
+                subprocess.check_call(['gcc', '-shared', '-fPIC', '-DMEMORY=%d' % memory, '-o', str(path), str(self.tmp / 'false.c')])
+            with self.subTest(memory=memory):
+                said = self.beside(make, ['register', '-f', root, 'X'], ['push', '-f', 'X'], ['pull', '-f', 'X'], ['--version'])
+                self.assertIn('libdeflate', said)
+                self.assertEqual('deflates' in said and 'inflates' in said, memory == 1, said)
+                self.assertEqual(tree(self.tmp / 'home/X'), tree(root))
+                self.etc('purge', 'X')
+                (self.tmp / 'share/X.tgz').unlink()
 
 
 # ---------------------------------------------------------------------------------------
