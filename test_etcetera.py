@@ -1996,7 +1996,7 @@ class Deflate(Case):
             with self.subTest(memory=memory):
                 said = self.beside(make, ['register', '-f', root, 'X'], ['push', '-f', 'X'], ['pull', '-f', 'X'], ['--version'])
                 self.assertIn('libdeflate', said)
-                self.assertEqual('deflates' in said and 'inflates' in said, memory == 1, said)
+                self.assertEqual(set(re.findall('(?:in|de)flates', said)), {'inflates', 'deflates'} if memory else set())
                 self.assertEqual(tree(self.tmp / 'home/X'), tree(root))
                 self.etc('purge', 'X')
                 (self.tmp / 'share/X.tgz').unlink()
