@@ -1519,7 +1519,7 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
 # ---------------------------------------------------------------------------------------
 # Deflate
 #
-# RFC 1951 by this machine's libdeflate, which takes half of zlib's time or less, for fewer bytes; by Python's zlib if
+# RFC 1951 by this machine's libdeflate, which takes about half of zlib's time, and fewer bytes; by Python's zlib if
 # there is none, or if $ETC_LIBDEFLATE is 0. Each reads what the other writes, and what libdeflate cannot read as it
 # should be, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path: from beside the standard
 # library, or from where the system's own libraries and those of its package manager are.
