@@ -1609,7 +1609,7 @@ def _load_libdeflate() -> Optional[_Libdeflate]:
 def _libdeflate_paths() -> List[str]:
     """Where libdeflate is trusted. A bare name would also be looked for in the current directory on some systems."""
     beside = sys.base_prefix  # where the standard library is
-    if not os.path.isabs(beside):
+    if not os.path.isabs(beside) or sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
         return []
     if os.name == 'nt':
         names = ('deflate.dll', 'libdeflate.dll') if sys.maxsize > 1 << 32 else ()  # 32 bits have another convention
