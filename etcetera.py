@@ -104,6 +104,8 @@ import errno
 import functools
 import itertools
 import json
+import marshal
+import operator
 import os
 import posixpath
 import re
@@ -834,7 +836,7 @@ _MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars
 _ZEROS = bytes(1024)
 _DEPTH = 256  # levels of directories that a dataset may have
 _MAX_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
-_KEPT_ENTRIES = 100000  # entries that _survey() keeps in memory
+_BATCH = 1000  # entries that _survey() packs at once
 _MANY_FILES = 32  # in a block, above which one thread may read them faster than several
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
@@ -1077,23 +1079,34 @@ class _Survey:
 def _survey(root: _Path) -> _Survey:
     """Look at all entries of a dataset. Raises InvalidDataset for what cannot be packed, before any of it is sent.
 
-    The entries are kept, so that they need not be looked at twice, unless they are too many for that.
+    The entries are kept, so that they need not be looked at twice; compressed, as there may be millions. Names and
+    paths have much in common, so some ten bytes remain of each entry.
     """
-    kept: List[Tuple[str, List[_Entry]]] = []
+    kept: List[Tuple[str, bytes]] = []
     count = name_length = size = 0
     for path, entries in _segments(root):
-        own: List[_Entry] = []
-        kept.append((path, own))
-        for entry in entries:
-            count += 1
-            name_length += len(entry.name) + len(entry.link)
-            size += entry.size
-            if count <= _KEPT_ENTRIES:
-                own.append(entry)
+        for batch in _batches(entries):
+            kept.append((path, zlib.compress(marshal.dumps(list(map(tuple, batch))), 1)))
+            count += len(batch)
+            for entry in batch:
+                name_length += len(entry.name) + len(entry.link)
+                size += entry.size
     headers = (1 << 20) + 4096 * (len(kept) + count) + 4 * name_length
     limit = headers + size
     limit += limit // 1000
-    return _Survey(kept if count <= _KEPT_ENTRIES else _segments(root), size, limit)
+    return _Survey(_unpacked(kept), size, limit)
+
+
+def _batches(entries: Iterable[_Entry]) -> Iterator[List[_Entry]]:
+    source = iter(entries)
+    return iter(lambda: list(itertools.islice(source, _BATCH)), [])
+
+
+def _unpacked(kept: Iterable[Tuple[str, bytes]]) -> _Listing:
+    """The entries that _survey() has kept: the segment's path and the entries of each batch."""
+    for path, batches in itertools.groupby(kept, operator.itemgetter(0)):
+        rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for _, batch in batches)
+        yield path, itertools.starmap(_Entry, rows)
 
 
 # The fields of a ustar header around name, size and checksum: mode, uid, gid; mtime; type flag, link, magic, the rest

@@ -8118,6 +8118,30 @@ class Program(Case):
         limit = 112 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
         self.assertLess(int(self.run_(sys.executable, '-c', code)), limit * 1024)
 
+    def test_many_files_take_one_walk_and_little_memory(self):
+        if not sys.platform.startswith('linux'):
+            return
+        outside = write(self.tmp / 'outside', {'%04d' % number: '' for number in range(1000)})
+        root = write(self.tmp / 'ds', {'data/train/%03d' % number: ('->', str(outside)) for number in range(150)})
+        (self.tmp / 'share').mkdir()
+        code = """if True:
+            import os, sys
+            sys.path.insert(0, %r)
+            import etcetera as etc
+            os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # a thread more has more blocks under way
+            scandir, scanned = os.scandir, []
+            os.scandir = lambda path: (scanned.append(os.fspath(path)), scandir(path))[1]
+            config = etc.Config(%r, home=%r)
+            etc.register(%r, 'X', config=config)
+            etc.push('X', config=config)
+            print(*[scanned.count(path) for path in scanned if '/train/' in path])
+            print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+            """ % (str(HERE), (self.tmp / 'share').as_uri(), str(self.tmp / 'home'), str(root))
+        counts, memory = self.run_(sys.executable, '-c', code).splitlines()
+        self.assertEqual(counts.split(), ['1'] * 150)
+        limit = 112 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
+        self.assertLess(int(memory), limit * 1024)
+
     def test_import_is_light(self):
         heavy = ('ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
                  'logging', 'socket', 'email', 'configparser', 'ctypes')
