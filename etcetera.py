@@ -646,9 +646,11 @@ def _threads(count: int) -> Any:
     from concurrent.futures import ThreadPoolExecutor
     pool = ThreadPoolExecutor(count)
     all_started = threading.Barrier(count)
+    started = 0
     try:
-        for _ in range(count):
+        while started < count:
             pool.submit(all_started.wait)
+            started += 1
         return pool
     except BaseException as e:
         all_started.abort()  # or the threads would wait for ever, and the process for them
@@ -658,7 +660,7 @@ def _threads(count: int) -> Any:
     if count == 1:
         raise Error('the system does not allow this process any more threads',
                     "set 'connections: 1', or raise the limits (ulimit -u, ulimit -v)")
-    return _threads(count // 2)
+    return _threads(max(1, started // 2))  # and leave the others to the next pool
 
 
 def _ordered(
@@ -767,6 +769,7 @@ class _Transfer:
         self.expected: Any = collections.deque()  # up to how many moved bytes, and how much progress that is
         self.passed = (0, 0)  # the last of `expected` that was reached
         self.done = 0  # the most that was reported
+        self.reported = 0.0  # when
         self.since = time.monotonic()  # when measuring the speed began
         self.before = 0  # bytes that had been moved then
         self.speed = 0.0
@@ -777,10 +780,17 @@ class _Transfer:
 
     def expect(self, moved: int, progress: int) -> None:
         """Say that so many more bytes are going to be moved, and that they mean so much more progress."""
-        last = self.expected[-1] if self.expected else self.passed
-        self.expected.append((last[0] + moved, last[1] + progress))
+        if self.progress:
+            last = self.expected[-1] if self.expected else self.passed
+            self.expected.append((last[0] + moved, last[1] + progress))
+
+    def tick(self) -> None:
+        """report(), unless it has been called just now."""
+        if time.monotonic() - self.reported > _TICK / 2:
+            self.report()
 
     def report(self) -> None:
+        self.reported = time.monotonic()
         moved = sum(list(self.moved.values()))
         self.choose_connections(moved)
         if not self.progress:
@@ -4462,9 +4472,10 @@ class _FileRemote(_Remote):
                 for chunk in chunks:
                     file.write(chunk)
                     watch(file.tell())
-                    transfer.report()
+                    transfer.tick()
                 file.flush()
                 os.fsync(file.fileno())
+            transfer.report()
             self.set_mode(new, name)
             self.place(new, path, exclusive)
         except FileExistsError:
@@ -5366,7 +5377,6 @@ class _Reader:
         self.ahead = 0  # bytes that are being read or wait to be given out
         self.arrived: Dict[int, Any] = {}  # the bytes of ranges, or the error, by number
         self.is_closed = False
-        transfer.limit_connections(max(1, self.left // _MIN_RANGE))
 
     def chunks(self, pool: Any) -> Generator[bytes, None, None]:
         """The bytes, range by range. The pool must have a thread for each connection."""
@@ -5378,7 +5388,7 @@ class _Reader:
                     pool.submit(self.work)
                     readers += 1
                 chunk = self.take(number)
-                self.transfer.report()
+                self.transfer.tick()
                 if chunk is not None:
                     number += 1
                     yield chunk
@@ -6129,11 +6139,13 @@ class _StoredArchive:
         head = json.dumps([self.remote.url, self.name, self.obj.version])
         sink = _Sink(install.root)
         transfer = _Transfer(progress, sum(segment.length for segment in segments), self.remote.connections)
+        transfer.limit_connections(max(1, transfer.total // _MIN_RANGE))
         transfer.expect(transfer.total, transfer.total)
         transfer.report()
         with self.labelled(), contextlib.closing(_Journal(install.journal, head)) as journal, \
-                _threads(_cores()) as pool, contextlib.closing(
-                    self.blocks(segments, install, head, sink, pool, transfer)) as blocks:
+                _threads(transfer.most) as io_pool, _threads(_cores()) as pool, \
+                self.remote.cancelled_on_error(), contextlib.closing(
+                    self.blocks(segments, install, head, sink, (io_pool, pool), transfer)) as blocks:
             _extract(blocks, {segment.path: segment for segment in segments}, sink, pool, journal)
             transfer.report()
 
@@ -6143,10 +6155,11 @@ class _StoredArchive:
             install: _Install,
             head: str,
             sink: _Sink,
-            pool: Any,
+            pools: Tuple[Any, Any],
             transfer: _Transfer,
     ) -> Generator[_Block, None, None]:
         """The blocks of some segments: first what an earlier install has left, then the rest from the remote."""
+        io_pool, pool = pools
         had = {segment.path: 0 for segment in segments}
         earlier = install.earlier / 'new'
         sink.reuse_from = os.path.join(str(earlier), '')
@@ -6155,7 +6168,7 @@ class _StoredArchive:
             for block in there:
                 had[block.path] += block.length
                 transfer.watch('here')(sum(had.values()))
-                transfer.report()
+                transfer.tick()
                 yield block
         sink.reuse_from = ''
         _say(f"'{self.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
@@ -6163,8 +6176,7 @@ class _StoredArchive:
         rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
         spans = [(segment.offset + skipped, segment.offset + segment.length) for segment, skipped in rest]
         reader = _Reader(self.read, spans, transfer)
-        with _threads(transfer.most) as io_pool, self.remote.cancelled_on_error(), \
-                contextlib.closing(reader.chunks(io_pool)) as chunks, \
+        with contextlib.closing(reader.chunks(io_pool)) as chunks, \
                 contextlib.closing(_inflate_blocks(chunks, rest, pool)) as fetched:
             yield from fetched
 
@@ -6195,6 +6207,7 @@ class _ForeignArchive(_StoredArchive):
             progress: _Progress = None,
     ) -> List[_Segment]:
         transfer = _Transfer(most=self.remote.connections)
+        transfer.limit_connections(max(1, self.obj.size // _MIN_RANGE))
         reader = _Reader(self.read, [(0, self.obj.size)], transfer)
         # The pool's thread reads the chunks, so it must come to its end before they are closed.
         with self.labelled(), _threads(transfer.most) as io_pool, contextlib.closing(
@@ -6788,6 +6801,10 @@ _README_LINES = 20  # that `etc info` shows
 _COMPLETION_TIMEOUT = 3  # seconds that shell completion waits for names
 
 
+def _version_line() -> str:
+    return f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})'
+
+
 def _parser(argv: Sequence[str] = ()) -> Any:
     """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
     import argparse
@@ -6826,15 +6843,11 @@ def _parser(argv: Sequence[str] = ()) -> Any:
             _console.show(Error(_masked(message), f"{remedy} '{self.prog} -h' shows how".lstrip()))
             sys.exit(2)
 
-    class Version(argparse.Action):
-        def __call__(self, *_: Any) -> None:
-            _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
-            sys.exit(0)
-
     parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
                     epilog="For help on a command, run 'etc COMMAND -h'.")
     parser.set_defaults(config=None, url=None, home=None, quiet=False, verbose=False, names=[None])
-    parser.add_argument('--version', action=Version, nargs=0, help="show program's version number and exit")
+    wants_version = any(word.startswith('--vers') for word in argv)
+    parser.add_argument('--version', action='version', version=_version_line() if wants_version else '')
     parser.commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
     named = () if is_help else _COMMANDS.keys() & set(argv)
     for name in named or _COMMANDS:
