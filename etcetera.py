@@ -2032,7 +2032,7 @@ class _Sink:
         if name in self.links:
             raise self.duplicate_error(name)
         if not 0 < len(target) < 4096 or '\0' in target or not _is_utf8(target):
-            raise self.link_error(name, ascii(target))
+            raise self.link_error(name, ascii(target)[1:-1])
         self.links[name] = target
 
     def finish(self, confined: bool) -> None:
@@ -3626,6 +3626,8 @@ class _AwsCredentials:
         if not url:
             return None
         if not _is_trusted_container(url):
+            if relative:
+                raise ConfigError('$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /')
             raise ConfigError('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
                               'loopback address or one of ' + ', '.join(_AWS_CONTAINER_HOSTS))
         variable = 'AWS_CONTAINER_AUTHORIZATION_TOKEN'
@@ -3909,8 +3911,8 @@ class _GoogleCredentials:
             if not needs_library:
                 return kinds[kind](info, scope)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {e} is missing "
-                              'or wrong') from None
+            raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {_defect(e)}"
+                              ) from None
         return self.from_google_auth(str(kind), scope)
 
     def from_key(self, info: Dict[str, Any], scope: str) -> _Token:
@@ -4014,8 +4016,7 @@ class _GoogleCredentials:
                 try:
                     return _bearer_token(answer['access_token']), float(answer['expires_in'])
                 except (KeyError, TypeError, ValueError) as e:
-                    raise ConfigError(f'the Google credentials of this machine cannot be used: {e} is missing or wrong'
-                                      ) from None
+                    raise ConfigError('the Google credentials of this machine cannot be used: ' + _defect(e)) from None
         return None, 1e9
 
     def from_google_auth(self, kind: str, scope: str) -> _Token:
@@ -4033,6 +4034,11 @@ class _GoogleCredentials:
         except Exception as e:  # it lets out TypeErrors and the like, too
             raise ConfigError(f'the Google credentials {self.path} cannot be used: {e}') from None
         return credentials.token, 600.0
+
+
+def _defect(e: Exception) -> str:
+    """What is wrong with credentials, without any of their values."""
+    return f'{e} is missing' if isinstance(e, KeyError) else 'a value has the wrong type or form'
 
 
 def _google_file(config: Config) -> str:

@@ -3671,18 +3671,19 @@ class GoogleCredentials(GoogleCase):
         self.works()
 
     def test_what_cannot_be_used(self):
+        unknown = "does not know credentials of type '.*' in|key.json cannot be used: "  # the latter with Google's library
         for info, problem in (
                 ([], 'holds no Google credentials;'), ({}, 'holds no Google credentials;'), ('x', 'holds no Google credentials;'),
-                ({'type': 'authorized_user'}, "cannot be used: 'client_id' is missing or wrong"),
-                ({'type': 'service_account'}, "cannot be used: 'client_email' is missing or wrong"),
-                ({'type': 'external_account'}, "does not know credentials of type 'external_account' in"),
-                ({'type': 'impersonated_service_account', 'source_credentials': 5}, 'cannot be used: .* is missing or wrong'),
+                ({'type': 'authorized_user'}, "cannot be used: 'client_id' is missing"),
+                ({'type': 'service_account'}, "cannot be used: 'client_email' is missing"),
+                ({'type': 'external_account'}, unknown),
+                ({'type': 'impersonated_service_account', 'source_credentials': 5}, 'cannot be used: a value has the wrong type or form'),
                 ({'type': 'external_account', 'credential_source': {'executable': {'command': 'x'}}},
-                 "does not know credentials of type 'external_account' in"),
+                 unknown),
                 ({'type': 'external_account', 'audience': 'a', 'subject_token_type': 't', 'token_url': self.tokens.url,
                   'credential_source': {'environment_id': 'aws1', 'url': self.tokens.url}},
-                 "does not know credentials of type 'external_account' in"),
-                ({'type': '\x1b[31m'}, r"does not know credentials of type '\\x1b\[31m' in")):
+                 unknown),
+                ({'type': '\x1b[31m'}, unknown)):
             with self.subTest(info):
                 self.use(info)
                 err = self.etc('ls', '-r', status=1)[1]
@@ -4881,7 +4882,7 @@ class AwsLife(AwsCase):
         for relative in ('@example.com/', '.example.com/'):
             with self.subTest(relative):
                 os.environ['AWS_CONTAINER_CREDENTIALS_RELATIVE_URI'] = relative
-                self.fails('must begin with https://, or with http:// and a loopback address')
+                self.fails('RELATIVE_URI must be a path that begins with /')
 
     def test_containers_that_refuse(self):
         os.environ['AWS_CONTAINER_CREDENTIALS_FULL_URI'] = self.aws.url + '/container'
