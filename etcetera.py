@@ -628,10 +628,71 @@ def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
 # Threads
 #
 # Work runs in parallel. Results come in order, and a limit on what is under way bounds memory.
+#
+# A signal may raise KeyboardInterrupt between any two steps of the main thread, even while it holds a lock of a pool,
+# whose threads would then wait for ever. So while there is a pool, the command `etc` notes a signal, and raises it
+# where the main thread waits.
 # ---------------------------------------------------------------------------------------
 
 _T = TypeVar('_T')
 _R = TypeVar('_R')
+_TICK = 0.1  # seconds between two looks at what happens while the main thread waits
+
+
+class _Interrupts:
+    """Signals that end the command."""
+
+    def __init__(self) -> None:
+        self.deferred = 0  # how many pools there are
+        self.number = 0  # of the signal that has come
+        self.is_raised = False
+
+    def forget(self) -> None:
+        self.number = 0
+        self.is_raised = False
+
+    def receive(self, number: int) -> None:
+        """Raise KeyboardInterrupt, or note a signal; the second one is raised at once."""
+        is_second = bool(self.number)
+        self.number = number
+        if is_second or not self.deferred:
+            self.is_raised = True
+            raise KeyboardInterrupt(number)
+
+    def check(self) -> None:
+        """Raise the signal that has been noted."""
+        if self.number and not self.is_raised:
+            import threading
+            if threading.current_thread() is threading.main_thread():
+                self.is_raised = True
+                raise KeyboardInterrupt(self.number)
+
+    @contextlib.contextmanager
+    def defer(self) -> Iterator[None]:
+        self.deferred += 1
+        try:
+            yield
+        finally:
+            self.deferred -= 1
+        self.check()
+
+    @contextlib.contextmanager
+    def allow(self) -> Iterator[None]:
+        """For what may be interrupted anywhere, since it takes no lock that threads need."""
+        import threading
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        deferred = self.deferred
+        try:
+            self.deferred = 0
+            self.check()
+            yield
+        finally:
+            self.deferred = deferred
+
+
+_interrupts = _Interrupts()
 
 
 def _cores() -> int:
@@ -640,8 +701,15 @@ def _cores() -> int:
     return min(count, 16)
 
 
-def _threads(count: int) -> Any:
-    """A pool of `count` threads, all of them started, or of fewer if the system grants no more. Raises Error."""
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[Any]:
+    """A pool of `count` threads, or of fewer if the system grants no more. Raises Error."""
+    with _interrupts.defer(), _start_threads(count) as pool:
+        yield pool
+
+
+def _start_threads(count: int) -> Any:
+    """A pool whose threads have all been started."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
     pool = ThreadPoolExecutor(count)
@@ -660,7 +728,7 @@ def _threads(count: int) -> Any:
     if count == 1:
         raise Error('the system does not allow this process any more threads',
                     "set 'connections: 1', or raise the limits (ulimit -u, ulimit -v)")
-    return _threads(max(1, started // 2))  # and leave the others to the next pool
+    return _start_threads(max(1, started // 2))  # and leave the others to the next pool
 
 
 def _ordered(
@@ -679,13 +747,22 @@ def _ordered(
     try:
         for item in items:
             while len(pending) >= ahead or len(pending) > keep and pending[0].done():
-                yield pending.popleft().result()
+                yield _result(pending.popleft())
             pending.append(pool.submit(function, item))
         while pending:
-            yield pending.popleft().result()
+            yield _result(pending.popleft())
     finally:
         for future in pending:
             future.cancel()
+
+
+def _result(future: Any) -> Any:
+    from concurrent.futures import wait
+    _interrupts.check()
+    while not future.done():
+        wait([future], _TICK)
+        _interrupts.check()
+    return future.result()
 
 
 def _unordered(
@@ -748,7 +825,6 @@ def _reported(
     return reported()
 
 
-_TICK = 0.1  # seconds between two reports of progress
 _PACE_TIME = 2.0  # seconds over which the speed of a transfer is measured
 _PACE_START = 8  # connections that a transfer begins with
 
@@ -765,7 +841,8 @@ class _Transfer:
         self.total = total
         self.most = most
         self.connections = min(most, _PACE_START)
-        self.moved: Dict[Any, int] = {}  # bytes of each request
+        self.moved: Dict[Any, int] = {}  # bytes of each request that may go on
+        self.settled = 0  # bytes of all others
         self.expected: Any = collections.deque()  # up to how many moved bytes, and how much progress that is
         self.passed = (0, 0)  # the last of `expected` that was reached
         self.done = 0  # the most that was reported
@@ -777,6 +854,10 @@ class _Transfer:
     def watch(self, key: Any) -> _Watch:
         """What counts the bytes of a request. Requests have different keys, and another try of one counts anew."""
         return functools.partial(self.moved.__setitem__, key)
+
+    def settle(self, key: Any) -> None:
+        """Count a request for good, in the thread that calls report()."""
+        self.settled += self.moved.pop(key, 0)
 
     def expect(self, moved: int, progress: int) -> None:
         """Say that so many more bytes are going to be moved, and that they mean so much more progress."""
@@ -791,7 +872,7 @@ class _Transfer:
 
     def report(self) -> None:
         self.reported = time.monotonic()
-        moved = sum(list(self.moved.values()))
+        moved = self.settled + sum(list(self.moved.values()))
         self.choose_connections(moved)
         if not self.progress:
             return
@@ -811,9 +892,15 @@ class _Transfer:
         self.most = min(self.most, most)
         self.connections = min(self.connections, most)
 
+    def start_clock(self) -> None:
+        """Say that the network comes into play now."""
+        self.since = time.monotonic()
+        self.before = self.settled + sum(list(self.moved.values()))
+        self.speed = 0.0
+
     def choose_connections(self, moved: int) -> None:
         now = time.monotonic()
-        if now - self.since < _PACE_TIME or self.connections == self.most:
+        if now - self.since < _PACE_TIME or moved == self.before or self.connections == self.most:
             return
         speed = (moved - self.before) / (now - self.since)
         if speed > 1.1 * self.speed:
@@ -827,9 +914,15 @@ class _Transfer:
         from concurrent.futures import FIRST_COMPLETED, wait
         while True:
             done, _ = wait(futures, timeout=_TICK, return_when=FIRST_COMPLETED)
+            _interrupts.check()
             self.report()
             if done:
                 return done
+
+
+def _after(had: int, watch: Optional[_Watch]) -> Optional[_Watch]:
+    """What counts the bytes that follow the first `had` of a request."""
+    return (lambda count: watch(had + count)) if watch else None
 
 
 # ---------------------------------------------------------------------------------------
@@ -2819,6 +2912,7 @@ class _Request(NamedTuple):
     body: Sequence[Any] = ()  # of bytes
     watch: Optional[_Watch] = None  # of the body, while it is sent, or of a range, while it is received
     patience: float = _TIMEOUT  # seconds of silence
+    unwanted: Any = None  # a threading.Event: whether the answer is of no use any more
 
     def slices(self) -> Iterator[Any]:
         """The body in small pieces, as the time-out of a socket applies to each piece."""
@@ -2912,7 +3006,7 @@ class _Http:
         self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # connections by scheme and host
         self.busy: Set[Any] = set()  # connections that are in use
         self.closed = threading.Event()
-        self.in_haste = False  # after an interruption: two short tries of each request
+        self.tries = _TRIES + _MORE_TRIES  # of any request, at most
         self.answered: Set[str] = set()  # sites that have answered
         self.tls: Any = None
 
@@ -2920,16 +3014,22 @@ class _Http:
         """Close all connections. Requests that threads wait for fail at once, and so do later ones."""
         import socket
         self.closed.set()
-        for connection in [c for idle in self.idle.values() for c in idle] + list(self.busy):
-            with contextlib.suppress(OSError, AttributeError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for connection in list(self.busy):
+            # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
+            with contextlib.suppress(OSError, TypeError):
+                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+        for connection in [connection for idle in self.idle.values() for connection in idle]:
             connection.close()
 
     def reopen(self, in_haste: bool) -> None:
-        """Allow requests again after close(), for what must be undone."""
-        self.closed.clear()
-        self.in_haste = in_haste
+        """After close(), allow new requests, for what must be undone: two tries of each, in haste short ones."""
+        import threading
+        if self.closed.is_set():
+            self.closed = threading.Event()
+            self.tries = 2
         if in_haste:
+            self.idle.clear()  # as they have their own time-outs
+            self.tries = 2
             self.timeout = min(self.timeout, _LAST_TIMEOUT)
 
     def request(
@@ -2950,15 +3050,16 @@ class _Http:
             raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
                               'https://host[:port][/path]; a user or password cannot be in it')
         site = _site(request.url)
+        request = request._replace(unwanted=self.closed)
         for attempt in itertools.count(1):
-            most = tries or _TRIES + _MORE_TRIES * (site in self.answered)
-            is_last = attempt >= (min(most, 2) if self.in_haste else most)
+            is_last = attempt >= min(self.tries, tries or _TRIES + _MORE_TRIES * (site in self.answered))
             is_eager = attempt == 1 and request.method in ('GET', 'HEAD')
             request = request._replace(patience=min(self.timeout, _READ_TIMEOUT if is_eager else _TIMEOUT))
             signed = request._replace(headers=sign(request)) if sign else request
             delay = 0.0
             try:
-                reply = self._try(signed, limit, into)
+                with _interrupts.allow():
+                    reply = self._try(signed, limit, into)
                 self.answered.add(site)
                 if reply.status not in _TRANSIENT or is_last:
                     return reply
@@ -2968,21 +3069,23 @@ class _Http:
                 raise ConfigError(f'{site} or the proxy for it has an invalid host name',
                                   'check the url, the endpoint_url and the proxy') from None
             except (OSError, http.client.HTTPException) as e:
-                if is_last or self.closed.is_set() or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                if is_last or request.unwanted.is_set() or 'CERTIFICATE_VERIFY_FAILED' in str(e):
                     raise _unreachable_error(request.url, e) from None
                 problem = e
             _say(f'{request.method} {site}: {problem}; trying again', _DEBUG)
-            self.wait(attempt, 0.0 if self.in_haste else delay)
+            self.wait(attempt, min(delay, self.timeout))
         raise AssertionError
 
     def wait(self, failures: int, delay: float = 0.0) -> None:
         """Sleep before another try, and so many seconds longer, but not after close()."""
         left = _backoff(failures) + delay
         while left > 0 and not self.closed.is_set():
-            time.sleep(min(left, 0.2))
-            left -= 0.2
+            time.sleep(min(left, _TICK))
+            _interrupts.check()
+            left -= _TICK
 
     def _try(self, request: _Request, limit: int, into: Optional[Any]) -> _Reply:
+        import http.client
         scheme, netloc, path, query, _ = urlsplit(request.url)
         target = (path or '/') + ('?' + query if query else '')
         headers = _complete_headers(request)
@@ -2990,6 +3093,8 @@ class _Http:
         if proxy and scheme == 'http':  # a plain request to a proxy names the whole URL
             target = request.url
             headers.update(proxy.headers)
+        if request.unwanted.is_set():
+            raise http.client.HTTPException('interrupted')
         connection, is_kept = self._connection(scheme, netloc, proxy)
         self.busy.add(connection)
         is_reusable = False
@@ -3004,7 +3109,7 @@ class _Http:
             return _Reply(response.status, response.headers, body)
         finally:
             self.busy.discard(connection)
-            if is_reusable and not self.closed.is_set():
+            if is_reusable and not request.unwanted.is_set():
                 self.idle[scheme, netloc].append(connection)
             else:
                 connection.close()
@@ -3019,8 +3124,6 @@ class _Http:
     def _connection(self, scheme: str, netloc: str, proxy: Optional[_Proxy]) -> Tuple[Any, bool]:
         """A connection, and whether it has been used before."""
         import http.client
-        if self.closed.is_set():
-            raise http.client.HTTPException('interrupted')
         with contextlib.suppress(IndexError):
             return self.idle[scheme, netloc].pop(), True
         address = proxy.address if proxy else netloc
@@ -3044,7 +3147,7 @@ class _Http:
         try:
             return self._send(connection, request)
         except (ConnectionError, http.client.BadStatusLine):
-            if not is_kept or self.closed.is_set():
+            if not is_kept or request.unwanted.is_set():
                 raise
             connection.close()  # the server had closed the kept connection meanwhile
             return self._send(connection, request)
@@ -3058,7 +3161,7 @@ class _Http:
                 with contextlib.suppress(OSError):
                     connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, 2 * _SLICE)
         connection.sock.settimeout(request.patience)
-        if self.closed.is_set():  # close() may have looked before the socket was there
+        if request.unwanted.is_set():  # close() may have looked before the socket was there
             raise http.client.HTTPException('interrupted')
         body = request.slices() if request.body else None
         # A server may answer, and close the connection, before it has read the whole request.
@@ -4149,6 +4252,7 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 
 
 _MISSING = (404, 410)
+_UNSUPPORTED = (200, 400, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
 
 
@@ -4210,16 +4314,17 @@ class _Remote:
         obj = self.stat(name)
         return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size) if obj and obj.size else b''
 
-    def read(self, obj: _Object, start: int, stop: int, transfer: Optional[_Transfer] = None) -> bytes:
+    def read(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch] = None) -> bytes:
         """Bytes of this very version. Threads share it. Where the connection breaks, it goes on from there.
 
         Raises RemoteError if the object was replaced.
         """
         data = b''
         while start + len(data) < stop:
-            at = start + len(data)
-            part = self.read_once(obj, at, stop, transfer.watch(at) if transfer else None)
+            part = self.read_once(obj, start + len(data), stop, _after(len(data), watch))
             data = data + part if data else part
+            if watch:
+                watch(len(data))
         return data
 
     def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
@@ -4262,7 +4367,7 @@ class _HttpStore(_Remote):
         try:
             reply = self.get(name, f'-{_TAIL}', _TAIL)
         except RemoteError as e:
-            if e.status != 200:  # not because it answers with the whole object
+            if e.status not in _UNSUPPORTED:
                 raise
             return super().find(name)
         if reply.status in _MISSING:
@@ -4456,8 +4561,6 @@ class _FileRemote(_Remote):
             data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
         if len(data) != stop - start:
             raise self.replaced_error(obj)
-        if watch:
-            watch(len(data))
         return data
 
     def write(
@@ -4801,7 +4904,7 @@ class _S3Remote(_BucketStore):
             self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
                                    [manifest.encode()]), name, exclusive)
         except BaseException as e:  # abandoned parts are billed
-            self.http.reopen(in_haste=not isinstance(e, Exception))
+            self.http.reopen(in_haste=isinstance(e, KeyboardInterrupt))
             with contextlib.suppress(RemoteError):
                 self.request(_S3Request('DELETE', self.key(name), {'uploadId': upload}), accept=[404])
             raise
@@ -5074,10 +5177,10 @@ class _GsRemote(_BucketStore):
         try:
             with _threads(1) as pool, self.cancelled_on_error(), contextlib.closing(
                     _unordered(pool, send, parts, lambda: 2, transfer.wait)) as sent:  # one thread keeps the order
-                reply = collections.deque(sent, 1)[0]
-            answer = reply.json() if reply else {}
+                replies = list(filter(None, sent))  # only the last part has one
+            answer = replies[0].json() if replies else {}
         except BaseException as e:
-            self.http.reopen(in_haste=not isinstance(e, Exception))
+            self.http.reopen(in_haste=isinstance(e, KeyboardInterrupt))
             with contextlib.suppress(RemoteError):
                 self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
             raise
@@ -5123,7 +5226,7 @@ class _GsRemote(_BucketStore):
             span = f'{at}-{stop - 1}' if body else '*'
             headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
             try:
-                request = _Request('PUT', session, headers, body, transfer.watch(at))
+                request = _Request('PUT', session, headers, body, _after(at - start, transfer.watch(start)))
                 reply = self.request(request, accept=[308, 412], tries=1)
             except RemoteError as e:
                 if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
@@ -5237,7 +5340,7 @@ class _WebRemote(_HttpStore):
     def list_links(self, page: bytes) -> List[_Object]:
         """The archives to which the index page of a directory links."""
         with _threads(self.connections) as pool, self.cancelled_on_error():
-            return list(filter(None, pool.map(self.stat, _linked_names(self.base, page))))
+            return list(filter(None, _ordered(pool, self.stat, _linked_names(self.base, page), 2 * self.connections)))
 
     def list_public_bucket(self, status: int) -> List[_Object]:
         """The archives that a public bucket lists. The bucket may be in the host's name or in the path."""
@@ -5359,7 +5462,7 @@ def _open_remote(config: Config) -> _Remote:
     return kind(config)
 
 
-_Read = Callable[[int, int, _Transfer], bytes]  # gives a range of an object
+_Read = Callable[[int, int, _Watch], bytes]  # gives a range of an object
 
 
 class _Reader:
@@ -5383,28 +5486,36 @@ class _Reader:
         self.ahead = 0  # bytes that are being read or wait to be given out
         self.arrived: Dict[int, Any] = {}  # the bytes of ranges, or the error, by number
         self.is_closed = False
+        transfer.start_clock()
 
     def chunks(self, pool: Any) -> Generator[bytes, None, None]:
         """The bytes, range by range. The pool must have a thread for each connection."""
         readers = 0
         number = 0
         try:
-            while self.left or number < self.begun:
+            while self.has(number):
                 while readers < self.transfer.connections:
                     pool.submit(self.work)
                     readers += 1
                 chunk = self.take(number)
+                if chunk is not None:
+                    self.transfer.settle(number)
+                    number += 1
                 self.transfer.tick()
                 if chunk is not None:
-                    number += 1
                     yield chunk
         finally:
             with self.changed:
                 self.is_closed = True
                 self.changed.notify_all()
 
+    def has(self, number: int) -> bool:
+        with self.changed:
+            return self.left > 0 or number < self.begun
+
     def take(self, number: int) -> Any:
         """The bytes of a range; None if they do not come soon."""
+        _interrupts.check()
         with self.changed:
             if not self.changed.wait_for(lambda: number in self.arrived, _TICK):
                 return None
@@ -5425,7 +5536,7 @@ class _Reader:
                 number, start, stop = self.begin()
             begin = time.monotonic()
             try:
-                outcome: Any = self.read(start, stop, self.transfer)
+                outcome: Any = self.read(start, stop, self.transfer.watch(number))
             except BaseException as e:
                 outcome = e
             is_fast = time.monotonic() - begin < _FAST_RANGE
@@ -6096,15 +6207,16 @@ class _StoredArchive:
             remedy = e.remedy or 'push it again from an intact copy'
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
 
-    def read(self, start: int, stop: int, transfer: Optional[_Transfer] = None) -> bytes:
+    def read(self, start: int, stop: int, watch: Optional[_Watch] = None) -> bytes:
         """Bytes of the archive. Those of the tail are here already."""
         tail_start = self.obj.size - len(self.tail)
         here = self.tail[max(0, start - tail_start):max(0, stop - tail_start)]
-        if here and transfer:
-            transfer.watch(('tail', start))(len(here))
+        if watch:
+            watch(len(here))
         if len(here) == stop - start:
             return here
-        return self.remote.read(self.obj, start, stop - len(here), transfer) + here
+        data = self.remote.read(self.obj, start, stop - len(here), _after(len(here), watch))
+        return data + here if here else data
 
     def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
         """Whether it holds what is installed; None if only extracting it would tell."""
@@ -6403,7 +6515,7 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
     with contextlib.closing(_open_remote(config)) as store:
         objects = sorted(store.list())
         with _threads(min(config.connections, len(objects) or 1)) as pool, store.cancelled_on_error():
-            return list(pool.map(describe, objects))
+            return list(_ordered(pool, describe, objects, 2 * config.connections))
 
 
 def _not_installed_error(home: _Home, name: str, remedy: str = '') -> NotFound:
@@ -7316,24 +7428,27 @@ def _ended_by_signals() -> Iterator[None]:
     A signal that is ignored, as by nohup, stays ignored. One that a program around us handles is left to it.
     """
     import signal
-    replaced: List[int] = []
+    defaults = {'SIGINT': signal.default_int_handler, 'SIGTERM': signal.SIG_DFL, 'SIGHUP': signal.SIG_DFL}
+    replaced: Dict[int, Any] = {}
 
     def end(number: int, _: Any) -> None:
         for other in replaced:  # a terminal that closes may send several
-            signal.signal(other, signal.SIG_IGN)
-        raise KeyboardInterrupt(number)
+            if other != signal.SIGINT:  # which a person may send again
+                signal.signal(other, signal.SIG_IGN)
+        _interrupts.receive(number)
 
+    _interrupts.forget()
     try:
         with contextlib.suppress(ValueError):  # only the main thread may do so
-            for name in ('SIGTERM', 'SIGHUP'):
+            for name, default in defaults.items():
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                if number is not None and signal.getsignal(number) == default:
                     signal.signal(number, end)
-                    replaced.append(number)
+                    replaced[number] = default
         yield
     finally:
-        for number in replaced:
-            signal.signal(number, signal.SIG_DFL)
+        for number, default in replaced.items():
+            signal.signal(number, default)
 
 
 @_ended_by_signals()

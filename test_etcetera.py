@@ -5574,7 +5574,7 @@ class Faults(Runs):
 class S3Faults(Faults, S3Case):
     class handler(Flaky, S3Handler):
         pass
-    pulls, pushes, lists, tries_of_delete = 50, 30, 16, 5
+    pulls, pushes, lists, tries_of_delete = 50, 30, 16, 2
     MENDED = Faults.MENDED + [(200, 'InternalError'), (400, 'RequestTimeout')]
 
     def setUp(self):
@@ -5623,6 +5623,9 @@ class SlowBodies(S3Handler):
                 self.server.receive(self, left)
             parts.append(self.rfile.read(min(left, 32768)))
             left -= len(parts[-1])
+            if not parts[-1]:
+                self.close_connection = True
+                break
         return b''.join(parts)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
