@@ -4244,7 +4244,7 @@ def _der_item(data: bytes) -> Tuple[Any, bytes]:
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 96 << 20  # bytes that may be under way at once
+_IN_FLIGHT = 64 << 20  # bytes that may be under way at once
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 6 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
@@ -5479,7 +5479,9 @@ class _Reader:
         self.read = read
         self.spans = collections.deque(_joined(spans))  # that no connection has begun to read
         self.transfer = transfer
-        self.changed = threading.Condition()  # guards what follows
+        self.lock = threading.Lock()  # guards what follows
+        self.has_arrived = threading.Condition(self.lock)  # a range
+        self.has_room = threading.Condition(self.lock)  # for another range
         self.left = sum(stop - start for start, stop in self.spans)
         self.length = _MIN_RANGE  # of the next range, at most
         self.begun = 0  # number of ranges
@@ -5505,46 +5507,48 @@ class _Reader:
                 if chunk is not None:
                     yield chunk
         finally:
-            with self.changed:
+            with self.lock:
                 self.is_closed = True
-                self.changed.notify_all()
+                self.has_room.notify_all()
 
     def has(self, number: int) -> bool:
-        with self.changed:
+        with self.lock:
             return self.left > 0 or number < self.begun
 
     def take(self, number: int) -> Any:
         """The bytes of a range; None if they do not come soon."""
         _interrupts.check()
-        with self.changed:
-            if not self.changed.wait_for(lambda: number in self.arrived, _TICK):
+        with self.lock:
+            if not self.has_arrived.wait_for(lambda: number in self.arrived, _TICK):
                 return None
             chunk = self.arrived.pop(number)
             if isinstance(chunk, BaseException):
                 raise chunk
             self.ahead -= len(chunk)
-            self.changed.notify_all()
+            self.has_room.notify()
             return chunk
 
     def work(self) -> None:
         """What a connection does."""
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.is_closed or not self.left or self.ahead < _IN_FLIGHT)
+            with self.lock:
+                self.has_room.wait_for(lambda: self.is_closed or not self.left or self.ahead < _IN_FLIGHT)
                 if self.is_closed or not self.left:
+                    self.has_room.notify()  # one after the other, all see this
                     return
                 number, start, stop = self.begin()
+                self.has_room.notify()  # there may be more
             begin = time.monotonic()
             try:
                 outcome: Any = self.read(start, stop, self.transfer.watch(number))
             except BaseException as e:
                 outcome = e
             is_fast = time.monotonic() - begin < _FAST_RANGE
-            with self.changed:
+            with self.lock:
                 self.arrived[number] = outcome
                 if is_fast:
                     self.length = min(max(self.length, 2 * (stop - start)), _MAX_RANGE)
-                self.changed.notify_all()
+                self.has_arrived.notify()
 
     def begin(self) -> Tuple[int, int, int]:
         """The next range: its number and where it starts and stops."""
