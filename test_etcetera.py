@@ -5812,6 +5812,39 @@ class Links(S3Case):
                 self.assertEqual((process.returncode, err), (status, 'etc: interrupted\n'))
                 self.assertEqual(self.server.uploads, {})
 
+    def test_interruption_while_a_lock_is_held(self):
+        """A signal may strike when the main thread has just taken a lock that the threads of a pool need."""
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB), 'data/train/y': 'y' * 99}))
+        self.etc('ls')  # writes the settings
+        program = r"""
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import etcetera
+enter, left, main = threading.Condition.__enter__, [int(sys.argv[2])], threading.get_ident()
+def taken(condition):
+    result = enter(condition)
+    if threading.get_ident() == main:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+    return result
+threading.Condition.__enter__ = taken
+sys.exit(etcetera.main(sys.argv[3:]))
+"""
+        ended = []
+        for command in (['push', '-f', 'X'], ['pull', '-f', 'X'], ['verify', 'X']):
+            for count in (1, 2, 5, 10, 20, 40):
+                with self.subTest(command, count=count):
+                    process = subprocess.Popen(
+                        [sys.executable, '-c', program, os.path.dirname(SCRIPT), str(count), '-q', '--config', str(self.tmp / 'settings.yaml'),
+                         '--url', self.url, '--home', str(self.tmp / 'home')] + command, stderr=subprocess.PIPE, preexec_fn=default_signals)
+                    self.addCleanup(process.kill)
+                    err = process.communicate(timeout=20)[1].decode()
+                    self.assertIn((process.returncode, err), [(0, ''), (130, 'etc: interrupted\n')])
+                    ended.append(process.returncode)
+        self.assertGreater(ended.count(130), 5)
+        self.assertEqual(self.server.uploads, {})
+
     def test_progress_of_a_part(self):
         """Progress tells of bytes when they are sent, not when all of a part is."""
         told = threading.Event()
