@@ -5791,6 +5791,7 @@ class Links(S3Case):
         self.server.fault = fault
         self.assertRegex(self.etc('push', 'X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push again')
 
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_while_the_server_is_silent(self):
         """Ctrl-C ends a push at once, and the upload."""
         started, go_on = threading.Event(), threading.Event()
@@ -5812,6 +5813,7 @@ class Links(S3Case):
                 self.assertEqual((process.returncode, err), (status, 'etc: interrupted\n'))
                 self.assertEqual(self.server.uploads, {})
 
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_while_a_lock_is_held(self):
         """A signal may strike when the main thread has just taken a lock that the threads of a pool need."""
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB), 'data/train/y': 'y' * 99}))
