@@ -4025,7 +4025,7 @@ class _GoogleCredentials:
                 'url' not in source or 'environment_id' in source)  # from a program, a certificate, or AWS
             if not needs_library:
                 return kinds[kind](info, scope)
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
+        except (KeyError, TypeError, AttributeError, ValueError, _Malformed) as e:
             raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {_defect(e)}"
                               ) from None
         return self.from_google_auth(str(kind), scope)
@@ -4105,7 +4105,7 @@ class _GoogleCredentials:
 
     def post(self, url: str, headers: Dict[str, str], body: bytes) -> Dict[str, Any]:
         if not re.match(r'https?://', url):
-            raise ValueError('the address of a token')
+            raise _Malformed('the address of a token')
         reply = self.http.request(_Request('POST', url, headers, [body]), limit=_TOKEN_LIMIT)
         answer = reply.json()
         if reply.status == 200:
@@ -4130,7 +4130,7 @@ class _GoogleCredentials:
                 answer = reply.json()
                 try:
                     return _bearer_token(answer['access_token']), float(answer['expires_in'])
-                except (KeyError, TypeError, ValueError) as e:
+                except (KeyError, TypeError, ValueError, _Malformed) as e:
                     raise ConfigError('the Google credentials of this machine cannot be used: ' + _defect(e)) from None
         return None, 1e9
 
@@ -4153,7 +4153,8 @@ class _GoogleCredentials:
 
 def _defect(e: Exception) -> str:
     """What is wrong with credentials, without any of their values."""
-    return f'{e} is missing' if isinstance(e, KeyError) else 'a value has the wrong type or form'
+    is_named = isinstance(e, (KeyError, _Malformed))
+    return f'{e} is missing or wrong' if is_named else 'a value has the wrong type or form'
 
 
 def _google_file(config: Config) -> str:
@@ -4187,9 +4188,9 @@ def _read_google_file(path: str) -> Dict[str, Any]:
 
 
 def _bearer_token(token: Any) -> str:
-    """A token that can stand in a header (RFC 6750, 2.1). Raises ValueError for anything else."""
+    """A token that can stand in a header (RFC 6750, 2.1). Raises _Malformed for anything else."""
     if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):
-        raise ValueError('access_token')
+        raise _Malformed('access_token')
     return token
 
 
@@ -4203,7 +4204,7 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
     from base64 import b64decode
     match = re.search('-----BEGIN (?:RSA )?PRIVATE KEY-----(.*?)-----END', pem, re.S)
     if not match:
-        raise ValueError('private_key')
+        raise _Malformed('private_key')
     try:
         fields = _der_sequence(b64decode(match.group(1)))
         if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
@@ -4212,7 +4213,7 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
         exponent = fields[3]
         size = (modulus.bit_length() + 7) // 8
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise ValueError('private_key') from None
+        raise _Malformed('private_key') from None
     digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + _sha256(message).digest()
     padded = b'\0\1' + b'\xff' * (size - len(digest_info) - 3) + b'\0' + digest_info
     return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')  # type: ignore[no-any-return]

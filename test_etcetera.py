@@ -3674,8 +3674,8 @@ class GoogleCredentials(GoogleCase):
         unknown = "does not know credentials of type '.*' in|key.json cannot be used: "  # the latter with Google's library
         for info, problem in (
                 ([], 'holds no Google credentials;'), ({}, 'holds no Google credentials;'), ('x', 'holds no Google credentials;'),
-                ({'type': 'authorized_user'}, "cannot be used: 'client_id' is missing"),
-                ({'type': 'service_account'}, "cannot be used: 'client_email' is missing"),
+                ({'type': 'authorized_user'}, "cannot be used: 'client_id' is missing or wrong"),
+                ({'type': 'service_account'}, "cannot be used: 'client_email' is missing or wrong"),
                 ({'type': 'external_account'}, unknown),
                 ({'type': 'impersonated_service_account', 'source_credentials': 5}, 'cannot be used: a value has the wrong type or form'),
                 ({'type': 'external_account', 'credential_source': {'executable': {'command': 'x'}}},
