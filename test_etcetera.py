@@ -7298,7 +7298,8 @@ class Places(Hush, S3Case):
             for template in ('http://user:%s@127.0.0.1:1', 'http://127.0.0.1:1/?sig=%s')])
         self.everywhere([(name, '%s', {}, must) for name in ('endpoint_url', 'AWS_ENDPOINT_URL')])
         keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
-        refused = ('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://', 'does not have the form https://host',
+        refused = ('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://',
+                   '$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /', 'does not have the form https://host',
                    'cannot reach http://127.0.0.1:1: ')
         self.everywhere([('AWS_CONTAINER_CREDENTIALS_FULL_URI', template, keyless, refused) for template in (
             'http://user:%s@127.0.0.1:1/', 'https://user:%s@127.0.0.1:1/', '%s', 'http://127.0.0.1:1/?%s', 'http://127.0.0.1:1/%s')])
