@@ -7303,7 +7303,7 @@ class Places(Hush, S3Case):
                    'cannot reach http://127.0.0.1:1: ')
         self.everywhere([('AWS_CONTAINER_CREDENTIALS_FULL_URI', template, keyless, refused) for template in (
             'http://user:%s@127.0.0.1:1/', 'https://user:%s@127.0.0.1:1/', '%s', 'http://127.0.0.1:1/?%s', 'http://127.0.0.1:1/%s')])
-        self.everywhere([('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI', template, keyless, refused[:2])
+        self.everywhere([('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI', template, keyless, refused[1:3])
                          for template in (':%s', '@%s', '%s')])
 
     def test_queries_that_are_legal(self):
