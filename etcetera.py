@@ -5556,17 +5556,19 @@ class _Reader:
                 outcome: Any = self.read(start, stop, self.transfer.watch(number))
             except BaseException as e:
                 outcome = e
-            is_fast = time.monotonic() - begin < _FAST_RANGE
+            seconds = time.monotonic() - begin
+            growth = 4 if seconds < _TICK else 2
             with self.lock:
                 self.arrived[number] = outcome
-                if is_fast:
-                    self.length = min(max(self.length, 2 * (stop - start)), _MAX_RANGE)
+                if seconds < _FAST_RANGE:
+                    self.length = min(max(self.length, growth * (stop - start)), _MAX_RANGE)
                 self.has_arrived.notify()
 
     def begin(self) -> Tuple[int, int, int]:
         """The next range: its number and where it starts and stops."""
         connections = self.transfer.connections
-        longest = max(_MIN_RANGE, min(self.length, self.left // (2 * connections), _IN_FLIGHT // connections))
+        fair = max(self.left // (2 * connections), self.length // 2)
+        longest = max(_MIN_RANGE, min(self.length, fair, _IN_FLIGHT // connections))
         start, end = self.spans.popleft()
         stop = min(start + longest, end)
         if stop < end:
