@@ -34,7 +34,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Messages        what is shown to people, and how secrets are kept out of it
     Errors          what is raised, and how errors of the system become errors of etcetera
     Settings        ~/.etc.yaml and Config
-    Threads         parallel work with ordered results
+    Threads         parallel work, its progress, and signals meanwhile
     Contents        a directory as canonical tar bytes, and its digest
     Datasets        Dataset: a directory with partitions
     Deflate         one block in and out of it, as fast as this machine can
@@ -83,8 +83,8 @@ Files. It reads:
   In S3 and Google Cloud Storage it deletes only uploads of its own that failed.
 Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
 that the console understands escape sequences.
-Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does. Signal 0 tests whether a process
-lives.
+Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, all three where no lock is held.
+Signal 0 tests whether a process lives.
 Optional libraries: botocore (MFA, `aws login`) and google-auth (credential types that need more than the standard
 library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/cli/cache) and
 programs of their own.
