@@ -4265,7 +4265,7 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 
 
 _MISSING = (404, 410)
-_UNSUPPORTED = (200, 400, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
+_UNSUPPORTED = (200, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
 
 

@@ -7938,7 +7938,11 @@ sys.exit(etc.main(sys.argv[2:]))
         etc.time.time = lambda: 2524608000.5
         self.etc('pull', 'X', home='two')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info', 'X', home='two')[0])
-        server = Server(S3Handler)
+
+        class Dated(S3Handler):
+            def date_time_string(self, timestamp=None):
+                return 'Sat, 01 Jan 2050 00:00:00 GMT'
+        server = Server(Dated)
         self.addCleanup(server.stop)
         self.settings = {'endpoint_url': server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
         self.assertEqual(self.etc('ls', '-r', url='s3://bucket'), ('', ''))
@@ -8156,7 +8160,7 @@ class Program(Case):
             os.close(os.open(str(root) + '/data/train/%06d' % number, os.O_CREAT | os.O_WRONLY))
         code = 'import sys; sys.path.insert(0, %r); import etcetera as e; e.Dataset(%r).digest; ' \
                'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])' % (str(HERE), str(root))
-        limit = 112 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
+        limit = 128 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
         self.assertLess(int(self.run_(sys.executable, '-c', code)), limit * 1024)
 
     def test_many_files_take_one_walk_and_little_memory(self):
@@ -8169,7 +8173,8 @@ class Program(Case):
             import os, sys
             sys.path.insert(0, %r)
             import etcetera as etc
-            os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # a thread more has more blocks under way
+            if hasattr(os, 'sched_setaffinity'):  # a thread more has more blocks under way
+                os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
             scandir, scanned = os.scandir, []
             os.scandir = lambda path: (scanned.append(os.fspath(path)), scandir(path))[1]
             config = etc.Config(%r, home=%r)
@@ -8180,7 +8185,7 @@ class Program(Case):
             """ % (str(HERE), (self.tmp / 'share').as_uri(), str(self.tmp / 'home'), str(root))
         counts, memory = self.run_(sys.executable, '-c', code).splitlines()
         self.assertEqual(counts.split(), ['1'] * 150)
-        limit = 112 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
+        limit = 160 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
         self.assertLess(int(memory), limit * 1024)
 
     def test_import_is_light(self):
