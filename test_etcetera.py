@@ -5648,8 +5648,8 @@ class Links(S3Case):
 
     def test_slow_uplink(self):
         """A link on which a block takes longer than the time-out, but is never silent for so long."""
-        self.set('_TIMEOUT', 1.0)
-        self.slow_bodies(lambda handler, left: time.sleep(0.1))
+        self.set('_TIMEOUT', 4.0)
+        self.slow_bodies(lambda handler, left: time.sleep(0.25))
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(MIB)}))
         self.assertEqual(len(self.requests('PUT')), 1)
 
