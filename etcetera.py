@@ -778,18 +778,20 @@ def _unordered(
     ahead: how many may be under way now. wait: gives those of some futures that are done, at least one.
     """
     pending: Set[Any] = set()
+
+    def next_results() -> List[_R]:
+        done = wait(pending)
+        pending.difference_update(done)
+        return [future.result() for future in done]
+
     try:
         for item in items:
             pending.add(pool.submit(function, item))
             del item  # or memory would hold it while this waits
             while len(pending) >= ahead():
-                done = wait(pending)
-                pending -= done
-                yield from [future.result() for future in done]
+                yield from next_results()
         while pending:
-            done = wait(pending)
-            pending -= done
-            yield from [future.result() for future in done]
+            yield from next_results()
     finally:
         for future in pending:
             future.cancel()
@@ -797,6 +799,14 @@ def _unordered(
 
 _Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
 _Watch = Callable[[int], Any]  # is told how many bytes of something have been sent or received
+
+
+def _tell(progress: Callable[[int, int], Any], done: int, total: int) -> None:
+    """Call a caller's function. What it raises is not for handlers of ours."""
+    try:
+        progress(done, total)
+    except Exception as e:
+        raise _FromCaller(e) from e
 
 
 def _reported(
@@ -809,18 +819,12 @@ def _reported(
     if not progress:
         return items
 
-    def report(done: int) -> None:
-        try:
-            progress(done, total)
-        except Exception as e:
-            raise _FromCaller(e) from e
-
     def reported() -> Iterator[_T]:
         done = 0
-        report(done)
+        _tell(progress, done, total)
         for item in items:
             done += size(item)
-            report(done)
+            _tell(progress, done, total)
             yield item
 
     return reported()
@@ -871,9 +875,12 @@ class _Transfer:
         if time.monotonic() - self.reported > _TICK / 2:
             self.report()
 
+    def all_moved(self) -> int:
+        return self.settled + sum(list(self.moved.values()))
+
     def report(self) -> None:
         self.reported = time.monotonic()
-        moved = self.settled + sum(list(self.moved.values()))
+        moved = self.all_moved()
         self.choose_connections(moved)
         if not self.progress:
             return
@@ -884,19 +891,17 @@ class _Transfer:
             stop, then = self.expected[0]
             done += (then - done) * max(0, moved - start) // (stop - start)
         self.done = max(self.done, done)  # what a request sends again does not count backwards
-        try:
-            self.progress(self.done, self.total)
-        except Exception as e:
-            raise _FromCaller(e) from e
+        _tell(self.progress, self.done, self.total)
 
     def limit_connections(self, most: int) -> None:
-        self.most = min(self.most, most)
-        self.connections = min(self.connections, most)
+        """Use no more connections than these, but at least one."""
+        self.most = max(1, min(self.most, most))
+        self.connections = min(self.connections, self.most)
 
     def start_clock(self) -> None:
         """Say that the network comes into play now."""
         self.since = time.monotonic()
-        self.before = self.settled + sum(list(self.moved.values()))
+        self.before = self.all_moved()
         self.speed = 0.0
 
     def choose_connections(self, moved: int) -> None:
@@ -4911,7 +4916,7 @@ class _S3Remote(_BucketStore):
             raise self.protocol_error()
         parts = itertools.chain([first, second], parts)
         del first, second  # or memory would hold them to the end
-        transfer.limit_connections(max(1, min(_IN_FLIGHT, limit) // size))
+        transfer.limit_connections(min(_IN_FLIGHT, limit) // size)
         try:
             manifest = self.send_parts(name, upload, parts, transfer)
             self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
@@ -5382,7 +5387,7 @@ class _WebRemote(_HttpStore):
     def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
         if obj not in self.downloads:
             try:
-                return self.read_range(obj, start, stop, watch)
+                return super().read_once(obj, start, stop, watch)
             except RemoteError as e:
                 if e.status != 200:  # not because it answers with the whole object
                     raise
@@ -5403,12 +5408,11 @@ class _WebRemote(_HttpStore):
         request = _Request('GET', self.address(name), self.range_headers(span, version), watch=watch)
         return self.request(request, accept=_NO_RANGE, limit=length + 65536)
 
-    def read_range(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
-        reply = self.get(obj.name, f'{start}-{stop - 1}', stop - start, obj.version, watch)
-        self.check_version(obj, reply)
+    def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
+        """As above. A server without ranges may answer with a small object as a whole."""
         if reply.status == 200 and 'Content-Range' not in reply.headers and len(reply.body) == obj.size:
             return reply.body[start:stop]  # type: ignore[no-any-return]
-        return self.range_body(obj, reply, start, stop)
+        return super().range_body(obj, reply, start, stop)
 
     def download(self, obj: _Object) -> Any:
         """A temporary file with the whole object."""
@@ -5513,11 +5517,10 @@ class _Reader:
                     pool.submit(self.work)
                     readers += 1
                 chunk = self.take(number)
+                self.transfer.tick()
                 if chunk is not None:
                     self.transfer.settle(number)
                     number += 1
-                self.transfer.tick()
-                if chunk is not None:
                     yield chunk
         finally:
             with self.lock:
@@ -6276,7 +6279,7 @@ class _StoredArchive:
         head = json.dumps([self.remote.url, self.name, self.obj.version])
         sink = _Sink(install.root)
         transfer = _Transfer(progress, sum(segment.length for segment in segments), self.remote.connections)
-        transfer.limit_connections(max(1, transfer.total // _MIN_RANGE))
+        transfer.limit_connections(transfer.total // _MIN_RANGE)
         transfer.expect(transfer.total, transfer.total)
         transfer.report()
         with self.labelled(), contextlib.closing(_Journal(install.journal, head)) as journal, \
@@ -6344,7 +6347,7 @@ class _ForeignArchive(_StoredArchive):
             progress: _Progress = None,
     ) -> List[_Segment]:
         transfer = _Transfer(most=self.remote.connections)
-        transfer.limit_connections(max(1, self.obj.size // _MIN_RANGE))
+        transfer.limit_connections(self.obj.size // _MIN_RANGE)
         reader = _Reader(self.read, [(0, self.obj.size)], transfer)
         # The pool's thread reads the chunks, so it must come to its end before they are closed.
         with self.labelled(), _threads(transfer.most) as io_pool, contextlib.closing(
