@@ -105,6 +105,7 @@ import functools
 import itertools
 import json
 import marshal
+import math
 import operator
 import os
 import posixpath
@@ -852,7 +853,7 @@ class _Transfer:
         self.passed = (0, 0)  # the last of `expected` that was reached
         self.done = 0  # the most that was reported
         self.reported = 0.0  # when
-        self.since = time.monotonic()  # when measuring the speed began
+        self.since = math.inf  # when measuring the speed began; infinite before start_clock()
         self.before = 0  # bytes that had been moved then
         self.speed = 0.0
 
@@ -1454,9 +1455,12 @@ def _digest_segments(
         only: Optional[Sequence[str]] = None,
         progress: _Progress = None,
 ) -> List[_Segment]:
-    """The segments of a dataset, or only those with the given paths, after reading all their files."""
+    """The segments of a dataset, or only those with the given paths, after reading all their files.
+
+    progress: is told of the bytes that have been read, and without `only` of how many there are.
+    """
     found = _SegmentList()
-    survey = _survey(root) if progress else _Survey(_segments(root, only), 0, 0)
+    survey = _survey(root) if progress and not only else _Survey(_segments(root, only), 0, 0)
     with _threads(_cores()) as pool:
         for block in _process(survey.listing, len, pool, progress, survey.size):
             found.add(block)
@@ -2031,14 +2035,15 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where hard links do not work."""
+    """Give a read-only file a second name. Make a read-only copy where hard links do not work, or would not be safe."""
     import shutil
+    mode = os.stat(source).st_mode & 0o777
     try:
-        if os.name == 'nt':
-            raise OSError  # there, a link can be removed only if the file is writable, and so would the other be
+        if mode & 0o222 or os.name == 'nt':
+            raise OSError  # on Windows, a link can be removed only if the file is writable, and so would the other be
         os.link(source, target)
     except OSError:
-        mode = os.stat(source).st_mode & 0o777
+        mode &= 0o555
         file = os.open(target, _CREATE, mode | 0o200)  # with the x bit at once, as some disks have no chmod
         with open(source, 'rb') as original, open(file, 'wb') as copy:
             shutil.copyfileobj(original, copy, _BLOCK)
@@ -5701,6 +5706,13 @@ class _Home:
 
     # Receipts
 
+    def receipts(self, first: str) -> Iterator[Tuple[str, _Receipt]]:
+        """The names and receipts of what is installed; `first` comes first."""
+        for name in sorted(self.names(), key=lambda name: name != first):
+            receipt = self.receipt(name)
+            if receipt:
+                yield name, receipt
+
     def receipt(self, name: str) -> Optional[_Receipt]:
         """The receipt of what is installed; None if it was registered or created, or is not here."""
         path = self.path(name)
@@ -6063,23 +6075,44 @@ class _Install:
         self.earlier = outer / 'earlier'  # what an interrupted install has left
         self.earlier_journal = self.earlier / 'journal'
 
-    def reuse(self, receipt: Optional[_Receipt], segments: Iterable[_Segment]) -> Set[str]:
-        """Link segments that are installed and whose files still hash to what is wanted; return their paths."""
-        here = {segment.path: segment.digest for segment in receipt.here()} if receipt else {}
-        candidates = [segment.path for segment in segments if here.get(segment.path) == segment.digest]
-        if not candidates:
-            return set()
-        source = self.home.path(self.name)
+    def reuse(self, wanted: Iterable[_Segment], transfer: _Transfer) -> Set[str]:
+        """Link the wanted segments that any installed dataset has, and return their paths."""
+        lacking = {segment.path: segment for segment in wanted}
         reused: Set[str] = set()
-        with contextlib.suppress(InvalidDataset):
-            found = _digest_segments(source, candidates)
-            reused = {segment.path for segment in found if segment.digest == here[segment.path]}
-        if not reused:
-            return reused
-        for _, entries in _segments(source, reused):
-            for entry in entries:
-                self.link_entry(entry)
+        for name, receipt in self.home.receipts(self.name):
+            here = {segment.path: segment.digest for segment in receipt.here()}
+            same = [segment for segment in lacking.values() if here.get(segment.path) == segment.digest]
+            if same:
+                linked = self.link_segments(name, same, transfer)
+                reused.update(linked)
+                lacking = {path: segment for path, segment in lacking.items() if path not in linked}
         return reused
+
+    def link_segments(self, name: str, same: Iterable[_Segment], transfer: _Transfer) -> Set[str]:
+        """Link those of some segments of a dataset whose files still hash to what they should; return their paths."""
+        promised = {segment.path: segment for segment in same}
+        source = self.home.path(name)
+        watch = transfer.watch(name)
+        for segment in promised.values():
+            transfer.expect(segment.size, segment.length)
+
+        def tell(done: int, _: int) -> None:
+            watch(done)
+            transfer.tick()
+
+        linked: Set[str] = set()
+        with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
+            found = _digest_segments(source, list(promised), tell)
+            linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
+        watch(sum(segment.size for segment in promised.values()))
+        transfer.total += sum(segment.length for path, segment in promised.items() if path not in linked)
+        try:
+            for _, entries in _segments(source, linked) if linked else ():
+                for entry in entries:
+                    self.link_entry(entry)
+        except FileNotFoundError:
+            raise Error(f"'{name}' was removed while its files were linked", 'run the command again') from None
+        return linked
 
     def link_entry(self, entry: _Entry) -> None:
         target = _join(self.root, entry.name)
@@ -6259,29 +6292,28 @@ class _StoredArchive:
             self,
             install: _Install,
             wanted: Sequence[_Segment],
-            receipt: Optional[_Receipt] = None,
             progress: _Progress = None,
-    ) -> List[_Segment]:
-        """Fill an install with the wanted segments, and return those that were not installed already."""
-        reused = install.reuse(receipt, wanted)
-        lacking = [segment for segment in wanted if segment.path not in reused]
-        self.fetch(lacking, install, progress)
+    ) -> Set[str]:
+        """Fill an install with the wanted segments, and return the paths of those that were here already."""
+        transfer = _Transfer(progress, sum(segment.length for segment in wanted), self.remote.connections)
+        transfer.report()
+        reused = install.reuse(wanted, transfer)
+        self.fetch([segment for segment in wanted if segment.path not in reused], install, transfer)
         _validate(install.root, self.label)
-        return lacking
+        return reused
 
     def fetch(
             self,
             segments: Sequence[_Segment],
             install: _Install,
-            progress: _Progress = None,
+            transfer: _Transfer,
     ) -> None:
         """Fetch segments, verify them and write them into an install. What an earlier one left is not fetched again."""
         head = json.dumps([self.remote.url, self.name, self.obj.version])
         sink = _Sink(install.root)
-        transfer = _Transfer(progress, sum(segment.length for segment in segments), self.remote.connections)
-        transfer.limit_connections(transfer.total // _MIN_RANGE)
-        transfer.expect(transfer.total, transfer.total)
-        transfer.report()
+        length = sum(segment.length for segment in segments)
+        transfer.limit_connections(length // _MIN_RANGE)
+        transfer.expect(length, length)
         with self.labelled(), contextlib.closing(_Journal(install.journal, head)) as journal, \
                 _threads(transfer.most) as io_pool, _threads(_cores()) as pool, \
                 self.remote.cancelled_on_error(), contextlib.closing(
@@ -6343,9 +6375,8 @@ class _ForeignArchive(_StoredArchive):
             self,
             install: _Install,
             wanted: Sequence[_Segment],
-            receipt: Optional[_Receipt] = None,
             progress: _Progress = None,
-    ) -> List[_Segment]:
+    ) -> Set[str]:
         transfer = _Transfer(most=self.remote.connections)
         transfer.limit_connections(self.obj.size // _MIN_RANGE)
         reader = _Reader(self.read, [(0, self.obj.size)], transfer)
@@ -6356,7 +6387,7 @@ class _ForeignArchive(_StoredArchive):
         _validate(install.root, self.label)
         self.segments = _digest_segments(install.root)
         self.digest = _dataset_digest(self.segments)
-        return self.segments
+        return set()
 
     def receipt(self, wanted: Iterable[_Segment]) -> _Receipt:
         return super().receipt(self.segments)
@@ -6514,7 +6545,7 @@ def _describe_remote(archive: _StoredArchive, with_readme: bool = False) -> Dict
             with tempfile.TemporaryDirectory() as scratch:
                 install = _Install(_Home(Path(scratch)), obj.name, False, Path(scratch))  # which is never committed
                 install.root.mkdir()
-                archive.fetch(root_files, install)
+                archive.fetch(root_files, install, _Transfer())
                 summary.update(meta=_read_meta(install.root, archive.label), readme=_read_readme(install.root))
     return summary
 
@@ -6645,24 +6676,28 @@ def _pull(
                 return local
             wanted = archive.wanted(partitions, receipt)
         with home.installing(name, replace=force or bool(is_same)) as install:
-            fetched = archive.extract(install, wanted, receipt, progress)
+            reused = archive.extract(install, wanted, progress)
             _check_pin(name, pin, archive.digest)
-            is_new = install.commit(archive.receipt(wanted))
+            new = archive.receipt(wanted)
+            is_new = install.commit(new)
         if is_new:
-            _say(f'pulled {name}: {_tally(fetched, started)}')
+            _say(f'pulled {name}: {_tally(new.here(), started, reused)}')
         else:
             _say(f"'{name}' is installed already, and identical")
         _say(f'{name}@{archive.digest}', _DEBUG)
         return Dataset(home.path(name), name, archive.digest)
 
 
-def _tally(segments: Iterable[_Segment], started: float) -> str:
-    """How much was done, and how fast."""
-    segments = list(segments)
+def _tally(segments: Sequence[_Segment], started: float, reused: Iterable[str] = ()) -> str:
+    """How much was done, how fast, and how much was here already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
+    had = sum(segment.size for segment in segments if segment.path in reused)
     seconds = max(time.monotonic() - started, 0.001)
     files = _plural(sum(segment.files for segment in segments), 'file')
-    return f'{files}, {_size(size)} in {_duration(seconds)} ({_size(size / seconds)}/s)'
+    tally = f'{files}, {_size(size)} in {_duration(seconds)}'
+    if had < size or not had:
+        tally += f' ({_size((size - had) / seconds)}/s)'
+    return f'{tally}; {_size(had)} were here already' if had else tally
 
 
 @_api

@@ -6556,6 +6556,143 @@ int symlinkat(const char *a, int b, const char *c) { errno = EPERM; return -1; }
 """
 
 
+class PullReuse(S3Case):
+    """What any installed dataset has is not fetched again."""
+
+    def setUp(self):
+        super().setUp()
+        self.old = write(self.tmp / 'old', {'data/train/%d' % n: noise(MIB, n) for n in range(4)})
+        write(self.old, {'data/test/x': noise(2 * MIB, 9), 'data/test/y': ('->', 'x'), 'README.md': 'one'})
+        self.new = self.tmp / 'new'
+        shutil.copytree(str(self.old), str(self.new), symlinks=True)
+        write(self.new, {'README.md': 'the second one'})
+        self.share(self.old, 'Old', home='pub')
+        self.share(self.new, 'New', home='pub')
+        self.etc('pull', 'Old')
+
+    def pulled(self, *args):
+        """Pull; return how many bytes the server sent, and what was said."""
+        before = self.server.sent
+        err = self.etc('pull', *args)[1]
+        self.etc('verify', args[-1])
+        return self.server.sent - before, err
+
+    def test_another_version(self):
+        sent, err = self.pulled('New')
+        self.assertLess(sent, 20000)
+        self.assertRegex(err, r'pulled New: 7 files, 6\.29 MB in .* \(.*/s\); 6\.29 MB were here already')
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+        self.etc('purge', 'Old')
+        self.etc('verify', 'New')
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+
+    @unittest.skipIf(os.name == 'nt', 'no links there')
+    def test_files_are_shared_on_disk(self):
+        self.etc('pull', 'New')
+        self.assertTrue(os.path.samefile(str(self.tmp / 'home/Old/data/test/x'), str(self.tmp / 'home/New/data/test/x')))
+
+    def test_another_name(self):
+        self.share(self.old, 'Renamed', home='pub')
+        sent, err = self.pulled('Renamed')
+        self.assertLess(sent, 20000)
+        self.assertRegex(err, r'pulled Renamed: 7 files, 6\.29 MB in [^(]*; 6\.29 MB were here already')
+
+    def test_several_sources(self):
+        write(self.tmp / 'third', {'data/val/v': noise(3 * MIB, 7)})
+        self.share(self.tmp / 'third', 'Third', home='pub')
+        self.etc('pull', 'Third')
+        write(self.new, {'data/val/v': noise(3 * MIB, 7), 'data/more/m': noise(MIB, 8)})
+        self.share(self.new, 'Sum', home='pub')
+        sent, err = self.pulled('Sum')
+        self.assertTrue(MIB < sent < MIB + 30000, sent)
+        self.assertIn('; 9.44 MB were here already', err)
+        self.assertEqual(tree(self.tmp / 'home/Sum'), tree(self.new))
+
+    def test_some_partitions_and_the_rest(self):
+        sent, err = self.pulled('-p', 'test', 'New')
+        self.assertLess(sent, 20000)
+        self.assertIn('pulled New: 3 files, 2.1 MB', err)
+        self.assertEqual(os.listdir(str(self.tmp / 'home/New/data')), ['test'])
+        self.etc('purge', 'Old')
+        sent, err = self.pulled('New')
+        self.assertTrue(4 * MIB < sent < 4.1 * MIB, sent)
+        self.assertIn('; 2.1 MB were here already', err)
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+
+    def test_forced(self):
+        self.etc('push', '-f', 'New', home='pub')
+        self.etc('register', self.new, 'Old', '-f', home='pub')
+        self.etc('push', '-f', 'Old', home='pub')
+        sent, err = self.pulled('-f', 'Old')
+        self.assertLess(sent, 20000)
+        self.assertEqual(tree(self.tmp / 'home/Old'), tree(self.new))
+
+    def test_what_changed_is_fetched(self):
+        """And nothing that was damaged here spreads."""
+        path = self.tmp / 'home/Old/data/train/2'
+        for name, damage in (
+                ('other bytes', lambda: (os.chmod(str(path), 0o644), path.write_bytes(noise(MIB, 77)))),
+                ('a file less', lambda: remove(path)),
+                ('a file more', lambda: write(path.parent, {'2': noise(MIB, 2), 'more': 'm'})),
+                ('no directory', lambda: remove(path.parent))):
+            with self.subTest(name):
+                damage()
+                sent, err = self.pulled('New')
+                self.assertTrue(4 * MIB < sent < 4.1 * MIB, sent)
+                self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+                self.etc('purge', 'New')
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_what_cannot_be_read_is_fetched(self):
+        os.chmod(str(self.tmp / 'home/Old/data/test/x'), 0)
+        with unprivileged(self.tmp / 'home', self.tmp):
+            self.assertGreater(self.pulled('New')[0], 2 * MIB)
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_writable_files_are_copied(self):
+        """So that nobody can change a file of one dataset in the other."""
+        old, new = self.tmp / 'home/Old/data/test/x', self.tmp / 'home/New/data/test/x'
+        os.chmod(str(old), 0o644)
+        self.assertLess(self.pulled('New')[0], 20000)
+        self.assertEqual(stat.S_IMODE(new.stat().st_mode), 0o444)
+        old.write_bytes(b'changed')
+        self.etc('verify', 'New')
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+
+    def test_interrupted(self):
+        """What could be linked is linked again."""
+        write(self.new, {'data/late/%d' % n: noise(MIB, 50 + n) for n in range(20)})
+        self.share(self.new, 'Long', home='pub')
+        sent = self.server.sent
+
+        def fault(handler):
+            if self.server.sent > sent + 8 * MIB:
+                handler.error(403, 'AccessDenied')
+                return True
+        self.server.fault = fault
+        self.etc('pull', 'Long', status=1)
+        self.server.fault = None
+        self.assertLess(self.pulled('Long')[0], 21 * MIB)
+        self.assertEqual(tree(self.tmp / 'home/Long'), tree(self.new))
+        self.assertEqual(self.leftovers(), [])
+
+    def test_progress(self):
+        def told(name):
+            calls = []
+            etc.pull(name, config=self.config(), progress=lambda done, total: calls.append((done, total)))
+            self.assertEqual(calls[0][0], 0)
+            self.assertEqual(calls, sorted(calls))
+            self.assertEqual(calls[-1][0], calls[-1][1])
+            return calls
+        length = len(self.server.objects['some/prefix/New.tgz'][0])
+        calls = told('New')
+        self.assertTrue(length - 4096 < calls[-1][1] < length)
+        self.etc('purge', 'New')
+        remove(self.tmp / 'home/Old/data/train/3')
+        self.assertGreater(told('New')[-1][1], length)
+
+
 class Disks(Case):
     """File systems that cannot do all that is usual."""
 
