@@ -119,6 +119,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Container,
     Dict,
     Generator,
     Iterable,
@@ -861,6 +862,16 @@ class _Transfer:
         """What counts the bytes of a request. Requests have different keys, and another try of one counts anew."""
         return functools.partial(self.moved.__setitem__, key)
 
+    def counter(self, key: Any) -> Callable[[int, int], None]:
+        """The same for what takes a progress function, and does its work in the thread that calls report()."""
+        watch = self.watch(key)
+
+        def count(done: int, _: int) -> None:
+            watch(done)
+            self.tick()
+
+        return count
+
     def settle(self, key: Any) -> None:
         """Count a request for good, in the thread that calls report()."""
         self.settled += self.moved.pop(key, 0)
@@ -1178,45 +1189,62 @@ def _relative(name: str, target: str) -> str:
 
 
 class _Survey:
-    """What is known of a dataset before its files are read."""
-
-    def __init__(self, listing: _Listing, size: int, limit: int) -> None:
-        self.listing = listing
-        self.size = size  # bytes of all files
-        self.limit = limit  # bytes that the archive will not exceed
-
-
-def _survey(root: _Path) -> _Survey:
-    """Look at all entries of a dataset. Raises InvalidDataset for what cannot be packed, before any of it is sent.
+    """What is known of a dataset before its files are read.
 
     The entries are kept, so that they need not be looked at twice; compressed, as there may be millions. Names and
     paths have much in common, so some ten bytes remain of each entry.
     """
-    kept: List[Tuple[str, bytes]] = []
-    count = name_length = size = 0
+
+    def __init__(self) -> None:
+        self.kept: List[Tuple[str, bytes]] = []  # the path of a segment, and a batch of its entries
+        self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
+        self.entries = 0
+        self.name_length = 0  # characters of all names and targets of links
+
+    def add(self, path: str, batch: List[_Entry]) -> None:
+        """Note some entries of a segment."""
+        self.kept.append((path, zlib.compress(marshal.dumps(list(map(tuple, batch))), 1)))
+        self.entries += len(batch)
+        segment = self.segments.get(path) or _Segment(path)
+        files, size = segment.files, segment.size
+        for entry in batch:
+            self.name_length += len(entry.name) + len(entry.link)
+            files += entry.kind != _DIRECTORY
+            size += entry.size
+        self.segments[path] = segment._replace(files=files, size=size)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(segment.size for segment in self.segments.values())
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the archive will not exceed."""
+        headers = (1 << 20) + 4096 * (len(self.kept) + self.entries) + 4 * self.name_length
+        tar = headers + self.size
+        return tar + tar // 250  # as _LONGEST_BLOCK allows
+
+    def listing(self, only: Optional[Container[str]] = None) -> _Listing:
+        """The segments, or only those with the given paths, each with its entries."""
+        for path, batches in itertools.groupby(self.kept, operator.itemgetter(0)):
+            if only is None or path in only:
+                rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for _, batch in batches)
+                yield path, itertools.starmap(_Entry, rows)
+
+
+def _survey(root: _Path) -> _Survey:
+    """Look at all entries of a dataset. Raises InvalidDataset for what cannot be packed, before any of it is sent."""
+    survey = _Survey()
     for path, entries in _segments(root):
         for batch in _batches(entries):
-            kept.append((path, zlib.compress(marshal.dumps(list(map(tuple, batch))), 1)))
-            count += len(batch)
-            for entry in batch:
-                name_length += len(entry.name) + len(entry.link)
-                size += entry.size
-    headers = (1 << 20) + 4096 * (len(kept) + count) + 4 * name_length
-    limit = headers + size
-    limit += limit // 1000
-    return _Survey(_unpacked(kept), size, limit)
+            survey.add(path, batch)
+    return survey
 
 
 def _batches(entries: Iterable[_Entry]) -> Iterator[List[_Entry]]:
     source = iter(entries)
     return iter(lambda: list(itertools.islice(source, _BATCH)), [])
-
-
-def _unpacked(kept: Iterable[Tuple[str, bytes]]) -> _Listing:
-    """The entries that _survey() has kept: the segment's path and the entries of each batch."""
-    for path, batches in itertools.groupby(kept, operator.itemgetter(0)):
-        rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for _, batch in batches)
-        yield path, itertools.starmap(_Entry, rows)
 
 
 # The fields of a ustar header around name, size and checksum: mode, uid, gid; mtime; type flag, link, magic, the rest
@@ -1422,6 +1450,7 @@ class _SegmentList:
     def __init__(self) -> None:
         self.segments: List[_Segment] = []
         self.digests = _sha256()  # of the last segment's blocks
+        self.ends: Dict[str, Tuple[bytes, bytes]] = {}  # digests of each segment's first and last block, by path
 
     def add(self, block: _Processed, length: int = 0) -> None:
         """Count a block, which takes `length` bytes in the archive."""
@@ -1429,10 +1458,16 @@ class _SegmentList:
         if not self.segments or self.segments[-1].path != path:
             self.segments.append(_Segment(path, self.archive_length()))
             self.digests = _sha256()
+            self.ends[path] = block.digest, block.digest
         self.digests.update(block.digest)
+        self.ends[path] = self.ends[path][0], block.digest
         last = self.segments[-1]
         self.segments[-1] = last._replace(length=last.length + length, files=last.files + files, size=last.size + size,
                                           digest='sha256:' + self.digests.hexdigest())
+
+    def add_whole(self, segment: _Segment) -> None:
+        """Count a segment that is to stand here as it stands in another archive."""
+        self.segments.append(segment._replace(offset=self.archive_length()))
 
     def archive_length(self) -> int:
         """Bytes of all blocks in the archive."""
@@ -1459,12 +1494,22 @@ def _digest_segments(
 
     progress: is told of the bytes that have been read, and without `only` of how many there are.
     """
+    listing = _segments(root, only)
+    total = 0
+    if progress and not only:
+        survey = _survey(root)
+        listing = survey.listing()
+        total = survey.size
+    return _hash_segments(listing, progress, total).segments
+
+
+def _hash_segments(listing: _Listing, progress: _Progress = None, total: int = 0) -> _SegmentList:
+    """Read all files of some segments."""
     found = _SegmentList()
-    survey = _survey(root) if progress and not only else _Survey(_segments(root, only), 0, 0)
     with _threads(_cores()) as pool:
-        for block in _process(survey.listing, len, pool, progress, survey.size):
+        for block in _process(listing, len, pool, progress, total):
             found.add(block)
-    return found.segments
+    return found
 
 
 # ---------------------------------------------------------------------------------------
@@ -1911,12 +1956,32 @@ def _pack(
         pool: Any,
         segments: _SegmentList,
         transfer: _Transfer,
-) -> Generator[bytes, None, None]:
-    """Yield the blocks of a dataset's archive; `segments` grows on the way."""
-    for block in _process(survey.listing, functools.partial(_compress, level), pool):
+        copies: Mapping[str, _Segment],
+) -> Generator[Union[bytes, _Segment], None, None]:
+    """Yield the blocks of a dataset's archive; `segments` grows on the way.
+
+    copies: segments, by path, that are not packed, but yielded where they are to stand.
+    """
+    paths = iter(survey.segments)
+
+    def copied_before(path: str) -> Iterator[_Segment]:
+        for other in paths:
+            if other == path:
+                return
+            segments.add_whole(copies[other])
+            transfer.expect(copies[other].length, 0)
+            yield copies[other]
+
+    path = ''
+    listing = survey.listing(survey.segments.keys() - copies.keys())
+    for block in _process(listing, functools.partial(_compress, level), pool):
+        if block.plan.path != path:
+            path = block.plan.path
+            yield from copied_before(path)
         segments.add(block, len(block.result))
         transfer.expect(len(block.result), block.plan.file_bytes())
         yield block.result
+    yield from copied_before('')
 
 
 def _archive_end(level: int, segments: _SegmentList) -> bytes:
@@ -2494,6 +2559,20 @@ def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[T
                 raise Corrupt('the archive is damaged: a block does not end where it should')
             yield segment.path, take(length - _BLOCK_HEADER_SIZE)
             left -= length
+
+
+def _first_block(data: bytes) -> bytes:
+    """What follows the header of the block that bytes of an archive begin with."""
+    return bytes(next(_split_blocks([data], [(_Segment('', length=len(data)), 0)]))[1])
+
+
+def _last_block(data: bytes) -> bytes:
+    """What follows the header of the block that bytes of an archive end with."""
+    for match in re.finditer(re.escape(_member(b'et', bytes(4))[:_FIELD_OFFSET]), data):
+        body = match.end() + 4
+        if match.start() + int.from_bytes(data[match.end():body], 'little') == len(data):
+            return data[body:]
+    raise Corrupt('the archive is damaged: a block does not end where it should')
 
 
 def _inflate_blocks(
@@ -4266,6 +4345,7 @@ def _der_item(data: bytes) -> Tuple[Any, bytes]:
 
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
+_MAX_COPY = 256 << 20  # bytes that one request copies, unless there would be too many parts; S3 takes 5 GiB
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 64 << 20  # bytes that may be under way at once
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
@@ -4288,12 +4368,37 @@ class _Object(NamedTuple):
     modified: float  # unix time
 
 
+class _Range(NamedTuple):
+    """Bytes of an object that are to stand in another one, too."""
+
+    obj: _Object
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    def split(self, longest: int) -> Iterator['_Range']:
+        """The fewest equal parts."""
+        count = -(-self.length // longest)
+        bounds = [self.start + self.length * number // count for number in range(count + 1)]
+        return (self._replace(start=start, stop=stop) for start, stop in zip(bounds, bounds[1:]))
+
+
+_Chunk = Union[bytes, _Range]
+
+
 class _NameTaken(Exception):
     """There is an object of that name, and it was not to be replaced."""
 
 
 class _Unconfirmed(RemoteError):
     """The answer to a write does not say, in the form that the API defines, that the object is there."""
+
+
+class _CannotCopy(RemoteError):
+    """The storage did not copy a range as it should."""
 
 
 class _Unlisted(RemoteError):
@@ -4304,6 +4409,7 @@ class _Remote:
     """A place for archives. Raises RemoteError for whatever the storage refuses."""
 
     has_exclusive_write = False  # whether write() alone tells if a name is taken, even where stat() may not look
+    can_copy = False  # whether write() takes ranges of other objects
 
     def __init__(self, config: Config) -> None:
         self.url = _masked(config.url or '')
@@ -4357,7 +4463,7 @@ class _Remote:
     def write(
             self,
             name: str,
-            chunks: Iterable[bytes],
+            chunks: Iterable[_Chunk],
             limit: int,
             exclusive: bool,
             transfer: _Transfer,
@@ -4365,7 +4471,7 @@ class _Remote:
         """Store all chunks under this name, or nothing.
 
         limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
-        transfer: counts what is sent.
+        transfer: counts what is sent and copied.
         Raises _Unconfirmed if the object may be there.
         """
         raise NotImplementedError
@@ -4497,11 +4603,17 @@ def _parse_bucket_url(url: str) -> Tuple[str, str]:
     return match.group(2), prefix + '/' if prefix else ''
 
 
-def _split_parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
-    """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter."""
+def _split_parts(chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
+    """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
+
+    A part is a list of bytes. Ranges are parts of their own; what precedes them must fill its parts.
+    """
     part: List[Any] = []
     left = size
     for chunk in chunks:
+        if isinstance(chunk, _Range):
+            yield chunk
+            continue
         rest = memoryview(chunk)
         while len(rest) >= left:
             part.append(rest[:left])
@@ -4514,6 +4626,26 @@ def _split_parts(chunks: Iterable[bytes], size: int) -> Iterator[List[bytes]]:
             left -= len(rest)
     if part:
         yield part
+
+
+def _fit_ranges(chunks: Iterable[_Chunk], size: int, read: Callable[[_Range], bytes]) -> Iterator[_Chunk]:
+    """The same bytes, with ranges that can be parts of an upload whose parts must have `size` bytes.
+
+    So much of the start of a range is read that the part before it is full, and all of a range that is too short.
+    """
+    pending = 0  # bytes of the part that is not full yet
+    for chunk in chunks:
+        if isinstance(chunk, _Range):
+            start = chunk.start + -pending % size
+            if chunk.stop - start >= size:
+                if start > chunk.start:
+                    yield read(chunk._replace(stop=start))
+                yield from chunk._replace(start=start).split(max(_MAX_COPY, 2 * size))
+                pending = 0
+                continue
+            chunk = read(chunk)
+        yield chunk
+        pending = (pending + len(chunk)) % size
 
 
 def _md5() -> Any:
@@ -4529,6 +4661,7 @@ def _md5() -> Any:
 
 # file:// -------------------------------------------------------------------------------
 
+_COPY_STEP = 64 << 20  # bytes that are copied at once, at most
 _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed push are removed
 
 
@@ -4536,6 +4669,7 @@ class _FileRemote(_Remote):
     """file:///path: a shared directory."""
 
     has_exclusive_write = True
+    can_copy = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -4571,15 +4705,23 @@ class _FileRemote(_Remote):
             return None
         return _file_object(name, status) if stat.S_ISREG(status.st_mode) else None
 
-    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
+    @contextlib.contextmanager
+    def opened(self, obj: _Object) -> Iterator[Any]:
+        """The file of this very version."""
         try:
             file = open(self.path(obj.name), 'rb', buffering=0)
+        except FileNotFoundError:
+            raise self.replaced_error(obj) from None
         except PermissionError as e:
             raise RemoteError(f"cannot read '{obj.name}' in {self.root}: {e.strerror}",
                               'ask who pushed it to let you read it') from None
         with file:
             if _file_object(obj.name, os.fstat(file.fileno())) != obj:
                 raise self.replaced_error(obj)
+            yield file
+
+    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
+        with self.opened(obj) as file:
             file.seek(start)
             data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
         if len(data) != stop - start:
@@ -4589,7 +4731,7 @@ class _FileRemote(_Remote):
     def write(
             self,
             name: str,
-            chunks: Iterable[bytes],
+            chunks: Iterable[_Chunk],
             limit: int,
             exclusive: bool,
             transfer: _Transfer,
@@ -4600,12 +4742,11 @@ class _FileRemote(_Remote):
         try:
             self.make_root()
             self.sweep()
-            with open(new, 'xb') as file:
+            with open(new, 'xb', buffering=0) as file:
                 for chunk in chunks:
-                    file.write(chunk)
-                    watch(file.tell())
-                    transfer.tick()
-                file.flush()
+                    for _ in self.append(chunk, file):
+                        watch(file.tell())
+                        transfer.tick()
                 os.fsync(file.fileno())
             transfer.report()
             self.set_mode(new, name)
@@ -4623,6 +4764,19 @@ class _FileRemote(_Remote):
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
+
+    def append(self, chunk: _Chunk, file: Any) -> Iterator[None]:
+        """Write a chunk at the end of a file, step by step."""
+        if not isinstance(chunk, _Range):
+            _write(file.fileno(), chunk)
+            yield
+            return
+        with self.opened(chunk.obj) as source:
+            source.seek(chunk.start)
+            while source.tell() < chunk.stop:
+                if not _copy_bytes(source.fileno(), file.fileno(), min(chunk.stop - source.tell(), _COPY_STEP)):
+                    raise self.replaced_error(chunk.obj)
+                yield
 
     def make_root(self) -> None:
         missing = []
@@ -4679,6 +4833,18 @@ class _FileRemote(_Remote):
                         os.unlink(path)
 
 
+def _copy_bytes(source: int, target: int, count: int) -> int:
+    """Copy up to `count` bytes from one descriptor to another, and return how many; 0 at the end."""
+    if hasattr(os, 'copy_file_range'):  # Linux, from Python 3.8 on; Btrfs, XFS and NFS need not move the bytes
+        with contextlib.suppress(OSError):  # which may say that these file systems cannot do it, as 0 bytes may
+            copied = os.copy_file_range(source, target, count)
+            if copied:
+                return copied
+    data = os.read(source, min(count, _BLOCK))
+    _write(target, data)
+    return len(data)
+
+
 def _file_path(path: str) -> str:
     """The path in a file:// URL. From Python 3.14 on, url2pathname() cuts it at '?', '#' and '//'."""
     from urllib.parse import unquote_to_bytes
@@ -4695,9 +4861,10 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 
 # s3:// ---------------------------------------------------------------------------------
 
-# What an answer with status 400, or even 200 of CompleteMultipartUpload, may hold:
+# What an answer with status 400, or even 200 of CompleteMultipartUpload and UploadPartCopy, may hold:
 # https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
 _S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable')
+_COPY_SOURCE = 'x-amz-copy-source'
 
 
 class _S3Request(NamedTuple):
@@ -4711,6 +4878,8 @@ class _S3Request(NamedTuple):
 
 class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
+
+    can_copy = True
 
     def __init__(self, config: Config) -> None:
         if (config.url or '').startswith('s3://arn:'):
@@ -4778,7 +4947,8 @@ class _S3Remote(_BucketStore):
             sign = self.credentials.signer(keys, 's3', self.region, payload.hexdigest())
             reply = self.http.request(_Request(request.method, address, headers, request.body, request.watch), sign,
                                       limit)
-            if (request.method == 'POST' or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
+            is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
+            if (is_late or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
                 if attempt < _TRIES:
                     self.http.wait(attempt)
                 continue
@@ -4821,7 +4991,7 @@ class _S3Remote(_BucketStore):
         """
         if 'uploads' in request.query and self.checksum == 'sha256':
             return {'x-amz-checksum-algorithm': 'SHA256'}
-        if request.method != 'PUT' or not self.checksum:
+        if request.method != 'PUT' or not self.checksum or _COPY_SOURCE in request.headers:
             return {}
         if self.checksum == 'sha256':
             return {'x-amz-checksum-sha256': _base64(sha256.digest())}
@@ -4894,7 +5064,7 @@ class _S3Remote(_BucketStore):
     def write(
             self,
             name: str,
-            chunks: Iterable[bytes],
+            chunks: Iterable[_Chunk],
             limit: int,
             exclusive: bool,
             transfer: _Transfer,
@@ -4902,8 +5072,8 @@ class _S3Remote(_BucketStore):
         mib = 1 << 20
         least = -(-limit // _MAX_PARTS)  # rounded up, so that the parts suffice
         size = max(_MIN_PART, -(-least // mib) * mib)
-        parts = _split_parts(chunks, size)
-        first = next(parts, [])
+        parts = _split_parts(_fit_ranges(chunks, size, lambda source: self.read(*source)), size)
+        first: Any = next(parts, [])
         second = next(parts, None)
         if second is None:
             request = _S3Request('PUT', self.key(name), {}, self.object_headers, first, transfer.watch(1))
@@ -4936,20 +5106,24 @@ class _S3Remote(_BucketStore):
             self,
             name: str,
             upload: str,
-            parts: Iterable[List[bytes]],
+            parts: Iterable[Any],
             transfer: _Transfer,
     ) -> str:
         """Upload parts, several at once, and return the manifest that completes the upload."""
         from xml.sax.saxutils import escape
 
-        def send(item: Tuple[int, List[bytes]]) -> Tuple[int, str]:
+        def send(item: Tuple[int, Any]) -> Tuple[int, str]:
             number, part = item
-            query = {'partNumber': str(number), 'uploadId': upload}
-            reply = self.request(_S3Request('PUT', self.key(name), query, {}, part, transfer.watch(number)))
-            etag = reply.headers.get('ETag')
+            request = _S3Request('PUT', self.key(name), {'partNumber': str(number), 'uploadId': upload})
+            watch = transfer.watch(number)
+            if isinstance(part, _Range):
+                etag, checksum = self.copy_part(request, number, part)
+                watch(part.length)
+            else:
+                reply = self.request(request._replace(body=part, watch=watch))
+                etag, checksum = reply.headers.get('ETag'), reply.headers.get('x-amz-checksum-sha256')
             if not etag:
                 raise self.protocol_error()
-            checksum = reply.headers.get('x-amz-checksum-sha256')
             extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
             return number, f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
 
@@ -4957,6 +5131,42 @@ class _S3Remote(_BucketStore):
                 pool, send, enumerate(parts, 1), lambda: transfer.connections, transfer.wait)) as sent:
             rows = [row for _, row in sorted(sent)]
         return f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>"
+
+    def copy_part(
+            self,
+            request: _S3Request,
+            number: int,
+            source: _Range,
+    ) -> Tuple[Optional[str], Optional[str]]:
+        """Let the storage copy a part of an upload; return its ETag and its SHA-256.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
+        """
+        headers = {_COPY_SOURCE: _quote(f'{self.bucket}/{self.key(source.obj.name)}', safe='/'),
+                   f'{_COPY_SOURCE}-range': f'bytes={source.start}-{source.stop - 1}'}
+        if not self.endpoint:
+            headers[f'{_COPY_SOURCE}-if-match'] = source.obj.version
+        try:
+            result = _xml(self.request(request._replace(headers=headers)).page())
+            is_copied = result.tag == 'CopyPartResult' and self.has_copied(request, number, source)
+        except ValueError:
+            is_copied = False
+        if not is_copied:
+            raise _CannotCopy(f'{self.url} did not copy a part of an object')
+        return result.findtext('ETag'), result.findtext('ChecksumSHA256')
+
+    def has_copied(self, request: _S3Request, number: int, source: _Range) -> bool:
+        """Whether this range was copied. Stores other than Amazon's may have taken all of the object, or nothing.
+
+        Raises RemoteError if the object was replaced meanwhile: some ignore the condition, and Swift misjudges it.
+        """
+        if not self.endpoint:
+            return True
+        query = {'uploadId': request.query['uploadId'], 'part-number-marker': str(number - 1), 'max-parts': '1'}
+        listing = _xml(self.request(_S3Request('GET', request.key, query)).page())
+        sizes = {part.findtext('PartNumber'): part.findtext('Size') for part in listing.iter('Part')}
+        self.read(source.obj, source.stop - 1, source.stop)
+        return sizes.get(str(number)) == str(source.length)
 
     def finish(self, request: _S3Request, name: str, exclusive: bool) -> None:
         """Make the request that lets the object appear.
@@ -5177,7 +5387,7 @@ class _GsRemote(_BucketStore):
     def write(
             self,
             name: str,
-            chunks: Iterable[bytes],
+            chunks: Iterable[_Chunk],
             limit: int,
             exclusive: bool,
             transfer: _Transfer,
@@ -5437,7 +5647,7 @@ class _WebRemote(_HttpStore):
     def write(
             self,
             name: str,
-            chunks: Iterable[bytes],
+            chunks: Iterable[_Chunk],
             limit: int,
             exclusive: bool,
             transfer: _Transfer,
@@ -6092,19 +6302,13 @@ class _Install:
         """Link those of some segments of a dataset whose files still hash to what they should; return their paths."""
         promised = {segment.path: segment for segment in same}
         source = self.home.path(name)
-        watch = transfer.watch(name)
         for segment in promised.values():
             transfer.expect(segment.size, segment.length)
-
-        def tell(done: int, _: int) -> None:
-            watch(done)
-            transfer.tick()
-
         linked: Set[str] = set()
         with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
-            found = _digest_segments(source, list(promised), tell)
+            found = _digest_segments(source, list(promised), transfer.counter(name))
             linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
-        watch(sum(segment.size for segment in promised.values()))
+        transfer.watch(name)(sum(segment.size for segment in promised.values()))
         transfer.total += sum(segment.length for path, segment in promised.items() if path not in linked)
         try:
             for _, entries in _segments(source, linked) if linked else ():
@@ -6273,6 +6477,14 @@ class _StoredArchive:
         data = self.remote.read(self.obj, start, stop - len(here), _after(len(here), watch))
         return data + here if here else data
 
+    def read_ends(self, segment: _Segment) -> Tuple[bytes, bytes]:
+        """The digests of the first and the last block of a segment. Raises Corrupt."""
+        start, stop = segment.offset, segment.offset + segment.length
+        longest = min(segment.length, _LONGEST_BLOCK)
+        blocks = _first_block(self.read(start, start + longest)), _last_block(self.read(stop - longest, stop))
+        first, last = [_sha256(_inflate(block)).digest() for block in blocks]
+        return first, last
+
     def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
         """Whether it holds what is installed; None if only extracting it would tell."""
         return self.digest == local.digest
@@ -6424,6 +6636,10 @@ def _open_archive(remote: _Remote, obj: _Object, tail: bytes) -> _StoredArchive:
     return archive if segments is None else _StoredArchive(remote, obj, tail, segments)
 
 
+def _open_listed(remote: _Remote, obj: _Object) -> _StoredArchive:
+    return _open_archive(remote, obj, remote.read(obj, max(0, obj.size - _TAIL), obj.size))
+
+
 def _paths_of(
         name: str,
         segments: Iterable[_Segment],
@@ -6446,6 +6662,166 @@ def _new_receipt(
         version: str,
 ) -> _Receipt:
     return _Receipt(tuple(segments), tuple(sorted(installed)), source, version, _utc(time.time()))
+
+
+# Pushing
+
+_MIN_SHARED = 32 << 20  # bytes of a dataset from which on it pays to look for what other archives share with it
+_MIN_COPY = 2 * _MIN_PART  # bytes of an archive that are worth a copy
+_MAX_SOURCES = 24  # archives that are looked at
+_MAX_CHECKED = 16  # segments of which it is checked that they were copied well
+
+
+class _Push:
+    """A dataset on its way into a remote, which copies what archives there hold already, if it can."""
+
+    def __init__(self, remote: _Remote, local: Dataset, level: int, progress: _Progress) -> None:
+        self.remote = remote
+        self.local = local
+        self.level = level
+        self.survey = _survey(local.root)
+        self.transfer = _Transfer(progress, self.survey.size, remote.connections)
+        self.segments = _SegmentList()  # of the archive, as far as it is written
+        self.copies: Dict[str, _Segment] = {}  # segments that are copied, by path, as they stand in other archives
+        self.ranges: Dict[str, _Range] = {}  # runs of them, by the path of the first
+        self.ends: Dict[str, Tuple[bytes, bytes]] = {}  # digests of their first and last blocks, as the files have them
+        self.transfer.report()
+
+    def find_copies(self) -> None:
+        """Find segments that need not be sent. All their files are read, and must hash to what an index says."""
+        candidates: Dict[str, List[Tuple[_Object, _Segment]]] = {}
+        if self.remote.can_copy and self.survey.size >= _MIN_SHARED:
+            for archive in self.sources():
+                for segment in archive.segments:
+                    own = self.survey.segments.get(segment.path)
+                    if own and (own.files, own.size) == (segment.files, segment.size):
+                        candidates.setdefault(segment.path, []).append((archive.obj, segment))
+        if not candidates:
+            return
+        size = sum(self.survey.segments[path].size for path in candidates)
+        self.transfer.expect(size, size)
+        read = _hash_segments(self.survey.listing(candidates), self.transfer.counter('read'))
+        self.ends = read.ends
+        digests = {segment.path: segment.digest for segment in read.segments}
+        self.choose_copies({path: [(obj, segment) for obj, segment in found if segment.digest == digests[path]]
+                            for path, found in candidates.items()})
+        self.transfer.total += size - sum(segment.size for segment in self.copies.values())
+        self.transfer.report()
+
+    def sources(self) -> List[_StoredArchive]:
+        """The archive of this name, if there is one, and the newest others; but none that cannot be read."""
+        def look(obj: _Object) -> Optional[_StoredArchive]:
+            with contextlib.suppress(Error, OSError):
+                return _open_listed(self.remote, obj)
+            return None
+
+        objects: List[_Object] = []
+        with contextlib.suppress(Error):
+            objects = [obj for obj in self.remote.list() if obj.size >= _MIN_COPY]
+        objects.sort(key=lambda obj: (obj.name != self.local.name, -obj.modified))
+        with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
+            return list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _MAX_SOURCES)))
+
+    def choose_copies(self, same: Mapping[str, Sequence[Tuple[_Object, _Segment]]]) -> None:
+        """Choose from where segments are copied: in long runs.
+
+        same: by path, where these contents stand.
+        """
+        runs: List[Tuple[_Object, List[_Segment]]] = []
+        end: Optional[Tuple[_Object, int]] = None  # of a run that may go on: the object, and the offset
+        for path in self.survey.segments:
+            found = same.get(path)
+            if not found:
+                end = None
+                continue
+            following = [(obj, segment) for obj, segment in found if (obj, segment.offset) == end]
+            obj, segment = (following or found)[0]
+            if not following:
+                runs.append((obj, []))
+            runs[-1][1].append(segment)
+            end = obj, segment.offset + segment.length
+        for obj, run in runs:
+            span = _Range(obj, run[0].offset, run[-1].offset + run[-1].length)
+            if span.length >= _MIN_COPY:
+                self.ranges[run[0].path] = span
+                self.copies.update((segment.path, segment) for segment in run)
+
+    def write(self, exclusive: bool) -> None:
+        """Write the archive. Raises _NameTaken if there is one already and `exclusive`."""
+        def archive() -> Iterator[_Chunk]:
+            for chunk in packed:
+                if not isinstance(chunk, _Segment):
+                    yield chunk
+                elif chunk.path in self.ranges:
+                    yield self.ranges[chunk.path]
+            digest = self.segments.digest()
+            if self.local._digest and self.local._digest != digest:
+                raise Corrupt(f"the files of '{self.local.name}': expected digest {self.local._digest}, found {digest}",
+                              f"'etc verify {self.local.name}' tells more")
+            yield _archive_end(self.level, self.segments)
+
+        self.transfer.start_clock()
+        with _threads(_cores()) as pool, contextlib.closing(_pack(
+                self.survey, self.level, pool, self.segments, self.transfer, self.copies)) as packed:
+            try:
+                self.remote.write(self.local.name, archive(), self.survey.limit, exclusive, self.transfer)
+            except _Unconfirmed as e:
+                if not self.is_there():
+                    raise e
+
+    def is_there(self) -> bool:
+        """Whether the remote shows an archive with this digest under this name."""
+        try:
+            archive = _look_up(self.remote, self.local.name)
+            return archive is not None and archive.digest == self.segments.digest()
+        except (RemoteError, Corrupt):
+            return False
+
+    def is_intact(self) -> bool:
+        """Whether what was copied begins and ends as the files do; True, too, if the archive was replaced meanwhile."""
+        try:
+            archive = _look_up(self.remote, self.local.name)
+            if not archive or archive.digest != self.segments.digest():
+                return True
+            copied = [segment for segment in archive.segments if segment.path in self.copies]
+            some = copied[::-(-len(copied) // _MAX_CHECKED)]
+            with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
+                is_same = functools.partial(self.has_ends_of, archive)
+                return all(_ordered(pool, is_same, some, self.transfer.connections))
+        except Corrupt:
+            return False
+
+    def has_ends_of(self, archive: _StoredArchive, segment: _Segment) -> bool:
+        with contextlib.suppress(Corrupt):
+            return archive.read_ends(segment) == self.ends[segment.path]
+        return False
+
+
+def _write_archive(
+        remote: _Remote,
+        local: Dataset,
+        exclusive: bool,
+        level: int,
+        progress: _Progress,
+) -> _Push:
+    """Pack a dataset into the remote. Raises _NameTaken if there is an archive of that name already and `exclusive`."""
+    push = _Push(remote, local, level, progress)
+    push.find_copies()
+    if push.ranges:
+        reason = 'what was copied is damaged'
+        try:
+            push.write(exclusive)
+            if push.is_intact():
+                return push
+            exclusive = False  # as what is there is ours
+        except RemoteError as e:
+            if e.status < 400 and not isinstance(e, _CannotCopy):
+                raise
+            reason = e.message
+        _say(f"nothing of '{local.name}' was copied in {remote.url}, so all of it is sent ({reason})", _DEBUG)
+        push = _Push(remote, local, level, progress)
+    push.write(exclusive)
+    return push
 
 
 # ---------------------------------------------------------------------------------------
@@ -6559,8 +6935,7 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
 
     def describe(obj: _Object) -> Dict[str, Any]:
         try:
-            tail = store.read(obj, max(0, obj.size - _TAIL), obj.size)
-            return _describe_remote(_open_archive(store, obj, tail))
+            return _describe_remote(_open_listed(store, obj))
         except (Error, OSError) as e:  # one that cannot be read must not hide the others
             _say(str(e), _WARNING)
             return _summary(obj.name, None, (), archive_size=obj.size, when=None)
@@ -6688,16 +7063,14 @@ def _pull(
         return Dataset(home.path(name), name, archive.digest)
 
 
-def _tally(segments: Sequence[_Segment], started: float, reused: Iterable[str] = ()) -> str:
-    """How much was done, how fast, and how much was here already: the segments with the paths `reused`."""
+def _tally(segments: Sequence[_Segment], started: float, reused: Iterable[str] = (), place: str = 'here') -> str:
+    """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
     had = sum(segment.size for segment in segments if segment.path in reused)
     seconds = max(time.monotonic() - started, 0.001)
     files = _plural(sum(segment.files for segment in segments), 'file')
-    tally = f'{files}, {_size(size)} in {_duration(seconds)}'
-    if had < size or not had:
-        tally += f' ({_size((size - had) / seconds)}/s)'
-    return f'{tally}; {_size(had)} were here already' if had else tally
+    more = f'; {_size(had)} were {place} already' if had else f' ({_size(size / seconds)}/s)'
+    return f'{files}, {_size(size)} in {_duration(seconds)}{more}'
 
 
 @_api
@@ -6729,42 +7102,15 @@ def push(
     with contextlib.closing(_open_remote(config)) as store:
         if not force and _is_stored_already(store, local, receipt):
             return local.digest
-        segments = _SegmentList()
         try:
-            _write_archive(store, local, not force, config.compression_level, segments, progress)
+            pushed = _write_archive(store, local, not force, config.compression_level, progress)
         except _NameTaken:
             _explain_taken(store, local, receipt)
             return local.digest
-        except _Unconfirmed as e:
-            if not _holds(store, name, segments.digest()):
-                raise e
-    _say(f'pushed {name} to {store.url}: {_tally(segments.segments, started)}')
+    segments = pushed.segments
+    _say(f"pushed {name} to {store.url}: {_tally(segments.segments, started, pushed.copies, 'there')}")
     _say(f'{name}@{segments.digest()}', _DEBUG)
     return segments.digest()
-
-
-def _write_archive(
-        store: _Remote,
-        local: Dataset,
-        exclusive: bool,
-        level: int,
-        segments: _SegmentList,
-        progress: _Progress,
-) -> None:
-    """Pack a dataset into the remote; `segments` grows on the way."""
-    survey = _survey(local.root)
-    transfer = _Transfer(progress, survey.size, store.connections)
-    transfer.report()
-
-    def archive() -> Iterator[bytes]:
-        yield from blocks
-        if local._digest and local._digest != segments.digest():
-            raise Corrupt(f"the files of '{local.name}': expected digest {local._digest}, found {segments.digest()}",
-                          f"'etc verify {local.name}' tells more")
-        yield _archive_end(level, segments)
-
-    with _threads(_cores()) as pool, contextlib.closing(_pack(survey, level, pool, segments, transfer)) as blocks:
-        store.write(local.name, archive(), survey.limit, exclusive, transfer)
 
 
 def _is_stored_already(
@@ -6800,15 +7146,6 @@ def _explain_taken(store: _Remote, local: Dataset, receipt: Optional[_Receipt]) 
     if not is_stored:
         raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
                           'try again when it has ended') from None
-
-
-def _holds(store: _Remote, name: str, digest: str) -> bool:
-    """Whether the remote shows an archive with this digest under this name."""
-    try:
-        archive = _look_up(store, name)
-        return archive is not None and archive.digest == digest
-    except (RemoteError, Corrupt):
-        return False
 
 
 @_api
@@ -6875,7 +7212,7 @@ def _install_copy(home: _Home, name: str, root: Path, force: bool, progress: _Pr
 
     with home.installing(name, force) as install:
         with _threads(_cores()) as pool, contextlib.closing(
-                _process(survey.listing, bytes, pool, progress, survey.size)) as processed:
+                _process(survey.listing(), bytes, pool, progress, survey.size)) as processed:
             segments = _extract(blocks(), None, _Sink(install.root), pool)
         install.commit(_new_receipt(segments, [segment.path for segment in segments], root.as_uri(), ''))
     _say(f'copied {name}: {_tally(segments, started)}')

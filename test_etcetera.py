@@ -263,6 +263,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.sent = 0
         self.fault = self.respell = None
         self.final = None  # answers instead, once an object is stored
+        self.copied = None  # gives what UploadPartCopy copies instead
         self.page = 1000
         self.conditions = self.encoding = True
         self.must_check = False  # as a bucket with Object Lock
@@ -408,6 +409,8 @@ class S3Handler(SignedHandler):
         self.s3_get(body)
 
     def s3_get(self, body):
+        if 'uploadId' in self.query:
+            return self.list_parts()
         if self.key not in self.server.objects:
             return self.error(404, 'NoSuchKey') if self.server.may_list else self.error(403, 'AccessDenied')
         data, etag, _ = self.server.objects[self.key]
@@ -423,6 +426,8 @@ class S3Handler(SignedHandler):
         self.answer(206, data[start:stop], headers)
 
     def s3_put(self, body):
+        if self.headers['x-amz-copy-source']:
+            return self.copy_part()
         expected = {'Content-MD5': md5(body).digest(), 'x-amz-checksum-sha256': hashlib.sha256(body).digest()}
         given = {name: self.headers[name] for name in expected if self.headers[name]}
         if self.server.must_check and not given:
@@ -440,6 +445,37 @@ class S3Handler(SignedHandler):
             given.pop('Content-MD5', None)
             return self.answer(200, b'', dict(given, ETag='"%s"' % hashlib.sha1(body).hexdigest()))
         self.store(body, self.headers)
+
+    def copy_part(self):
+        if self.query['uploadId'] not in self.server.uploads:
+            return self.error(404, 'NoSuchUpload')
+        headers, parts = self.server.uploads[self.query['uploadId']]
+        bucket, key = urllib.parse.unquote(self.headers['x-amz-copy-source']).lstrip('/').split('/', 1)
+        if bucket != 'bucket' or key not in self.server.objects:
+            return self.error(404, 'NoSuchKey')
+        data, etag, _ = self.server.objects[key]
+        if self.headers.get('x-amz-copy-source-if-match', etag) != etag:
+            return self.error(412, 'PreconditionFailed')
+        start, stop = map(int, re.match(r'bytes=(\d+)-(\d+)$', self.headers['x-amz-copy-source-range']).groups())
+        if not start <= stop < len(data) or stop - start >= 5 << 30:
+            return self.error(400, 'InvalidArgument')
+        copied = self.server.copied(data, start, stop + 1) if self.server.copied else data[start:stop + 1]
+        parts[int(self.query['partNumber'])] = copied
+        etag = hashlib.sha1(copied).hexdigest()
+        checksum = '<ChecksumSHA256>%s</ChecksumSHA256>' % base64.b64encode(hashlib.sha256(copied).digest()).decode()
+        xml = ('<?xml version="1.0" encoding="UTF-8"?>\n<CopyPartResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><LastModified>'
+               '2024-05-06T07:08:09.000Z</LastModified><ETag>&quot;%s&quot;</ETag>%s</CopyPartResult>' % (
+                   etag, checksum * (headers['x-amz-checksum-algorithm'] == 'SHA256')))
+        self.answer(200, xml.encode(), {'Content-Type': 'application/xml'})
+
+    def list_parts(self):
+        if self.query['uploadId'] not in self.server.uploads:
+            return self.error(404, 'NoSuchUpload')
+        parts = self.server.uploads[self.query['uploadId']][1]
+        numbers = [n for n in sorted(parts) if n > int(self.query.get('part-number-marker', 0))][:int(self.query.get('max-parts', 1000))]
+        xml = ''.join('<Part><PartNumber>%d</PartNumber><Size>%d</Size></Part>' % (n, len(parts[n])) for n in numbers)
+        xml = '<ListPartsResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">%s</ListPartsResult>' % xml
+        self.answer(200, xml.encode(), {'Content-Type': 'application/xml'})
 
     def store(self, data, headers):
         if self.server.conditions and self.headers.get('If-None-Match') == '*' and self.key in self.server.objects:
@@ -2013,6 +2049,24 @@ class RemoteSuite:
 
     conditions = True  # whether the second of two pushes is refused
     atomic = True  # and does so when both end at the same instant
+    copies = True  # whether it copies what a push need not send
+
+    def test_another_version(self):
+        """Whether or not it copies, the new archive is right."""
+        root = write(self.tmp / 'ds', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
+                                       'data/val/z': noise(11 * MIB, 3), 'README.md': 'one'})
+        self.share(root, 'Old')
+        for name, changes in (('Readme', {'README.md': 'two'}), ('Middle', {'data/train/x': noise(12 * MIB, 4)}), ('Same', {})):
+            with self.subTest(name):
+                write(root, changes)
+                self.etc('register', root, name)
+                err = self.etc('push', '-v', name)[1]
+                self.assertEqual('were there already' in err, self.copies, err)
+                self.etc('pull', name, home='two')
+                self.etc('verify', name, home='two')
+                self.assertEqual(tree(self.tmp / 'two' / name), tree(root))
+                self.etc('purge', name, home='two')
+        self.assertEqual(self.etc('ls', '-r')[0].split(), ['Middle', 'Old', 'Readme', 'Same'])
 
     def test_round_trip(self):
         root = odd(self.tmp / 'ds')
@@ -3312,6 +3366,7 @@ class GsCase(Case):
 
 
 class GsRemote(RemoteSuite, GsCase):
+    copies = False
     def test_answers_that_are_not_understood(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(17 * MIB)}), 'Y')
@@ -4215,6 +4270,7 @@ class Nginx(WebSuite, Case):
 @needs(tool('rclone') and importable('boto3'), 'rclone and boto3 are not installed')
 class Rclone(RemoteSuite, Case):
     """rclone serve s3: checks signatures, ignores conditions (so we look ourselves), answers 200 to ranges."""
+    copies = False
     atomic = False
     akid, secret = AKID, SECRET
 
@@ -4261,6 +4317,7 @@ class Rclone(RemoteSuite, Case):
 @needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
 class Moto(Rclone):
     """moto_server: knows conditions, checks no signature."""
+    copies = True
 
     @classmethod
     def setUpClass(cls):
@@ -4365,6 +4422,7 @@ def debian(module):
 @needs(importable('boto3') and debian('swift'), 'python3-swift (Debian) and boto3 are not installed')
 class Swift(Rclone):
     """OpenStack Swift's S3 interface: checks signatures; it knows no conditions, but says so."""
+    copies = True
     akid = 'test:tester'
 
     @classmethod
@@ -4384,6 +4442,7 @@ class Swift(Rclone):
 @needs(importable('boto3') and tool('s3rver'), 's3rver (npm) and boto3 are not installed')
 class S3rver(Rclone):
     """A sloppy one: it checks no signature, knows no conditions, and misreads ranges that name only the last bytes."""
+    copies = False
     akid = secret = 'S3RVER'
 
     @classmethod
@@ -4399,6 +4458,7 @@ class S3rver(Rclone):
 @needs(importable('gcp_storage_emulator', 'google.cloud.storage'), 'gcp-storage-emulator, google-cloud-storage are not installed')
 class GcpEmulator(RemoteSuite, Case):
     """gcp-storage-emulator, which knows no conditions, and Google's own client."""
+    copies = False
     conditions = False
 
     @classmethod
@@ -6580,7 +6640,7 @@ class PullReuse(S3Case):
     def test_another_version(self):
         sent, err = self.pulled('New')
         self.assertLess(sent, 20000)
-        self.assertRegex(err, r'pulled New: 7 files, 6\.29 MB in .* \(.*/s\); 6\.29 MB were here already')
+        self.assertRegex(err, r'pulled New: 7 files, 6\.29 MB in [^(]*; 6\.29 MB were here already')
         self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
         self.etc('purge', 'Old')
         self.etc('verify', 'New')
@@ -6691,6 +6751,324 @@ class PullReuse(S3Case):
         self.etc('purge', 'New')
         remove(self.tmp / 'home/Old/data/train/3')
         self.assertGreater(told('New')[-1][1], length)
+
+
+class Versions:
+    """Two datasets that differ in a file, of which one is in the remote."""
+
+    def setUp(self):
+        super().setUp()
+        self.old = write(self.tmp / 'old', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
+                                            'data/val/z': noise(11 * MIB, 3), 'README.md': 'one', 'assets/a': 'a'})
+        self.share(self.old, 'Old')
+        self.new = self.tmp / 'new'
+        shutil.copytree(str(self.old), str(self.new), copy_function=os.link)
+        self.change('README.md', 'the second one')
+        self.etc('register', self.new, 'New')
+
+    def change(self, name, content):
+        os.unlink(str(self.new / name))
+        write(self.new, {name: content})
+
+    def check(self, name):
+        self.etc('pull', name, home='other')
+        self.etc('verify', name, home='other')
+        self.assertEqual(tree(self.tmp / 'other' / name), tree(self.tmp / 'home' / name))
+        self.etc('purge', name, home='other')
+
+
+class PushReuse(Versions, S3Case):
+    """What archives in the remote hold is copied there, and not sent."""
+
+    def pushed(self, *args, fault=lambda handler: None):
+        """Push; return how many bytes were sent, and what was said. What is there must be what was to be pushed."""
+        sent = []
+
+        def watch(handler):
+            sent.append(int(handler.headers.get('Content-Length') or 0))
+            return fault(handler)
+        self.server.fault = watch
+        err = self.etc('push', '-v', *args)[1]
+        self.server.fault = None
+        self.assertEqual(self.server.uploads, {})
+        self.check(args[-1])
+        return sum(sent), err
+
+    def copies(self):
+        return [headers['x-amz-copy-source-range'] for _, _, headers in self.server.log if headers['x-amz-copy-source']]
+
+    def test_another_version(self):
+        sent, err = self.pushed('New')
+        self.assertLess(sent, 6 * MIB)
+        self.assertRegex(err, r'pushed New to .*: 5 files, 35\.7 MB in [^(]*; 35\.7 MB were there already')
+        self.assertEqual(len(self.copies()), 1)
+
+    def test_another_name(self):
+        self.etc('register', self.old, 'Renamed')
+        self.assertLess(self.pushed('Renamed')[0], 20000)
+
+    def test_one_partition_changed(self):
+        for name, size, most in (('data/test/y', 11, 17), ('data/train/x', 12, 23), ('data/val/z', 11, 17)):
+            with self.subTest(name):
+                self.change(name, noise(size * MIB, name))
+                self.etc('register', self.new, 'New' + name[5:7])
+                sent, err = self.pushed('New' + name[5:7])
+                self.assertTrue(size * MIB < sent < most * MIB, sent)
+
+    def test_several_sources(self):
+        """Long runs are copied, even if they come from another archive than the newest."""
+        self.change('data/test/y', noise(11 * MIB, 4))
+        self.etc('push', 'New')
+        self.change('data/train/x', noise(12 * MIB, 5))
+        self.change('README.md', 'the third')
+        write(self.new, {'data/more/m': noise(MIB, 6)})
+        self.etc('register', self.new, 'Third')
+        sent, err = self.pushed('Third')
+        self.assertTrue(13 * MIB < sent < 22 * MIB, sent)
+        self.assertIn('; 23.1 MB were there already', err)
+
+    def test_forced(self):
+        self.etc('register', '-f', self.new, 'Old')
+        self.assertLess(self.pushed('-f', 'Old')[0], 6 * MIB)
+        self.assertEqual(len(self.server.objects), 1)
+
+    def test_many_partitions(self):
+        """Small ones are copied together, where they follow one another, and sent otherwise."""
+        old = write(self.tmp / 'many', {'data/%02d/x' % n: noise(MIB, n) for n in range(40)})
+        self.share(old, 'Many')
+        for name, changed, most in (('none', [], 6), ('one', [20], 12), ('every third', range(0, 40, 3), 41)):
+            with self.subTest(name):
+                for n in changed:
+                    write(old, {'data/%02d/x' % n: noise(MIB, '%s %d' % (name, n))})
+                write(old, {'README.md': name})
+                self.etc('register', old, 'X' + name[0])
+                self.assertLess(self.pushed('X' + name[0])[0], most * MIB)
+
+    def test_other_contents_of_the_same_size(self):
+        self.change('data/train/x', noise(12 * MIB, 5))
+        self.change('data/test/y', noise(11 * MIB, 6))
+        self.change('data/val/z', noise(11 * MIB, 7))
+        sent, err = self.pushed('New')
+        self.assertTrue(34 * MIB < sent < 35 * MIB, sent)
+        self.assertNotIn('already', err)
+
+    def test_small_datasets_are_just_sent(self):
+        self.etc('register', write(self.tmp / 'less', {'data/x/x': noise(16 * MIB, 2)}), 'Less')
+        before = len(self.requests('GET'))
+        self.etc('push', 'Less')
+        self.assertEqual(len(self.requests('GET')) - before, 1)
+
+    def test_sources_that_cannot_be_read(self):
+        """Archives of other tools, damaged ones, archived ones: none hinders a push."""
+        data, etag, headers = self.server.objects['some/prefix/Old.tgz']
+        for name, bad in (('Damaged', data[:-20] + bytes(20)), ('Foreign', gzip.compress(data, 0)), ('Empty', bytes(30 * MIB))):
+            self.server.objects['some/prefix/%s.tgz' % name] = bad, '"%s"' % name, headers
+
+        def fault(handler):
+            if handler.path.endswith('/Empty.tgz'):
+                handler.error(403, 'InvalidObjectState')
+                return True
+        self.assertLess(self.pushed('New', fault=fault)[0], 6 * MIB)
+
+    def test_no_list(self):
+        def fault(handler):
+            if 'list-type' in handler.path:
+                handler.error(403, 'AccessDenied')
+                return True
+        self.assertGreater(self.pushed('New', fault=fault)[0], 33 * MIB)
+
+    def test_stores_that_cannot_copy(self):
+        """All is sent, and one line of -v tells why."""
+        def refusing(status, code):
+            def fault(handler):
+                if handler.headers['x-amz-copy-source']:
+                    handler.error(status, code)
+                    return True
+            return fault
+
+        def unknowing(handler):  # stores an empty part
+            if handler.headers['x-amz-copy-source']:
+                number = re.search(r'partNumber=(\d+)', handler.path).group(1)
+                list(self.server.uploads.values())[0][1][int(number)] = b''
+                handler.answer(200, b'', {'ETag': '"x"'})
+                return True
+
+        def equal(handler):  # as R2
+            if handler.command == 'POST' and 'uploadId' in handler.path and self.copies() and not done:
+                done.append(1)
+                handler.error(400, 'InvalidPart', message='All non-trailing parts must have the same length.')
+                return True
+
+        def replacing(handler):
+            if handler.headers['x-amz-copy-source']:
+                data, etag, headers = self.server.objects['some/prefix/Old.tgz']
+                self.server.objects['some/prefix/Old.tgz'] = data, '"other"', headers
+
+        def removing(handler):
+            if handler.headers['x-amz-copy-source']:
+                self.server.objects.pop('some/prefix/Old.tgz', None)
+
+        kept = self.server.objects['some/prefix/Old.tgz']
+        for name, fault, copied, said in (
+                ('unknown', unknowing, None, 'did not copy a part of an object'),
+                ('not implemented', refusing(501, 'NotImplemented'), None, '501 NotImplemented'),
+                ('forbidden', refusing(403, 'AccessDenied'), None, '403 AccessDenied'),
+                ('equal parts', equal, None, 'All non-trailing parts must have the same length'),
+                ('the whole object', None, lambda data, start, stop: data, 'did not copy a part of an object'),
+                ('another range', None, lambda data, start, stop: data[start - 512:stop - 512], 'what was copied is damaged'),
+                ('replaced meanwhile', replacing, None, 'was replaced while it was read'),
+                ('removed meanwhile', removing, None, '404 NoSuchKey')):
+            with self.subTest(name):
+                done = []
+                self.server.objects = {'some/prefix/Old.tgz': kept}
+                self.server.copied = copied
+                sent, err = self.pushed('New', fault=fault or (lambda handler: None))
+                self.assertGreater(sent, 33 * MIB)
+                self.assertIn("nothing of 'New' was copied in %s, so all of it is sent (" % self.url, err)
+                self.assertIn(said, err)
+                self.assertNotIn('already', err)
+
+    def test_amazon(self):
+        """Which needs no second look. It is reached through a proxy here, and not over TLS."""
+        del self.settings['endpoint_url']
+        write(self.tmp, {'.aws/config': '[default]\ns3 =\n  addressing_style = path\n'})
+        os.environ.update(http_proxy=self.server.url, no_proxy='')
+        self.addCleanup(setattr, etc._AwsProfile, 'host', etc._AwsProfile.host)
+        etc._AwsProfile.host = lambda aws, service, region: 'http://%s.%s.amazonaws.example' % (service, region)
+
+        def proxy(handler):
+            handler.path = re.sub('^http://[^/]*', '', handler.path)
+
+        def replacing(handler):
+            proxy(handler)
+            if handler.headers['x-amz-copy-source']:
+                data, etag, headers = self.server.objects['some/prefix/Old.tgz']
+                self.server.objects['some/prefix/Old.tgz'] = data, '"other"', headers
+
+        self.server.fault = proxy
+        err = self.etc('push', '-v', 'New')[1]
+        self.assertIn('were there already', err)
+        self.assertFalse([path for path in self.requests() if 'max-parts' in path])
+        self.check('New')
+        self.server.objects.pop('some/prefix/New.tgz')
+        self.server.fault = replacing
+        self.assertIn('412 PreconditionFailed', self.etc('push', '-v', 'New')[1])
+        self.check('New')
+
+    def test_transient_errors_of_copies(self):
+        """Which may come with status 200."""
+        done = []
+
+        def fault(handler):
+            if handler.headers['x-amz-copy-source'] and len(done) < 2:
+                done.append(1)
+                handler.error(200 if len(done) == 1 else 503, 'InternalError')
+                return True
+        self.assertLess(self.pushed('New', fault=fault)[0], 6 * MIB)
+        self.assertEqual(len(done), 2)
+
+    def test_damaged_source(self):
+        """Where copies begin, what they hold is compared with the files."""
+        data, etag, headers = self.server.objects['some/prefix/Old.tgz']
+        at = data.index(b'data/test/\0')
+        other = data.replace(b'data/test/y\0', b'data/test/z\0')  # sound, but for its checksums
+        for name, bad in (('broken', data[:at] + b'D' + data[at + 1:]), ('another', other)):
+            with self.subTest(name):
+                self.server.objects = {'some/prefix/Old.tgz': (bad, etag, headers)}
+                sent, err = self.pushed('New')
+                self.assertGreater(sent, 33 * MIB)
+                self.assertIn('(what was copied is damaged)', err)
+
+    def test_another_push_is_faster(self):
+        def fault(handler):
+            if handler.headers['x-amz-copy-source']:
+                self.server.objects['some/prefix/New.tgz'] = self.server.objects['some/prefix/Old.tgz']
+        self.server.fault = fault
+        self.assertIn("another 'New' is in", self.etc('push', 'New', status=1)[1])
+        self.assertEqual(self.server.uploads, {})
+
+    def test_object_lock(self):
+        self.server.must_check = True
+        self.assertLess(self.pushed('New')[0], 11 * MIB)  # the first part twice, as this is learned by a refusal
+
+    def test_progress(self):
+        self.change('data/test/y', noise(11 * MIB, 4))
+        calls = []
+        etc.push('New', config=self.config(), progress=lambda done, total: calls.append((done, total)))
+        self.assertEqual(calls[0][0], 0)
+        self.assertEqual(calls, sorted(calls))
+        self.assertEqual(calls[-1][0], calls[-1][1])
+
+    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    def test_killed(self):
+        """At each request of a push: nothing, or all, is there, and the next push succeeds."""
+        self.pushed('New')
+        before = len(self.server.log)
+        self.server.objects.pop('some/prefix/New.tgz')
+        self.etc('push', 'New')
+        whole = self.server.objects['some/prefix/New.tgz'][0]
+        for number in range(1, len(self.server.log) - before + 1, 1 if RUNS > 1 else 3):
+            with self.subTest(number):
+                self.server.objects.pop('some/prefix/New.tgz', None)
+                self.server.uploads.clear()
+                left = [number]
+
+                def fault(handler):
+                    left[0] -= 1
+                    if left[0] == 0:
+                        process.kill()
+                self.server.fault = fault
+                process = self.spawn('push', 'New')
+                process.communicate()
+                self.server.fault = None
+                self.assertIn(self.server.objects.get('some/prefix/New.tgz', (None,))[0], (None, whole))
+                self.etc('push', 'New')
+                self.assertEqual(self.server.objects['some/prefix/New.tgz'][0], whole)
+
+
+class FilePushReuse(Versions, Case):
+    """What archives in a shared directory hold is copied there, and not packed."""
+
+    def pushed(self, *args):
+        err = self.etc('push', '-v', *args)[1]
+        self.check(args[-1])
+        return err
+
+    def test_another_version(self):
+        self.assertIn('; 35.7 MB were there already', self.pushed('New'))
+
+    def test_one_partition_changed(self):
+        for name, size in (('data/test/y', 11), ('data/train/x', 12), ('data/val/z', 11)):
+            with self.subTest(name):
+                self.change(name, noise(size * MIB, name))
+                self.etc('register', self.new, 'New' + name[5:7])
+                self.assertIn('; 2%s MB were there already' % ('3.1' if size == 12 else '4.1'), self.pushed('New' + name[5:7]))
+
+    def test_forced(self):
+        self.etc('register', '-f', self.new, 'Old')
+        self.assertIn('; 35.7 MB were there already', self.pushed('-f', 'Old'))
+
+    def test_damaged_source(self):
+        path = self.tmp / 'share/Old.tgz'
+        data = path.read_bytes()
+        at = data.index(b'data/test/\0')
+        path.write_bytes(data[:at] + b'D' + data[at + 1:])
+        self.assertIn('(what was copied is damaged)', self.pushed('New'))
+
+    def test_replaced_meanwhile(self):
+        for name, replace in (('replaced', lambda: os.utime(str(self.tmp / 'share/Old.tgz'), (1, 1))),
+                              ('removed', lambda: remove(self.tmp / 'share/Old.tgz'))):
+            with self.subTest(name):
+                said = []
+                handler = logging.Handler()
+                handler.emit = lambda record: said.append(record.getMessage())
+                logging.getLogger('etcetera').addHandler(handler)
+                logging.getLogger('etcetera').setLevel(logging.DEBUG)
+                etc.push('New', config=self.config(), progress=lambda done, total: replace() if done else None)
+                self.check('New')
+                self.assertIn('was replaced while it was read', ' '.join(said))
+                remove(self.tmp / 'share/New.tgz')
+                logging.getLogger('etcetera').removeHandler(handler)
 
 
 class Disks(Case):
