@@ -6831,13 +6831,30 @@ def _write_archive(
 # ---------------------------------------------------------------------------------------
 
 @_api
-def ls(remote: bool = False, config: Optional[Config] = None) -> List[str]:
-    """The names of the local datasets, or of those in the remote storage, sorted. Raises Error."""
+def ls(
+        remote: bool = False,
+        config: Optional[Config] = None,
+        patterns: Optional[Sequence[str]] = None,
+) -> List[str]:
+    """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
+
+    patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all.
+    """
+    if isinstance(patterns, str):
+        raise ConfigError("'patterns' must be a list")
     config = config or Config.load()
     if not remote:
-        return _Home(config.home).names()
+        return [name for name in _Home(config.home).names() if _matches(name, patterns)]
     with contextlib.closing(_open_remote(config)) as store:
-        return sorted(obj.name for obj in store.list())
+        return sorted(obj.name for obj in store.list() if _matches(obj.name, patterns))
+
+
+def _matches(name: str, patterns: Optional[Sequence[str]]) -> bool:
+    import fnmatch
+    try:
+        return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    except re.error:  # up to Python 3.11, from a range without characters, [z-a]
+        return False
 
 
 @_api
@@ -6927,11 +6944,12 @@ def _describe_remote(archive: _StoredArchive, with_readme: bool = False) -> Dict
 
 
 @_api
-def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
+def _list(remote: bool, config: Config, patterns: Optional[Sequence[str]] = None) -> List[Dict[str, Any]]:
     """As ls(), with what `etc ls -l` shows."""
     if not remote:
         home = _Home(config.home)
-        return [_describe_local(home, name, measure=False) for name in home.names()]
+        names = ls(config=config, patterns=patterns)
+        return [_describe_local(home, name, measure=False) for name in names]
 
     def describe(obj: _Object) -> Dict[str, Any]:
         try:
@@ -6941,7 +6959,7 @@ def _list(remote: bool, config: Config) -> List[Dict[str, Any]]:
             return _summary(obj.name, None, (), archive_size=obj.size, when=None)
 
     with contextlib.closing(_open_remote(config)) as store:
-        objects = sorted(store.list())
+        objects = sorted(obj for obj in store.list() if _matches(obj.name, patterns))
         with _threads(min(config.connections, len(objects) or 1)) as pool, store.cancelled_on_error():
             return list(_ordered(pool, describe, objects, 2 * config.connections))
 
@@ -7449,20 +7467,33 @@ def _add_ls(add: _AddCommand) -> None:
     command = add('', 'list datasets', _run_ls, [
         ('etc ls -r', 'what is shared'),
         ('etc ls', 'what is here'),
+        ("etc ls -r 'MNIST*'", 'whose names match'),
         ('etc ls -l', 'with size, files, when and digest')])
+    command.add_argument('patterns', nargs='*', metavar='PATTERN', help='only names that match, with *, ? and [...]')
+    command.completes = 'local'
     _add_remote(command)
     command.add_argument('-l', '--long', action='store_true', help='with size, files, when and digest')
     _add_json(command)
 
 
 def _run_ls(args: Any, _: None, config: Config) -> None:
+    patterns = args.patterns or None
+    is_short = not (args.long or args.json)
+    summaries = [] if is_short else _list(args.remote, config, patterns)
+    names = ls(args.remote, config, patterns) if is_short else [summary['name'] for summary in summaries]
     if args.json:
-        _print(json.dumps(_list(args.remote, config), indent=1))
+        _print(json.dumps(summaries, indent=1))
     elif args.long:
-        _print_list(_list(args.remote, config))
+        _print_list(summaries)
     else:
-        for name in ls(args.remote, config):
+        for name in names:
             _print(name)
+    unmatched = [pattern for pattern in args.patterns if not any(_matches(name, [pattern]) for name in names)]
+    if unmatched:
+        where = f"in {_masked(config.url or '')}" if args.remote else 'here'
+        raise NotFound(f"no dataset {where} matches {' or '.join(map(repr, map(_masked, unmatched)))}",
+                       'use --url for a URL' if '://' in unmatched[0] else
+                       _did_you_mean(unmatched[0], ls(args.remote, config)))
 
 
 def _add_pull(add: _AddCommand) -> None:
@@ -7764,8 +7795,11 @@ def _arguments(argv: List[str]) -> Any:
     parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
     command = parser.commands.choices.get(args.command, parser)
-    if rest and getattr(args, 'partitions', None) and not any(word.startswith('-') for word in rest):
+    has_names = rest and not any(word.startswith('-') for word in rest)  # after a flag, where argparse expects none
+    if has_names and getattr(args, 'partitions', None):
         args.partitions += rest  # as in `etc pull NAME -p ONE TWO`
+    elif has_names and args.command == 'ls':
+        args.patterns += rest
     elif rest:
         unknown = next((word for word in rest if word.startswith('-')), rest[0])
         command.fail(f"'{command.prog}' takes no '{unknown}'", _did_you_mean(unknown, command.flags))

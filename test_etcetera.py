@@ -2100,6 +2100,8 @@ class RemoteSuite:
         self.assertEqual((found['meta'], found['readme']), ({'classes': 10}, '# Small\n'))
         self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
         self.assertFalse((self.tmp / 'fresh').exists())
+        self.assertEqual(self.etc('ls', '-r', 'a*')[0], 'a.b-c_d\n')
+        self.assertEqual(etc.ls(True, self.config(), ['O?e', 'nope']), ['One'])
         self.assertIn("did you mean 'One'", self.etc('pull', 'Onne', status=1)[1])
         self.assertIn("no dataset 'Nope' in", self.etc('info', '-r', 'Nope', status=1)[1])
 
@@ -5809,7 +5811,8 @@ class Links(S3Case):
                 ('info of a small dataset', ['info', '-r', 'X'], ['GET']),
                 ('info of a large dataset', ['info', '-r', 'Large'], ['GET', 'GET']),
                 ('pull of a small dataset', ['--home', self.tmp / 'two', 'pull', 'X'], ['GET']),
-                ('list', ['ls', '-r'], ['GET']), ('long list', ['ls', '-r', '-l'], ['GET'] * 3)):
+                ('list', ['ls', '-r'], ['GET']), ('long list', ['ls', '-r', '-l'], ['GET'] * 3),
+                ('part of the list', ['ls', '-r', '--json', 'L*'], ['GET'] * 2)):
             with self.subTest(what):
                 self.server.log.clear()
                 self.server.sent = 0
@@ -7880,7 +7883,7 @@ class Places(Hush, S3Case):
                         (['register', word], 1, 'no directory'), (['register', word, 'Y'], 1, 'no directory'),
                         (['register', 'ds', word], 1, name), (['register', 'ds', 'as', word], 1, name),
                         (['register', word, 'ds'], 1, 'no directory'),
-                        ([word], 2, command), (['ls', word], 2, usage), (['pull', 'X', '--ulr=' + word], (1, 2), usage + '|' + name),
+                        ([word], 2, command), (['ls', word], 1, 'no dataset here matches '), (['pull', 'X', '--ulr=' + word], (1, 2), usage + '|' + name),
                         (['pull', 'X', '--force=' + word], 2, 'argument -f/--force'), (['--' + word], 2, usage + '|' + command),
                         (['-x' + word], 2, usage + '|' + command),
                         (['--co=' + word, 'ls'], (1, 2), file + '|' + usage),
@@ -8088,7 +8091,10 @@ class Mistakes(Case):
             (['frobnicate'], 2, "no command 'frobnicate'; 'etc -h' shows how"),
             (['pull'], 2, "'etc pull' needs NAME; 'etc pull -h' shows how"),
             (['pull', 'MNIST', '--forse'], 2, "'etc pull' takes no '--forse'; did you mean '--force'? 'etc pull -h' shows how"),
-            (['ls', 'MNIST'], 2, "'etc ls' takes no 'MNIST'; 'etc ls -h' shows how"),
+            (['info', 'MNIST', 'X'], 2, "'etc info' takes no 'X'; 'etc info -h' shows how"),
+            (['ls', '-l', 'MNITS'], 1, "no dataset here matches 'MNITS'; did you mean 'MNIST'?"),
+            (['ls', '-r', 'mnist', 'x*'], 1, "no dataset in %s matches 'mnist' or 'x*'; did you mean 'MNIST'?" % share),
+            (['ls', '-r', 's3://bucket/'], 1, "no dataset in %s matches 's3://bucket/'; use --url for a URL" % share),
             (['register', 'a', 'b', 'c'], 2, "register takes DIR, DIR NAME or DIR as NAME; 'etc register -h' shows how"),
             (['pull', 'MNITS'], 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
             (['pull', 'mnist'], 1, "no dataset 'mnist' in %s; did you mean 'MNIST'?" % share),
@@ -8182,6 +8188,26 @@ class People(Case):
         receipt.write_text(json.dumps(dict(json.loads(receipt.read_text()), when=when)))
         self.assertIn('  3 days ago  ', self.etc('ls', '-l')[0])
 
+    def test_patterns(self):
+        for name in ('MNIST', 'MNIST-small', 'svhn', 'CIFAR'):
+            etc.create(name, config=self.config())
+        for patterns, names in ((['MNIST*'], ['MNIST', 'MNIST-small']), (['*-small', '[a-z]*'], ['MNIST-small', 'svhn']),
+                                (['?????', 'svhn'], ['CIFAR', 'MNIST', 'svhn']), (['[!M]*'], ['CIFAR', 'svhn'])):
+            with self.subTest(patterns):
+                self.assertEqual(etc.ls(patterns=patterns, config=self.config()), names)
+                self.assertEqual(self.etc('ls', *patterns)[0].split(), names)
+                listed = self.etc('ls', *(patterns[:1] + ['--json'] + patterns[1:]))[0]
+                self.assertEqual([item['name'] for item in json.loads(listed)], names)
+                self.assertEqual([line.split()[0] for line in self.etc('ls', '-l', *patterns)[0].splitlines()], names)
+        for patterns in ([], ['M'], ['mnist'], ['[z-a]'], ['[']):
+            with self.subTest(patterns):
+                self.assertEqual(etc.ls(patterns=patterns, config=self.config()), [])
+        with self.assertRaisesRegex(etc.ConfigError, "'patterns' must be a list"):
+            etc.ls(patterns='MNIST*', config=self.config())
+        out, err = self.etc('ls', 'svhn', 'nope*', status=1)  # what matches is shown
+        self.assertEqual((out, err), ('svhn\n', "etc: no dataset here matches 'nope*'\n"))
+        self.assertEqual(self.etc('ls', '--json', '[', status=1)[0], '[]\n')
+
     def test_info(self):
         root = write(self.tmp / 'ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': '\n'.join(map(str, range(50)))})
         self.etc('register', '--copy', root, 'X')
@@ -8272,6 +8298,7 @@ class Completion(Case):
         self.assertEqual(self.words('--home', home, 'purge', ''), ['Alpha', 'Beta'])
         self.assertEqual(self.words('--home', home, 'purge', 'Alpha', ''), ['Beta'])
         self.assertEqual(self.words('completion', 'z'), ['zsh'])
+        self.assertEqual(self.words('--home', home, 'ls', 'A'), ['Alpha'])
         for words in (['--home', ''], ['register', ''], ['pull', ''], ['--url', 'http://127.0.0.1:9', 'pull', ''],
                       ['--config', '/nowhere', 'push', '']):
             with self.subTest(words):
