@@ -138,8 +138,8 @@ from typing import (
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.0.0'
-__all__ = ['Config', 'Dataset', 'create', 'dataset', 'info', 'ls', 'pull', 'purge', 'push', 'register', 'verify',
-           'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
+__all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull', 'purge', 'push', 'register',
+           'verify', 'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
            'UnknownPartition']
 
 _Path = Union[str, 'os.PathLike[str]']
@@ -997,6 +997,9 @@ class _Segment(NamedTuple):
         """The name of the partition; None if it is another segment."""
         return self.path[5:] if self.path.startswith('data/') else None
 
+    def amount(self) -> Dict[str, int]:
+        return {'files': self.files, 'size': self.size}
+
     def to_json(self) -> Dict[str, Any]:
         """As indexes and receipts hold it."""
         return {'path': self.path, 'offset': self.offset, 'length': self.length, 'files': self.files,
@@ -1013,6 +1016,11 @@ class _Segment(NamedTuple):
         if not _is_utf8(fields[0]) or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
             raise _Malformed
         return cls(*fields)
+
+
+def _segment_order(path: str) -> Tuple[int, str]:
+    """What segments are sorted by."""
+    return (0, '') if path == '.' else (1 + path.count('/'), path)
 
 
 # Names are text in UTF-8 everywhere but on disk, where the locale decides (Python 3.6 with LANG=C reads ASCII only).
@@ -2070,15 +2078,14 @@ def _check_order(segments: List[_Segment], end: int) -> None:
         if segment.offset != offset or segment.length <= 0 or segment.files < 0 or segment.size < 0:
             raise _Malformed
         offset += segment.length
+        order.append(_segment_order(segment.path))
         if segment.path == '.':
-            order.append((0, ''))
             continue
         if not _is_safe(segment.path):
             raise _Malformed
         parts = segment.path.split('/')
         if len(parts) > 2 or (len(parts) == 2) != (parts[0] == 'data'):
             raise _Malformed
-        order.append((len(parts), segment.path))
     if order[:1] != [(0, '')] or order != sorted(set(order)) or offset > end:
         raise _Malformed
 
@@ -6899,8 +6906,7 @@ def _summary(
     if segments:
         summary['files'] = sum(segment.files for segment in segments)
         summary['size'] = sum(segment.size for segment in segments)
-        summary['partitions'] = {segment.partition: {'files': segment.files, 'size': segment.size}
-                                 for segment in segments if segment.partition}
+        summary['partitions'] = {segment.partition: segment.amount() for segment in segments if segment.partition}
     summary.update(more)
     return summary
 
@@ -6969,6 +6975,11 @@ def _not_installed_error(home: _Home, name: str, remedy: str = '') -> NotFound:
                     _did_you_mean(name, home.names()) or remedy or f"'etc pull {name}' would fetch it")
 
 
+def _partial_error(name: str, missing: Iterable[str]) -> NotFound:
+    return NotFound(f"'{name}' is only partly installed, without {', '.join(missing)}",
+                    f"'etc pull {name}' fetches the rest")
+
+
 def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
     """Raises Corrupt if NAME@sha256:... insists on other contents."""
     if pin and digest != pin:
@@ -6978,6 +6989,115 @@ def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
 def _check_partitions(partitions: Optional[Sequence[str]]) -> None:
     if isinstance(partitions, str) or partitions is not None and not partitions:
         raise InvalidDataset('partitions must be a list of one or more names')
+
+
+@_api
+def diff(
+        a: str,
+        b: str,
+        remote: Union[bool, Tuple[bool, bool]] = False,
+        files: bool = False,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+) -> Dict[str, Any]:
+    """How dataset `b` differs from dataset `a`, without downloading any data.
+
+    a, b: NAME, or NAME@sha256:... to insist on these contents. Of a partial dataset, what is not installed counts, too.
+    remote: whether they are in the remote storage: both, or a pair, such as (False, True) for `b` alone.
+    files: compare the files, too, which takes two local datasets. progress: as for info(), for each of these readings.
+    Keys: equal; a, b ({'name', 'remote', 'digest'}); segments ({path: {'status', 'a', 'b'}}), with the path '.' for the
+    root's files, a directory, or data/<partition>, the status 'same', 'differs', 'new' (not in `a`) or 'gone' (not in
+    `b`), a and b {'files', 'size'} or None; files, if compared, alike, with {'size', 'link', 'executable'} or None, but
+    only what is not the same. Raises NotFound, Corrupt if a digest is another one, and other Errors.
+    """
+    config = config or Config.load()
+    remotes = (remote, remote) if isinstance(remote, bool) else remote
+    if files and any(remotes):
+        raise ConfigError('only local datasets can be compared file by file', 'pull the remote one first')
+    home = _Home(config.home)
+    sides = [('a', *_parse_name(a), remotes[0]), ('b', *_parse_name(b), remotes[1])]
+    for _, name, _, is_remote in sides:
+        if not is_remote and not home.has(name):
+            raise _not_installed_error(home, name)
+    found: Dict[str, Any] = {'equal': None, 'a': None, 'b': None}
+    known: Dict[str, Dict[str, _Segment]] = {}
+    for side, name, pin, is_remote in sorted(sides, key=lambda item: not item[3]):  # first what takes no time
+        segments = _remote_segments(config, name) if is_remote else _local_segments(home, name, progress)
+        known[side] = {segment.path: segment for segment in segments}
+        found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
+        _check_pin(name, pin, found[side]['digest'])
+    found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path), _Segment.amount,
+                                         lambda one, other: one.digest == other.digest)
+                         for path in sorted({**known['a'], **known['b']}, key=_segment_order)}
+    unlike = [path for path, row in found['segments'].items() if row['status'] != 'same']
+    found['equal'] = not unlike
+    total = sum(known['a'][path].size for path in unlike if path in known['a'])
+    found['files'] = _compare_files(home, [name for _, name, _, _ in sides], unlike, progress, total) if files else None
+    return found
+
+
+def _remote_segments(config: Config, name: str) -> Sequence[_Segment]:
+    with contextlib.closing(_open_remote(config)) as store:
+        archive = _find(store, name)
+    if not archive.segments:
+        raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
+                    f"run 'etc pull {name}', and compare what that installs")
+    return archive.segments
+
+
+def _local_segments(home: _Home, name: str, progress: _Progress) -> Sequence[_Segment]:
+    """Of the whole dataset, from its receipt; otherwise from the files, and of what is not installed from the receipt.
+    """
+    _, receipt = home.open(name, progress)
+    if receipt and not receipt.is_touched:
+        return receipt.segments
+    known = [segment for segment in receipt.segments if segment.path not in receipt.installed] if receipt else []
+    known += _digest_segments(home.path(name), progress=progress)
+    return sorted({segment.path: segment for segment in known}.values(), key=lambda one: _segment_order(one.path))
+
+
+def _contrast(a: Any, b: Any, describe: Callable[[Any], Any], is_same: Callable[[Any, Any], bool]) -> Dict[str, Any]:
+    """What diff() tells of what has one path in both datasets; None where there is nothing."""
+    status = 'new' if a is None else 'gone' if b is None else 'same' if is_same(a, b) else 'differs'
+    return {'status': status, 'a': None if a is None else describe(a), 'b': None if b is None else describe(b)}
+
+
+def _compare_files(
+        home: _Home,
+        names: Sequence[str],
+        paths: Sequence[str],
+        progress: _Progress,
+        total: int,
+) -> Dict[str, Any]:
+    """What diff() tells of files in these segments of two local datasets. total: bytes of them in the first one."""
+    import heapq
+    listings = []
+    for name in names:
+        receipt = home.receipt(name)
+        known = [segment.path for segment in receipt.segments if segment.path in paths] if receipt else []
+        if receipt and receipt.missing(known):
+            raise _partial_error(name, receipt.missing(known))
+        listings.append(dict(_segments(home.path(name), paths)))
+
+    def pairs() -> Iterator[Tuple[str, Optional[_Entry], Optional[_Entry]]]:  # of millions, which it does not keep
+        for path in paths:
+            both = [zip(itertools.repeat(side), listing.get(path, ())) for side, listing in enumerate(listings)]
+            merged = heapq.merge(*both, key=lambda item: item[1].name.rstrip('/').split('/'))
+            for name, items in itertools.groupby(merged, lambda item: item[1].name):
+                pair = dict(items)
+                yield name, pair.get(0), pair.get(1)
+
+    def describe(entry: _Entry) -> Dict[str, Any]:
+        return {'size': None if entry.kind == _DIRECTORY else entry.size, 'link': entry.link or None,
+                'executable': entry.kind == _FILE and entry.mode == 0o755}
+
+    def is_same(a: _Entry, b: _Entry) -> bool:
+        spans = ((start, min(start + _BLOCK, a.size)) for start in range(0, a.size, _BLOCK))
+        return a[:-1] == b[:-1] and all(_read_file(a, *span) == _read_file(b, *span) for span in spans)
+
+    compared = _reported(pairs(), lambda item: item[1].size if item[1] else 0, progress, total)
+    rows = ((name, _contrast(a, b, describe, is_same)) for name, a, b in compared)
+    return {name: row for name, row in rows if row['status'] != 'same'}
 
 
 @_api
@@ -7014,8 +7134,7 @@ def dataset(
     for partition in partitions or ():
         local[partition]  # raises UnknownPartition
     if missing:
-        raise NotFound(f"'{bare}' is only partly installed, without {', '.join(missing)}",
-                       f"'etc pull {bare}' fetches the rest")
+        raise _partial_error(bare, missing)
     return local
 
 
@@ -7348,7 +7467,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
 
         what = ''
         examples: Sequence[Tuple[str, str]] = ()
-        completes = ''  # whether its arguments are 'local' or 'remote' names
+        completes = ''  # whether its arguments are 'local', 'remote' or, with -r before each remote one, 'either' names
         commands: Any  # argparse's action that holds the commands
 
         def __init__(self, **kwargs: Any) -> None:
@@ -7395,10 +7514,13 @@ def _add_command(
         name: str,
         words: str,
         what: str,
-        run: Callable[..., None],
+        run: Callable[..., Optional[int]],
         examples: Sequence[Tuple[str, str]],
 ) -> Any:
-    """Add a command. words: its arguments. what: it does. run: does it, with (args, name, config)."""
+    """Add a command. words: its arguments. what: it does. run: does it, with (args, name, config).
+
+    run() may return an exit status.
+    """
     lines = [f'  {example:33}  {note}'.rstrip() for example, note in examples]
     command = commands.add_parser(
         name, help=what, usage=f'etc {name} {words} [options]'.replace('  ', ' '),
@@ -7464,7 +7586,7 @@ def _run_push(args: Any, name: str, config: Config) -> None:
 
 
 def _add_ls(add: _AddCommand) -> None:
-    command = add('', 'list datasets', _run_ls, [
+    command = add('[PATTERN...]', 'list datasets', _run_ls, [
         ('etc ls -r', 'what is shared'),
         ('etc ls', 'what is here'),
         ("etc ls -r 'MNIST*'", 'whose names match'),
@@ -7531,6 +7653,38 @@ def _run_info(args: Any, name: str, config: Config) -> None:
         _print_info(summary)
 
 
+def _add_diff(add: _AddCommand) -> None:
+    import argparse
+
+    class Side(argparse.Action):
+        """Keeps the names in the order in which they were typed, with -r or without."""
+
+        def __call__(self, parser: Any, args: Any, values: Any, flag: Optional[str] = None) -> None:
+            args.sides += tuple((name, flag is not None) for name in values)
+
+    command = add('[-r] A [-r] B', 'show what of a dataset is the same, differs, is new or gone', _run_diff, [
+        ('etc diff MNIST -r MNIST', 'what is here, and what is shared'),
+        ('etc diff -r MNIST -r MNIST2', 'both are remote'),
+        ('etc diff --files MNIST MNIST2', 'file by file')])
+    command.set_defaults(sides=())
+    command.add_argument('sides', nargs='*', action=Side, default=(), metavar='NAME', help='a local dataset')
+    command.add_argument('-r', '--remote', nargs=1, action=Side, dest='sides', default=(), metavar='NAME',
+                         help='a remote dataset, for which nothing but its index is read')
+    command.add_argument('--files', action='store_true', help='each file that is not the same, of two local datasets')
+    command.completes = 'either'
+    _add_json(command)
+
+
+def _run_diff(args: Any, _: None, config: Config) -> int:
+    (a, is_a_remote), (b, is_b_remote) = args.sides
+    found = diff(a, b, (is_a_remote, is_b_remote), args.files, config, _meter(f'comparing {a} with {b}'))
+    if args.json and not args.quiet:
+        _print(json.dumps(found, indent=1))
+    elif not args.quiet:
+        _print_diff(found)
+    return 0 if found['equal'] else 1
+
+
 def _add_verify(add: _AddCommand) -> None:
     command = add('NAME...', 'read all files again and compare them with the digest', _run_verify, [
         ('etc verify MNIST', ''),
@@ -7584,6 +7738,7 @@ _COMMANDS: Dict[str, Callable[[_AddCommand], None]] = {  # in the order of a fir
     'ls': _add_ls,
     'pull': _add_pull,
     'info': _add_info,
+    'diff': _add_diff,
     'verify': _add_verify,
     'create': _add_create,
     'purge': _add_purge,
@@ -7634,23 +7789,48 @@ def _print_list(summaries: List[Dict[str, Any]]) -> None:
         if is_terminal and summary['digest']:
             digest = digest[:19]
         rows.append((summary['name'], _size(summary['size']), files, _ago(summary['when']), _printable(digest)))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, size, files, when, digest in rows:
-        _print('  '.join([name.ljust(widths[0]), size.rjust(widths[1]), files.rjust(widths[2]), when.ljust(widths[3]),
-                          digest]))
+    _print_columns(rows, right=(1, 2))
+
+
+def _print_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """right: the columns whose text is aligned there. What is in the last one may have any length."""
+    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
+    for row in rows:
+        cells = [text.rjust(width) if index in right else text.ljust(width)
+                 for index, (text, width) in enumerate(zip(row, widths))]
+        _print('  '.join([*cells, row[-1]]))
+
+
+def _print_diff(found: Dict[str, Any]) -> None:
+    """In columns: of the files that differ, if they were compared, otherwise of all segments."""
+    def cell(side: Optional[Dict[str, Any]]) -> str:
+        if side is None or 'files' in side:
+            return _amount(side) if side else '-'
+        if side['link']:
+            return _printable('-> ' + side['link'])
+        size = 'directory' if side['size'] is None else _size(side['size'])
+        return size + (', executable' if side['executable'] else '')
+
+    rows = [(row['status'], cell(row['a']), cell(row['b']), _printable(path))
+            for path, row in (found['segments'] if found['files'] is None else found['files']).items()]
+    if rows and sys.stdout is not None and sys.stdout.isatty():
+        names = [('-r ' if found[side]['remote'] else '') + found[side]['name'] for side in 'ab']
+        rows.insert(0, ('STATUS', names[0], names[1], 'PATH'))
+    _print_columns(rows)
+
+
+def _amount(counted: Dict[str, Any]) -> str:
+    return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}"
 
 
 def _print_info(summary: Dict[str, Any]) -> None:
     def line(key: str, value: str) -> None:
         _print(f'{key:11} {_printable(value)}')
 
-    def amount(counted: Dict[str, Any]) -> str:
-        return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}"
-
     line('name', summary['name'])
     line('digest', summary['digest'] or '- (packed by another tool; pull it to learn more)')
     if summary['files'] is not None:
-        line('size', amount(summary) + (' (partly installed)' if summary.get('partial') else ''))
+        line('size', _amount(summary) + (' (partly installed)' if summary.get('partial') else ''))
     if 'archive_size' in summary:
         line('archive', _size(summary['archive_size']))
     for key, label in (('root', 'root'), ('source', 'from')):
@@ -7660,7 +7840,7 @@ def _print_info(summary: Dict[str, Any]) -> None:
         line('when', f"{_ago(summary['when'])} ({summary['when']})")
     label = 'partitions'
     for name, partition in (summary['partitions'] or {}).items():
-        line(label, f'{name}: {amount(partition)}')
+        line(label, f'{name}: {_amount(partition)}')
         label = ''
     if summary.get('meta'):
         meta = json.dumps(summary['meta'], ensure_ascii=False)
@@ -7766,6 +7946,9 @@ def _completions(words: Sequence[str]) -> List[str]:
     elif command.completes:
         is_remote = command.completes == 'remote' or bool({'-r', '--remote'} & set(before))
         place = {flag[2:]: value for flag, value in zip(before, before[1:]) if flag in parser.flags_with_value}
+        if command.completes == 'either':
+            is_remote = before[-1] in ('-r', '--remote')
+            before = []  # both names may be the same
         known = _names_in_time(is_remote, place)
     return [word for word in known if word.startswith(last) and word not in before]
 
@@ -7800,6 +7983,8 @@ def _arguments(argv: List[str]) -> Any:
         args.partitions += rest  # as in `etc pull NAME -p ONE TWO`
     elif has_names and args.command == 'ls':
         args.patterns += rest
+    elif has_names and args.command == 'diff':
+        args.sides += tuple((name, False) for name in rest)
     elif rest:
         unknown = next((word for word in rest if word.startswith('-')), rest[0])
         command.fail(f"'{command.prog}' takes no '{unknown}'", _did_you_mean(unknown, command.flags))
@@ -7811,6 +7996,11 @@ def _arguments(argv: List[str]) -> Any:
         if len(args.words) > 2 or args.words[1:] == ['as']:
             command.fail('register takes DIR, DIR NAME or DIR as NAME')
         args.words = (args.words + [None])[:2]
+    if args.command == 'diff':
+        if len(args.sides) != 2:
+            command.fail("diff takes two names, and '-r' before one that is remote")
+        if args.files and any(is_remote for _, is_remote in args.sides):
+            command.fail("'--files' takes two local datasets", 'pull the remote one first;')
     try:
         if getattr(args, 'partitions', None):
             args.partitions = [_from_os(partition) for partition in args.partitions]
@@ -7830,7 +8020,7 @@ def _run(argv: List[str]) -> int:
         config = Config.load(args.config, url=args.url, home=args.home)
         for name in args.names:
             try:
-                args.run(args, name, config)
+                status = args.run(args, name, config) or status
                 if sys.stdout is not None:
                     sys.stdout.flush()
             except Error as e:

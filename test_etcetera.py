@@ -196,7 +196,7 @@ class Case(unittest.TestCase):
             except SystemExit as e:
                 code = e.code
         self.assertIn(code, (0, 1) if status is None else (status,), out.getvalue() + err.getvalue())
-        if code == 1:
+        if code == 1 and (err.getvalue() or 'diff' not in args):  # which tells by it that there are differences
             last = err.getvalue().splitlines()[-1]
             self.assertTrue(last.startswith('etc: ') and 'Traceback' not in err.getvalue(), err.getvalue())
         return out.getvalue(), err.getvalue()
@@ -2279,6 +2279,8 @@ class RemoteSuite:
         self.put('X.tgz', (self.tmp / 'X.tgz').read_bytes())
         found = etc.info('X', remote=True, config=self.config())
         self.assertEqual([found[key] for key in ('digest', 'files', 'size', 'partitions', 'meta', 'readme')], [None] * 6)
+        self.assertIn("'X' in %s was packed by another tool, and has no index to compare; run 'etc pull X', and compare what that "
+                      'installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
         self.assertEqual(tree(etc.pull('X', partitions=['test'], config=self.config()).root), tree(root))
         self.assertIn('identical', self.etc('pull', 'X')[1])
         self.etc('pull', '-f', 'X@' + etc.Dataset(root).digest)
@@ -2289,6 +2291,24 @@ class RemoteSuite:
         self.assertIn('push -f', self.etc('push', 'X', home='another', status=1)[1])
         self.etc('push', '-f', 'X')
         self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], etc.Dataset(root).digest)
+
+    def test_diff(self):
+        root = small(self.tmp / 'ds')
+        self.share(root)
+        self.assertEqual(self.etc('diff', '-r', 'X', 'X', '-q'), ('', ''))
+        write(root, {'data/train/new': 'new'})
+        self.etc('register', root, 'Y')
+        self.etc('push', 'Y')
+        rows = [line.split() for line in self.etc('diff', '-r', 'X', '-r', 'Y', status=1)[0].splitlines()]
+        self.assertEqual([(row[0], row[-1]) for row in rows],
+                         [('same', '.'), ('same', 'assets'), ('same', 'data/test'), ('differs', 'data/train')])
+        found = etc.diff('X', 'Y', remote=(True, False), config=self.config())
+        self.assertEqual(found, dict(etc.diff('X', 'Y', remote=True, config=self.config()), b=dict(found['b'], remote=False)))
+        self.assertEqual((found['equal'], found['segments']['data/train']), (
+            False, {'status': 'differs', 'a': {'files': 2, 'size': 5006}, 'b': {'files': 3, 'size': 5009}}))
+        self.etc('pull', '-p', 'test', 'X', home='two')
+        self.etc('diff', 'X', '-r', 'X', home='two')  # what a receipt knows of the whole
+        self.assertIn("no dataset 'Z' in", self.etc('diff', 'X', '-r', 'Z', status=1)[1])
 
     def test_killed_push(self):
         write(self.tmp / 'share', {'.': None})  # a push that is killed early may not have made it
@@ -5811,6 +5831,8 @@ class Links(S3Case):
                 ('info of a small dataset', ['info', '-r', 'X'], ['GET']),
                 ('info of a large dataset', ['info', '-r', 'Large'], ['GET', 'GET']),
                 ('pull of a small dataset', ['--home', self.tmp / 'two', 'pull', 'X'], ['GET']),
+                ('diff of here and there', ['diff', 'X', '-r', 'X'], ['GET']),
+                ('diff of large ones', ['diff', '-r', 'Large', '-r', 'Large'], ['GET', 'GET']),
                 ('list', ['ls', '-r'], ['GET']), ('long list', ['ls', '-r', '-l'], ['GET'] * 3),
                 ('part of the list', ['ls', '-r', '--json', 'L*'], ['GET'] * 2)):
             with self.subTest(what):
@@ -7878,12 +7900,13 @@ class Places(Hush, S3Case):
                 word = template % secret
                 for words, status, says in (
                         (['pull', word], 1, name), (['pull', 'X', word], 1, name), (['push', word], 1, name), (['info', word], 1, name),
-                        (['info', '-r', word], 1, name),
+                        (['info', '-r', word], 1, name), (['diff', 'X', word], 1, name), (['diff', '-r', word, 'X'], 1, name),
+                        (['diff', 'X', 'X', word], 2, 'diff takes two names'), (['ls', word], 1, 'no dataset here matches '),
                         (['purge', word], 1, name), (['verify', word], 1, name), (['create', word], 1, name),
                         (['register', word], 1, 'no directory'), (['register', word, 'Y'], 1, 'no directory'),
                         (['register', 'ds', word], 1, name), (['register', 'ds', 'as', word], 1, name),
                         (['register', word, 'ds'], 1, 'no directory'),
-                        ([word], 2, command), (['ls', word], 1, 'no dataset here matches '), (['pull', 'X', '--ulr=' + word], (1, 2), usage + '|' + name),
+                        ([word], 2, command), (['pull', 'X', '--ulr=' + word], (1, 2), usage + '|' + name),
                         (['pull', 'X', '--force=' + word], 2, 'argument -f/--force'), (['--' + word], 2, usage + '|' + command),
                         (['-x' + word], 2, usage + '|' + command),
                         (['--co=' + word, 'ls'], (1, 2), file + '|' + usage),
@@ -8000,7 +8023,10 @@ class Progress(Case):
         self.assertTrue(0 < self.told(etc.pull, 'X', partitions=['empty'], home='three') < 4096)
         self.assertTrue(archive - 8192 < self.told(etc.dataset, 'X', True, home='three') < archive)
         self.assertEqual(self.told(etc.verify, 'X', home='two'), size)
+        self.assertEqual(self.told(etc.diff, 'X', 'X', (True, False)), size)  # registered here, so it must be read
         self.assertEqual(self.told(etc.register, root, 'Y', copy=True), size)
+        etc.register(small(self.tmp / 'small'), 'Z', copy=True, config=self.config())
+        self.assertEqual(self.told(etc.diff, 'Y', 'Z', files=True), size)
         for kept in ('two', 'three'):
             with self.subTest(kept):
                 self.assertEqual(tree(self.tmp / kept / 'X'), tree(root))
@@ -8092,6 +8118,10 @@ class Mistakes(Case):
             (['pull'], 2, "'etc pull' needs NAME; 'etc pull -h' shows how"),
             (['pull', 'MNIST', '--forse'], 2, "'etc pull' takes no '--forse'; did you mean '--force'? 'etc pull -h' shows how"),
             (['info', 'MNIST', 'X'], 2, "'etc info' takes no 'X'; 'etc info -h' shows how"),
+            (['diff', 'MNIST'], 2, "diff takes two names, and '-r' before one that is remote; 'etc diff -h' shows how"),
+            (['diff', 'MNIST', '-r'], 2, "argument -r/--remote: expected 1 argument; 'etc diff -h' shows how"),
+            (['diff', 'MNIST', '-r', 'MNIST', '--files'], 2,
+             "'--files' takes two local datasets; pull the remote one first; 'etc diff -h' shows how"),
             (['ls', '-l', 'MNITS'], 1, "no dataset here matches 'MNITS'; did you mean 'MNIST'?"),
             (['ls', '-r', 'mnist', 'x*'], 1, "no dataset in %s matches 'mnist' or 'x*'; did you mean 'MNIST'?" % share),
             (['ls', '-r', 's3://bucket/'], 1, "no dataset in %s matches 's3://bucket/'; use --url for a URL" % share),
@@ -8149,7 +8179,7 @@ class Mistakes(Case):
             self.assertEqual(etc.main([]), 2)
         whole = self.etc('-h')[0]
         commands = re.findall(r'^    (\w+) +\w', whole, re.M)
-        self.assertEqual(len(commands), 9)
+        self.assertEqual(len(commands), 10)
         for command in commands:
             with self.subTest(command):
                 shown = self.etc(command, '-h')[0]
@@ -8218,6 +8248,203 @@ class People(Case):
         self.assertIn('size|1.64 kB in 3 files', lines)
         self.assertEqual(lines[-2:], ['partitions|test: 0 B in 1 file', '|train: 1.5 kB in 1 file'])
         self.assertEqual(readme, '\n'.join(map(str, range(20))) + '\n... (30 more lines of README.md)\n')
+
+
+class Diff(Case):
+    """Of local datasets; RemoteSuite compares remote ones."""
+
+    def registered(self, name, files, base=None):
+        root = self.tmp / 'ds' / name
+        if base:
+            shutil.copytree(str(self.tmp / 'ds' / base), str(root), symlinks=True)
+        self.etc('register', '-f', write(root, files), name)
+        return root
+
+    def statuses(self, *args, **kwargs):
+        """As {path: status}, from the columns and from the JSON."""
+        out, _ = self.etc('diff', *args, **kwargs)
+        found = json.loads(self.etc('diff', '--json', *args, **kwargs)[0])
+        rows = found['segments' if found['files'] is None else 'files']
+        statuses = {re.split('  +', line)[-1]: line.split()[0] for line in out.splitlines()}
+        self.assertEqual(statuses, {etc._printable(path): row['status'] for path, row in rows.items()})
+        self.assertEqual(found['equal'], not kwargs.get('status'))
+        return statuses
+
+    def test_segments(self):
+        self.registered('A', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r', 'assets/a': 'a', '+/p': 'p'})
+        b = self.registered('B', {'data/train/x': 'other', 'data/val/v': '', 'more/m': 'm'}, base='A')
+        shutil.rmtree(str(b / 'data/test'))
+        shutil.rmtree(str(b / '+'))
+        self.assertEqual(self.etc('diff', 'A', 'B', status=1), (
+            'same     1 B in 1 file  1 B in 1 file  .\n'
+            'gone     1 B in 1 file  -              +\n'
+            'same     1 B in 1 file  1 B in 1 file  assets\n'
+            'new      -              1 B in 1 file  more\n'
+            'gone     1 B in 1 file  -              data/test\n'
+            'differs  1 B in 1 file  5 B in 1 file  data/train\n'
+            'new      -              0 B in 1 file  data/val\n', ''))
+        found = json.loads(self.etc('diff', 'A', 'B', '--json', status=1)[0])
+        one = {'files': 1, 'size': 1}
+        self.assertEqual(found, etc.diff('A', 'B', config=self.config()))
+        self.assertEqual(list(found), ['equal', 'a', 'b', 'segments', 'files'])
+        self.assertEqual((found['equal'], found['files'], found['a']), (
+            False, None, {'name': 'A', 'remote': False, 'digest': etc.Dataset(self.tmp / 'ds/A').digest}))
+        self.assertEqual(found['segments']['assets'], {'status': 'same', 'a': one, 'b': one})
+        self.assertEqual(found['segments']['+'], {'status': 'gone', 'a': one, 'b': None})
+        self.assertEqual(found['segments']['more'], {'status': 'new', 'a': None, 'b': one})
+        self.assertEqual(set(self.statuses('A', 'A').values()), {'same'})
+
+    def test_files(self):
+        self.registered('A', {'data/train/%s' % name: content for name, content in {
+            'same': 'same', 'size': 'a', 'text': 'old', 'run': 'x', 'a/b': 'in a directory', 'a-': '', 'link': ('->', 'same'), 'kept': ('->', 'run'),
+            'file': 'or directory', 'alike': 'of one time', 'gone/hollow': None, 'new\nline': '', 'either': ('->', 'same'),
+            'large': noise(MIB + 5), 'larger': noise(2 * MIB + 5)}.items()})
+        b = self.registered('B', {'data/train/%s' % name: content for name, content in {
+            'size': 'ab', 'text': 'new', 'a/c': 'new', 'later': 'x' * 1500, 'large': noise(MIB + 4) + b'x'}.items()}, base='A')
+        (b / 'data/train/run').chmod(0o755)
+        for name, content in (('link', ('->', 'a/b')), ('file', None), ('either', 'same'), ('new\nline', 'x')):
+            (b / 'data/train' / name).unlink()
+            write(b, {'data/train/' + name: content})
+        shutil.rmtree(str(b / 'data/train/gone'))
+        os.utime(str(b / 'data/train/text'), (1, 1))
+        os.utime(str(self.tmp / 'ds/A/data/train/text'), (1, 1))
+        self.assertEqual(self.etc('diff', '--files', 'A', 'B', status=1), (
+            'new      -          3 B              data/train/a/c\n'
+            'differs  -> same    4 B              data/train/either\n'
+            'gone     12 B       -                data/train/file\n'
+            'new      -          directory        data/train/file/\n'
+            'gone     directory  -                data/train/gone/\n'
+            'gone     directory  -                data/train/gone/hollow/\n'
+            'differs  1.05 MB    1.05 MB          data/train/large\n'
+            'new      -          1.5 kB           data/train/later\n'
+            'differs  -> same    -> a/b           data/train/link\n'
+            'differs  0 B        1 B              data/train/new\\nline\n'
+            'differs  1 B        1 B, executable  data/train/run\n'
+            'differs  1 B        2 B              data/train/size\n'
+            'differs  3 B        3 B              data/train/text\n', ''))
+        found = etc.diff('A', 'B', files=True, config=self.config())
+        self.assertEqual(found, json.loads(self.etc('diff', 'A', '--files', '--json', 'B', status=1)[0]))
+        self.assertEqual(found['files']['data/train/link'], {
+            'status': 'differs', 'a': {'size': 0, 'link': 'same', 'executable': False}, 'b': {'size': 0, 'link': 'a/b', 'executable': False}})
+        self.assertEqual(found['files']['data/train/file/'], {'status': 'new', 'a': None, 'b': {'size': None, 'link': None, 'executable': False}})
+        self.assertTrue(found['files']['data/train/run']['b']['executable'])
+        write(b, {'data/train/text': 'old'})
+        os.utime(str(b / 'data/train/text'), (1, 1))
+        self.assertNotIn('data/train/text', etc.diff('A', 'B', files=True, config=self.config())['files'])
+        self.assertEqual(self.etc('diff', '--files', 'A', 'A'), ('', ''))
+        with self.assertRaisesRegex(etc.ConfigError, 'only local datasets can be compared file by file; pull the remote one first'):
+            etc.diff('A', 'B', [False, True], files=True, config=self.config())
+
+    def test_odd_names(self):
+        root = odd(self.tmp / 'odd', 3)
+        self.etc('register', root, 'Odd')
+        self.etc('register', '--copy', root, 'Copy')
+        self.assertEqual(set(self.statuses('Odd', 'Copy').values()), {'same'})
+        self.etc('create', 'Empty', 'empty')
+        gone = self.statuses('--files', 'Odd', 'Empty', status=1)
+        self.assertEqual(set(gone.values()), {'gone'})
+        with tarfile.open(fileobj=io.BytesIO(b''.join(block.read() for block in etc._blocks(etc._segments(root)))), mode='r:') as tar:
+            names = {etc._printable(member.name + '/' * member.isdir()) for member in tar}
+        self.assertEqual(set(gone) ^ names, {'data/', 'data/empty/'})
+        self.assertEqual(set(self.statuses('Empty', 'Odd', '--files', status=1)), set(gone))
+
+    def test_how_names_are_typed(self):
+        """In which order, and before or after flags, on every version of argparse."""
+        self.share(small(self.tmp / 'ds'), 'A')
+        write(self.tmp / 'ds', {'data/val/v': 'v'})
+        self.share(self.tmp / 'ds', 'B')
+        a, b = {'name': 'A', 'remote': False}, {'name': 'B', 'remote': False}
+        far_a, far_b = dict(a, remote=True), dict(b, remote=True)
+        for words, sides in (
+                ('A B', (a, b)), ('B A', (b, a)), ('A -r B', (a, far_b)), ('-r A B', (far_a, b)), ('-r A -r B', (far_a, far_b)),
+                ('-r B -r A', (far_b, far_a)), ('--remote=A B', (far_a, b)), ('B -rA', (b, far_a)), ('A -v B', (a, b)), ('-v A B', (a, b)),
+                ('A -v -r B', (a, far_b)), ('-r A -v B', (far_a, b)), ('-v -r A -v -r B -v', (far_a, far_b)), ('B -r B', (b, far_b)),
+                ('-- A B', (a, b)), ('-r A -- B', (far_a, b))):
+            with self.subTest(words):
+                found = json.loads(self.etc('diff', '--json', *words.split(), status=None)[0])
+                self.assertEqual([{key: found[side][key] for key in ('name', 'remote')} for side in 'ab'], list(sides))
+        for words in ('A', '-r A', 'A B B', 'A -r B B', '-r A -r B -r B', ''):
+            with self.subTest(words):
+                self.assertIn('diff takes two names', self.etc('diff', *words.split(), status=2)[1])
+
+    def test_status_alone(self):
+        self.registered('A', {'data/train/x': 'x'})
+        self.registered('B', {'data/train/x': 'y'})
+        for words in ([], ['--json'], ['--files']):
+            with self.subTest(words):
+                self.assertEqual(self.quiet('A', 'B', *words), (1, '', ''))
+                self.assertEqual(self.quiet('A', 'A', *words), (0, '', ''))
+        code, out, err = self.quiet('A', 'C')
+        self.assertEqual((code, out, err[:35]), (1, '', "etc: no local dataset 'C'; 'etc pul"))
+
+    def test_pins(self):
+        digest = etc.Dataset(self.registered('A', {'data/train/x': 'x'})).digest
+        other = etc.Dataset(self.registered('B', {'data/train/x': 'y'})).digest
+        self.etc('push', 'A')
+        self.etc('diff', 'A@' + digest, 'A')
+        self.assertEqual(self.statuses('A@' + digest, 'B@' + other, status=1)['data/train'], 'differs')
+        for words in (['A@' + other, 'B'], ['B', 'A@' + other], ['-r', 'A@' + other, 'A'], ['A', '-r', 'A@' + other],
+                      ['A@' + digest, 'A@' + other]):
+            with self.subTest(words):
+                out, err = self.etc('diff', *words, status=1)
+                self.assertEqual((out, err), ('', "etc: 'A': expected digest %s, found %s\n" % (other, digest)))
+
+    def test_partial(self):
+        root = self.registered('X', {'data/train/x': 'x', 'data/test/y': 'y', 'assets/a': 'a', 'README.md': 'r'})
+        self.etc('push', 'X')
+        self.etc('pull', '-p', 'test', 'X', home='two')
+        same = dict.fromkeys(['.', 'assets', 'data/test', 'data/train'], 'same')
+        self.assertEqual(self.statuses('-r', 'X', 'X', home='two'), same)
+        self.etc('register', root, 'Y', home='two')
+        self.assertEqual(self.statuses('Y', 'X', home='two'), same)
+        self.assertEqual(self.etc('diff', '--files', 'Y', 'X', home='two'), ('', ''))
+        write(root, {'data/test/y': 'changed', 'data/val/v': 'v'})
+        self.assertEqual(self.statuses('--files', 'X', 'Y', home='two', status=1),
+                         {'data/test/y': 'differs', 'data/val/': 'new', 'data/val/v': 'new'})
+        write(root, {'data/train/x': 'changed', 'assets/b': 'b'})
+        for words in (['X', 'Y'], ['Y', 'X']):
+            with self.subTest(words):
+                self.assertEqual(self.etc('diff', '--files', *words, home='two', status=1), (
+                    '', "etc: 'X' is only partly installed, without assets, data/train; 'etc pull X' fetches the rest\n"))
+        write(self.tmp / 'two/X', {'touched': ''})  # what is here is read, of the rest the receipt knows
+        self.assertEqual(self.statuses('-r', 'X', 'X', home='two', status=1), dict(same, **{'.': 'differs'}))
+        (self.tmp / 'two/X/touched').unlink()
+        self.assertEqual(self.statuses('-r', 'X', 'X', home='two'), same)
+
+    def test_nothing_is_read_that_a_receipt_knows(self):
+        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
+        self.etc('push', 'X')
+        self.assertEqual(self.read(lambda: self.etc('diff', 'X', '-r', 'X')), [])
+        self.etc('register', self.tmp / 'ds', 'Y')
+        self.assertEqual(self.read(lambda: self.etc('diff', 'X', 'Z', status=1)), [])  # before it turns out that there is none
+        self.assertEqual(self.read(lambda: self.etc('diff', 'Y', '-r', 'Z', status=1)), [])
+        self.assertEqual(len(self.read(lambda: self.etc('diff', 'X', 'Y'))), 6)
+
+    def read(self, work):
+        """The files of datasets that are read meanwhile."""
+        original, files = etc._read_file, []
+        self.addCleanup(setattr, etc, '_read_file', original)
+        etc._read_file = lambda entry, start, stop: (files.append(entry.name), original(entry, start, stop))[1]
+        work()
+        etc._read_file = original
+        return files
+
+    def quiet(self, *words):
+        process = self.spawn('diff', '-q', *words)
+        out, err = process.communicate()
+        return process.returncode, out.decode(), err.decode()
+
+    @unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
+    def test_heading(self):
+        import pty
+        self.share(small(self.tmp / 'ds'))
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, '--url', self.url, '--home', str(self.tmp / 'home'), 'diff', 'X', '-r', 'X'], stdout=theirs)
+        os.close(theirs)
+        self.assertEqual(process.wait(), 0)
+        with open(ours, 'rb', 0) as file:
+            self.assertEqual(file.read(4096).decode().splitlines()[0], 'STATUS  X                   -r X                PATH')
 
 
 @needs(os.name == 'posix' and shutil.which('bash'), 'bash is not installed')
@@ -8298,7 +8525,14 @@ class Completion(Case):
         self.assertEqual(self.words('--home', home, 'purge', ''), ['Alpha', 'Beta'])
         self.assertEqual(self.words('--home', home, 'purge', 'Alpha', ''), ['Beta'])
         self.assertEqual(self.words('completion', 'z'), ['zsh'])
-        self.assertEqual(self.words('--home', home, 'ls', 'A'), ['Alpha'])
+        etc.register(small(self.tmp / 'ds'), 'Gamma', config=self.config())
+        etc.push('Gamma', config=self.config())
+        place = ['--home', home, '--url', self.url]
+        for words, known in ((['diff', ''], ['Alpha', 'Beta', 'Gamma']), (['diff', 'Gamma', 'G'], ['Gamma']), (['diff', '-r', ''], ['Gamma']),
+                             (['diff', 'Gamma', '--remote', ''], ['Gamma']), (['diff', '-r', 'Gamma', 'A'], ['Alpha']),
+                             (['diff', '--f'], ['--files']), (['ls', 'A'], ['Alpha']), (['ls', '-r', ''], ['Gamma'])):
+            with self.subTest(words=words):
+                self.assertEqual(self.words(*(place + words)), known)
         for words in (['--home', ''], ['register', ''], ['pull', ''], ['--url', 'http://127.0.0.1:9', 'pull', ''],
                       ['--config', '/nowhere', 'push', '']):
             with self.subTest(words):
@@ -8613,6 +8847,8 @@ paths: List[Path] = [path for path in ds.values()]
 names: List[str] = sorted(ds.keys() | {'more'})
 meta: Dict[str, Any] = ds.meta
 digest: str = etc.push('X', force=True, config=config)
+equal: bool = etc.diff('X', 'Y', remote=(False, True), config=config)['equal']
+shared: List[str] = etc.ls(remote=True, patterns=['X*'])
 size: int = sum(os.path.getsize(str(path)) for path in train.iterdir())
 try:
     etc.pull('X', config=etc.Config.load())
