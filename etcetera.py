@@ -7873,6 +7873,8 @@ def _meter(what: str) -> _Progress:
 
     def show(done: int, total: int) -> None:
         now = time.monotonic()
+        if marks and done < marks[-1][1]:  # the next piece begins
+            marks.clear()
         if marks and now - marks[-1][0] < 0.1:
             return
         marks.append((now, done))
