@@ -6722,9 +6722,11 @@ class _Push:
                 return _open_listed(self.remote, obj)
             return None
 
-        objects: List[_Object] = []
-        with contextlib.suppress(Error):
+        try:
             objects = [obj for obj in self.remote.list() if obj.size >= _MIN_COPY]
+        except Error as e:
+            _say(f'nothing is copied: {e.message}', _DEBUG)
+            return []
         objects.sort(key=lambda obj: (obj.name != self.local.name, -obj.modified))
         with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
             return list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _MAX_SOURCES)))
@@ -6825,7 +6827,7 @@ def _write_archive(
             if e.status < 400 and not isinstance(e, _CannotCopy):
                 raise
             reason = e.message
-        _say(f"nothing of '{local.name}' was copied in {remote.url}, so all of it is sent ({reason})", _DEBUG)
+        _say(f'nothing is copied, so all is sent: {reason}', _DEBUG)
         push = _Push(remote, local, level, progress)
     push.write(exclusive)
     return push

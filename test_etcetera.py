@@ -6900,7 +6900,9 @@ class PushReuse(Versions, S3Case):
             if 'list-type' in handler.path:
                 handler.error(403, 'AccessDenied')
                 return True
-        self.assertGreater(self.pushed('New', fault=fault)[0], 33 * MIB)
+        sent, err = self.pushed('New', fault=fault)
+        self.assertGreater(sent, 33 * MIB)
+        self.assertIn('etc: nothing is copied: %s answers 403 AccessDenied' % self.url, err)
 
     def test_stores_that_cannot_copy(self):
         """All is sent, and one line of -v tells why."""
@@ -6949,8 +6951,7 @@ class PushReuse(Versions, S3Case):
                 self.server.copied = copied
                 sent, err = self.pushed('New', fault=fault or (lambda handler: None))
                 self.assertGreater(sent, 33 * MIB)
-                self.assertIn("nothing of 'New' was copied in %s, so all of it is sent (" % self.url, err)
-                self.assertIn(said, err)
+                self.assertRegex(err, 'etc: nothing is copied, so all is sent: .*' + said)
                 self.assertNotIn('already', err)
 
     def test_amazon(self):
@@ -6982,15 +6983,18 @@ class PushReuse(Versions, S3Case):
 
     def test_transient_errors_of_copies(self):
         """Which may come with status 200."""
-        done = []
-
         def fault(handler):
-            if handler.headers['x-amz-copy-source'] and len(done) < 2:
-                done.append(1)
-                handler.error(200 if len(done) == 1 else 503, 'InternalError')
+            mark = 'x-amz-copy-source' if handler.headers['x-amz-copy-source'] else 'max-parts' if 'max-parts' in handler.path else ''
+            if mark and len(done[mark]) < 3:
+                done[mark].append(1)
+                if len(done[mark]) == 1:
+                    handler.close_connection = True
+                else:
+                    handler.error(200 if len(done[mark]) == 2 and mark != 'max-parts' else 503, 'InternalError')
                 return True
+        done = {'x-amz-copy-source': [], 'max-parts': []}
         self.assertLess(self.pushed('New', fault=fault)[0], 6 * MIB)
-        self.assertEqual(len(done), 2)
+        self.assertEqual([len(found) for found in done.values()], [3, 3])
 
     def test_damaged_source(self):
         """Where copies begin, what they hold is compared with the files."""
@@ -7002,7 +7006,7 @@ class PushReuse(Versions, S3Case):
                 self.server.objects = {'some/prefix/Old.tgz': (bad, etag, headers)}
                 sent, err = self.pushed('New')
                 self.assertGreater(sent, 33 * MIB)
-                self.assertIn('(what was copied is damaged)', err)
+                self.assertIn('etc: nothing is copied, so all is sent: what was copied is damaged', err)
 
     def test_another_push_is_faster(self):
         def fault(handler):
@@ -7073,12 +7077,31 @@ class FilePushReuse(Versions, Case):
         self.etc('register', '-f', self.new, 'Old')
         self.assertIn('; 35.7 MB were there already', self.pushed('-f', 'Old'))
 
+    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    def test_killed(self):
+        begin = time.time()
+        self.pushed('New')
+        lasts = time.time() - begin
+        whole = (self.tmp / 'share/New.tgz').read_bytes()
+        rng = random.Random(1)
+        for number in range(3 * RUNS):
+            remove(self.tmp / 'share/New.tgz')
+            process = self.spawn('push', 'New')
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.2, 1) * lasts)
+            process.kill()
+            process.communicate()
+            if (self.tmp / 'share/New.tgz').exists():
+                self.assertEqual((self.tmp / 'share/New.tgz').read_bytes(), whole)
+            self.etc('push', 'New')
+            self.assertEqual((self.tmp / 'share/New.tgz').read_bytes(), whole)
+
     def test_damaged_source(self):
         path = self.tmp / 'share/Old.tgz'
         data = path.read_bytes()
         at = data.index(b'data/test/\0')
         path.write_bytes(data[:at] + b'D' + data[at + 1:])
-        self.assertIn('(what was copied is damaged)', self.pushed('New'))
+        self.assertIn('nothing is copied, so all is sent: what was copied is damaged', self.pushed('New'))
 
     def test_replaced_meanwhile(self):
         for name, replace in (('replaced', lambda: os.utime(str(self.tmp / 'share/Old.tgz'), (1, 1))),
