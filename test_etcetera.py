@@ -450,6 +450,8 @@ class S3Handler(SignedHandler):
         if self.query['uploadId'] not in self.server.uploads:
             return self.error(404, 'NoSuchUpload')
         headers, parts = self.server.uploads[self.query['uploadId']]
+        if self.headers['x-amz-checksum-sha256'] or self.headers['Content-MD5']:
+            return self.error(400, 'InvalidRequest', message='there is no body to check')
         bucket, key = urllib.parse.unquote(self.headers['x-amz-copy-source']).lstrip('/').split('/', 1)
         if bucket != 'bucket' or key not in self.server.objects:
             return self.error(404, 'NoSuchKey')
