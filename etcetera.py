@@ -43,7 +43,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     HTTP            one client: connections, proxies, TLS, retries
     AWS             credentials and request signatures
     Google          credentials
-    Remotes         file://, s3://, gs://, https://: list, stat, read, write
+    Remotes         file://, s3://, gs://, https://: list, stat, read, write, remove
     Home            the local store: receipts, and installing atomically
     Stored archives an archive in a remote: its index, and extracting it
     API             what `import etcetera` offers
@@ -77,10 +77,12 @@ Files. It reads:
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
       unless they stay inside their partition.
   It writes below the local store (~/.etc by default), and besides:
-    - a `file://` remote, where it also removes what killed pushes left behind a day ago or more;
+    - a `file://` remote, where `purge -r` removes an archive, and a push what killed commands left behind a day ago or
+      more;
     - a temporary file, if a web server does not support range requests; a temporary directory for `etc info -r`;
     - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do.
-  In S3 and Google Cloud Storage it deletes only uploads of its own that failed.
+  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names.
+  `purge -r` reads an answer from the terminal.
 Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
 that the console understands escape sequences.
 Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, all three where no lock is held.
@@ -233,12 +235,12 @@ class _Console:
             sys.stderr.write(f'\r{erase_below}{_encodable(line, sys.stderr)}\r')
             sys.stderr.flush()
 
-    def show(self, message: object) -> None:
+    def show(self, message: object, end: str = '\n') -> None:
         if sys.stderr is None:
             return
         with contextlib.suppress(OSError):
             self.show_progress('')
-            print('etc: ' + _encodable(_printable(str(message)), sys.stderr), file=sys.stderr)
+            print('etc: ' + _encodable(_printable(str(message)), sys.stderr), end=end, file=sys.stderr, flush=True)
 
 
 _console = _Console()
@@ -4364,6 +4366,8 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 _MISSING = (404, 410)
 _UNSUPPORTED = (200, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
+_PROTECTED = r'(?i)object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
+_ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
 
 
 class _Object(NamedTuple):
@@ -4486,6 +4490,27 @@ class _Remote:
     def replaced_error(self, obj: _Object) -> RemoteError:
         return RemoteError(f"'{obj.name}' in {self.url} was replaced while it was read", 'run the command again', 412)
 
+    def check_writable(self) -> None:
+        """Raises ConfigError if it can only be read."""
+
+    def remove(self, obj: _Object) -> bool:
+        """Remove this very version; return whether the storage keeps it as an old one. It may be gone already.
+
+        Raises RemoteError if the object was replaced.
+        """
+        raise NotImplementedError
+
+    def is_current(self, obj: _Object) -> bool:
+        """Whether this very version is there; False if there is none. Raises RemoteError if there is another one."""
+        now = self.stat(obj.name)
+        if now and now.version != obj.version:
+            raise self.overtaken_error(obj)
+        return now is not None
+
+    def overtaken_error(self, obj: _Object) -> RemoteError:
+        return RemoteError(f"'{obj.name}' in {self.url} was replaced meanwhile",
+                           f"look again: 'etc info -r {obj.name}' shows what is there now", 412)
+
 
 class _HttpStore(_Remote):
     """What remotes over HTTP share."""
@@ -4591,6 +4616,24 @@ class _BucketStore(_HttpStore):
     def key(self, name: str) -> str:
         return f'{self.prefix}{name}.tgz'
 
+    def remove(self, obj: _Object) -> bool:
+        """As above. It looks before each try: a lost answer may have been a yes, and some stores ignore conditions."""
+        failures = 0
+        while self.is_current(obj):
+            try:
+                return self.remove_once(obj)
+            except RemoteError as e:
+                failures += 1
+                may_help = e.status in (0,) + _TRANSIENT and failures < _TRIES
+                if not may_help and self.is_current(obj):
+                    raise
+            self.http.wait(failures)
+        return False
+
+    def remove_once(self, obj: _Object) -> bool:
+        """What remove() does, in one try. Raises RemoteError if that fails, whatever the reason."""
+        raise NotImplementedError
+
 
 def _version(etag: Optional[str], modified: float) -> str:
     """The ETag, always in quotes, since some stores list it bare; otherwise the time of the last change."""
@@ -4669,7 +4712,7 @@ def _md5() -> Any:
 # file:// -------------------------------------------------------------------------------
 
 _COPY_STEP = 64 << 20  # bytes that are copied at once, at most
-_FILE_REMNANTS = 86400  # seconds after which leftovers of a killed push are removed
+_FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed
 
 
 class _FileRemote(_Remote):
@@ -4689,6 +4732,10 @@ class _FileRemote(_Remote):
 
     def path(self, name: str) -> str:
         return os.path.join(self.root, name + '.tgz')
+
+    def hidden_path(self, name: str) -> str:
+        """A new path for a file that is not, or no longer, to be seen; sweep() knows its form."""
+        return os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
 
     def list(self) -> List[_Object]:
         try:
@@ -4745,7 +4792,7 @@ class _FileRemote(_Remote):
     ) -> None:
         path = self.path(name)
         watch = transfer.watch(name)
-        new = os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
+        new = self.hidden_path(name)
         try:
             self.make_root()
             self.sweep()
@@ -4830,8 +4877,30 @@ class _FileRemote(_Remote):
         finally:
             os.unlink(claim)
 
+    def remove(self, obj: _Object) -> bool:
+        """As above. Only a file that nobody else can replace is sure to be this version, so it is set aside first."""
+        aside = self.hidden_path(obj.name)
+        try:
+            if not self.is_current(obj):
+                return False
+            os.rename(self.path(obj.name), aside)
+            if _file_object(obj.name, os.stat(aside)) == obj:
+                os.unlink(aside)
+                return False
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                self.place(aside, self.path(obj.name), exclusive=True)  # unless a still newer one has come
+                os.unlink(aside)  # if place() has made a link
+            raise self.overtaken_error(obj)
+        except FileNotFoundError:  # another process has removed it
+            return False
+        except OSError as e:
+            if e.errno not in _DENIED:
+                raise
+            remedy = "ask the file's owner to remove it, or the directory's owner for write access"
+            raise RemoteError(f"cannot remove '{obj.name}' from {self.root}: {e.strerror}", remedy) from None
+
     def sweep(self) -> None:
-        """Remove what killed pushes left behind."""
+        """Remove what killed commands left behind."""
         for item in os.listdir(self.root):
             if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item):
                 path = os.path.join(self.root, item)
@@ -4937,6 +5006,7 @@ class _S3Remote(_BucketStore):
             request: _S3Request,
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
+            tries: Optional[int] = None,
     ) -> _Reply:
         """Make a signed request, retrying while a refusal teaches another region, clock, key or checksum.
 
@@ -4953,7 +5023,7 @@ class _S3Remote(_BucketStore):
             address = self.address(request.key, request.query)
             sign = self.credentials.signer(keys, 's3', self.region, payload.hexdigest())
             reply = self.http.request(_Request(request.method, address, headers, request.body, request.watch), sign,
-                                      limit)
+                                      limit, tries)
             is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
             if (is_late or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
                 if attempt < _TRIES:
@@ -5019,8 +5089,10 @@ class _S3Remote(_BucketStore):
                     ", or those of a container or this machine; set aws_access_key_id and aws_secret_access_key, or "
                     "run 'aws configure' or 'aws sso login'")
         source = keys.source if keys else ''
+        if request.method == 'DELETE' and re.search(_PROTECTED, ' '.join(_aws_error(reply))):
+            return _ASK_WHO_PROTECTS
         if code in ('AccessDenied', '') and reply.status in (401, 403):
-            permission = 's3:PutObject'
+            permission = 's3:DeleteObject' if request.method == 'DELETE' else 's3:PutObject'
             if request.method in ('GET', 'HEAD'):
                 permission = 's3:ListBucket'
                 if request.key:
@@ -5186,10 +5258,9 @@ class _S3Remote(_BucketStore):
         reply = self.request(request._replace(headers=dict(request.headers, **condition)),
                              accept=[400, 404, 409, 412, 501])
         code = _aws_error(reply)[0]
-        if exclusive and not self.has_exclusive_write and reply.status in (400, 501):
-            if code in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest'):  # it knows no conditions
-                reply = self.request(request)
-                code = _aws_error(reply)[0]
+        if exclusive and self.knows_no_conditions(reply):
+            reply = self.request(request)
+            code = _aws_error(reply)[0]
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         if code == 'NoSuchUpload':  # likewise
@@ -5198,6 +5269,24 @@ class _S3Remote(_BucketStore):
             raise self.error(reply, request)
         if not _confirms_write(request.method, reply):
             raise _Unconfirmed(f'{self.protocol_error()}', status=reply.status)
+
+    def knows_no_conditions(self, reply: _Reply) -> bool:
+        """Whether the answer to a request with a condition may mean that. Amazon's S3 knows them."""
+        codes = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
+        return not self.has_exclusive_write and reply.status in (400, 501) and _aws_error(reply)[0] in codes
+
+    def remove_once(self, obj: _Object) -> bool:
+        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
+        request = _S3Request('DELETE', self.key(obj.name))
+        condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
+        reply = self.request(request._replace(headers=condition), accept=[400, 412, 501], tries=1)
+        # OpenStack Swift has another ETag inside for what came in parts, so it always says 412.
+        is_mistaken = reply.status == 412 and not self.has_exclusive_write
+        if (is_mistaken or self.knows_no_conditions(reply)) and self.is_current(obj):
+            reply = self.request(request, accept=[400, 412, 501], tries=1)
+        if reply.status >= 300:
+            raise self.error(reply, request)
+        return bool(reply.headers.get('x-amz-delete-marker') == 'true')
 
 
 def _confirms_write(method: str, reply: _Reply) -> bool:
@@ -5313,7 +5402,9 @@ class _GsRemote(_BucketStore):
         except (KeyError, TypeError):
             message = reply.page()[:300].decode('utf-8', 'replace')
         remedy = 'check the url'
-        if reply.status in (401, 403) and is_authorized:
+        if reply.status == 403 and re.search(_PROTECTED, message):
+            remedy = _ASK_WHO_PROTECTS
+        elif reply.status in (401, 403) and is_authorized:
             remedy = "check this account's permissions"
         elif reply.status in (401, 403):
             remedy = ("no credentials were found: run 'gcloud auth application-default login', or set "
@@ -5499,6 +5590,17 @@ class _GsRemote(_BucketStore):
         self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
         raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there", 'push again')
 
+    def remove_once(self, obj: _Object) -> bool:
+        """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete
+
+        A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
+        """
+        key = self.key(obj.name)
+        self.request(_Request('DELETE', self.address(key, {'ifGenerationMatch': obj.version})), tries=1)
+        query = {'generation': obj.version, 'fields': 'generation'}
+        reply = self.request(_Request('GET', self.address(key, query)), accept=[404])
+        return bool(reply.json().get('generation') == obj.version)
+
 
 def _with_last(items: Iterator[List[bytes]]) -> Iterator[Tuple[List[bytes], bool]]:
     """Each item, and whether it is the last. At least one."""
@@ -5659,8 +5761,11 @@ class _WebRemote(_HttpStore):
             exclusive: bool,
             transfer: _Transfer,
     ) -> None:
+        self.check_writable()
+
+    def check_writable(self) -> None:
         raise ConfigError(f'{self.url} can only be read',
-                          'to push, set a url that begins with s3://, gs:// or file://')
+                          'to push or purge, set a url that begins with s3://, gs:// or file://')
 
 
 def _linked_names(base: str, page: bytes) -> List[str]:
@@ -6621,12 +6726,16 @@ def _look_up(remote: _Remote, name: str) -> Optional[_StoredArchive]:
 def _find(remote: _Remote, name: str) -> _StoredArchive:
     archive = _look_up(remote, name)
     if archive is None:
-        remedy = 'check the name and the url'
-        with contextlib.suppress(_Unlisted):
-            names = [other.name for other in remote.list()]
-            remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
-        raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
+        raise _not_stored_error(remote, name)
     return archive
+
+
+def _not_stored_error(remote: _Remote, name: str) -> NotFound:
+    remedy = 'check the name and the url'
+    with contextlib.suppress(_Unlisted):
+        names = [other.name for other in remote.list()]
+        remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
+    return NotFound(f"no dataset '{name}' in {remote.url}", remedy)
 
 
 def _open_archive(remote: _Remote, obj: _Object, tail: bytes) -> _StoredArchive:
@@ -7428,9 +7537,17 @@ def _compare(home: _Home, name: str, receipt: _Receipt, found: Iterable[_Segment
 
 
 @_api
-def purge(name: str, config: Optional[Config] = None) -> None:
-    """Remove a local dataset. A registered directory itself is not touched. Raises NotFound and other Errors."""
+def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -> None:
+    """Remove a local dataset, or, without asking, one in the remote storage. A registered directory is not touched.
+
+    name: NAME, or NAME@sha256:... to insist on these contents.
+    remote: by keyword only, so that no call that was meant for the local store can reach what others share.
+    Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors.
+    """
     config = config or Config.load()
+    if remote:
+        _purge_remote(name, config)
+        return
     name, pin = _parse_name(name)
     home = _Home(config.home)
     if not home.has(name):
@@ -7440,6 +7557,27 @@ def purge(name: str, config: Optional[Config] = None) -> None:
     with home.changes():
         home.remove(name)
     _say(f"purged '{name}'")
+
+
+@_api
+def _purge_remote(name: str, config: Config, confirm: Optional[Callable[[str], None]] = None) -> None:
+    """Remove the version of a remote dataset that is there now.
+
+    confirm: is called with a description of it before, and may raise an Error.
+    """
+    name, pin = _parse_name(name)
+    with contextlib.closing(_open_remote(config)) as store:
+        store.check_writable()
+        if pin:
+            archive = _find(store, name)
+            _check_pin(name, pin, archive.digest)
+        obj = archive.obj if pin else store.stat(name)  # which finds damaged archives, too
+        if obj is None:
+            raise _not_stored_error(store, name)
+        if confirm:
+            confirm(f"'{name}' ({_size(obj.size)}) in {store.url}")
+        is_kept = store.remove(obj)
+    _say(f"purged '{name}' from {store.url}" + ', which keeps it as an old version' * is_kept)
 
 
 # ---------------------------------------------------------------------------------------
@@ -7713,14 +7851,36 @@ def _run_create(args: Any, name: str, config: Config) -> None:
 
 
 def _add_purge(add: _AddCommand) -> None:
-    command = add('NAME...', 'remove local datasets', _run_purge, [
-        ('etc purge MNIST', 'a registered directory itself is not touched')])
+    command = add('NAME...', 'remove local datasets, or with -r remote ones', _run_purge, [
+        ('etc purge MNIST', 'a registered directory itself is not touched'),
+        ('etc purge -r MNIST', 'from the remote storage, after a question'),
+        ('etc purge -r MNIST@sha256:...', 'only if it has these contents')])
     command.add_argument('names', nargs='+', metavar='NAME')
     command.completes = 'local'
+    _add_remote(command)
+    command.add_argument('-f', '--force', action='store_true', help='with -r: do not ask')
+    command.set_defaults(fail=command.fail)
 
 
 def _run_purge(args: Any, name: str, config: Config) -> None:
-    purge(name, config)
+    if not args.remote:
+        purge(name, config)
+    elif args.force:
+        purge(name, config, remote=True)
+    elif all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+        _purge_remote(name, config, _confirm_removal)
+    else:
+        args.fail("without a terminal to ask on, 'etc purge -r' needs -f")
+
+
+def _confirm_removal(what: str) -> None:
+    """Raises Error unless the person at the terminal agrees."""
+    _console.show(f'remove {what}? [y/N] ', end='')
+    answer = sys.stdin.buffer.readline()  # of any encoding
+    if not answer.endswith(b'\n'):
+        print(file=sys.stderr)
+    if answer.strip().lower() not in (b'y', b'yes'):
+        raise Error(f'{what} stays')
 
 
 def _add_completion(add: _AddCommand) -> None:

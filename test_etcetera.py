@@ -268,6 +268,8 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.conditions = self.encoding = True
         self.must_check = False  # as a bucket with Object Lock
         self.may_list = True
+        self.versioned = False
+        self.old = {}  # (path, version) -> what a bucket with versions keeps
         self.secrets = {AKID: SECRET}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -514,8 +516,18 @@ class S3Handler(SignedHandler):
         self.store(b''.join(parts[n] for n in sorted(parts)), headers)
 
     def s3_delete(self, body):
-        self.server.uploads.pop(self.query['uploadId'], None)
-        self.answer(204)
+        """https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html, and API_DeleteObject.html beside it."""
+        if 'uploadId' in self.query:
+            self.server.uploads.pop(self.query['uploadId'], None)
+            return self.answer(204)
+        found = self.server.objects.get(self.key)
+        if self.server.conditions and 'If-Match' in self.headers:
+            if not found:
+                return self.error(404, 'NoSuchKey')
+            if self.headers['If-Match'] not in (found[1], '*'):
+                return self.error(412, 'PreconditionFailed')
+        self.server.objects.pop(self.key, None)
+        self.answer(204, headers={'x-amz-delete-marker': 'true', 'x-amz-version-id': 'v'} if self.server.versioned else {})
 
 
 class S3Case(Case):
@@ -2312,6 +2324,48 @@ class RemoteSuite:
         self.etc('diff', 'X', '-r', 'X', home='two')  # what a receipt knows of the whole
         self.assertIn("no dataset 'Z' in", self.etc('diff', 'X', '-r', 'Z', status=1)[1])
 
+    def test_purge(self):
+        self.etc('register', small(self.tmp / 'ds'), 'One')
+        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB)}), 'Large')
+        self.etc('push', 'One', 'Large')
+        self.put('Foreign.tgz', b'no archive at all')
+        digest = etc.Dataset(self.tmp / 'ds').digest
+        for words, status, problem in (
+                (['One', 'Large'], 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
+                (['-f', 'Onne'], 1, "no dataset 'Onne' in %s; did you mean 'One'?" % self.url),
+                (['-f', 'One@sha256:' + '4' * 64], 1, "'One': expected digest sha256:%s, found %s" % ('4' * 64, digest)),
+                (['-f', 'Foreign@' + digest], 1, "'Foreign': expected digest %s, found none, as another tool packed it" % digest)):
+            with self.subTest(words):
+                self.assertEqual(self.etc('purge', '-r', *words, status=status), ('', 'etc: %s\n' % problem))
+                self.assertEqual(etc.ls(True, self.config()), ['Foreign', 'Large', 'One'])
+        self.assertEqual(self.etc('purge', '-r', '-f', 'Nope', 'Foreign', 'Large', status=1)[1].splitlines(), [
+            "etc: no dataset 'Nope' in %s; 'etc ls -r' lists what is there" % self.url,
+            "etc: purged 'Foreign' from %s" % self.url, "etc: purged 'Large' from %s" % self.url])
+        self.assertEqual(etc.ls(True, self.config()), ['One'])
+        self.assertIsNone(etc.purge('One@' + digest, remote=True, config=self.config()))
+        self.assertEqual((etc.ls(True, self.config()), self.installed()), ([], ['Large', 'One']))
+        with self.assertRaisesRegex(etc.NotFound, "no dataset 'One' in "):
+            etc.purge('One', remote=True, config=self.config())
+        self.etc('push', 'One')
+        etc.purge('One', self.config())
+        self.assertEqual((etc.ls(True, self.config()), self.installed()), (['One'], ['Large']))
+
+    def test_purge_of_a_version(self):
+        for number, size in enumerate((1000, 9 * MIB)):  # a single request, and a multipart upload
+            self.etc('register', '-f', write(self.tmp / ('one%d' % number), {'data/train/x': noise(size, 1)}), 'X')
+            self.etc('push', '-f', 'X')
+            with self.subTest(size), etc.contextlib.closing(etc._open_remote(self.config())) as store:
+                old = store.stat('X')
+                self.etc('register', '-f', write(self.tmp / ('two%d' % number), {'data/train/x': noise(size, 2)}), 'X')
+                self.etc('push', '-f', 'X')
+                with self.assertRaisesRegex(etc.RemoteError, "'X' in .* was replaced meanwhile; look again: 'etc info -r X' shows"):
+                    store.remove(old)
+                self.assertEqual(etc.info('X', True, self.config())['digest'], etc.Dataset(self.tmp / ('two%d' % number)).digest)
+                new = store.stat('X')
+                self.assertIs(store.remove(new), False)
+                self.assertIsNone(store.stat('X'))
+                self.assertIs(store.remove(new), False)  # another was faster
+
     def test_killed_push(self):
         write(self.tmp / 'share', {'.': None})  # a push that is killed early may not have made it
         root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(12)})
@@ -2464,6 +2518,96 @@ class FileRemote(RemoteSuite, Case):
             err = self.etc('push', 'X', status=1, url=(self.tmp / 'home').as_uri())[1]  # so it lies below where it is pushed to
             self.assertIn('Permission denied: %s' % (self.tmp / 'home/X/data/train/a.txt'), err)
 
+    def racing(self, *replacements):
+        """Let pushes of others end before and after the file is set aside to be removed."""
+        rename = os.rename
+        self.addCleanup(setattr, os, 'rename', rename)
+
+        def late(source, target):
+            os.rename = rename
+            for at, data in enumerate(replacements):
+                if at:
+                    rename(source, target)
+                write(self.tmp, {'new': data})
+                os.replace(str(self.tmp / 'new'), str(self.tmp / 'share/X.tgz'))
+            if len(replacements) == 1:
+                rename(source, target)
+        os.rename = late
+
+    def test_purge_while_others_push(self):
+        link = os.link
+        self.addCleanup(setattr, os, 'link', link)
+
+        def no_link(*args, **kwargs):
+            raise PermissionError(1, 'Operation not permitted')
+        for os.link in (link, no_link):
+            for others in ((b'second',), (b'second', b'third')):
+                with self.subTest(others, links=os.link is link):
+                    remove(self.tmp / 'share')
+                    self.put('X.tgz', b'first')
+                    self.racing(*others)
+                    self.assertEqual(self.etc('purge', '-r', '-f', 'X', status=1)[1], "etc: 'X' in %s was replaced meanwhile; look again: "
+                                     "'etc info -r X' shows what is there now\n" % self.url)
+                    self.assertEqual((self.tmp / 'share/X.tgz').read_bytes(), others[-1])
+                    self.assertEqual(len(os.listdir(str(self.tmp / 'share'))), len(others))  # what was overtaken twice is kept for a day
+
+    def test_purge_of_what_was_replaced_before(self):
+        self.put('X.tgz', b'first')
+        with etc.contextlib.closing(etc._open_remote(self.config())) as store:
+            old = store.stat('X')
+            write(self.tmp, {'new': b'second'})
+            os.replace(str(self.tmp / 'new'), str(self.tmp / 'share/X.tgz'))
+            self.addCleanup(setattr, os, 'rename', os.rename)
+            os.rename = None  # it is left where it is
+            with self.assertRaisesRegex(etc.RemoteError, 'was replaced meanwhile'):
+                store.remove(old)
+        self.assertEqual(os.listdir(str(self.tmp / 'share')), ['X.tgz'])
+
+    def test_purge_that_another_overtakes(self):
+        self.put('X.tgz', b'x')
+        rename = os.rename
+        self.addCleanup(setattr, os, 'rename', rename)
+        os.rename = lambda source, target: (os.unlink(source), rename(source, target))
+        self.assertIn("purged 'X'", self.etc('purge', '-r', '-f', 'X')[1])
+
+    def test_killed_purge(self):
+        program = r'''
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import etcetera
+setattr(os, sys.argv[2], lambda *args: os._exit(9))
+etcetera.main(['--url', sys.argv[3], 'purge', '-r', '-f', 'X'])
+'''
+        self.etc('register', small(self.tmp / 'ds'), 'Y')
+        for function, left in (('rename', ['X.tgz', 'Y.tgz']), ('unlink', ['Y.tgz'])):
+            with self.subTest(function):
+                remove(self.tmp / 'share')
+                self.put('X.tgz', b'x')
+                os.utime(str(self.tmp / 'share/X.tgz'), (1, 1))
+                self.assertEqual(subprocess.call([sys.executable, '-c', program, str(HERE), function, self.url]), 9)
+                self.assertEqual(etc.ls(True, self.config()), [name[0] for name in left[:-1]])
+                self.assertEqual(len(os.listdir(str(self.tmp / 'share'))), 1)
+                self.etc('push', 'Y')
+                self.assertEqual(sorted(os.listdir(str(self.tmp / 'share'))), left)
+
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    def test_purge_where_one_may_not(self):
+        self.put('X.tgz', b'x')
+        self.assertIn("no dataset 'Y'", self.etc('purge', '-r', '-f', 'Y', status=1)[1])  # what is imported for an error is there from here on
+        (self.tmp / 'share').chmod(0o555)
+        with unprivileged(self.tmp / 'settings.yaml'):
+            err = self.etc('purge', '-r', '-f', 'X', status=1)[1]
+        (self.tmp / 'share').chmod(0o755)
+        self.assertEqual(err, "etc: cannot remove 'X' from %s: Permission denied; ask the file's owner to remove it, or the "
+                              "directory's owner for write access\n" % (self.tmp / 'share'))
+        self.assertEqual(os.listdir(str(self.tmp / 'share')), ['X.tgz'])
+
+    def test_purge_of_a_link(self):
+        write(self.tmp, {'elsewhere': 'x', 'share': None})
+        os.symlink('../elsewhere', str(self.tmp / 'share/X.tgz'))
+        self.etc('purge', '-r', '-f', 'X')
+        self.assertEqual((os.listdir(str(self.tmp / 'share')), (self.tmp / 'elsewhere').read_text()), ([], 'x'))
+
     def test_races_without_hard_links(self):
         link = os.link
         self.addCleanup(setattr, os, 'link', link)
@@ -2486,6 +2630,150 @@ class FileRemote(RemoteSuite, Case):
         self.etc('pull', '-p', 'test', 'X', home='two')
         self.etc('pull', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+
+
+class PurgeSuite:
+    """How purge -r fares with answers that are lost, refusals and other pushes; on servers of ours."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = lambda seconds: None
+        self.put('X.tgz', b'first')
+
+    def at_delete(self, action, times=1):
+        """Let `action(handler)` happen at the first deletions; it may answer itself and return True."""
+        left = [times]
+
+        def fault(handler):
+            if handler.command == 'DELETE' and left[0]:
+                left[0] -= 1
+                return action(handler)
+        self.server.fault = fault
+
+    def stored(self):
+        return [found[0] for found in self.server.objects.values()]
+
+    def purge(self, status=0):
+        return self.etc('purge', '-r', '-f', 'X', status=status)[1]
+
+    def lose(self, handler, *then):
+        """Delete the object, but let the answer be lost."""
+        self.server.objects.clear()
+        for data in then:
+            self.put('X.tgz', data)
+        handler.close_connection = True
+        return True
+
+    def test_another_push_meanwhile(self):
+        self.at_delete(lambda handler: self.put('X.tgz', b'second'))
+        self.assertEqual(self.purge(status=1), "etc: 'X' in %s was replaced meanwhile; look again: 'etc info -r X' shows what is there now\n"
+                         % self.url)
+        self.assertEqual(self.stored(), [b'second'])
+
+    def test_lost_answers(self):
+        for what, action in (('a broken connection', self.lose), ('a busy proxy', lambda h: self.lose(h) and (h.answer(503), True)[1]),
+                             ('another purge', lambda h: self.server.objects.clear())):
+            with self.subTest(what):
+                self.put('X.tgz', b'first')
+                self.at_delete(action)
+                self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
+                self.assertEqual(self.stored(), [])
+
+    def test_lost_answers_and_another_push(self):
+        for self.server.conditions in (True, False):
+            with self.subTest(conditions=self.server.conditions):
+                self.put('X.tgz', b'first')
+                self.at_delete(lambda handler: self.lose(handler, b'second') and (handler.answer(503), True)[1])
+                self.assertIn("'X' in %s was replaced meanwhile" % self.url, self.purge(status=1))
+                self.assertEqual(self.stored(), [b'second'])
+
+    def test_no_answer_at_all(self):
+        self.at_delete(lambda handler: (handler.answer(503), True)[1], 4)
+        self.assertIn("purged 'X'", self.purge())
+        self.put('X.tgz', b'first')
+        self.at_delete(lambda handler: (handler.answer(503), True)[1], 100)
+        self.assertRegex(self.purge(status=1), r'\Aetc: %s answers 503: [^\n]*\n\Z' % self.url)
+        self.assertEqual(self.stored(), [b'first'])
+
+    def test_versions_that_are_kept(self):
+        self.server.versioned = True
+        self.assertEqual(self.purge(), "etc: purged 'X' from %s, which keeps it as an old version\n" % self.url)
+        self.assertEqual(self.stored(), [])
+        self.assertIn("no dataset 'X'", self.purge(status=1))
+
+    def refused(self, *answers):
+        for answer, problem in answers:
+            with self.subTest(problem):
+                self.at_delete(lambda handler: (answer(handler), True)[1], 9)
+                self.assertEqual(self.purge(status=1), 'etc: %s answers %s\n' % (self.url, problem))
+                self.assertEqual(self.stored(), [b'first'])
+
+
+class S3Purge(PurgeSuite, S3Case):
+    def put(self, name, data):
+        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
+
+    def test_refusals(self):
+        rule = '; a rule of the bucket protects it; ask whoever made the rule'
+        lock = 'Access Denied because object protected by object lock.'
+        self.refused(
+            (lambda h: h.error(403, 'AccessDenied', message='Access Denied'),
+             '403 AccessDenied: Access Denied; the credentials, which come from the settings, need s3:DeleteObject here'),
+            (lambda h: h.error(403, 'AccessDenied', message=lock), '403 AccessDenied: ' + lock + rule),
+            (lambda h: h.error(400, 'InvalidRequest', message='Object is WORM protected and cannot be overwritten'),  # MinIO
+             '400 InvalidRequest: Object is WORM protected and cannot be overwritten' + rule),
+            (lambda h: h.error(409, 'FileImmutable', message='The object you specified is immutable.'),  # Alibaba
+             '409 FileImmutable: The object you specified is immutable.' + rule))
+
+    def test_conditions(self):
+        self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
+        method, path, headers = self.server.log[-1]
+        self.assertEqual((method, path, headers['If-Match']), ('DELETE', '/bucket/some/prefix/X.tgz', '"%s"' % hashlib.sha1(b'first').hexdigest()))
+
+    def test_stores_that_know_no_conditions(self):
+        for status, code in ((501, 'NotImplemented'), (400, 'InvalidArgument'), (400, 'InvalidRequest'), (501, ''),
+                             (412, 'PreconditionFailed'), (None, '')):  # 412: Swift; None: they ignore conditions
+            self.server.conditions = False
+            for look in (None, 2, 3)[:3 if status else 2]:  # before which another push ends: before a deletion
+                with self.subTest(code, status=status, look=look):
+                    self.put('X.tgz', b'first')
+                    looks = []
+
+                    def fault(handler):
+                        looks.append(handler.command)
+                        if handler.command == 'HEAD' and looks.count('HEAD') == look:
+                            self.put('X.tgz', b'second')
+                        if status and 'If-Match' in handler.headers and handler.command == 'DELETE':
+                            handler.error(status, code)
+                            return True
+                    self.server.fault = fault
+                    if look:
+                        self.assertIn('was replaced meanwhile', self.purge(status=1))
+                        self.assertEqual(self.stored(), [b'second'])
+                    else:
+                        self.assertIn("purged 'X'", self.purge())
+                        self.assertEqual(self.stored(), [])
+
+    def test_amazon_knows_them(self):
+        self.addCleanup(setattr, etc._S3Remote, 'choose_addressing', etc._S3Remote.choose_addressing)
+        self.addCleanup(setattr, etc._AwsProfile, 'host', etc._AwsProfile.host)
+        etc._S3Remote.choose_addressing = lambda remote: False
+        etc._AwsProfile.host = lambda aws, service, region: self.server.url
+        del self.settings['endpoint_url']
+        self.server.fault = lambda h: h.command == 'DELETE' and 'If-Match' in h.headers and (h.error(501, 'NotImplemented'), True)[1]
+        self.assertIn('answers 501 NotImplemented', self.purge(status=1))
+        self.assertEqual(self.stored(), [b'first'])
+
+    def test_objects_without_a_strong_etag(self):
+        self.server.respell = lambda keyword, value: 'W/"weak"' if keyword == 'ETag' else value
+        self.assertIn("purged 'X'", self.purge())
+        self.assertEqual(['If-Match' in headers for method, _, headers in self.server.log if method == 'DELETE'], [False])
+
+    def test_archive_classes(self):
+        """What cannot be read can be removed."""
+        self.server.fault = lambda h: h.command == 'GET' and 'Range' in h.headers and (h.error(403, 'InvalidObjectState'), True)[1]
+        self.assertIn("purged 'X'", self.purge())
 
 
 class S3Remote(RemoteSuite, S3Case):
@@ -3296,8 +3584,8 @@ class GsHandler(Handler):
                 return self.problem(404, 'Not Found')
             self.object(urllib.parse.unquote(parts[6]))
 
-    def resource(self, name):
-        data, generation, headers = self.server.objects[name]
+    def resource(self, name, found=None):
+        data, generation, headers = found or self.server.objects[name]
         return {'kind': 'storage#object', 'id': 'bucket/%s/%s' % (name, generation), 'name': name, 'bucket': 'bucket',
                 'contentType': 'application/gzip', 'storageClass': 'STANDARD', 'metageneration': '1',
                 'size': str(len(data)), 'generation': generation, 'updated': '2024-05-06T07:08:09.123Z',
@@ -3316,14 +3604,18 @@ class GsHandler(Handler):
     def object(self, name):
         found = self.server.objects.get(name)
         if not found or self.query.get('generation', found[1]) != found[1]:
+            found = self.server.old.get((name, self.query.get('generation')))
+        if not found:
             return self.problem(404, 'No such object')
-        if self.query.get('ifGenerationMatch', found[1]) != found[1]:
+        if self.server.conditions and self.query.get('ifGenerationMatch', found[1]) != found[1]:
             return self.problem(412, 'conditionNotMet')
         if self.command == 'DELETE':
+            if self.server.versioned:
+                self.server.old[name, found[1]] = found
             del self.server.objects[name]
             return self.answer(204)
         if self.query.get('alt') != 'media':
-            return self.answer(200, json.dumps(self.resource(name)).encode())
+            return self.answer(200, json.dumps(self.resource(name, found)).encode())
         start, stop = asked_range(self.headers, len(found[0]))
         if start >= stop:
             return self.problem(416, 'requestedRangeNotSatisfiable')
@@ -3526,6 +3818,31 @@ class GsRemote(RemoteSuite, GsCase):
         self.assertIn('same page of its listing twice', self.etc('ls', '-r', status=1)[1])
         self.server.fault = lambda h: (h.answer(200, b'{"name": "some/prefix/Y.tgz", "size": 5, "generation": 1}'), True)[1]
         self.assertIn('does not answer as Google', self.etc('pull', 'X', status=1)[1])
+
+
+class GsPurge(PurgeSuite, GsCase):
+    def test_refusals(self):
+        rule = '; a rule of the bucket protects it; ask whoever made the rule'
+        os.environ.pop('STORAGE_EMULATOR_HOST')
+        for message, remedy in (
+                ("Object 'bucket/X.tgz' is subject to bucket's retention policy or object retention and cannot be deleted or "
+                 'overwritten until 2030-01-01T00:00:00Z', rule),
+                ("Object 'bucket/X.tgz' is under active Event-Based hold and cannot be deleted, overwritten or archived until hold is "
+                 'removed.', rule),
+                ("a@b.example does not have storage.objects.delete access to the Google Cloud Storage object.",
+                 "; no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
+                 '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')):
+            self.refused((lambda h: h.problem(403, message), '403: ' + message + remedy))
+
+    def test_conditions(self):
+        generation = self.server.objects['some/prefix/X.tgz'][1]
+        self.assertIn("purged 'X'", self.purge())
+        self.assertEqual([path.partition('?')[2] for method, path, _ in self.server.log if method == 'DELETE'],
+                         ['ifGenerationMatch=' + generation])
+
+    def test_accounts_that_may_not_read_old_versions(self):
+        self.server.fault = lambda h: 'generation=' in h.path and h.command == 'GET' and (h.problem(403, 'no'), True)[1]
+        self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
 
 
 class TokenHandler(Handler):
@@ -3865,10 +4182,13 @@ class WebSuite:
     def test_read_only(self):
         write(self.tmp / 'ds', {'data/train/new': ''})
         before = tree(self.share)
-        self.assertIn('can only be read; to push, set a url', self.etc('push', '-f', 'X', status=1)[1])
+        self.assertIn('can only be read; to push or purge, set a url', self.etc('push', '-f', 'X', status=1)[1])
+        for name in ('X', 'Nope'):
+            self.assertRegex(self.etc('purge', '-r', '-f', name, status=1)[1],
+                             r'\Aetc: https?://[^\n]+ can only be read; to push or purge, set a url that begins with s3://, gs:// or file://\n\Z')
         self.assertIn("another 'X' is in", self.etc('push', 'X', status=1)[1])
         self.etc('register', self.tmp / 'ds', 'Y')
-        self.assertIn('can only be read; to push, set a url', self.etc('push', 'Y', status=1)[1])
+        self.assertIn('can only be read; to push or purge, set a url', self.etc('push', 'Y', status=1)[1])
         self.assertEqual(tree(self.share), before)
 
 
@@ -5594,6 +5914,34 @@ class Faults(Runs):
                 self.assertEqual(self.call('push', '-f', 'X', home='makers/' + home), (0, '', ''))
                 self.assertTrue(self.remote() == target)
 
+    def test_purge(self):
+        one, _ = self.make('one', 70000)
+        two, _ = self.make('two', 80000)
+        ops = [['purge', '-r', '-f', 'X'], ['purge', '-r', '-f', 'X@' + etc.Dataset(self.tmp / 'one').digest]]
+        clean = {}
+        for at, args in enumerate(ops):
+            self.reset(one)
+            self.assertEqual(self.call(*args), (0, '', ''))
+            self.assertIsNone(self.remote())
+            clean[at] = list(self.server.requests)
+        for seed, rng in self.runs(self.purges):
+            at = rng.randrange(len(ops))
+            self.reset(one)
+            fault = self.aim(rng, rng.choice([self.MENDED, self.ENDED, ['replaced']]), clean[at])
+            self.server.replace = lambda new=rng.choice([two, None]): (self.server.objects.clear(), new and self.put('X.tgz', new))
+            with self.subTest(seed=seed, args=ops[at], fault=fault):
+                fault = fault[:2] + (self.inject(rng, *fault),)
+                code, out, err = self.call(*ops[at])
+                self.after(seed, fault, code, err, len(clean[at]))
+                if fault[0] == 'replaced':
+                    self.assertTrue(self.remote() in (None, two))
+                    if code == 0 and self.remote():  # which came after the deletion
+                        self.assertIn('DELETE', [method for method, _, _ in self.server.requests[:-1]])
+                elif code == 0 and fault[0][0] not in (404, 410):  # which some looks take for the truth
+                    self.assertIsNone(self.remote(), err)
+                else:
+                    self.assertTrue(self.remote() in (None, one))
+
     def test_listings(self):
         one, _ = self.make('one', 300000)
         self.server.page = 2
@@ -5636,7 +5984,8 @@ class Faults(Runs):
         one, tree_one = self.make('one', 1200000)
         big, _ = self.make('big', 9 * MIB)
         for args, before, home in ((['pull', 'X'], one, 'two'), (['push', 'X'], None, 'makers/big'), (['ls', '-r'], one, 'two'),
-                                   (['info', '-r', 'X'], one, 'two'), (['push', 'X'], None, 'makers/one')):
+                                   (['info', '-r', 'X'], one, 'two'), (['push', 'X'], None, 'makers/one'),
+                                   (['purge', '-r', '-f', 'X'], one, 'two')):
             self.reset(before)
             self.assertEqual(self.call(*args, home=home)[0], 0)
             places = len(self.server.requests)
@@ -5658,7 +6007,7 @@ class Faults(Runs):
 class S3Faults(Faults, S3Case):
     class handler(Flaky, S3Handler):
         pass
-    pulls, pushes, lists, tries_of_delete = 50, 30, 16, 2
+    pulls, pushes, lists, purges, tries_of_delete = 50, 30, 16, 40, 2
     MENDED = Faults.MENDED + [(200, 'InternalError'), (400, 'RequestTimeout')]
 
     def setUp(self):
@@ -5687,7 +6036,7 @@ class GsFaults(Faults, GoogleCase):
             finally:
                 if self.command == 'PUT' and upload not in self.server.uploads and name in self.server.objects:
                     self.server.finished[upload] = name
-    pulls, pushes, lists, tries_of_delete = 40, 30, 16, 1
+    pulls, pushes, lists, purges, tries_of_delete = 40, 30, 16, 40, 1
 
     def setUp(self):
         super().setUp()
@@ -8120,6 +8469,94 @@ class Progress(Case):
         self.assertNotRegex(self.etc('pull', 'MNIST')[1], r'[\r\033]')
 
 
+@unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
+class Question(Case):
+    """`etc purge -r` as a person on a terminal meets it."""
+
+    def setUp(self):
+        super().setUp()
+        write(self.tmp / 'share', {'X.tgz': 'x' * 1500, 'Y.tgz': 'y'})
+
+    def on_terminal(self, *args, answers=(), meanwhile=lambda: None):
+        """The exit status, and what it shows; each answer is typed when it asks."""
+        import fcntl
+        import pty
+        import termios
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url, 'purge'] + list(args), stdin=theirs, stdout=theirs, stderr=theirs,
+                                   start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(theirs)
+        guard = threading.Timer(60, process.kill)
+        guard.start()
+        shown, answers = b'', list(answers)
+        with open(ours, 'r+b', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
+            for data in iter(lambda: file.read(4096), b''):
+                shown += data
+                if answers and shown.endswith(b'[y/N] '):
+                    meanwhile()
+                    file.write(answers.pop(0))
+        guard.cancel()
+        return process.wait(), shown.decode('utf-8', 'replace').replace('\r\n', '\n')
+
+    def left(self):
+        return sorted(os.listdir(str(self.tmp / 'share')))
+
+    def test_answers(self):
+        asked = "etc: remove 'X' (1.5 kB) in %s? [y/N] " % self.url
+        for answer in (b'\n', b'n\n', b'no\n', b'yy\n', b'\xff\n', b' \n'):
+            with self.subTest(answer):
+                code, shown = self.on_terminal('-r', 'X', answers=[answer])
+                self.assertEqual((code, shown.startswith(asked), self.left()), (1, True, ['X.tgz', 'Y.tgz']), shown)
+                self.assertTrue(shown.endswith("\netc: 'X' (1.5 kB) in %s stays\n" % self.url), shown)
+        for answer in (b'y\n', b'Y\n', b'yes\n', b' yes \n'):
+            with self.subTest(answer):
+                write(self.tmp / 'share', {'X.tgz': 'x' * 1500})
+                code, shown = self.on_terminal('-r', '-q', 'X', answers=[answer])
+                self.assertEqual((code, shown, self.left()), (0, asked + answer.decode(), ['Y.tgz']))
+
+    def test_end_of_input(self):
+        code, shown = self.on_terminal('-r', 'X', answers=[b'\x04'])
+        self.assertEqual((code, self.left()), (1, ['X.tgz', 'Y.tgz']))
+        self.assertRegex(shown, r"\[y/N\] (\^D\x08\x08)?\netc: 'X' \(1\.5 kB\) in .* stays\n\Z")
+
+    def test_ctrl_c(self):
+        code, shown = self.on_terminal('-r', 'X', 'Y', answers=[b'\x03'])
+        self.assertEqual((code, self.left()), (130, ['X.tgz', 'Y.tgz']))
+        self.assertTrue(shown.endswith('etc: interrupted\n'), shown)
+
+    def test_several(self):
+        code, shown = self.on_terminal('-r', 'Nope', 'X', 'Y', answers=[b'n\n', b'y\n'])
+        self.assertEqual((code, self.left()), (1, ['X.tgz']), shown)
+        self.assertIn("etc: purged 'Y' from %s\n" % self.url, shown)
+
+    def test_no_question(self):
+        self.assertEqual(self.on_terminal('-r', '-f', 'X'), (0, "etc: purged 'X' from %s\n" % self.url))
+        self.assertIn("did you mean 'Y'?", self.on_terminal('-r', 'y')[1])
+
+    def test_another_push_before_the_answer(self):
+        code, shown = self.on_terminal('-r', 'X', answers=[b'y\n'], meanwhile=lambda: write(self.tmp / 'share', {'X.tgz': 'newer'}))
+        self.assertEqual((code, (self.tmp / 'share/X.tgz').read_text()), (1, 'newer'))
+        self.assertIn("etc: 'X' in %s was replaced meanwhile; look again: " % self.url, shown)
+
+    def test_only_one_end_is_a_terminal(self):
+        for stdin, stderr in ((True, False), (False, True)):
+            with self.subTest(stdin=stdin, stderr=stderr):
+                import pty
+                ours, theirs = pty.openpty()
+                process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url, 'purge', '-r', 'X'], stdout=subprocess.DEVNULL,
+                                           stdin=theirs if stdin else subprocess.DEVNULL, stderr=theirs if stderr else subprocess.PIPE)
+                try:
+                    err = process.communicate(timeout=60)[1]
+                finally:
+                    process.kill()
+                if stderr:
+                    err = os.read(ours, 4096)
+                os.close(ours)
+                os.close(theirs)
+                self.assertEqual((process.returncode, self.left()), (2, ['X.tgz', 'Y.tgz']))
+                self.assertIn(b"etc: without a terminal to ask on, 'etc purge -r' needs -f;", err)
+
+
 class Mistakes(Case):
     """What people mistype or mistake, and the one line that each prints."""
 
@@ -8169,6 +8606,8 @@ class Mistakes(Case):
              "another 'MNIST' is installed already; choose another name, or -f (force) to replace it"),
             (['push', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name"),
             (['purge', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc ls' lists what there is"),
+            (['purge', '-r', 'MNIST'], 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
+            (['purge', '-r', '-f', 'MNITS'], 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
             (['verify', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc pull Flowers' would fetch it"),
             (['info', 'mine'], 1, "no local dataset 'mine'; did you mean 'Mine'?"),
             (['--url', 'bucket', 'ls', '-r'], 1,
@@ -8549,6 +8988,10 @@ class Completion(Case):
                                                             '--verbose'])
         self.assertEqual(self.words('--home', home, 'purge', ''), ['Alpha', 'Beta'])
         self.assertEqual(self.words('--home', home, 'purge', 'Alpha', ''), ['Beta'])
+        write(self.tmp / 'share', {'Gamma.tgz': 'x', 'Delta.tgz': 'x'})
+        for flag in ('-r', '--remote'):
+            with self.subTest(flag):
+                self.assertEqual(self.words('--home', home, '--url', self.url, 'purge', flag, ''), ['Delta', 'Gamma'])
         self.assertEqual(self.words('completion', 'z'), ['zsh'])
         etc.register(small(self.tmp / 'ds'), 'Gamma', config=self.config())
         etc.push('Gamma', config=self.config())
