@@ -2064,6 +2064,7 @@ class RemoteSuite:
     conditions = True  # whether the second of two pushes is refused
     atomic = True  # and does so when both end at the same instant
     copies = True  # whether it copies what a push need not send
+    conditional_delete = True  # whether a push survives that ends just before what it replaced is removed
 
     def test_another_version(self):
         """Whether or not it copies, the new archive is right."""
@@ -2365,6 +2366,18 @@ class RemoteSuite:
                 self.assertIs(store.remove(new), False)
                 self.assertIsNone(store.stat('X'))
                 self.assertIs(store.remove(new), False)  # another was faster
+
+    def test_purge_just_after_a_push(self):
+        if not self.conditional_delete:
+            return
+        self.put('X.tgz', b'first')
+        with etc.contextlib.closing(etc._open_remote(self.config())) as store:
+            old, look, looks = store.stat('X'), store.is_current, []
+            self.put('X.tgz', b'the second')
+            store.is_current = lambda obj: look(obj) if looks else looks.append(obj) or True  # as if the push ended after the first look
+            with self.assertRaisesRegex(etc.RemoteError, "'X' in .* was replaced meanwhile"):
+                store.remove(old)
+            self.assertEqual(store.stat('X').size, len(b'the second'))
 
     def test_killed_push(self):
         write(self.tmp / 'share', {'.': None})  # a push that is killed early may not have made it
@@ -4615,7 +4628,7 @@ class Nginx(WebSuite, Case):
 class Rclone(RemoteSuite, Case):
     """rclone serve s3: checks signatures, ignores conditions (so we look ourselves), answers 200 to ranges."""
     copies = False
-    atomic = False
+    atomic = conditional_delete = False
     akid, secret = AKID, SECRET
 
     @classmethod
@@ -4662,6 +4675,7 @@ class Rclone(RemoteSuite, Case):
 class Moto(Rclone):
     """moto_server: knows conditions, checks no signature."""
     copies = True
+    conditional_delete = True
 
     @classmethod
     def setUpClass(cls):
@@ -4686,6 +4700,15 @@ class Moto(Rclone):
         self.assertIn("'X': expected digest sha256:333", self.etc('push', '-f', 'X@sha256:' + '3' * 64, status=1)[1])
         uploads = self.client().list_multipart_uploads(Bucket='bucket', Prefix=self.prefix).get('Uploads', [])
         self.assertEqual(uploads, [])
+
+    def test_purge_from_a_bucket_with_versions(self):
+        self.url = 's3://versions'
+        self.client().create_bucket(Bucket='versions')
+        self.client().put_bucket_versioning(Bucket='versions', VersioningConfiguration={'Status': 'Enabled'})
+        self.share(small(self.tmp / 'ds'))
+        self.assertEqual(self.etc('purge', '-r', '-f', 'X')[1], "etc: purged 'X' from s3://versions, which keeps it as an old version\n")
+        self.assertEqual(etc.ls(True, self.config()), [])
+        self.assertEqual(len(self.client().list_object_versions(Bucket='versions')['Versions']), 1)
 
     def test_public(self):
         self.settings['public'] = True
@@ -4767,7 +4790,9 @@ def debian(module):
 class Swift(Rclone):
     """OpenStack Swift's S3 interface: checks signatures; it knows no conditions, but says so."""
     copies = True
+    """OpenStack Swift's S3 interface: checks signatures; it knows no conditions of writes, but says so."""
     akid = 'test:tester'
+    conditional_delete = True
 
     @classmethod
     def setUpClass(cls):
@@ -4804,6 +4829,7 @@ class GcpEmulator(RemoteSuite, Case):
     """gcp-storage-emulator, which knows no conditions, and Google's own client."""
     copies = False
     conditions = False
+    conditions = conditional_delete = False
 
     @classmethod
     def setUpClass(cls):
@@ -8484,7 +8510,7 @@ class Question(Case):
         import termios
         ours, theirs = pty.openpty()
         process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url, 'purge'] + list(args), stdin=theirs, stdout=theirs, stderr=theirs,
-                                   start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                                   start_new_session=True, preexec_fn=lambda: (default_signals(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)))
         os.close(theirs)
         guard = threading.Timer(60, process.kill)
         guard.start()
