@@ -5286,7 +5286,8 @@ class _S3Remote(_BucketStore):
             reply = self.request(request, accept=[400, 412, 501], tries=1)
         if reply.status >= 300:
             raise self.error(reply, request)
-        return bool(reply.headers.get('x-amz-delete-marker') == 'true')
+        is_suspended = reply.headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
+        return bool(reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended)
 
 
 def _confirms_write(method: str, reply: _Reply) -> bool:

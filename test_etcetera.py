@@ -268,7 +268,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.conditions = self.encoding = True
         self.must_check = False  # as a bucket with Object Lock
         self.may_list = True
-        self.versioned = False
+        self.versioned = None  # or the version of the next delete marker
         self.old = {}  # (path, version) -> what a bucket with versions keeps
         self.secrets = {AKID: SECRET}
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -527,7 +527,7 @@ class S3Handler(SignedHandler):
             if self.headers['If-Match'] not in (found[1], '*'):
                 return self.error(412, 'PreconditionFailed')
         self.server.objects.pop(self.key, None)
-        self.answer(204, headers={'x-amz-delete-marker': 'true', 'x-amz-version-id': 'v'} if self.server.versioned else {})
+        self.answer(204, headers={'x-amz-delete-marker': 'true', 'x-amz-version-id': self.server.versioned} if self.server.versioned else {})
 
 
 class S3Case(Case):
@@ -2710,7 +2710,7 @@ class PurgeSuite:
         self.assertEqual(self.stored(), [b'first'])
 
     def test_versions_that_are_kept(self):
-        self.server.versioned = True
+        self.server.versioned = '5'
         self.assertEqual(self.purge(), "etc: purged 'X' from %s, which keeps it as an old version\n" % self.url)
         self.assertEqual(self.stored(), [])
         self.assertIn("no dataset 'X'", self.purge(status=1))
@@ -2743,6 +2743,11 @@ class S3Purge(PurgeSuite, S3Case):
         self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
         method, path, headers = self.server.log[-1]
         self.assertEqual((method, path, headers['If-Match']), ('DELETE', '/bucket/some/prefix/X.tgz', '"%s"' % hashlib.sha1(b'first').hexdigest()))
+
+    def test_buckets_that_keep_no_more_versions(self):
+        """https://docs.aws.amazon.com/AmazonS3/latest/userguide/DeletingObjectsfromVersioningSuspendedBuckets.html"""
+        self.server.versioned = 'null'
+        self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
 
     def test_stores_that_know_no_conditions(self):
         for status, code in ((501, 'NotImplemented'), (400, 'InvalidArgument'), (400, 'InvalidRequest'), (501, ''),
