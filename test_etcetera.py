@@ -4632,8 +4632,7 @@ class Nginx(WebSuite, Case):
 @needs(tool('rclone') and importable('boto3'), 'rclone and boto3 are not installed')
 class Rclone(RemoteSuite, Case):
     """rclone serve s3: checks signatures, ignores conditions (so we look ourselves), answers 200 to ranges."""
-    copies = False
-    atomic = conditional_delete = False
+    atomic = conditional_delete = copies = False
     akid, secret = AKID, SECRET
 
     @classmethod
@@ -4679,8 +4678,7 @@ class Rclone(RemoteSuite, Case):
 @needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
 class Moto(Rclone):
     """moto_server: knows conditions, checks no signature."""
-    copies = True
-    conditional_delete = True
+    conditional_delete = copies = True
 
     @classmethod
     def setUpClass(cls):
@@ -4793,11 +4791,9 @@ def debian(module):
 
 @needs(importable('boto3') and debian('swift'), 'python3-swift (Debian) and boto3 are not installed')
 class Swift(Rclone):
-    """OpenStack Swift's S3 interface: checks signatures; it knows no conditions, but says so."""
-    copies = True
     """OpenStack Swift's S3 interface: checks signatures; it knows no conditions of writes, but says so."""
     akid = 'test:tester'
-    conditional_delete = True
+    copies = conditional_delete = True
 
     @classmethod
     def setUpClass(cls):
@@ -4832,9 +4828,7 @@ class S3rver(Rclone):
 @needs(importable('gcp_storage_emulator', 'google.cloud.storage'), 'gcp-storage-emulator, google-cloud-storage are not installed')
 class GcpEmulator(RemoteSuite, Case):
     """gcp-storage-emulator, which knows no conditions, and Google's own client."""
-    copies = False
-    conditions = False
-    conditions = conditional_delete = False
+    copies = conditions = conditional_delete = False
 
     @classmethod
     def setUpClass(cls):
