@@ -45,7 +45,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Google          credentials
     Remotes         file://, s3://, gs://, https://: list, stat, read, write, remove
     Home            the local store: receipts, and installing atomically
-    Stored archives an archive in a remote: its index, and extracting it
+    Stored archives an archive in a remote: its index, extracting it, and writing it
     API             what `import etcetera` offers
     Command line    the command `etc`
 
@@ -6550,6 +6550,9 @@ def _remove(path: Path) -> None:
 #
 # An archive in a remote, bound to one version of an object. One with an index has known segments, any of which can be
 # fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
+#
+# No segment is moved that is in its place already: a pull links what any installed dataset has (reuse() in Home), and a
+# push lets the remote copy what other archives hold. Names prove nothing: all files are read, and must hash to the same.
 # ---------------------------------------------------------------------------------------
 
 class _StoredArchive:
