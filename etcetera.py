@@ -2981,8 +2981,8 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
 # asks, up to a minute. A server that has answered before gets two tries more, 7 seconds apart, as it may be restarting.
 # A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on with a range
 # where it broke; S3 makes a request again after errors that it calls transient, or when it has learnt another region,
-# clock, key or checksum; an upload to Google goes on until five tries in a row bring nothing across; metadata services
-# are asked once, a container's three times.
+# clock, key or checksum; a large upload to Google goes on until five tries in a row bring nothing across; metadata
+# services are asked once, a container's three times.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
@@ -4356,6 +4356,7 @@ _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
 _MAX_COPY = 256 << 20  # bytes that one request copies, unless there would be too many parts; S3 takes 5 GiB
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
+_GS_WHOLE = 8 << 20  # bytes of an archive that goes there in one request, and again if that breaks, as its clients do
 _IN_FLIGHT = 64 << 20  # bytes that may be under way at once
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 6 << 20  # bytes that one request reads at most
@@ -5412,6 +5413,8 @@ class _GsRemote(_BucketStore):
                       'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
         elif reply.status == 400 and 'uniform bucket-level access' in message:
             remedy = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
+        elif reply.status == 400 and 'MD5' in message:
+            remedy = 'it did not arrive as it was sent; push again'
         elif reply.status == 404:
             remedy = 'check the bucket in the url'
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
@@ -5491,46 +5494,99 @@ class _GsRemote(_BucketStore):
             exclusive: bool,
             transfer: _Transfer,
     ) -> None:
-        """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
-        session = self.begin_upload(name, exclusive)
+        """By one of two ways: https://cloud.google.com/storage/docs/uploads-downloads"""
         md5 = _md5()
         size = 0
 
-        def send(item: Tuple[List[bytes], bool]) -> Optional[_Reply]:
+        def counted() -> Iterator[bytes]:
             nonlocal size
-            part, is_last = item
-            for chunk in part if md5 else ():
-                md5.update(chunk)
-            start = size
-            size += sum(map(len, part))
-            return self.send_part(session, start, b''.join(part), is_last, transfer)
+            for chunk in chunks:
+                size += len(chunk)
+                if md5:
+                    md5.update(chunk)
+                yield chunk
 
-        parts = _with_last(_split_parts(chunks, _GS_PART))
-        try:
-            with _threads(1) as pool, self.cancelled_on_error(), contextlib.closing(
-                    _unordered(pool, send, parts, lambda: 2, transfer.wait)) as sent:  # one thread keeps the order
-                replies = list(filter(None, sent))  # only the last part has one
-            answer = replies[0].json() if replies else {}
-        except BaseException as e:
-            self.http.reopen(in_haste=isinstance(e, KeyboardInterrupt))
-            with contextlib.suppress(RemoteError):
-                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
-            raise
+        parts = _with_last(_split_parts(counted(), _GS_PART))
+        first, is_last = next(parts)
+        if is_last and size <= _GS_WHOLE:
+            answer = self.send_whole(name, first, md5, exclusive, transfer)
+        else:
+            parts = itertools.chain([(first, is_last)], parts)
+            del first  # or memory would hold it to the end
+            answer = self.send_parts(name, parts, exclusive, transfer)
         is_known = answer.get('name') == self.key(name) and answer.get('generation')
         if is_known:
             self.check_md5(name, answer, md5)
         if not is_known or str(answer.get('size')) != str(size):
             raise _Unconfirmed(f'{self.protocol_error()}')
 
-    def begin_upload(self, name: str, exclusive: bool) -> str:
-        """The address to which the parts of an upload go."""
-        query = {'uploadType': 'resumable', 'name': self.key(name)}
+    def upload_address(self, kind: str, name: str, exclusive: bool) -> str:
+        query = {'uploadType': kind, 'name': self.key(name)}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
+        return self.address('', query, '/upload/storage/v1')
+
+    def send_whole(
+            self,
+            name: str,
+            part: List[bytes],
+            md5: Any,
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> Dict[str, Any]:
+        """A multipart upload (RFC 2387): https://cloud.google.com/storage/docs/uploading-objects
+
+        The server stores nothing if the MD5 is another: https://cloud.google.com/storage/docs/data-validation
+        """
+        resource = {'contentType': 'application/gzip'}
+        if md5:
+            resource['md5Hash'] = _base64(md5.digest())
+        boundary = os.urandom(16).hex()
+        head = (f'--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps(resource)}\r\n'
+                f'--{boundary}\r\nContent-Type: application/gzip\r\n\r\n')
+        body = [head.encode(), *part, f'\r\n--{boundary}--\r\n'.encode()]
+        request = _Request('POST', self.upload_address('multipart', name, exclusive),
+                           {'Content-Type': f'multipart/related; boundary={boundary}'}, body,
+                           _after(-len(head), transfer.watch(0)))
+        with _threads(1) as pool, self.cancelled_on_error():
+            sending = pool.submit(self.request, request, [412])
+            transfer.wait({sending})
+        reply: _Reply = sending.result()
+        if reply.status == 412:
+            raise _NameTaken  # perhaps by ourselves, if the first answer was lost
+        return reply.json()
+
+    def send_parts(
+            self,
+            name: str,
+            parts: Iterable[Tuple[List[bytes], bool]],
+            exclusive: bool,
+            transfer: _Transfer,
+    ) -> Dict[str, Any]:
+        """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
+        session = self.begin_upload(name, exclusive)
+
+        def send(item: Tuple[int, Tuple[List[bytes], bool]]) -> Optional[_Reply]:
+            number, (part, is_last) = item
+            return self.send_part(session, number * _GS_PART, b''.join(part), is_last, transfer)
+
+        try:
+            with _threads(1) as pool, self.cancelled_on_error(), contextlib.closing(
+                    _unordered(pool, send, enumerate(parts), lambda: 2, transfer.wait)) as sent:  # in order: one thread
+                replies = list(filter(None, sent))  # only the last part has one
+            return replies[0].json() if replies else {}
+        except BaseException as e:
+            self.http.reopen(in_haste=isinstance(e, KeyboardInterrupt))
+            with contextlib.suppress(RemoteError):
+                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
+            raise
+
+    def begin_upload(self, name: str, exclusive: bool) -> str:
+        """The address to which the parts of an upload go."""
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
-        reply = self.request(_Request('POST', self.address('', query, '/upload/storage/v1'), headers,
+        reply = self.request(_Request('POST', self.upload_address('resumable', name, exclusive), headers,
                                       [b'{"contentType": "application/gzip"}']), accept=[412])
         if reply.status == 412:
             raise _NameTaken

@@ -3565,6 +3565,8 @@ class S3Kinds(S3Case):
 class GsHandler(Handler):
     """Google Cloud Storage's JSON API, as https://cloud.google.com/storage/docs/json_api/v1 describes it."""
 
+    is_damaged = False  # what arrives here
+
     def problem(self, status, message):
         self.answer(status, json.dumps({'error': {'code': status, 'message': message}}).encode())
 
@@ -3641,14 +3643,40 @@ class GsHandler(Handler):
                                                 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT', 'x-goog-generation': found[1]})
 
     def start(self, body):
-        json.loads(body.decode())
+        is_whole = self.query['uploadType'] == 'multipart'
+        resource, data = self.related(body) if is_whole else (body, b'')
+        expected = json.loads(resource.decode()).get('md5Hash')
         if self.query.get('ifGenerationMatch') == '0' and self.query['name'] in self.server.objects:
             return self.problem(412, 'conditionNotMet')
         if self.query.get('predefinedAcl') and self.server.uniform:
             return self.problem(400, 'Cannot insert legacy ACL for an object when uniform bucket-level access is enabled.')
+        if is_whole:
+            found = base64.b64encode(md5(data).digest()).decode()
+            if expected and expected != found:
+                return self.problem(400, 'Provided MD5 hash "%s" doesn\'t match calculated MD5 hash "%s".' % (expected, found))
+            return self.store(self.query, data)
         upload = os.urandom(8).hex()
         self.server.uploads[upload] = [self.query, bytearray(), 0]
         self.answer(200, b'', {'Location': self.server.url + '/session?upload_id=' + upload})
+
+    def related(self, body):
+        """The resource and the data in a body of the type multipart/related (RFC 2387; the parts as RFC 2046, 5.1.1 frames them)."""
+        boundary = re.match('multipart/related; boundary=([0-9a-zA-Z]{1,70})$', self.headers['Content-Type']).group(1).encode()
+        before, resource, data, after = (b'\r\n' + body).split(b'\r\n--' + boundary)
+        assert (before, after) == (b'', b'--\r\n')
+        resource, data = (part.split(b'\r\n\r\n', 1) for part in (resource, data))
+        assert (resource[0], data[0]) == (b'\r\nContent-Type: application/json', b'\r\nContent-Type: application/gzip')
+        return resource[1], data[1][:-1] + b'?' if self.is_damaged else data[1]
+
+    def store(self, query, data):
+        self.server.generation += 1
+        self.server.objects[query['name']] = bytes(data), str(self.server.generation), query
+        resource = self.resource(query['name'])
+        if self.server.garble:
+            resource['md5Hash'] = 'AAAA'
+        if self.server.final:
+            return self.server.final(self)
+        self.answer(200, json.dumps(resource).encode())
 
     def receive(self, start, data):
         upload = self.server.uploads[self.query['upload_id']]
@@ -3672,15 +3700,8 @@ class GsHandler(Handler):
             return self.answer(308, b'', headers)
         if query.get('ifGenerationMatch') == '0' and query['name'] in self.server.objects:
             return self.problem(412, 'conditionNotMet')
-        self.server.generation += 1
-        self.server.objects[query['name']] = bytes(data), str(self.server.generation), query
-        resource = self.resource(query['name'])
-        if self.server.garble:
-            resource['md5Hash'] = 'AAAA'
         del self.server.uploads[self.query['upload_id']]
-        if self.server.final:
-            return self.server.final(self)
-        self.answer(200, json.dumps(resource).encode())
+        self.store(query, data)
 
 
 class GsCase(Case):
@@ -3703,19 +3724,21 @@ class GsRemote(RemoteSuite, GsCase):
     copies = False
     def test_answers_that_are_not_understood(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('register', write(self.tmp / 'medium', {'data/train/x': noise(9 * MIB)}), 'W')
         self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(17 * MIB)}), 'Y')
         for what, body in (('an empty object', b'{}'), ('nothing', b''), ('a page', b'<html>Log in</html>'), ('a list', b'[]'),
                            ('another object', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}'),
                            ('no generation', b'{"name": "some/prefix/X.tgz", "size": "7"}'),
                            ('no size', b'{"name": "some/prefix/X.tgz", "generation": "5"}'),
                            ('another size', b'{"name": "some/prefix/X.tgz", "generation": "5", "size": "7"}')):
-            for stored in (True, False):
-                with self.subTest(what, stored=stored):
+            for name, method, stored in (('X', 'POST', True), ('X', 'POST', False), ('W', 'POST', False), ('W', 'PUT', True), ('W', 'PUT', False)):
+                with self.subTest(what, name=name, method=method, stored=stored):
+                    body = body.replace(b'X.tgz', name.encode() + b'.tgz')
                     self.server.objects.clear()
                     self.server.final = (lambda handler: handler.answer(200, body)) if stored else None
                     self.server.fault = None if stored else lambda handler: (
-                        handler.command == 'PUT' and (handler.answer(200, body), True)[1])
-                    self.assertIn('pushed' if stored else 'does not answer as Google', self.etc('push', 'X', status=int(not stored))[1])
+                        handler.command == method and (handler.answer(200, body), True)[1])
+                    self.assertIn('pushed' if stored else 'does not answer as Google', self.etc('push', name, status=int(not stored))[1])
                     self.server.final = None
                     self.assertEqual(len(self.server.objects), int(stored))
         self.server.fault = lambda handler: '/*' in handler.headers.get('Content-Range', '') and (handler.answer(200, b'{}'), True)[1]
@@ -3773,7 +3796,7 @@ class GsRemote(RemoteSuite, GsCase):
         self.assertEqual(data, (self.tmp / 'share/X.tgz').read_bytes())
 
     def test_lost_last_answer(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
         self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
         etc.time.sleep = lambda seconds: None
         seen = []
@@ -3787,8 +3810,41 @@ class GsRemote(RemoteSuite, GsCase):
         self.etc('push', 'X')
         self.etc('pull', 'X', home='two')
 
-    def test_session_that_takes_nothing(self):
+    def test_requests(self):
+        """What is small goes there in one request."""
+        whole = [('GET', None), ('POST', 'multipart')]
+        for size, requests in ((10, whole), (8 * MIB - 65536, whole), (8 * MIB, [('GET', None), ('POST', 'resumable'), ('PUT', None)]),
+                               (16 * MIB, [('GET', None), ('POST', 'resumable'), ('PUT', None), ('PUT', None)])):
+            with self.subTest(size=size):
+                self.etc('register', '-f', write(self.tmp / str(size), {'data/train/x': noise(size)}), 'X')
+                self.server.log.clear()
+                self.server.objects.clear()
+                self.etc('push', 'X')
+                kinds = [re.search('uploadType=([a-z]+)', path) for _, path, _ in self.server.log]
+                self.assertEqual([(method, kind and kind.group(1)) for (method, _, _), kind in zip(self.server.log, kinds)], requests)
+                self.etc('pull', '-f', 'X', home='two')
+                self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / str(size)))
+
+    def test_lost_answer(self):
+        """The next try finds the name taken, by the very object."""
         self.etc('register', small(self.tmp / 'ds'), 'X')
+        for words, generations in ((['push', 'X'], 1), (['push', '-f', 'X'], 2)):
+            with self.subTest(words):
+                self.server.objects.clear()
+                before = self.server.generation
+                lost = []
+
+                def final(handler):
+                    self.server.final = None
+                    lost.append(handler.path)
+                    handler.close_connection = True
+                self.server.final = final
+                self.etc(*words)
+                self.assertEqual((len(lost), self.server.generation - before), (1, generations))
+                self.etc('pull', '-f', 'X', home='two')
+
+    def test_session_that_takes_nothing(self):
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
         self.server.fault = lambda h: h.command == 'PUT' and (h.answer(308), True)[1]  # to some servers a redirect
         self.assertIn('takes no more', self.etc('push', 'X', status=1)[1])
         self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
@@ -3801,9 +3857,17 @@ class GsRemote(RemoteSuite, GsCase):
 
     def test_md5(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.server.garble = True
-        self.assertIn('did not arrive', self.etc('push', 'X', status=1)[1])
-        self.assertEqual(self.server.objects, {})
+        self.etc('register', write(self.tmp / 'medium', {'data/train/x': noise(9 * MIB)}), 'Y')
+        for name in 'XY':
+            with self.subTest(name):
+                self.server.garble = True
+                self.assertIn('did not arrive', self.etc('push', name, status=1)[1])
+                self.assertEqual(self.server.objects, {})
+                self.server.garble = False
+        with self.subTest('refused'):
+            self.server.fault = lambda handler: setattr(handler, 'is_damaged', True)
+            self.assertRegex(self.etc('push', 'X', status=1)[1], 'answers 400: Provided MD5 hash .*; it did not arrive as it was sent; push again')
+            self.assertEqual((self.server.objects, self.server.log[-1][0]), ({}, 'POST'))
 
         def no_md5(*args, **kwargs):
             raise ValueError('disabled for FIPS')
