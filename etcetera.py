@@ -802,7 +802,7 @@ def _unordered(
 
 
 _Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
-_Watch = Callable[[int], Any]  # is told how many bytes of something have been sent or received
+_Watch = Callable[[int], Any]  # is told how many bytes of something have been sent or received; see _Reader.watch()
 
 
 def _tell(progress: Callable[[int, int], Any], done: int, total: int) -> None:
@@ -2980,9 +2980,9 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
 # _TRANSIENT, five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds, and for as long as Retry-After
 # asks, up to a minute. A server that has answered before gets two tries more, 7 seconds apart, as it may be restarting.
 # A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on with a range
-# where it broke; S3 makes a request again after errors that it calls transient, or when it has learnt another region,
-# clock, key or checksum; a large upload to Google goes on until five tries in a row bring nothing across; metadata
-# services are asked once, a container's three times.
+# where it broke, or where it was given up as too slow (see _Reader.watch()); S3 makes a request again after errors that
+# it calls transient, or when it has learnt another region, clock, key or checksum; a large upload to Google goes on
+# until five tries in a row bring nothing across; metadata services are asked once, a container's three times.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
@@ -3304,7 +3304,7 @@ def _receive(response: Any, limit: int, into: Optional[Any], watch: Optional[_Wa
 
 
 def _receive_range(response: Any, watch: Optional[_Watch]) -> bytearray:
-    """The body of a range; only its start, if the connection breaks when some of it has come."""
+    """The body of a range; only its start, if some of it has come when the connection breaks or `watch` says so."""
     import http.client
     data = bytearray(response.length)
     received = 0
@@ -3317,8 +3317,8 @@ def _receive_range(response: Any, watch: Optional[_Watch]) -> bytearray:
                 raise http.client.IncompleteRead(b'', len(data) - received)
             received += count
             size = _next_slice(size, time.monotonic() - begin)
-            if watch:
-                watch(received)
+            if watch and watch(received):
+                break
     except (OSError, http.client.HTTPException):
         if received < _SLICE:
             raise
@@ -4361,6 +4361,7 @@ _IN_FLIGHT = 64 << 20  # bytes that may be under way at once
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 6 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
+_RECONNECT = 1.0  # seconds that must be gained if another connection is to go on with a range
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
 
@@ -5872,7 +5873,8 @@ class _Reader:
     Each connection reads one range after another. Ranges begin small and grow while they come fast: on slow
     connections, long ones would show little progress, and much would be lost when one breaks. Towards the end they
     become shorter, so that all connections end together. What has been read and not yet given out is bounded; only then
-    does a slow range hold up the others.
+    does a slow range hold up the others. But all that waits for it is lost if the process ends, so another connection
+    goes on with a range that others wait for and that is far slower than they were.
     """
 
     def __init__(self, read: _Read, spans: Iterable[Tuple[int, int]], transfer: _Transfer) -> None:
@@ -5888,6 +5890,8 @@ class _Reader:
         self.begun = 0  # number of ranges
         self.ahead = 0  # bytes that are being read or wait to be given out
         self.arrived: Dict[int, Any] = {}  # the bytes of ranges, or the error, by number
+        self.wanted = 0  # number of the range that is given out next
+        self.speed = 0.0  # bytes a second that a connection gives, on average; recent ranges count most
         self.is_closed = False
         transfer.start_clock()
 
@@ -5919,6 +5923,7 @@ class _Reader:
         """The bytes of a range; None if they do not come soon."""
         _interrupts.check()
         with self.lock:
+            self.wanted = number
             if not self.has_arrived.wait_for(lambda: number in self.arrived, _TICK):
                 return None
             chunk = self.arrived.pop(number)
@@ -5940,16 +5945,45 @@ class _Reader:
                 self.has_room.notify()  # there may be more
             begin = time.monotonic()
             try:
-                outcome: Any = self.read(start, stop, self.transfer.watch(number))
+                outcome: Any = self.read(start, stop, self.watch(number, stop - start))
             except BaseException as e:
                 outcome = e
             seconds = time.monotonic() - begin
             growth = 4 if seconds < _TICK else 2
             with self.lock:
                 self.arrived[number] = outcome
+                self.speed += ((stop - start) / max(seconds, 0.01) - self.speed) / 4
                 if seconds < _FAST_RANGE:
                     self.length = min(max(self.length, growth * (stop - start)), _MAX_RANGE)
                 self.has_arrived.notify()
+
+    def watch(self, number: int, length: int) -> Callable[[int], bool]:
+        """What counts the bytes of a range. It returns true if another connection should go on from there.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance-guidelines.html (Retry requests)
+        """
+        count_moved = self.transfer.watch(number)
+        begin = 0.0  # when the first bytes came over this connection
+        had = 0  # bytes that had come then
+        patience = 2  # how many times as long as usual a connection may take: more each time, as new ones start slowly
+
+        def watch(count: int) -> bool:
+            nonlocal begin, had, patience
+            count_moved(count)
+            now = time.monotonic()
+            if count > had and not begin:
+                begin, had = now, count
+            if number != self.wanted or count <= had or not self.speed:
+                return False
+            seconds = now - begin
+            usual = (length - had) / self.speed
+            to_come = seconds / (count - had) * (length - count)
+            is_late = seconds > patience * usual and to_come > usual + _RECONNECT
+            if is_late:
+                begin, had, patience = 0.0, count, 2 * patience
+            return is_late
+
+        return watch
 
     def begin(self) -> Tuple[int, int, int]:
         """The next range: its number and where it starts and stops."""

@@ -6194,11 +6194,12 @@ class Links(S3Case):
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
 
     def test_ranges_in_any_order(self):
-        """A slow range holds up none of the others."""
+        """A range that is late in coming holds up none of the others, and is not asked for again."""
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}))
         size = len(next(iter(self.server.objects.values()))[0])
         self.server.log.clear()
-        seen = set()
+        self.set('_MIN_RANGE', 2 * MIB)
+        seen = []
         rest = threading.Event()
 
         def fault(handler):
@@ -6207,7 +6208,7 @@ class Links(S3Case):
             start, stop = asked_range(handler.headers, size)
             if not start:
                 self.assertTrue(rest.wait(20))
-            seen.add(stop)
+            seen.append(stop)
             if size - max(seen) < 10000:
                 rest.set()
         self.server.fault = fault
@@ -6215,6 +6216,45 @@ class Links(S3Case):
         self.etc('pull', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
         self.assertTrue(rest.is_set())
+        self.assertEqual(len(seen), len(set(seen)))
+
+    def test_slow_connection(self):
+        """Where all others wait for a range, another connection goes on with it."""
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}))
+        data, etag, _ = next(iter(self.server.objects.values()))
+        self.set('_MIN_RANGE', 2 * MIB)
+        asked, left = [], []
+        rest = threading.Event()
+
+        def fault(handler):
+            if handler.headers.get('Range', '').startswith('bytes=-'):
+                return
+            start, stop = asked_range(handler.headers, len(data))
+            asked.append((start, stop))
+            if len(data) - stop < 10000:
+                rest.set()
+            if start != 2 * MIB:
+                return
+            headers = {'Content-Range': 'bytes %d-%d/%d' % (start, stop - 1, len(data)), 'ETag': etag}
+            handler.answer(206, b'', headers, stop - start)
+            self.assertTrue(rest.wait(20))
+            handler.close_connection = True
+            handler.connection.settimeout(0.2)
+            for at in range(start, stop, 65536):
+                handler.connection.sendall(data[at:at + 65536])
+                with contextlib.suppress(socket.timeout):
+                    left.append(handler.connection.recv(1))
+                    break
+            return True
+        self.server.fault = fault
+        self.settings['connections'] = 2
+        self.etc('pull', 'X', home='two')
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertEqual(left, [b''])
+        asked.sort()
+        late, again = asked.pop(1), asked[1]
+        self.assertTrue(late[0] < again[0] < again[1] == late[1], (late, asked))
+        self.assertEqual([stop for _, stop in asked[1:-1]], [start for start, _ in asked[2:]])
 
     def test_silence(self):
         """A connection that says nothing is given up early, if the request only reads."""
