@@ -6642,7 +6642,7 @@ def _remove(path: Path) -> None:
 # fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
 #
 # No segment is moved that is in its place already: a pull links what any installed dataset has (reuse() in Home), and a
-# push lets the remote copy what other archives hold. Names prove nothing: all files are read, and must hash to the same.
+# push lets the remote copy what other archives hold. Names prove nothing: all files are read, and must hash alike.
 # ---------------------------------------------------------------------------------------
 
 class _StoredArchive:

@@ -9121,6 +9121,7 @@ class Completion(Case):
         for flag in ('-r', '--remote'):
             with self.subTest(flag):
                 self.assertEqual(self.words('--home', home, '--url', self.url, 'purge', flag, ''), ['Delta', 'Gamma'])
+        remove(self.tmp / 'share')
         self.assertEqual(self.words('completion', 'z'), ['zsh'])
         etc.register(small(self.tmp / 'ds'), 'Gamma', config=self.config())
         etc.push('Gamma', config=self.config())
