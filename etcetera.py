@@ -1305,9 +1305,10 @@ def _tar_header(name: str, kind: bytes, mode: int, size: int, link: str) -> byte
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
     fills devmajor and devminor otherwise.
     """
-    raw_name = name.encode('ascii', 'replace')
-    if len(raw_name) <= 100 and b'?' not in raw_name and not link and size < 8 ** 11:
+    raw_name = name.encode('utf-8')
+    if len(raw_name) == len(name) <= 100 and not link and size < 8 ** 11:  # the most frequent case: all is ASCII
         return _ustar(raw_name, kind, mode, size)
+    raw_name = name.encode('ascii', 'replace')
     raw_link = link.encode('ascii', 'replace')
     pax = b''
     for key, value, raw in (('path', name, raw_name), ('linkpath', link, raw_link)):
