@@ -5500,7 +5500,7 @@ class _GsRemote(_BucketStore):
         md5 = _md5()
         size = 0
 
-        def counted() -> Iterator[bytes]:
+        def counted() -> Iterator[Any]:
             nonlocal size
             for chunk in chunks:
                 size += len(chunk)
