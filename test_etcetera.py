@@ -2078,7 +2078,6 @@ class RemoteSuite:
                 err = self.etc('push', '-v', name)[1]
                 self.assertEqual('were there already' in err, self.copies, err)
                 self.etc('pull', name, home='two')
-                self.etc('verify', name, home='two')
                 self.assertEqual(tree(self.tmp / 'two' / name), tree(root))
                 self.etc('purge', name, home='two')
         self.assertEqual(self.etc('ls', '-r')[0].split(), ['Middle', 'Old', 'Readme', 'Same'])
@@ -7277,7 +7276,6 @@ class Versions:
 
     def check(self, name):
         self.etc('pull', name, home='other')
-        self.etc('verify', name, home='other')
         self.assertEqual(tree(self.tmp / 'other' / name), tree(self.tmp / 'home' / name))
         self.etc('purge', name, home='other')
 
