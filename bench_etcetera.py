@@ -328,6 +328,12 @@ class Bench:
         return {name: tuple(map(statistics.median, zip(*found))) for name, found in samples.items()}
 
 
+    def forget(self, name):
+        """Remove an archive, if it is there, so that the next push finds nothing to copy."""
+        if os.path.exists('%s/s3/bucket/%s.tgz' % (self.work, name)):
+            run('%s -q purge -r -f %s' % (ETC, name), self.env)
+
+
 def table(title, results):
     ours = results['etcetera'][0]
     print('\n%-10s %-38s %8s %7s %8s %7s' % (title, '', 'wall s', 'ratio', 'CPU s', 'MiB'))
@@ -355,14 +361,15 @@ def bench_row(bench, row, count, size):
     work, bucket = bench.work, bench.work + '/s3/bucket/'
     s5cmd, aws, rapidgzip = find('s5cmd'), find('aws'), find('rapidgzip')
     pack = 'tar cf - -C %s .' % source
-    push = etcetera('push -f ' + row)
+    push = etcetera('push ' + row)
     if s5cmd:
         push['tar | gzip | s5cmd pipe'] = '%s | gzip | %s pipe s3://bucket/gzip.tgz' % (pack, s5cmd)
         if find('pigz'):
             push['tar | pigz | s5cmd pipe'] = '%s | pigz | %s pipe s3://bucket/pigz.tgz' % (pack, s5cmd)
     if aws:
         push['tar | gzip | aws s3 cp'] = '%s | gzip | %s s3 cp - s3://bucket/aws.tgz' % (pack, aws)
-    table('push ' + row, bench.measure(push))
+    table('push ' + row, bench.measure(push, lambda name: bench.forget(row)))
+    run('%s -q push %s' % (ETC, row), bench.env)
     gzip = bucket + ('gzip.tgz' if s5cmd else 'aws.tgz')
     if os.path.exists(gzip):
         ours, theirs = os.path.getsize(bucket + row + '.tgz'), os.path.getsize(gzip)
@@ -397,7 +404,7 @@ def bench_link(bench):
     write(bench.work + '/1.yaml', b'connections: 1')
     link = Link(bench.port)
     passed = {}
-    for verb, ours in (('push', 'push -f link'), ('pull', '--home %s/out pull link' % bench.work)):
+    for verb, ours in (('push', 'push link'), ('pull', '--home %s/out pull link' % bench.work)):
         contestants = etcetera(ours)
         for peer, copy in (('aws', 's3 cp --quiet'), ('s5cmd', 'cp'), ('rclone', 'copyto --ignore-times')):
             remote = '%s/%s.tgz' % ('s3:bucket' if peer == 'rclone' else 's3://bucket', peer)
@@ -405,9 +412,17 @@ def bench_link(bench):
             if find(peer):
                 contestants['%s %s' % (peer, copy.split(' --')[0])] = ' '.join((find(peer), copy) + ends)
         contestants['etcetera, connections: 1'] = '%s -q --config %s/1.yaml %s' % (ETC, bench.work, ours)
-        table(verb + ' link', bench.measure(contestants, lambda name: passed.update({name: link.take()}),
-                                            dict(bench.env, **link.env())))
+
+        def after(name):
+            passed[name] = link.take()
+            if verb == 'push':
+                bench.forget('link')
+        if verb == 'push':
+            bench.forget('link')
+        table(verb + ' link', bench.measure(contestants, after, dict(bench.env, **link.env())))
         traffic(passed)
+        if verb == 'push':
+            run(ETC + ' -q push link', bench.env)
     link.close()
 
 

@@ -3129,16 +3129,21 @@ class _Http:
         for connection in [connection for idle in self.idle.values() for connection in idle]:
             connection.close()
 
-    def reopen(self, in_haste: bool) -> None:
-        """After close(), allow new requests, for what must be undone: two tries of each, in haste short ones."""
+    @contextlib.contextmanager
+    def briefly(self, in_haste: bool = False) -> Iterator[None]:
+        """For requests that are not worth a long wait, even after close(): two tries of each, in haste short ones."""
         import threading
+        before = self.tries, self.timeout
+        self.tries = 2
         if self.closed.is_set():
             self.closed = threading.Event()
-            self.tries = 2
         if in_haste:
             self.idle.clear()  # as they have their own time-outs
-            self.tries = 2
             self.timeout = min(self.timeout, _LAST_TIMEOUT)
+        try:
+            yield
+        finally:
+            self.tries, self.timeout = before
 
     def request(
             self,
@@ -4436,6 +4441,11 @@ class _Remote:
         """Let what other threads wait for fail at once."""
 
     @contextlib.contextmanager
+    def briefly(self) -> Iterator[None]:
+        """For reading what is not worth a long wait."""
+        yield
+
+    @contextlib.contextmanager
     def cancelled_on_error(self) -> Iterator[None]:
         """For code that waits for threads, so that an error or Ctrl-C need not wait for what they are doing."""
         try:
@@ -4525,6 +4535,11 @@ class _HttpStore(_Remote):
 
     def cancel(self) -> None:
         self.http.close()
+
+    @contextlib.contextmanager
+    def briefly(self) -> Iterator[None]:
+        with self.http.briefly():
+            yield
 
     def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
         """As above: in one request, where the server knows ranges that count from the end (RFC 9110, 14.1.2)."""
@@ -4958,8 +4973,6 @@ class _S3Request(NamedTuple):
 class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
-    can_copy = True
-
     def __init__(self, config: Config) -> None:
         if (config.url or '').startswith('s3://arn:'):
             raise ConfigError('the url is an ARN',
@@ -4971,6 +4984,7 @@ class _S3Remote(_BucketStore):
         self.region = self.profile.region  # the bucket's, as soon as an answer has told it
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
+        self.can_copy = '.r2.cloudflarestorage.com' not in self.endpoint  # which wants equal parts
         self.is_bucket_in_host = self.choose_addressing()
         self.checksum = '' if _md5() else 'sha256'  # which one requests carry; a bucket may want one (see learn())
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
@@ -5179,8 +5193,7 @@ class _S3Remote(_BucketStore):
             self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
                                    [manifest.encode()]), name, exclusive)
         except BaseException as e:  # abandoned parts are billed
-            self.http.reopen(in_haste=isinstance(e, KeyboardInterrupt))
-            with contextlib.suppress(RemoteError):
+            with self.http.briefly(in_haste=isinstance(e, KeyboardInterrupt)), contextlib.suppress(RemoteError):
                 self.request(_S3Request('DELETE', self.key(name), {'uploadId': upload}), accept=[404])
             raise
 
@@ -5580,8 +5593,7 @@ class _GsRemote(_BucketStore):
                 replies = list(filter(None, sent))  # only the last part has one
             return replies[0].json() if replies else {}
         except BaseException as e:
-            self.http.reopen(in_haste=isinstance(e, KeyboardInterrupt))
-            with contextlib.suppress(RemoteError):
+            with self.http.briefly(in_haste=isinstance(e, KeyboardInterrupt)), contextlib.suppress(RemoteError):
                 self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
             raise
 
@@ -6932,7 +6944,7 @@ class _Push:
             _say(f'nothing is copied: {e.message}', _DEBUG)
             return []
         objects.sort(key=lambda obj: (obj.name != self.local.name, -obj.modified))
-        with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
+        with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error(), self.remote.briefly():
             return list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _MAX_SOURCES)))
 
     def choose_copies(self, same: Mapping[str, Sequence[Tuple[_Object, _Segment]]]) -> None:

@@ -7371,7 +7371,13 @@ class PushReuse(Versions, S3Case):
             if handler.path.endswith('/Empty.tgz'):
                 handler.error(403, 'InvalidObjectState')
                 return True
+            if handler.path.endswith('/Damaged.tgz'):
+                tries.append(1)
+                handler.close_connection = True
+                return True
+        tries = []
         self.assertLess(self.pushed('New', fault=fault)[0], 6 * MIB)
+        self.assertLessEqual(len(tries), 4, 'no long wait: two, and each again if a kept connection was closed')
 
     def test_no_list(self):
         def fault(handler):
@@ -7431,6 +7437,20 @@ class PushReuse(Versions, S3Case):
                 self.assertGreater(sent, 33 * MIB)
                 self.assertRegex(err, 'etc: nothing is copied, so all is sent: .*' + said)
                 self.assertNotIn('already', err)
+        with self.subTest('then, faults are met with as many tries as ever'):
+            def refusing_then_failing(handler):
+                if handler.headers['x-amz-copy-source']:
+                    handler.error(501, 'NotImplemented')
+                    return True
+                if 'partNumber=2' in handler.path and len(done) < 4:
+                    done.append(1)
+                    handler.error(503, 'SlowDown')
+                    return True
+            del done[:]
+            self.server.objects = {'some/prefix/Old.tgz': kept}
+            self.server.copied = None
+            self.assertGreater(self.pushed('New', fault=refusing_then_failing)[0], 33 * MIB)
+            self.assertEqual(len(done), 4)
 
     def test_amazon(self):
         """Which needs no second look. It is reached through a proxy here, and not over TLS."""
