@@ -74,6 +74,7 @@ Files. It reads:
       name;
     - Google's application_default_credentials.json, or the file that is configured, and token files that it names;
     - the `ca_bundle`; /etc/machine-id and /proc/self/ns/pid, to tell apart hosts and containers that share a store;
+    - what is installed, where a pull wants the same contents;
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
       unless they stay inside their partition.
   It writes below the local store (~/.etc by default), and besides:
@@ -82,6 +83,8 @@ Files. It reads:
     - a temporary file, if a web server does not support range requests; a temporary directory for `etc info -r`;
     - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do.
   In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names.
+  In S3 and shared directories, a push reads other archives there, and lets the storage copy what it shares with them;
+  if what was copied proves damaged, it deletes the new archive.
   `purge -r` reads an answer from the terminal.
 Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
 that the console understands escape sequences.
@@ -1102,7 +1105,7 @@ def _partitions(root: _Path) -> List[str]:
     return partitions
 
 
-def _segments(root: _Path, only: Optional[Iterable[str]] = None) -> _Listing:
+def _segments(root: _Path, only: Optional[Container[str]] = None) -> _Listing:
     """The segments of a dataset, or only those with the given paths, each with its entries."""
     names, links = _scan(root)
     directories = [name for name in names if name != 'data' and _is_directory(root, name)]
@@ -1498,7 +1501,7 @@ def _dataset_digest(segments: Iterable[_Segment]) -> str:
 
 def _digest_segments(
         root: _Path,
-        only: Optional[Sequence[str]] = None,
+        only: Optional[Container[str]] = None,
         progress: _Progress = None,
 ) -> List[_Segment]:
     """The segments of a dataset, or only those with the given paths, after reading all their files.
@@ -2114,7 +2117,7 @@ def _link_or_copy(source: str, target: str) -> None:
     import shutil
     mode = os.stat(source).st_mode & 0o777
     try:
-        if mode & 0o222 or os.name == 'nt':
+        if mode & 0o222 or os.path.islink(source) or os.name == 'nt':
             raise OSError  # on Windows, a link can be removed only if the file is writable, and so would the other be
         os.link(source, target)
     except OSError:
@@ -4360,7 +4363,7 @@ def _der_item(data: bytes) -> Tuple[Any, bytes]:
 
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
-_MAX_COPY = 256 << 20  # bytes that one request copies, unless there would be too many parts; S3 takes 5 GiB
+_MAX_COPY = 64 << 20  # bytes that one request copies, unless there would be too many parts; S3 takes 5 GiB
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _GS_WHOLE = 8 << 20  # bytes of an archive that goes there in one request, and again if that breaks, as its clients do
 _IN_FLIGHT = 64 << 20  # bytes that may be under way at once
@@ -4388,7 +4391,7 @@ class _Object(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Bytes of an object that are to stand in another one, too."""
+    """Bytes of an object that go into another one, too."""
 
     obj: _Object
     start: int
@@ -4788,9 +4791,11 @@ class _FileRemote(_Remote):
             raise RemoteError(f"cannot read '{obj.name}' in {self.root}: {e.strerror}",
                               'ask who pushed it to let you read it') from None
         with file:
-            if _file_object(obj.name, os.fstat(file.fileno())) != obj:
-                raise self.replaced_error(obj)
-            yield file
+            for is_read in (False, True):  # some tools write into files that are there
+                if _file_object(obj.name, os.fstat(file.fileno())) != obj:
+                    raise self.replaced_error(obj)
+                if not is_read:
+                    yield file
 
     def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
         with self.opened(obj) as file:
@@ -4817,6 +4822,7 @@ class _FileRemote(_Remote):
             with open(new, 'xb', buffering=0) as file:
                 for chunk in chunks:
                     for _ in self.append(chunk, file):
+                        _interrupts.check()
                         watch(file.tell())
                         transfer.tick()
                 os.fsync(file.fileno())
@@ -4908,6 +4914,8 @@ class _FileRemote(_Remote):
             with contextlib.suppress(FileExistsError, FileNotFoundError):
                 self.place(aside, self.path(obj.name), exclusive=True)  # unless a still newer one has come
                 os.unlink(aside)  # if place() has made a link
+            if not os.path.lexists(self.path(obj.name)):  # place() met what a killed push had left
+                os.rename(aside, self.path(obj.name))
             raise self.overtaken_error(obj)
         except FileNotFoundError:  # another process has removed it
             return False
@@ -5211,6 +5219,7 @@ class _S3Remote(_BucketStore):
             number, part = item
             request = _S3Request('PUT', self.key(name), {'partNumber': str(number), 'uploadId': upload})
             watch = transfer.watch(number)
+            etag: Optional[str]
             if isinstance(part, _Range):
                 etag, checksum = self.copy_part(request, number, part)
                 watch(part.length)
@@ -5232,8 +5241,8 @@ class _S3Remote(_BucketStore):
             request: _S3Request,
             number: int,
             source: _Range,
-    ) -> Tuple[Optional[str], Optional[str]]:
-        """Let the storage copy a part of an upload; return its ETag and its SHA-256.
+    ) -> Tuple[str, Optional[str]]:
+        """Let the storage copy a part of an upload; return its ETag and its SHA-256. Raises _CannotCopy.
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
@@ -5242,13 +5251,15 @@ class _S3Remote(_BucketStore):
         if not self.endpoint:
             headers[f'{_COPY_SOURCE}-if-match'] = source.obj.version
         try:
-            result = _xml(self.request(request._replace(headers=headers)).page())
-            is_copied = result.tag == 'CopyPartResult' and self.has_copied(request, number, source)
+            result = _xml(self.request(request._replace(headers=headers), tries=2).page())
+            etag = result.findtext('ETag') if result.tag == 'CopyPartResult' else None
+            if etag and self.has_copied(request, number, source):
+                return etag, result.findtext('ChecksumSHA256')
         except ValueError:
-            is_copied = False
-        if not is_copied:
-            raise _CannotCopy(f'{self.url} did not copy a part of an object')
-        return result.findtext('ETag'), result.findtext('ChecksumSHA256')
+            pass
+        except RemoteError as e:
+            raise _CannotCopy(e.message) from e
+        raise _CannotCopy(f'{self.url} did not copy a part of an object')
 
     def has_copied(self, request: _S3Request, number: int, source: _Range) -> bool:
         """Whether this range was copied. Stores other than Amazon's may have taken all of the object, or nothing.
@@ -6079,10 +6090,12 @@ class _Receipt(NamedTuple):
 
     def here(self) -> List[_Segment]:
         """The segments that are installed."""
-        return [segment for segment in self.segments if segment.path in self.installed]
+        installed = set(self.installed)
+        return [segment for segment in self.segments if segment.path in installed]
 
     def missing(self, paths: Iterable[str]) -> List[str]:
-        return [path for path in paths if path not in self.installed]
+        installed = set(self.installed)
+        return [path for path in paths if path not in installed]
 
     def to_json(self, mtime: int) -> str:
         """mtime: of the directory, in nanoseconds."""
@@ -6512,27 +6525,37 @@ class _Install:
                 linked = self.link_segments(name, same, transfer)
                 reused.update(linked)
                 lacking = {path: segment for path, segment in lacking.items() if path not in linked}
+            if not lacking:
+                break
         return reused
 
     def link_segments(self, name: str, same: Iterable[_Segment], transfer: _Transfer) -> Set[str]:
-        """Link those of some segments of a dataset whose files still hash to what they should; return their paths."""
+        """Link some segments of a dataset, keep those whose files hash to what they should, and return their paths."""
         promised = {segment.path: segment for segment in same}
-        source = self.home.path(name)
+        key = '@' + name
         for segment in promised.values():
             transfer.expect(segment.size, segment.length)
         linked: Set[str] = set()
         with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
-            found = _digest_segments(source, list(promised), transfer.counter(name))
-            linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
-        transfer.watch(name)(sum(segment.size for segment in promised.values()))
-        transfer.total += sum(segment.length for path, segment in promised.items() if path not in linked)
-        try:
-            for _, entries in _segments(source, linked) if linked else ():
+            os.makedirs(_join(self.root, 'data'), exist_ok=True)
+            for _, entries in _segments(self.home.path(name), promised):
                 for entry in entries:
                     self.link_entry(entry)
-        except FileNotFoundError:
-            raise Error(f"'{name}' was removed while its files were linked", 'run the command again') from None
+            found = _digest_segments(self.root, promised, transfer.counter(key))  # of what nobody can exchange any more
+            linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
+        for path in promised.keys() - linked:
+            self.remove_segment(path)
+            transfer.total += promised[path].length
+        transfer.watch(key)(sum(segment.size for segment in promised.values()))
         return linked
+
+    def remove_segment(self, path: str) -> None:
+        if path != '.':
+            _remove(Path(_join(self.root, path)))
+            return
+        for item in list(os.scandir(self.root)):
+            if not item.is_dir(follow_symlinks=False):
+                os.unlink(item.path)
 
     def link_entry(self, entry: _Entry) -> None:
         target = _join(self.root, entry.name)
@@ -6682,7 +6705,7 @@ class _StoredArchive:
         try:
             yield
         except Corrupt as e:
-            remedy = e.remedy or 'push it again from an intact copy'
+            remedy = e.remedy or f"'etc push -f {self.name}' from an intact copy repairs it"
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
 
     def read(self, start: int, stop: int, watch: Optional[_Watch] = None) -> bytes:
@@ -6695,6 +6718,10 @@ class _StoredArchive:
             return here
         data = self.remote.read(self.obj, start, stop - len(here), _after(len(here), watch))
         return data + here if here else data
+
+    def holds(self, digests: Mapping[str, str]) -> bool:
+        """Whether it has the segments with these digests, by path, and no others."""
+        return {segment.path: segment.digest for segment in self.segments} == digests
 
     def read_ends(self, segment: _Segment) -> Tuple[bytes, bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
@@ -6889,7 +6916,7 @@ def _new_receipt(
 
 # Pushing
 
-_MIN_SHARED = 32 << 20  # bytes of a dataset from which on it pays to look for what other archives share with it
+_MIN_SHARED = 32 << 20  # bytes of a dataset above which it pays to look for what other archives share with it
 _MIN_COPY = 2 * _MIN_PART  # bytes of an archive that are worth a copy
 _MAX_SOURCES = 24  # archives that are looked at
 _MAX_CHECKED = 16  # segments of which it is checked that they were copied well
@@ -6913,8 +6940,10 @@ class _Push:
     def find_copies(self) -> None:
         """Find segments that need not be sent. All their files are read, and must hash to what an index says."""
         candidates: Dict[str, List[Tuple[_Object, _Segment]]] = {}
+        archives: List[_StoredArchive] = []
         if self.remote.can_copy and self.survey.size >= _MIN_SHARED:
-            for archive in self.sources():
+            archives = self.sources()
+            for archive in archives:
                 for segment in archive.segments:
                     own = self.survey.segments.get(segment.path)
                     if own and (own.files, own.size) == (segment.files, segment.size):
@@ -6923,9 +6952,11 @@ class _Push:
             return
         size = sum(self.survey.segments[path].size for path in candidates)
         self.transfer.expect(size, size)
-        read = _hash_segments(self.survey.listing(candidates), self.transfer.counter('read'))
+        read = _hash_segments(self.survey.listing(candidates), self.transfer.counter('@'))
         self.ends = read.ends
         digests = {segment.path: segment.digest for segment in read.segments}
+        if any(archive.obj.name == self.local.name and archive.holds(digests) for archive in archives):
+            return  # a push of what is there already is to repair it
         self.choose_copies({path: [(obj, segment) for obj, segment in found if segment.digest == digests[path]]
                             for path, found in candidates.items()})
         self.transfer.total += size - sum(segment.size for segment in self.copies.values())
@@ -7002,24 +7033,40 @@ class _Push:
         except (RemoteError, Corrupt):
             return False
 
-    def is_intact(self) -> bool:
-        """Whether what was copied begins and ends as the files do; True, too, if the archive was replaced meanwhile."""
+    def damaged_copy(self) -> Optional[_Object]:
+        """The archive that was written, if what was copied begins or ends otherwise than the files do.
+
+        None also if it was replaced meanwhile.
+        """
+        obj, tail = self.remote.find(self.local.name)
+        if obj is None:
+            return None
         try:
-            archive = _look_up(self.remote, self.local.name)
-            if not archive or archive.digest != self.segments.digest():
-                return True
-            copied = [segment for segment in archive.segments if segment.path in self.copies]
-            some = copied[::-(-len(copied) // _MAX_CHECKED)]
-            with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
-                is_same = functools.partial(self.has_ends_of, archive)
-                return all(_ordered(pool, is_same, some, self.transfer.connections))
+            archive = _open_archive(self.remote, obj, tail)
         except Corrupt:
-            return False
+            return obj
+        if archive.digest != self.segments.digest():
+            return None
+        copied = [segment for segment in archive.segments if segment.path in self.copies]
+        some = copied[::-(-len(copied) // _MAX_CHECKED)]
+        with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
+            is_same = functools.partial(self.has_ends_of, archive)
+            return None if all(_ordered(pool, is_same, some, self.transfer.connections)) else obj
 
     def has_ends_of(self, archive: _StoredArchive, segment: _Segment) -> bool:
         with contextlib.suppress(Corrupt):
             return archive.read_ends(segment) == self.ends[segment.path]
         return False
+
+
+def _remove_damaged(remote: _Remote, obj: _Object, exclusive: bool) -> None:
+    """Remove an archive, or a later push would take it for one that is there already."""
+    try:
+        remote.remove(obj)
+    except RemoteError as e:
+        if exclusive:
+            raise Corrupt(f"what {remote.url} copied for '{obj.name}' is damaged, and cannot be removed: {e.message}",
+                          f"'etc push -f {obj.name}' replaces it") from None
 
 
 def _write_archive(
@@ -7036,13 +7083,15 @@ def _write_archive(
         reason = 'what was copied is damaged'
         try:
             push.write(exclusive)
-            if push.is_intact():
-                return push
-            exclusive = False  # as what is there is ours
+            damaged = push.damaged_copy()
         except RemoteError as e:
             if e.status < 400 and not isinstance(e, _CannotCopy):
                 raise
             reason = e.message
+        else:
+            if not damaged:
+                return push
+            _remove_damaged(remote, damaged, exclusive)
         _say(f'nothing is copied, so all is sent: {reason}', _DEBUG)
         push = _Push(remote, local, level, progress)
     push.write(exclusive)

@@ -1577,7 +1577,7 @@ class Hostile(Case):
         write(self.tmp / 'share', {'X.tgz': damaged})
         err = self.etc('info', '-r', 'X', status=1)[1]
         self.assertRegex(err, "^etc: 'X' in file:///.*: the archive is damaged: "
-                              "a block does not match its checksum or size; push it again from an intact copy$")
+                              "a block does not match its checksum or size; 'etc push -f X' from an intact copy repairs it$")
 
     def test_large_meta(self):
         root = write(self.tmp / 'ds', {'data/train/x': 'x', 'README.md': b'r' * (3 * MIB)})
@@ -7213,6 +7213,45 @@ class PullReuse(S3Case):
             self.assertGreater(self.pulled('New')[0], 2 * MIB)
         self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
 
+    def test_changed_meanwhile(self):
+        """What is linked is what was hashed, whatever happens to the other dataset."""
+        write(self.new, {'data/train/2': noise(MIB, 22)})
+        self.etc('register', '-f', self.new, 'Old', home='pub')
+
+        def purge():
+            self.etc('purge', 'Old')
+
+        def replace():
+            self.etc('pull', 'Old')
+            self.etc('push', '-f', 'Old', home='pub')
+            self.etc('pull', '-f', 'Old')
+
+        for change in purge, replace:
+            with self.subTest(change.__name__):
+                calls = []
+
+                def progress(done, total):
+                    calls.append(done)
+                    if len(calls) == 1:
+                        time.sleep(0.3)  # so that it is called again with the first block
+                    elif len(calls) == 2:
+                        change()
+                etc.pull('New', config=self.config(), progress=progress)
+                self.assertGreater(len(calls), 1)
+                self.etc('verify', 'New')
+                self.assertEqual((self.tmp / 'home/New/data/train/2').read_bytes(), noise(MIB, 2))
+                self.etc('purge', 'New')
+
+    @unittest.skipIf(os.name == 'nt', 'no links there')
+    def test_files_that_became_links(self):
+        file = self.tmp / 'home/Old/data/train/2'
+        os.rename(str(file), str(self.tmp / 'blob'))
+        os.symlink(str(self.tmp / 'blob'), str(file))
+        self.etc('pull', 'New')
+        remove(self.tmp / 'blob')
+        self.etc('verify', 'New')
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_writable_files_are_copied(self):
         """So that nobody can change a file of one dataset in the other."""
@@ -7419,10 +7458,17 @@ class PushReuse(Versions, S3Case):
             if handler.headers['x-amz-copy-source']:
                 self.server.objects.pop('some/prefix/Old.tgz', None)
 
+        def anonymous(handler):  # its parts have no ETag
+            if handler.headers['x-amz-copy-source']:
+                handler.answer(200, b'<CopyPartResult><ETag/></CopyPartResult>')
+                return True
+
         kept = self.server.objects['some/prefix/Old.tgz']
         for name, fault, copied, said in (
                 ('unknown', unknowing, None, 'did not copy a part of an object'),
+                ('no ETag', anonymous, None, 'did not copy a part of an object'),
                 ('not implemented', refusing(501, 'NotImplemented'), None, '501 NotImplemented'),
+                ('always an error', refusing(200, 'InvalidRequest'), None, 'did not copy a part of an object'),
                 ('forbidden', refusing(403, 'AccessDenied'), None, '403 AccessDenied'),
                 ('equal parts', equal, None, 'All non-trailing parts must have the same length'),
                 ('the whole object', None, lambda data, start, stop: data, 'did not copy a part of an object'),
@@ -7505,6 +7551,37 @@ class PushReuse(Versions, S3Case):
                 sent, err = self.pushed('New')
                 self.assertGreater(sent, 33 * MIB)
                 self.assertIn('etc: nothing is copied, so all is sent: what was copied is damaged', err)
+
+    def test_repair(self):
+        """To push what is there already, by force, copies nothing: it may be damaged where nobody looks."""
+        data, etag, headers = self.server.objects['some/prefix/Old.tgz']
+        middle = len(data) // 2
+        self.server.objects['some/prefix/Old.tgz'] = data[:middle] + bytes(MIB) + data[middle + MIB:], etag, headers
+        self.assertIn("'etc push -f Old' from an intact copy repairs it", self.etc('pull', 'Old', home='other', status=1)[1])
+        sent, err = self.pushed('-f', 'Old')
+        self.assertGreater(sent, 33 * MIB)
+        self.assertNotIn('already', err)
+
+    def test_damage_does_not_stay(self):
+        """Whether or not the rest can be sent."""
+        def fault(handler):
+            words = handler.command, handler.path.partition('?')[2]
+            if words == ('POST', 'uploads='):
+                begun.append(1)
+            if len(begun) > 1 and words == ('POST', 'uploads=') or handler.command == refused:
+                handler.error(403, 'AccessDenied')
+                return True
+
+        self.server.copied = lambda data, start, stop: bytes(stop - start)
+        for refused, said, left in ((None, '403 AccessDenied', []),
+                                    ('DELETE', "is damaged, and cannot be removed: .* 403 .*'etc push -f New' replaces it", ['New'])):
+            with self.subTest(refused):
+                begun = []
+                self.server.fault = fault
+                self.assertRegex(self.etc('push', 'New', status=1)[1], said)
+                self.server.fault = None
+                self.assertEqual(sorted(key[12:-4] for key in self.server.objects), left + ['Old'])
+        self.pushed('-f', 'New')
 
     def test_another_push_is_faster(self):
         def fault(handler):
