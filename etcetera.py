@@ -6939,15 +6939,15 @@ class _Push:
 
     def find_copies(self) -> None:
         """Find segments that need not be sent. All their files are read, and must hash to what an index says."""
+        if not self.remote.can_copy or self.survey.size < _MIN_SHARED:
+            return
+        archives = self.sources()
         candidates: Dict[str, List[Tuple[_Object, _Segment]]] = {}
-        archives: List[_StoredArchive] = []
-        if self.remote.can_copy and self.survey.size >= _MIN_SHARED:
-            archives = self.sources()
-            for archive in archives:
-                for segment in archive.segments:
-                    own = self.survey.segments.get(segment.path)
-                    if own and (own.files, own.size) == (segment.files, segment.size):
-                        candidates.setdefault(segment.path, []).append((archive.obj, segment))
+        for archive in archives:
+            for segment in archive.segments:
+                own = self.survey.segments.get(segment.path)
+                if own and (own.files, own.size) == (segment.files, segment.size):
+                    candidates.setdefault(segment.path, []).append((archive.obj, segment))
         if not candidates:
             return
         size = sum(self.survey.segments[path].size for path in candidates)
@@ -6955,10 +6955,10 @@ class _Push:
         read = _hash_segments(self.survey.listing(candidates), self.transfer.counter('@'))
         self.ends = read.ends
         digests = {segment.path: segment.digest for segment in read.segments}
-        if any(archive.obj.name == self.local.name and archive.holds(digests) for archive in archives):
-            return  # a push of what is there already is to repair it
-        self.choose_copies({path: [(obj, segment) for obj, segment in found if segment.digest == digests[path]]
-                            for path, found in candidates.items()})
+        is_there = any(archive.obj.name == self.local.name and archive.holds(digests) for archive in archives)
+        if not is_there:  # otherwise this push is to repair it
+            self.choose_copies({path: [(obj, segment) for obj, segment in found if segment.digest == digests[path]]
+                                for path, found in candidates.items()})
         self.transfer.total += size - sum(segment.size for segment in self.copies.values())
         self.transfer.report()
 

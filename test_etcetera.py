@@ -7597,11 +7597,13 @@ class PushReuse(Versions, S3Case):
 
     def test_progress(self):
         self.change('data/test/y', noise(11 * MIB, 4))
-        calls = []
-        etc.push('New', config=self.config(), progress=lambda done, total: calls.append((done, total)))
-        self.assertEqual(calls[0][0], 0)
-        self.assertEqual(calls, sorted(calls))
-        self.assertEqual(calls[-1][0], calls[-1][1])
+        for force in False, True:
+            with self.subTest(force=force):
+                calls = []
+                etc.push('New', force, config=self.config(), progress=lambda done, total: calls.append((done, total)))
+                self.assertEqual(calls[0][0], 0)
+                self.assertEqual(calls, sorted(calls))
+                self.assertEqual(calls[-1][0], calls[-1][1])
 
     @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
     def test_killed(self):
