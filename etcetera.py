@@ -4791,11 +4791,13 @@ class _FileRemote(_Remote):
             raise RemoteError(f"cannot read '{obj.name}' in {self.root}: {e.strerror}",
                               'ask who pushed it to let you read it') from None
         with file:
-            for is_read in (False, True):  # some tools write into files that are there
-                if _file_object(obj.name, os.fstat(file.fileno())) != obj:
-                    raise self.replaced_error(obj)
-                if not is_read:
-                    yield file
+            self.check_version(obj, file)
+            yield file
+            self.check_version(obj, file)  # as some tools write into files that are there
+
+    def check_version(self, obj: _Object, file: Any) -> None:
+        if _file_object(obj.name, os.fstat(file.fileno())) != obj:
+            raise self.replaced_error(obj)
 
     def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
         with self.opened(obj) as file:

@@ -7680,8 +7680,14 @@ class FilePushReuse(Versions, Case):
         path.write_bytes(data[:at] + b'D' + data[at + 1:])
         self.assertIn('nothing is copied, so all is sent: what was copied is damaged', self.pushed('New'))
 
+    def scribble(self, path):
+        with open(str(path), 'r+b') as file:
+            file.seek(20 * MIB)
+            file.write(b'scribble')
+
     def test_replaced_meanwhile(self):
         for name, replace in (('replaced', lambda: os.utime(str(self.tmp / 'share/Old.tgz'), (1, 1))),
+                              ('changed', lambda: self.scribble(self.tmp / 'share/Old.tgz')),
                               ('removed', lambda: remove(self.tmp / 'share/Old.tgz'))):
             with self.subTest(name):
                 said = []
