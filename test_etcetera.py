@@ -1846,7 +1846,7 @@ class Hostile(Case):
             with self.subTest(length):
                 write(self.tmp / 'share', {'X.tgz': archive[:length]})
                 problem = 'damaged: its index is missing' if length else 'damaged or not a .tgz: it ends too early'
-                self.assertIn('the archive is %s; push it again' % problem, self.etc('pull', 'X', status=1)[1])
+                self.assertIn("the archive is %s; 'etc push -f X' from" % problem, self.etc('pull', 'X', status=1)[1])
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
 
 
