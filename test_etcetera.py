@@ -2924,7 +2924,7 @@ class S3Remote(RemoteSuite, S3Case):
     def test_white_space_before_answers(self):
         class Slow(S3Handler):
             def answer(self, status, body=b'', headers=(), length=None):
-                super().answer(status, b' \n' * 3 + body if body[:1] == b'<' else body, headers, length)
+                super().answer(status, b' \n' * 3 + body if body[:6] == b'<?xml ' else body, headers, length)
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = S3Handler.handle_one
         self.server.RequestHandlerClass = Slow
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}))
@@ -9386,7 +9386,7 @@ sys.exit(etc.main(sys.argv[2:]))
                                                 'pull', 'X', timeout=60)
                 except subprocess.TimeoutExpired:
                     continue  # CPython may wait for ever for a thread whose start failed for want of memory
-                if room == 1 or re.search('Fatal Python error|exception in thread', out, re.I):
+                if room == 1 or re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
                     self.assertTrue(code == 0 or 'pulled' not in out, out)  # the interpreter itself gave up
                     continue
                 out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)  # Python's own words, where it lacks memory
