@@ -10,6 +10,7 @@ import base64
 import calendar
 import contextlib
 import email.utils
+import functools
 import glob
 import gzip
 import hashlib
@@ -91,6 +92,7 @@ def write(root, files):
     return Path(str(root))
 
 
+@functools.lru_cache(maxsize=4)  # as it takes longer to make than most of what is done with it
 def noise(size, seed=0):
     return random.Random(seed).getrandbits(8 * size).to_bytes(size, 'little') if size else b''
 
