@@ -1416,7 +1416,10 @@ def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
 
 def _sha256(data: bytes = b'') -> Any:
     import hashlib
-    return hashlib.sha256(data)
+    try:
+        return hashlib.sha256(data)
+    except ValueError:  # "no reason supplied", where OpenSSL finds no memory
+        raise MemoryError from None
 
 
 class _Processed:
