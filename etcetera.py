@@ -6930,12 +6930,19 @@ _MAX_CHECKED = 16  # segments of which it is checked that they were copied well
 class _Push:
     """A dataset on its way into a remote, which copies what archives there hold already, if it can."""
 
-    def __init__(self, remote: _Remote, local: Dataset, level: int, progress: _Progress) -> None:
+    def __init__(
+            self,
+            remote: _Remote,
+            local: Dataset,
+            survey: _Survey,
+            level: int,
+            progress: _Progress,
+    ) -> None:
         self.remote = remote
         self.local = local
+        self.survey = survey
         self.level = level
-        self.survey = _survey(local.root)
-        self.transfer = _Transfer(progress, self.survey.size, remote.connections)
+        self.transfer = _Transfer(progress, survey.size, remote.connections)
         self.segments = _SegmentList()  # of the archive, as far as it is written
         self.copies: Dict[str, _Segment] = {}  # segments that are copied, by path, as they stand in other archives
         self.ranges: Dict[str, _Range] = {}  # runs of them, by the path of the first
@@ -7082,7 +7089,8 @@ def _write_archive(
         progress: _Progress,
 ) -> _Push:
     """Pack a dataset into the remote. Raises _NameTaken if there is an archive of that name already and `exclusive`."""
-    push = _Push(remote, local, level, progress)
+    survey = _survey(local.root)
+    push = _Push(remote, local, survey, level, progress)
     push.find_copies()
     if push.ranges:
         reason = 'what was copied is damaged'
@@ -7098,7 +7106,7 @@ def _write_archive(
                 return push
             _remove_damaged(remote, damaged, exclusive)
         _say(f'nothing is copied, so all is sent: {reason}', _DEBUG)
-        push = _Push(remote, local, level, progress)
+        push = _Push(remote, local, survey, level, progress)
     push.write(exclusive)
     return push
 
