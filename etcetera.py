@@ -7454,7 +7454,6 @@ def _pull(
         if archive.digest:
             _check_pin(name, pin, archive.digest)
         wanted = archive.wanted(partitions)
-        receipt = home.receipt(name)
         is_same: Optional[bool] = None
         if home.has(name) and not force:
             local, receipt = home.open(name)
