@@ -1475,9 +1475,9 @@ class _SegmentList:
         if not self.segments or self.segments[-1].path != path:
             self.segments.append(_Segment(path, self.archive_length()))
             self.digests = _sha256()
-            self.ends[path] = block.digest, block.digest
         self.digests.update(block.digest)
-        self.ends[path] = self.ends[path][0], block.digest
+        first, _ = self.ends.get(path) or (block.digest, b'')
+        self.ends[path] = first, block.digest
         last = self.segments[-1]
         self.segments[-1] = last._replace(length=last.length + length, files=last.files + files, size=last.size + size,
                                           digest='sha256:' + self.digests.hexdigest())
