@@ -4640,6 +4640,13 @@ class _BucketStore(_HttpStore):
     def key(self, name: str) -> str:
         return f'{self.prefix}{name}.tgz'
 
+    def report_while(self, transfer: _Transfer, send: Callable[..., Any], *args: Any) -> Any:
+        """What send(*args) returns. It runs in another thread, while this one reports its progress."""
+        with _threads(1) as pool, self.cancelled_on_error():
+            sending = pool.submit(send, *args)
+            transfer.wait({sending})
+        return sending.result()
+
     def remove(self, obj: _Object) -> bool:
         """As above. It looks before each try: a lost answer may have been a yes, and some stores ignore conditions."""
         failures = 0
@@ -5186,10 +5193,7 @@ class _S3Remote(_BucketStore):
         second = next(parts, None)
         if second is None:
             request = _S3Request('PUT', self.key(name), {}, self.object_headers, first, transfer.watch(1))
-            with _threads(1) as pool, self.cancelled_on_error():
-                writing = pool.submit(self.finish, request, name, exclusive)
-                transfer.wait({writing})
-            writing.result()
+            self.report_while(transfer, self.finish, request, name, exclusive)
             return
         reply = self.request(_S3Request('POST', self.key(name), {'uploads': ''}, self.object_headers))
         try:
@@ -5581,10 +5585,7 @@ class _GsRemote(_BucketStore):
         request = _Request('POST', self.upload_address('multipart', name, exclusive),
                            {'Content-Type': f'multipart/related; boundary={boundary}'}, body,
                            _after(-len(head), transfer.watch(0)))
-        with _threads(1) as pool, self.cancelled_on_error():
-            sending = pool.submit(self.request, request, [412])
-            transfer.wait({sending})
-        reply: _Reply = sending.result()
+        reply: _Reply = self.report_while(transfer, self.request, request, [412])
         if reply.status == 412:
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         return reply.json()
