@@ -4471,7 +4471,11 @@ class _Remote:
     def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
-        return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size) if obj and obj.size else b''
+        return obj, self.read_tail(obj) if obj else b''
+
+    def read_tail(self, obj: _Object) -> bytes:
+        """The last bytes of an object, at most _TAIL."""
+        return self.read(obj, max(0, obj.size - _TAIL), obj.size)
 
     def read(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch] = None) -> bytes:
         """Bytes of this very version. Threads share it. Where the connection breaks, it goes on from there.
@@ -6893,7 +6897,7 @@ def _open_archive(remote: _Remote, obj: _Object, tail: bytes) -> _StoredArchive:
 
 
 def _open_listed(remote: _Remote, obj: _Object) -> _StoredArchive:
-    return _open_archive(remote, obj, remote.read(obj, max(0, obj.size - _TAIL), obj.size))
+    return _open_archive(remote, obj, remote.read_tail(obj))
 
 
 def _paths_of(
