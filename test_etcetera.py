@@ -2057,6 +2057,11 @@ class Deflate(Case):
 # Remotes: one suite for all of them
 # ---------------------------------------------------------------------------------------
 
+OVERTAKEN = "etc: 'X' in %s was replaced meanwhile; look again: 'etc info -r X' shows what is there now\n"
+PROTECTED = '; a rule of the bucket protects it; ask whoever made the rule'
+PORTAL = b'<!DOCTYPE html><html><body>Please log in</body></html>'
+
+
 def stand_in(case, owner, name, value):
     """Put something in the place of what a module or class has, until a test ends; returns what it had."""
     original = getattr(owner, name)
@@ -2088,6 +2093,13 @@ def found(case):
         yield (lambda: remote.read(obj, 5, 50)), (lambda: remote.remove(obj))
 
 
+def assert_pulls(case, root, name='X', home='two', **how):
+    """What is pulled is what this directory holds."""
+    ds = etc.pull(name, config=case.config(home), **how)
+    case.assertEqual(tree(ds.root), tree(case.tmp / root))
+    return ds
+
+
 class RemoteSuite:
     """What push, pull, ls, info and purge do, wherever the datasets live.
 
@@ -2115,27 +2127,25 @@ class RemoteSuite:
 
     def test_another_version(self):
         """Whether or not it copies, the new archive is right."""
-        root = write(self.tmp / 'ds', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
-                                       'data/val/z': noise(11 * MIB, 3), 'README.md': 'one'})
+        size = (11 if self.copies else 1) * MIB
+        root = write(self.tmp / 'ds', {'data/%d/x' % seed: noise(size, seed) for seed in range(3)})
         self.share(root, 'Old')
-        for name, changes in (('Readme', {'README.md': 'two'}), ('Middle', {'data/train/x': noise(12 * MIB, 4)}),
-                              ('Same', {})):
+        for name, changes in (('Readme', {'README.md': 'x'}), ('Middle', {'data/1/x': noise(size, 4)}), ('Same', {})):
             with self.subTest(name):
                 self.etc('register', write(root, changes), name)
                 err = self.etc('push', '-v', name)[1]
                 self.assertTrue(not self.copies or 'were there already' in err, err)
-                self.assertEqual(tree(etc.pull(name, config=self.config(name)).root), tree(root))
-        self.assertEqual(self.etc('ls', '-r')[0].split(), ['Middle', 'Old', 'Readme', 'Same'])
+                assert_pulls(self, root, name, home=name)
 
     def test_round_trip(self):
         root = odd(self.tmp / 'ds')
         self.etc('register', root, 'Odd')
         self.assertIn('pushed', self.etc('push', 'Odd')[1])
         self.assertIn('pulled', self.etc('pull', 'Odd', home='two')[1])
-        self.assertEqual(tree(self.tmp / 'two/Odd'), tree(root))
         self.etc('verify', 'Odd', home='two')
-        ds = etc.dataset('Odd', auto_install=True, config=self.config('three'))
-        self.assertEqual((ds.digest, tree(ds.root)), (etc.Dataset(root).digest, tree(root)))
+        for home in ('two', 'three'):
+            ds = etc.dataset('Odd', auto_install=True, config=self.config(home))
+            self.assertEqual((ds.digest, tree(ds.root)), (etc.Dataset(root).digest, tree(root)))
 
     def test_listing(self):
         root = small(self.tmp / 'ds')
@@ -2150,13 +2160,11 @@ class RemoteSuite:
         for item in json.loads(self.etc('ls', '-r', '--json')[0]):
             with self.subTest(item['name']):
                 self.assertEqual((item['digest'], item['files'], item['when'][:2]), (digest, 6, '20'))
-        self.assertIn(digest, self.etc('ls', '-r', '-l')[0])
         info = etc.info('One', remote=True, config=self.config('fresh'))
         self.assertEqual((info['meta'], info['readme']), ({'classes': 10}, '# Small\n'))
         self.assertEqual(info['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
         self.assertFalse((self.tmp / 'fresh').exists())
         self.assertIn("did you mean 'One'", self.etc('pull', 'Onne', status=1)[1])
-        self.assertIn("no dataset 'Nope' in", self.etc('info', '-r', 'Nope', status=1)[1])
 
     def test_push_again(self):
         root = small(self.tmp / 'ds')
@@ -2169,7 +2177,7 @@ class RemoteSuite:
             with self.subTest(pin):
                 self.assertIn("'X': expected digest " + pin, self.etc('push', 'X@' + pin, '-f', status=1)[1])
         self.etc('push', '-f', 'X@' + etc.Dataset(root).digest)
-        self.assertEqual(tree(etc.pull('X', config=self.config('two')).root), tree(root))
+        assert_pulls(self, root)
         err = self.etc('push', 'Gone', 'X', status=1)[1]
         self.assertRegex(err, "\\Aetc: no local dataset 'Gone'; .*\netc: 'X' is in .* already, and identical\n\\Z")
 
@@ -2177,45 +2185,43 @@ class RemoteSuite:
         root = small(self.tmp / 'ds')
         self.etc('register', root, 'X')
         old = etc.push('X', config=self.config())
-        self.etc('pull', 'X@' + old, home='two')
-        self.assertIn('identical', self.etc('pull', 'X', home='two')[1])
-        self.assertIn('identical', self.etc('pull', 'X')[1])  # what is registered is compared, too
+        two = self.config('two')
+        assert_pulls(self, root, 'X@' + old)
+        for home in ('two', 'home'):  # what is registered is compared, too
+            self.assertIn('identical', self.etc('pull', 'X', home=home)[1])
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
         self.assertIn('pull -f', self.etc('pull', 'X', home='two', status=1)[1])
         self.assertIn('expected digest', self.etc('pull', '-f', 'X@' + old, home='two', status=1)[1])
-        self.assertEqual(etc.dataset('X@' + old, config=self.config('two')).digest, old)
-        self.etc('pull', '-f', 'X@' + new, home='two')
+        self.assertEqual(etc.dataset('X@' + old, config=two).digest, old)
+        assert_pulls(self, root, 'X@' + new, force=True)
         with self.assertRaisesRegex(etc.Corrupt, "'X': expected digest %s, found %s" % (old, new)):
-            etc.dataset('X@' + old, auto_install=True, config=self.config('two'))
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+            etc.dataset('X@' + old, auto_install=True, config=two)
         self.assertEqual(self.leftovers('two'), [])
         err = self.etc('pull', 'Nope', 'X', home='three', status=1)[1]
         self.assertRegex(err, "\\Aetc: no dataset 'Nope' in .*\netc: pulled X: ")
-        self.assertEqual(self.installed('three'), ['X'])
 
     def test_partitions(self):
         root = write(small(self.tmp / 'ds'), {'data/train/large': noise(3 * MIB), 'data/val/v': 'v'})
         self.share(root)
-        two, three = self.config('two'), self.config('three')
-        self.etc('pull', '-p', 'test', 'X', home='two')
+        two, three, call = self.config('two'), self.config('three'), functools.partial(self.etc, home='two')
+        call('pull', '-p', 'test', 'X')
         ds = etc.dataset('X', partitions=['test'], config=two)
         self.assertEqual((ds.keys(), ds.meta, ds.digest), ({'test'}, {'classes': 10}, etc.Dataset(root).digest))
-        self.assertIn('partly', self.etc('info', 'X', home='two')[0])
-        self.etc('verify', 'X', home='two')
-        for words, problem in ((['push'], "'X' is only partly installed, so it cannot be pushed"),
-                               (['pull', '-p', 'trian'], "did you mean 'train'")):
-            self.assertIn(problem, self.etc(*words, 'X', home='two', status=1)[1])
+        self.assertIn('partly', call('info', 'X')[0])
+        call('verify', 'X')
+        self.assertIn("'X' is only partly installed, so it cannot be pushed", call('push', 'X', status=1)[1])
+        self.assertIn("did you mean 'train'", call('pull', '-p', 'trian', 'X', status=1)[1])
         with self.assertRaisesRegex(etc.NotFound, "'X' is only partly installed, without assets, data/train, data/val"):
             etc.dataset('X', config=two)
         with self.assertRaisesRegex(KeyError, "no partition 'nope' in X; it has: test, train, val"):
             etc.dataset('X', partitions=['nope'], config=two)
-        self.assertIn('identical', self.etc('pull', '-p', 'test', 'X', home='two')[1])
-        self.etc('pull', '-p', 'val', 'X', home='two')
+        self.assertIn('identical', call('pull', '-p', 'test', 'X')[1])
+        call('pull', '-p', 'val', 'X')
         self.assertEqual(etc.Dataset(self.tmp / 'two/X').keys(), {'test', 'val'})
-        for command in ('pull', 'verify', 'push'):
-            self.etc(command, 'X', home='two')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+        assert_pulls(self, root)
+        call('verify', 'X')
+        call('push', 'X')
         self.assertEqual(etc.dataset('X', True, ['val', 'train'], three).keys(), {'train', 'val'})
         self.assertEqual(etc.dataset('X', True, config=three).keys(), {'train', 'test', 'val'})
 
@@ -2245,7 +2251,8 @@ class RemoteSuite:
             except (etc.Exists, etc.RemoteError) as e:  # RemoteError: the other is not ready yet
                 return str(e), None
         for seed, home in enumerate(homes):
-            self.etc('register', write(self.tmp / 'ds' / home, {'data/train/big': noise(9 * MIB, seed)}), 'X', home=home)
+            root = write(self.tmp / 'ds' / home, {'data/train/big': noise(9 * MIB, seed)})
+            self.etc('register', root, 'X', home=home)
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(push, homes))
         self.assertEqual([outcome for outcome, _ in results].count('won'), 1, results)
@@ -2276,18 +2283,17 @@ class RemoteSuite:
         self.put('X.tgz', (self.tmp / 'X.tgz').read_bytes())
         info = etc.info('X', remote=True, config=self.config())
         self.assertEqual({info[key] for key in ('digest', 'files', 'size', 'partitions', 'meta', 'readme')}, {None})
-        self.assertIn("'X' in %s was packed by another tool, and has no index to compare; run 'etc pull X', and compare "
-                      'what that installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
-        self.assertEqual(tree(etc.pull('X', partitions=['test'], config=self.config()).root), tree(root))
-        self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
+        self.assertIn("'X' in %s was packed by another tool, and has no index to compare; run 'etc pull X', and "
+                      'compare what that installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
+        assert_pulls(self, root, home='home', partitions=['test'])
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '2' * 64
-        for words, home, status, said in (
-                (['pull', 'X'], 'home', 0, 'identical'), (['pull', '-f', 'X@' + digest], 'home', 0, 'pulled'),
-                (['pull', '-f', 'X@' + wrong], 'home', 1, "'X': expected digest " + wrong), (['verify', 'X'], 'home', 0, ''),
-                (['push', 'X'], 'home', 0, 'is in %s already, and identical' % self.url),
-                (['push', 'X'], 'another', 1, 'push -f'), (['push', '-f', 'X'], 'home', 0, 'pushed')):
-            with self.subTest(words, home=home):
-                self.assertIn(said, self.etc(*words, home=home, status=status)[1])
+        self.assertIn('identical', self.etc('pull', 'X@' + digest)[1])
+        self.assertIn("'X': expected digest " + wrong, self.etc('pull', '-f', 'X@' + wrong, status=1)[1])
+        self.etc('verify', 'X')
+        self.assertIn('is in %s already, and identical' % self.url, self.etc('push', 'X')[1])
+        self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
+        self.assertIn('push -f', self.etc('push', 'X', home='another', status=1)[1])
+        self.etc('push', '-f', 'X')
         self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], digest)
 
     def test_purge(self):
@@ -2295,21 +2301,19 @@ class RemoteSuite:
         self.share(root, 'One')
         self.share(write(self.tmp / 'large', {'data/train/x': noise(9 * MIB)}), 'Large')
         self.put('Foreign.tgz', b'no archive at all')
-        digest, wrong, purge = etc.Dataset(root).digest, 'sha256:' + '4' * 64, ['purge', '-r', '-f']
+        digest, wrong = etc.Dataset(root).digest, 'sha256:' + '4' * 64
         for words, status, problem in (
-                (['purge', '-r', 'One'], 2,
-                 "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
-                (purge + ['Onne'], 1, "no dataset 'Onne' in %s; did you mean 'One'?" % self.url),
-                (purge + ['One@' + wrong], 1, "'One': expected digest %s, found %s" % (wrong, digest)),
-                (purge + ['Foreign@' + digest], 1,
+                (['One'], 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
+                (['-f', 'Onne'], 1, "no dataset 'Onne' in %s; did you mean 'One'?" % self.url),
+                (['-f', 'One@' + wrong], 1, "'One': expected digest %s, found %s" % (wrong, digest)),
+                (['-f', 'Foreign@' + digest], 1,
                  "'Foreign': expected digest %s, found none, as another tool packed it" % digest)):
             with self.subTest(words):
-                self.assertEqual(self.etc(*words, status=status), ('', 'etc: %s\n' % problem))
+                self.assertEqual(self.etc('purge', '-r', *words, status=status), ('', 'etc: %s\n' % problem))
                 self.assertEqual(etc.ls(True, config), ['Foreign', 'Large', 'One'])
-        self.assertEqual(self.etc(*purge, 'Nope', 'Foreign', 'Large', status=1)[1].splitlines(), [
+        self.assertEqual(self.etc('purge', '-r', '-f', 'Nope', 'Foreign', 'Large', status=1)[1].splitlines(), [
             "etc: no dataset 'Nope' in %s; 'etc ls -r' lists what is there" % self.url,
             "etc: purged 'Foreign' from %s" % self.url, "etc: purged 'Large' from %s" % self.url])
-        self.assertEqual(etc.ls(True, config), ['One'])
         self.assertIsNone(etc.purge('One@' + digest, remote=True, config=config))
         self.assertEqual((etc.ls(True, config), self.installed()), ([], ['Large', 'One']))
         with self.assertRaisesRegex(etc.NotFound, "no dataset 'One' in "):
@@ -2320,7 +2324,7 @@ class RemoteSuite:
 
     def test_killed_push(self):
         (self.tmp / 'share').mkdir()  # as a push that is killed early may not have made it
-        root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(12)})
+        root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(8)})
         self.etc('register', root, 'X')
         for seconds in (0.2, 0.35, 0.5):
             process = self.spawn('push', 'X')
@@ -2336,6 +2340,20 @@ class RemoteSuite:
 
 class BucketSuite(RemoteSuite):
     """What buckets on servers of ours have in common."""
+
+    def test_lost_last_answer(self):
+        self.etc('register', write(self.tmp / 'ds', {'data/train/large': noise(9 * MIB)}), 'X')
+        skip_pauses(self)
+
+        def lose(handler):
+            self.server.final = None
+            handler.close_connection = True
+        for self.server.conditions, words in ((True, ['push']), (False, ['push', '-f'])):
+            with self.subTest(words):
+                self.server.final = lose
+                self.etc(*words, 'X')
+                self.assertIsNone(self.server.final)
+                assert_pulls(self, 'ds', force=True)
 
     def test_pages(self):
         for number in range(25):
@@ -2379,7 +2397,6 @@ class FileRemote(RemoteSuite, Case):
             with self.subTest(words):
                 self.etc('pull', *words.split(), home=str(number))
                 self.assertEqual(etc.Dataset(self.tmp / str(number) / 'X').keys(), {'train', 'val'})
-        self.assertIn("'etc pull' takes no '--nonsense'", self.etc('pull', 'X', 'Y', '--nonsense', status=2)[1])
 
     def test_copied_installs(self):
         """A copy of a home knows what is missing, and what it has."""
@@ -2387,8 +2404,6 @@ class FileRemote(RemoteSuite, Case):
         self.share(root)
         self.etc('pull', '-p', 'test', 'X', home='two')
         shutil.copytree(str(self.tmp / 'two'), str(self.tmp / 'copy'), symlinks=True)
-        write(self.tmp / 'two/X', {'.DS_Store': 'x'})
-        (self.tmp / 'two/X/.DS_Store').unlink()
         for home in ('two', 'copy'):
             with self.subTest(home):
                 self.assertIn('is only partly installed, so it cannot be pushed',
@@ -2398,14 +2413,13 @@ class FileRemote(RemoteSuite, Case):
                 modes = {path: path.stat().st_mode for path in ds.root.rglob('*') if path.is_file()}
                 for path in modes:
                     path.parent.chmod(0o555)
-                self.etc('pull', 'X', home=home)
+                assert_pulls(self, root, home=home)
                 self.etc('verify', 'X', home=home)
                 self.assertEqual(modes, {path: path.stat().st_mode for path in modes})
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
-        self.etc('pull', '-f', '-p', 'test', 'X', home='copy')
-        wrong = 'X@sha256:' + '0' * 64
-        self.assertIn("'X': expected digest sha256:000", self.etc('purge', wrong, home='copy', status=1)[1])
-        self.etc('purge', 'X@' + ds.digest, home='copy')
+                self.etc('pull', '-f', '-p', 'test', 'X', home=home)
+                wrong = 'X@sha256:' + '0' * 64
+                self.assertIn("'X': expected digest sha256:000", self.etc('purge', wrong, home=home, status=1)[1])
+                self.etc('purge', 'X@' + ds.digest, home=home)
 
     def test_pull_mends(self):
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
@@ -2417,23 +2431,20 @@ class FileRemote(RemoteSuite, Case):
         (self.tmp / 'two/X/data/val/v').unlink()
         self.assertIn("'X' is not what was installed: data/train, data/val differ;",
                       self.etc('verify', 'X', home='two', status=1)[1])
-        self.etc('pull', '-f', 'X', home='two')
+        assert_pulls(self, root, force=True)
         self.etc('verify', 'X', home='two')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
 
     def test_diff(self):
         root = small(self.tmp / 'ds')
         self.share(root)
         self.assertEqual(self.etc('diff', '-r', 'X', 'X', '-q'), ('', ''))
         self.share(write(root, {'data/train/new': 'new'}), 'Y')
-        self.assertEqual([(row.split()[0], row.split()[-1]) for row in self.etc(
-            'diff', '-r', 'X', '-r', 'Y', status=1)[0].splitlines()],
-            [('same', '.'), ('same', 'assets'), ('same', 'data/test'), ('differs', 'data/train')])
-        for remote in (True, (True, False)):
-            with self.subTest(remote):
-                contrast = etc.diff('X', 'Y', remote=remote, config=self.config())
-                self.assertEqual((contrast['equal'], contrast['segments']['data/train']), (False, {
-                    'status': 'differs', 'a': {'files': 2, 'size': 5006}, 'b': {'files': 3, 'size': 5009}}))
+        rows = [row.split() for row in self.etc('diff', '-r', 'X', '-r', 'Y', status=1)[0].splitlines()]
+        self.assertEqual([(row[0], row[-1]) for row in rows],
+                         [('same', '.'), ('same', 'assets'), ('same', 'data/test'), ('differs', 'data/train')])
+        contrast = etc.diff('X', 'Y', remote=(True, False), config=self.config())
+        self.assertEqual((contrast['equal'], contrast['segments']['data/train']), (
+            False, {'status': 'differs', 'a': {'files': 2, 'size': 5006}, 'b': {'files': 3, 'size': 5009}}))
         self.etc('pull', '-p', 'test', 'X', home='two')
         self.etc('diff', 'X', '-r', 'X', home='two')  # what a receipt knows of the whole
         self.assertIn("no dataset 'Z' in", self.etc('diff', 'X', '-r', 'Z', status=1)[1])
@@ -2473,12 +2484,11 @@ class FileRemote(RemoteSuite, Case):
 
     def test_signs_in_paths(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        urls = {'file:///%s/slashes' % self.tmp: 'slashes'}
-        for name in ('a#b', 'a?b', 'a?b#c', '#', 'a b', 'per%cent', 'a%23b'):
-            urls.update({'file://%s/%s' % (self.tmp, name.replace('%', '%25')): name, (self.tmp / name).as_uri(): name})
+        names = ['a#b', 'a?b', 'a?b#c', '#', 'a b', 'per%cent', 'a%23b']
+        urls = {'file:///%s/%s' % (self.tmp, name.replace('%', '%25')): name for name in names}
         if sys.platform == 'linux':  # elsewhere names are text
-            urls[self.tmp.as_uri() + '/%FF%C3%A9'] = os.fsdecode(b'\xff\xc3\xa9')
-        for url, name in urls.items():
+            names.append(os.fsdecode(b'\xff\xc3\xa9'))
+        for url, name in itertools.chain(urls.items(), [((self.tmp / name).as_uri(), name) for name in names]):
             with self.subTest(url):
                 self.etc('push', 'X', url=url)
                 (self.tmp / name / 'X.tgz').unlink()
@@ -2494,7 +2504,7 @@ class FileRemote(RemoteSuite, Case):
                 (0o027, 0o750, False, 0o640, False), (0o077, 0o700, False, 0o600, False),
                 (0o022, 0o755, False, 0o644, False), (0o002, 0o775, False, 0o664, False),
                 (0o077, None, False, 0o600, False)):
-            with self.subTest(umask=oct(umask), directory=directory and oct(directory), public=public):
+            with self.subTest(umask=umask, directory=directory, public=public):
                 remove(share)
                 if directory:
                     share.mkdir()
@@ -2535,8 +2545,8 @@ class FileRemote(RemoteSuite, Case):
                 with unprivileged(self.tmp / 'home', self.tmp / 'settings.yaml', self.tmp / 'other'):
                     err = self.etc(*words, 'X', status=1)[1]
                 share.chmod(0o755)
-                self.assertEqual(err, "etc: cannot %s; ask the file's owner to %s it, or the directory's owner for write "
-                                      'access\n' % (problem % share, remedy))
+                self.assertEqual(err, "etc: cannot %s; ask the file's owner to %s it, or the directory's owner for "
+                                      'write access\n' % (problem % share, remedy))
                 self.assertEqual(self.shared(), ['X.tgz'])
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
@@ -2548,36 +2558,31 @@ class FileRemote(RemoteSuite, Case):
             (share / 'X.tgz').chmod(0)
             file.chmod(0)
             denied = 'Permission denied: %s' % file
-            for words, url, problem in (
-                    (['push', '-f'], self.url, denied),
-                    (['push'], home.as_uri(), denied),  # so the file lies below where it is pushed to
-                    (['pull'], self.url, "cannot read 'X' in %s: Permission denied; ask who pushed it" % share),
-                    (['info', '-r'], self.url, "cannot read 'X' in %s: Permission denied; ask who pushed it" % share)):
-                with self.subTest(words, url=url):
-                    self.assertIn(problem, self.etc(*words, 'X', url=url, status=1)[1])
+            ask = "cannot read 'X' in %s: Permission denied; ask who pushed it" % share
+            for words, problem in ((['push', '-f'], denied), (['pull'], ask), (['info', '-r'], ask),
+                                   (['--url', home.as_uri(), 'push'], denied)):  # below which the file lies
+                with self.subTest(words):
+                    self.assertIn(problem, self.etc(*words, 'X', status=1)[1])
 
     def test_purge_while_others_push(self):
         """Just before, and perhaps also just after the file is set aside."""
-        rename = os.rename
-        for link in (os.link, no_link):
-            for others in ((b'second',), (b'second', b'third')):
-                def late(source, target):
-                    os.rename = rename
-                    os.replace(str(self.tmp / 'other0'), str(self.tmp / 'share/X.tgz'))
-                    rename(source, target)
-                    if len(others) > 1:
-                        os.replace(str(self.tmp / 'other1'), str(self.tmp / 'share/X.tgz'))
-                with self.subTest(others, links=link is not no_link):
-                    remove(self.tmp / 'share')
-                    self.put('X.tgz', b'first')
-                    write(self.tmp, {'other%d' % number: data for number, data in enumerate(others)})
-                    stand_in(self, os, 'link', link)
-                    stand_in(self, os, 'rename', late)
-                    self.assertEqual(self.etc('purge', '-r', '-f', 'X', status=1)[1],
-                                     "etc: 'X' in %s was replaced meanwhile; look again: 'etc info -r X' shows what is "
-                                     'there now\n' % self.url)
-                    self.assertEqual((self.tmp / 'share/X.tgz').read_bytes(), others[-1])
-                    self.assertEqual(len(self.shared()), len(others))  # what was overtaken twice is kept for a day
+        rename, share = os.rename, self.tmp / 'share'
+        for link, others in itertools.product((os.link, no_link), ((b'second',), (b'second', b'third'))):
+            def late(source, target):
+                os.rename = rename
+                (self.tmp / '0').replace(share / 'X.tgz')
+                rename(source, target)
+                if len(others) > 1:
+                    (self.tmp / '1').replace(share / 'X.tgz')
+            with self.subTest(others, links=link is not no_link):
+                remove(share)
+                self.put('X.tgz', b'first')
+                write(self.tmp, {str(number): data for number, data in enumerate(others)})
+                stand_in(self, os, 'link', link)
+                stand_in(self, os, 'rename', late)
+                self.assertEqual(self.etc('purge', '-r', '-f', 'X', status=1)[1], OVERTAKEN % self.url)
+                self.assertEqual((share / 'X.tgz').read_bytes(), others[-1])
+                self.assertEqual(len(self.shared()), len(others))  # what was overtaken twice is kept for a day
 
     def test_purge_that_another_overtakes(self):
         self.put('X.tgz', b'x')
@@ -2648,10 +2653,16 @@ class PurgeSuite:
         return True
 
     def test_another_push_meanwhile(self):
-        self.at_delete(lambda handler: self.put('X.tgz', b'second'))
-        self.assertEqual(self.purge(status=1), "etc: 'X' in %s was replaced meanwhile; look again: 'etc info -r X' "
-                                               'shows what is there now\n' % self.url)
-        self.assertEqual(self.stored(), [b'second'])
+        """Whether or not the answer is lost, and the store knows conditions."""
+        for self.server.conditions, action in (
+                (True, lambda handler: self.put('X.tgz', b'second')),
+                (True, lambda handler: self.lose(handler, b'second') and self.busy(handler)),
+                (False, lambda handler: self.lose(handler, b'second') and self.busy(handler))):
+            with self.subTest(conditions=self.server.conditions):
+                self.put('X.tgz', b'first')
+                self.at_delete(action)
+                self.assertEqual(self.purge(status=1), OVERTAKEN % self.url)
+                self.assertEqual(self.stored(), [b'second'])
 
     def test_lost_answers(self):
         for what, action in (('a broken connection', self.lose), ('another purge', lambda h: self.lose(h) and None),
@@ -2661,14 +2672,6 @@ class PurgeSuite:
                 self.at_delete(action)
                 self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
                 self.assertEqual(self.stored(), [])
-
-    def test_lost_answers_and_another_push(self):
-        for self.server.conditions in (True, False):
-            with self.subTest(conditions=self.server.conditions):
-                self.put('X.tgz', b'first')
-                self.at_delete(lambda handler: self.lose(handler, b'second') and self.busy(handler))
-                self.assertIn("'X' in %s was replaced meanwhile" % self.url, self.purge(status=1))
-                self.assertEqual(self.stored(), [b'second'])
 
     def test_no_answer_at_all(self):
         self.at_delete(self.busy, 4)
@@ -2691,9 +2694,6 @@ class PurgeSuite:
             self.assertEqual(self.stored(), [b'first'])
 
 
-PROTECTED = '; a rule of the bucket protects it; ask whoever made the rule'
-
-
 class S3Purge(PurgeSuite, S3Case):
     def put(self, name, data):
         self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
@@ -2705,7 +2705,8 @@ class S3Purge(PurgeSuite, S3Case):
                 (403, 'AccessDenied', 'Access Denied because object protected by object lock.', PROTECTED),
                 (400, 'InvalidRequest', 'Object is WORM protected and cannot be overwritten', PROTECTED),  # MinIO
                 (409, 'FileImmutable', 'The object you specified is immutable.', PROTECTED)):  # Alibaba
-            self.refused(lambda h: h.error(status, code, message=message), '%d %s: %s' % (status, code, message + remedy))
+            self.refused(lambda handler: handler.error(status, code, message=message),
+                         '%d %s: %s' % (status, code, message + remedy))
 
     def test_conditions(self):
         """Weak ETags are no condition, and a marker of the version 'null' says that nothing is kept:
@@ -2741,7 +2742,8 @@ class S3Purge(PurgeSuite, S3Case):
                 with self.subTest(code, status=status, look=look):
                     self.put('X.tgz', b'first')
                     self.server.fault = fault
-                    self.assertIn('was replaced meanwhile' if look else "purged 'X'", self.purge(status=int(bool(look))))
+                    self.assertIn('was replaced meanwhile' if look else "purged 'X'",
+                                  self.purge(status=int(bool(look))))
                     self.assertEqual(self.stored(), [b'second'] if look else [])
 
     def test_archive_classes(self):
@@ -2750,9 +2752,6 @@ class S3Purge(PurgeSuite, S3Case):
             h.error(403, 'InvalidObjectState') or True)
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         self.assertIn("purged 'X'", self.purge())
-
-
-PORTAL = b'<!DOCTYPE html><html><body>Please log in</body></html>'
 
 
 class S3Remote(BucketSuite, S3Case):
@@ -2784,8 +2783,7 @@ class S3Remote(BucketSuite, S3Case):
                 handler.close_connection = True
                 return True
         self.server.fault = fault
-        self.etc('pull', 'X', home='two')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        assert_pulls(self, 'ds')
         self.assertGreater(len(sent), 7)
         self.assertLess(sum(sent), len(data) + 65536 + 8 * 262144)
 
@@ -2794,28 +2792,22 @@ class S3Remote(BucketSuite, S3Case):
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(20000)}))
         data, etag = self.stored()
         no_range, too_much = 'does not answer with the range that was asked for', 'answers with more than was asked for'
-
-        def answer(handler, status, body, etag=etag, span='bytes 0-9/10', length=None, **headers):
-            if not handler.headers.get('Range', 'bytes=-').startswith('bytes=-'):
-                if span == 'right':
+        no_headers, ten = {'ETag': None, 'Content-Range': None}, b'x' * 10
+        for problem, status, body, headers, length in (
+                (no_range, 200, b'x' * 500, {'Content-Range': None}, None),
+                (no_range, 206, ten, {'Content-Range': 'bytes 0-9/10'}, None),
+                (no_range, 206, b'0\r\n\r\n', {'Transfer-Encoding': 'chunked'}, None),
+                ("'X' in %s was replaced while it was read" % self.url, 206, ten, {'ETag': '"other"'}, None),
+                ('IncompleteRead(10 bytes read, 990 more expected)', 206, ten, no_headers, 1000),
+                (too_much, 206, b'x' * 3 * MIB, no_headers, None), (too_much, 200, b'x' * 90 * MIB, no_headers, None)):
+            def fault(handler):
+                if not handler.headers.get('Range', 'bytes=-').startswith('bytes=-'):
                     start, stop = asked_range(handler.headers, len(data))
                     span = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
-                handler.answer(status, body, dict(headers, **{'ETag': etag, 'Content-Range': span}), length)
-                handler.close_connection = True
-                return True
-        ten = b'x' * 10
-        for what, problem, fault in (
-                ('no range', no_range, lambda h: answer(h, 200, b'x' * 500)),
-                ('wrong range', no_range, lambda h: answer(h, 206, ten)),
-                ('nothing', no_range, lambda h: answer(h, 206, b'0\r\n\r\n', span='right', **{
-                    'Transfer-Encoding': 'chunked'})),
-                ('another ETag', "'X' in %s was replaced while it was read" % self.url,
-                 lambda h: answer(h, 206, ten, '"other"')),
-                ('short', 'IncompleteRead(10 bytes read, 990 more expected)',
-                 lambda h: answer(h, 206, ten, None, None, 1000)),
-                ('endless', too_much, lambda h: answer(h, 206, b'x' * 3 * MIB)),
-                ('all', too_much, lambda h: answer(h, 200, b'x' * 90 * MIB))):
-            with self.subTest(what):
+                    handler.answer(status, body, dict({'ETag': etag, 'Content-Range': span}, **headers), length)
+                    handler.close_connection = True
+                    return True
+            with self.subTest(problem, status=status, headers=headers):
                 self.server.log.clear()
                 self.server.fault = fault
                 self.assertIn(problem, self.etc('pull', 'X', home='two', status=1)[1])
@@ -2826,8 +2818,9 @@ class S3Remote(BucketSuite, S3Case):
         self.share(small(self.tmp / 'ds'))
         problem = "the range that was asked for|does not say how large 'X' is"
         for name, pattern, text, said in (
-                ('Last-Modified', '20.. ', '99999999999 ', 'pulled'), ('Last-Modified', '20.. ', '9' * 22 + ' ', 'pulled'),
-                ('Last-Modified', '.+', 'never', 'pulled'), ('Content-Range', '/.*', '/1e3', problem),
+                ('Last-Modified', '20.. ', '99999999999 ', 'pulled'),
+                ('Last-Modified', '20.. ', '9' * 22 + ' ', 'pulled'), ('Last-Modified', '.+', 'never', 'pulled'),
+                ('Content-Range', '/.*', '/1e3', problem),
                 ('Content-Range', '/.*', '/5 5', problem), ('Content-Range', '/.*', '/-5', problem),
                 ('Content-Range', '/.*', '/' + '9' * 5000, problem), ('Content-Range', '.+', '', problem)):
             with self.subTest(name, text=text[:99]):
@@ -2845,10 +2838,9 @@ class S3Remote(BucketSuite, S3Case):
 
     def test_nothing_is_left_in_the_temporary_directory(self):
         self.share(small(self.tmp / 'ds'))
-        scratch = write(self.tmp / 'scratch', {'journal': 'mine'})
-        stand_in(self, tempfile, 'tempdir', str(scratch))
+        stand_in(self, tempfile, 'tempdir', tempfile.mkdtemp(dir=str(self.tmp)))
         self.etc('info', '-r', 'X')
-        self.assertEqual(tree(scratch), {'journal': (b'mine', False)})
+        self.assertEqual(os.listdir(tempfile.gettempdir()), [])
 
     def test_last_answers_that_are_not_understood(self):
         """A push is done if the store says so as its API defines, with status 200, or if what is there is right."""
@@ -2856,17 +2848,19 @@ class S3Remote(BucketSuite, S3Case):
         self.publish(6 * MIB, 1)
         self.share(small(self.tmp / 'small'), 'Y')
         others = dict(self.server.objects)
-        write(self.tmp, {'noise1/data/train/x': noise(6 * MIB, 2), 'small/README.md': '# Other\n'})  # as large as before
+        write(self.tmp, {'noise1/data/train/x': noise(6 * MIB, 2), 'small/README.md': '# Other\n'})  # as large
         done, etag = COMPLETED % (b'http://store', b'key', b'key', b'e'), {'ETag': '"e"'}
         error = b' \n <?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>no</Message></Error>'
         for name, what, status, body, headers in [
                 ('X', 'success', 200, b' \n \r\n' + done, {}), ('X', 'error', 200, error, {}),
-                ('X', 'nothing', 200, b'', etag), ('X', 'white space', 200, b'   ', {}), ('X', 'a page', 200, PORTAL, etag),
-                ('X', 'another result', 200, b'<R/>', {}), ('X', 'half a result', 200, done[:100], {}),
+                ('X', 'nothing', 200, b'', etag), ('X', 'white space', 200, b'   ', {}),
+                ('X', 'a page', 200, PORTAL, etag), ('X', 'another result', 200, b'<R/>', {}),
+                ('X', 'half a result', 200, done[:100], {}),
                 ('X', 'no ETag', 200, b'<CompleteMultipartUploadResult/>', {}),
-                ('Y', 'a page', 200, PORTAL, dict(etag, **{'Content-Type': 'text/html'})), ('Y', 'no ETag', 200, b'', {})
-                ] + [(name, 'status', status, done if name == 'X' and status != 204 else b'', etag)
-                     for status in (201, 202, 203, 204) for name in 'XY']:
+                ('Y', 'a page', 200, PORTAL, dict(etag, **{'Content-Type': 'text/html'})),
+                ('Y', 'no ETag', 200, b'', {})] + [
+                    (name, 'status', status, done if name == 'X' and status != 204 else b'', etag)
+                    for status in (201, 202, 203, 204) for name in 'XY']:
             for before, stored in itertools.product(({}, others), (True, False)):
                 def answer(handler):
                     handler.answer(status, body, headers)
@@ -2887,17 +2881,16 @@ class S3Remote(BucketSuite, S3Case):
         """Nothing is left, neither an object nor parts that are billed."""
         skip_pauses(self)
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(16 * MIB)}), 'X')
-        for what, method, word, answer, problem in (
-                ('start', 'POST', '?uploads=', lambda h: h.answer(200, PORTAL), 'does not answer as S3 does'),
-                ('part', 'PUT', 'partNumber=2', lambda h: h.answer(200, PORTAL), 'does not answer as S3 does'),
-                ('refused part', 'PUT', 'partNumber=3', lambda h: h.error(403, 'AccessDenied'), 'AccessDenied'),
-                ('end', 'POST', 'uploadId=', lambda h: h.error(200, 'InternalError'), 'InternalError')):
-            with self.subTest(what):
-                self.server.log.clear()
-                self.server.fault = lambda h: h.command == method and word in h.path and (answer(h) or True)
+        for method, word, status, code, problem in (
+                ('POST', '?uploads=', 200, '', 'does not answer as S3 does'),
+                ('PUT', 'partNumber=2', 200, '', 'does not answer as S3 does'),
+                ('PUT', 'partNumber=3', 403, 'AccessDenied', 'AccessDenied'),
+                ('POST', 'uploadId=', 200, 'InternalError', 'InternalError')):
+            with self.subTest(word):
+                self.server.fault = lambda handler: handler.command == method and word in handler.path and (
+                    handler.error(status, code) if code else handler.answer(status, PORTAL)) is None
                 self.assertIn(problem, self.etc('push', 'X', status=1)[1])
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
-                self.assertEqual(bool(self.requests('DELETE')), what != 'start')
 
     def test_errors_that_hide(self):
         """InternalError in a 200 of CompleteMultipartUpload, RequestTimeout in a 400."""
@@ -2915,25 +2908,7 @@ class S3Remote(BucketSuite, S3Case):
         self.server.fault = fault
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}))
         self.assertEqual(left, [])
-        self.etc('pull', 'X', home='two')
-
-    def test_lost_last_answer(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/large': noise(9 * MIB)}), 'X')
-        skip_pauses(self)
-        lost = []
-
-        def answer(handler, status, *args, **kwargs):
-            if handler.command == 'POST' and 'uploadId' in handler.path and not lost:
-                lost.append(handler)
-                handler.connection.shutdown(socket.SHUT_RDWR)
-            else:
-                original(handler, status, *args, **kwargs)
-        original = stand_in(self, S3Handler, 'answer', answer)
-        for self.server.conditions, words in ((True, ['push']), (False, ['push', '-f'])):
-            with self.subTest(words):
-                del lost[:]
-                self.etc(*words, 'X')
-                self.assertEqual(len(lost), 1)
+        assert_pulls(self, 'ds')
 
     def test_white_space_before_answers(self):
         class Slow(S3Handler):
@@ -2950,14 +2925,11 @@ class S3Remote(BucketSuite, S3Case):
         busy = threading.Event()
         self.server.fault = lambda handler: handler.command in ('PUT', 'DELETE') and (
             handler.answer(503, b'', {'Retry-After': '3600'}) or busy.set() or True)
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            with self.subTest(number):
-                busy.clear()
-                process = self.spawn('push', 'X')
-                self.assertTrue(busy.wait(60))
-                process.send_signal(number)
-                err = process.communicate(timeout=60)[1]
-                self.assertEqual((process.returncode, err), (code, b'etc: interrupted\n'))
+        process = self.spawn('push', 'X')
+        self.assertTrue(busy.wait(60))
+        process.terminate()
+        err = process.communicate(timeout=60)[1]
+        self.assertEqual((process.returncode, err), (143, b'etc: interrupted\n'))
 
     def test_object_lock(self):
         """Such buckets want a checksum of every body: MD5, or SHA-256 where there is no MD5."""
@@ -2984,7 +2956,7 @@ class S3Remote(BucketSuite, S3Case):
                 self.etc('push', 'X', 'Y')
                 headers = [headers for method, _, headers in self.server.log if method == 'PUT'][-1]
                 self.assertEqual({sha256, 'Content-MD5'}.intersection(headers), set(sent))
-                self.assertEqual(tree(etc.pull('Y', config=self.config(what)).root), tree(self.tmp / 'ds'))
+                assert_pulls(self, 'ds', 'Y', home=what)
         self.server.must_check = True
         self.assertIn('Content-MD5', self.etc('push', '-f', 'X', status=1)[1])  # Backblaze's, and no MD5 here
 
@@ -3053,19 +3025,20 @@ class S3Remote(BucketSuite, S3Case):
         self.assertGreater(sent[0], 0)
 
     def test_stores_without_conditions(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('register', write(self.tmp / 'big', {'data/train/x': noise(9 * MIB)}), 'Y')
         self.server.conditions = False
         for answer in ((501, 'NotImplemented'), (400, 'InvalidArgument'), (501, ''), ()):
             with self.subTest(answer):
                 self.server.fault = lambda handler: bool(handler.headers.get('If-None-Match') and answer) and (
                     handler.error(*answer) or True)
-                self.server.objects.clear()
-                for _ in range(2):
-                    self.etc('push', 'X', 'Y')
-                    self.assertEqual((len(self.server.objects), self.server.uploads), (2, {}))
-                write(self.tmp / 'ds', {'data/train/x': 'changed %s' % (answer,)})
-                self.assertIn("another 'X' is in %s already" % self.url, self.etc('push', 'X', status=1)[1])
+                for name, size in (('X', 1000), ('Y', 9 * MIB)):
+                    self.etc('register', '-f', write(self.tmp / name, {'data/train/x': noise(size)}), name)
+                    self.server.objects.clear()
+                    self.etc('push', name)
+                    self.assertIn('identical', self.etc('push', name)[1])
+                    write(self.tmp / name, {'data/train/x': 'changed'})
+                    err = self.etc('push', name, status=1)[1]
+                    self.assertIn("another '%s' is in %s already" % (name, self.url), err)
+                    self.assertEqual((len(self.server.objects), self.server.uploads), (1, {}))
 
     def test_ignored_if_match(self):
         self.server.conditions = False
@@ -3075,8 +3048,10 @@ class S3Remote(BucketSuite, S3Case):
         """Which ones are taken is tested below."""
         right = {'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
         odd_one = 'the environment: aws_secret_access_key holds characters that it cannot have;'
+        nothing = "no credentials were found in the settings, the environment, the AWS profile 'default', or those " \
+                  'of a container or this machine; set aws_access_key_id and aws_secret_access_key, or run '
         for what, settings, akid, secret, problem in (
-                ('none', {}, '', '', 'no credentials were found'), ('half', {}, AKID, '', 'set both'),
+                ('none', {}, '', '', nothing), ('half', {}, AKID, '', 'set both'),
                 ('line ends', {}, AKID + '\n', SECRET + '\r\n', ''), ('a line end inside', {}, AKID, 'hu\nsh', odd_one),
                 ('no such profile', {'aws_profile': 'nope'}, '', '',
                  'the AWS profile that aws_profile or $AWS_PROFILE names is not in'),
@@ -3163,10 +3138,10 @@ class S3Kinds(S3Case):
         skip_pauses(self)
         write(self.tmp, {'.aws/config': '[profile work]\nregion = eu-north-1\n'})
         for url, more, host in (
-                ('s3://bucket', {}, 'bucket.s3.us-east-1.amazonaws.com'),
-                ('s3://bucket', {'aws_profile': 'work'}, 'bucket.s3.eu-north-1.amazonaws.com'),
-                ('s3://bucket', {'aws_profile': 'work', 'region': 'cn-north-1'}, 'bucket.s3.cn-north-1.amazonaws.com.cn'),
-                ('s3://my.bucket', {}, 's3.us-east-1.amazonaws.com')):
+                ('s3://a', {}, 'a.s3.us-east-1.amazonaws.com'),
+                ('s3://a', {'aws_profile': 'work'}, 'a.s3.eu-north-1.amazonaws.com'),
+                ('s3://a', {'aws_profile': 'work', 'region': 'cn-north-1'}, 'a.s3.cn-north-1.amazonaws.com.cn'),
+                ('s3://a.b', {}, 's3.us-east-1.amazonaws.com')):
             with self.subTest(host):
                 self.settings = dict(more, aws_access_key_id=AKID, aws_secret_access_key=SECRET)
                 self.server.log.clear()
@@ -3188,30 +3163,24 @@ class S3Kinds(S3Case):
                                                 '    addressing_style = %s\n' % style})
                 self.settings['endpoint_url'] = 'http://%s:%s' % (endpoint, port)
                 self.url = 's3://%s/some/prefix' % bucket
-                status = int(bucket != 'bucket')
-                err = self.etc('push', '-f', 'X', status=status)[1]
-                self.etc('pull', '-f', 'X', home='two', status=status)
-                self.assertEqual(self.etc('ls', '-r', status=status)[0], '' if status else 'X\n')
-                self.assertIn('404 NoSuchBucket' if status else 'pushed', err)
+                for words in (['push', '-f', 'X'], ['pull', '-f', 'X'], ['ls', '-r']):
+                    out, err = self.etc(*words, status=int(bucket == 'My_Bucket'))
+                    self.assertIn('404 NoSuchBucket' if bucket == 'My_Bucket' else 'X', out + err)
                 self.assertEqual(set(self.hosts()), {host})
 
     def test_region_of_the_signature(self):
-        def regions():
-            found = [headers['Authorization'].split('/')[2] for _, _, headers in self.server.log]
-            self.server.log.clear()
-            return found
-
         def fault(handler):
             if '/eu-9/s3/' not in handler.headers['Authorization']:
+                refused.append(handler)
                 handler.answer(400, b'<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region is wrong'
                                     b'</Message><Region>%s</Region></Error>' % region)
                 return True
         self.server.fault, region = fault, b'eu-9'
-        for words in (['push', 'X'], ['push', '-f', 'X']):  # asked once, then remembered
+        for words in (['push', 'X'], ['push', '-f', 'X'], ['pull', '-f', 'X']):  # asked once, then remembered
             with self.subTest(words):
+                refused = []
                 self.etc(*words)
-                first, *others = regions()
-                self.assertEqual((first, set(others)), ('us-east-1', {'eu-9'}))
+                self.assertEqual(len(refused), 1)
         region = b'a/b'
         self.assertIn('AuthorizationHeaderMalformed', self.etc('ls', '-r', status=1)[1])
 
@@ -3240,7 +3209,7 @@ class S3Kinds(S3Case):
         self.assertEqual(len(self.server.objects), 1)
 
     def test_keys_that_may_not_list(self):
-        """Without s3:ListBucket what is missing is forbidden; on Amazon's own hosts the condition of the write decides."""
+        """Without s3:ListBucket what is missing is forbidden; on Amazon's hosts the condition of the write decides."""
         self.server.may_list = False
         self.assertIn('s3:ListBucket', self.etc('push', 'X', status=1)[1])  # this store may ignore conditions
         self.as_amazon()
@@ -3292,7 +3261,8 @@ class S3Kinds(S3Case):
         key = 'arn:aws:kms:eu-west-1:1:key/k'
         settings = dict(self.settings, request_payer='requester')
         for more, expected in (({'sse_kms_key_id': key, 'public': True}, ['aws:kms', key, None, 'public-read']),
-                               ({'sse': 'AES256', 'storage_class': 'STANDARD_IA'}, ['AES256', None, 'STANDARD_IA', None])):
+                               ({'sse': 'AES256', 'storage_class': 'STANDARD_IA'},
+                                ['AES256', None, 'STANDARD_IA', None])):
             with self.subTest(more):
                 self.settings = dict(settings, **more)
                 self.server.log.clear()
@@ -3305,7 +3275,8 @@ class S3Kinds(S3Case):
                     created += is_new
                     self.assertEqual([headers.get(name) for name in names], expected if is_new else [None] * 4)
                     self.assertEqual(headers['x-amz-request-payer'], 'requester')
-                    self.assertNotRegex(' '.join(headers).lower(), 'checksum|trailer|content-md5|transfer-encoding|expect')
+                    self.assertNotRegex(' '.join(headers).lower(),
+                                        'checksum|trailer|content-md5|transfer-encoding|expect')
                     self.assertRegex(headers['x-amz-content-sha256'], '^[0-9a-f]{64}$')
                 self.assertEqual(created, 2)
         for bad in ('a b', 'caf\u00e9'):
@@ -3327,22 +3298,19 @@ class S3Kinds(S3Case):
                     (404, 'NoSuchBucket', 'check the bucket'), (301, 'PermanentRedirect', "set 'region'"),
                     (400, 'InvalidToken', 'renew'), (404, '', 'check the url'), (400, '', 'the region'),
                     (403, 'InvalidAccessKeyId', 'it comes from the settings'),
-                    (403, 'SecondLevelDomainForbidden', style), (403, 'PathStyleDomainForbidden', style),  # Alibaba, Tencent
+                    (403, 'SecondLevelDomainForbidden', style),  # Alibaba
+                    (403, 'PathStyleDomainForbidden', style),  # Tencent
                     (400, 'VirtualHostDomainRequired', style))]:  # Huawei
             with self.subTest(words, code=code, status=status):
                 body = b'<Error><Code>%s</Code><Message>why</Message></Error>' % code.encode() if code else b''
-                self.server.fault = lambda handler: handler.command in methods and (handler.answer(status, body) or True)
+                self.server.fault = lambda handler: handler.command in methods and (
+                    handler.answer(status, body) or True)
                 err = self.etc(*words, status=1)[1]
                 self.assertIn(remedy, err)
                 self.assertIn('answers %d%s;' % (status, ' %s: why' % code if code else ': no explanation'), err)
         self.server.fault = None
         for command in ('pull', 'push'):
             self.assertIn('NoSuchBucket', self.etc(command, 'X', url='s3://missing', status=1)[1])
-        write(self.tmp, {'.aws/config': '[profile work]\nregion = x\n'})
-        self.settings = {'endpoint_url': self.server.url, 'aws_profile': 'work'}
-        err = self.etc('ls', '-r', status=1)[1]
-        for word in ('no credentials were found', 'settings', 'environment', "'work'", 'container', 'aws sso login'):
-            self.assertIn(word, err)
 
 
 class GsHandler(Handler):
@@ -3426,7 +3394,8 @@ class GsHandler(Handler):
         if self.query.get('ifGenerationMatch') == '0' and self.query['name'] in self.server.objects:
             return self.problem(412, 'conditionNotMet')
         if self.query.get('predefinedAcl') and self.server.uniform:
-            return self.problem(400, 'Cannot insert legacy ACL for an object when uniform bucket-level access is enabled.')
+            return self.problem(400, 'Cannot insert legacy ACL for an object when uniform bucket-level access is '
+                                     'enabled.')
         upload = os.urandom(8).hex()
         self.server.uploads[upload] = self.query, bytearray()
         self.answer(200, b'', {'Location': self.server.url + '/session?upload_id=' + upload})
@@ -3485,7 +3454,8 @@ class GsRemote(BucketSuite, GsCase):
         self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(17 * MIB)}), 'Y')
         start = b'{"name": "some/prefix/X.tgz"'
         for body in (b'{}', b'', PORTAL, b'[]', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}',
-                     start + b', "size": "7"}', start + b', "generation": "5"}', start + b', "generation": "5", "size": "7"}'):
+                     start + b', "size": "7"}', start + b', "generation": "5"}',
+                     start + b', "generation": "5", "size": "7"}'):
             for method, stored in (('POST', False), ('PUT', True), ('PUT', False)):
                 with self.subTest(body, method=method, stored=stored):
                     self.server.objects.clear()
@@ -3500,18 +3470,19 @@ class GsRemote(BucketSuite, GsCase):
         self.assertIn('does not answer as Google', self.etc('push', 'Y', status=1)[1])
 
     def test_lists_that_are_not_understood(self):
-        """The empty ones must not pass for an empty bucket."""
-        item = b'{"items": [{"name": "some/prefix/X.tgz", "size": %s, "generation": 1}]}'
-        for body in (b'', b'[]', PORTAL, b'[' * 100000, b'{"items": 5}', b'{"items": [{}]}', b'{"items": [{"name": 5}]}',
-                     item % b'"x"', item % b'1e999', b'{"nextPageToken": 3}', b'{}',
-                     b'{"login": "https://portal.example"}', b'{"kind": "login"}'):
-            for kind in (b'{', b'{"kind": "storage#objects", ')[:1 + (b'":' in body[:20] and b'log' not in body)]:
-                with self.subTest(body[:99], kind=kind):
-                    self.server.fault = lambda handler: handler.answer(200, body.replace(b'{', kind, 1)) or True
-                    for words in (['ls', '-r'], ['pull', 'X']):
-                        self.assertIn('does not answer as Google', self.etc(*words, status=1)[1])
+        """They must not pass for an empty bucket, either."""
+        right = b'{"kind": "storage#objects", '
+        item = b'"items": [{"name": "some/prefix/X.tgz", "size": %s, "generation": 1}]}'
+        for body in (b'', b'[]', PORTAL, b'[' * 100000, b'{}', b'{"login": "https://portal.example"}',
+                     b'{"kind": "login"}', right + b'"items": 5}', right + b'"items": [{}]}', right + b'"items": [{"name": 5}]}',
+                     right + item % b'"x"', right + item % b'1e999', right + b'"nextPageToken": 3}'):
+            with self.subTest(body[:99]):
+                self.server.fault = lambda handler: handler.answer(200, body) or True
+                for words in (['ls', '-r'], ['pull', 'X']):
+                    self.assertIn('does not answer as Google', self.etc(*words, status=1)[1])
         tokens = itertools.cycle('abc')
-        self.server.fault = lambda handler: handler.json({'kind': 'storage#objects', 'nextPageToken': next(tokens)}) or True
+        self.server.fault = lambda handler: handler.json(
+            {'kind': 'storage#objects', 'nextPageToken': next(tokens)}) or True
         self.assertIn('same page of its listing twice', self.etc('ls', '-r', status=1)[1])
 
     def test_accounts_that_may_only_create(self):
@@ -3550,32 +3521,7 @@ class GsRemote(BucketSuite, GsCase):
                 self.server.granule = (1, 256 << 10)[trial % 2]
                 self.etc('push', '-f', 'X')  # the server asserts that no byte came twice
                 self.assertEqual(self.server.cuts, [])
-        self.etc('push', 'X', url=(self.tmp / 'share').as_uri())
-        data = self.server.objects['some/prefix/X.tgz'][0]
-        self.assertTrue(data == (self.tmp / 'share/X.tgz').read_bytes())
-
-    def test_lost_answers(self):
-        """To the last part, before and after the object stands."""
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
-        skip_pauses(self)
-
-        def lose(handler):
-            if handler.command == 'PUT' and not lost:
-                lost.append(handler)
-                handler.close_connection = True
-                return True
-            return self.server.final is lose and handler.json(handler.resource('some/prefix/X.tgz'))
-        for place in ('fault', 'final'):
-            for words in (['push'], ['push', '-f']):
-                with self.subTest(words, place=place):
-                    self.server.objects.clear()
-                    lost = []
-                    self.server.fault = self.server.final = None
-                    setattr(self.server, place, lose)
-                    before = self.server.generation
-                    self.etc(*words, 'X')
-                    self.assertEqual((len(lost), self.server.generation - before), (1, 1))
-                    self.etc('pull', '-f', 'X', home='two')
+                assert_pulls(self, 'ds', force=True)
 
     def test_uploads_that_fail(self):
         """Nothing is left."""
@@ -3600,13 +3546,13 @@ class GsPurge(PurgeSuite, GsCase):
     def test_refusals(self):
         os.environ.pop('STORAGE_EMULATOR_HOST')
         for message, remedy in (
-                ("Object 'bucket/X.tgz' is subject to bucket's retention policy or object retention and cannot be deleted "
-                 'or overwritten until 2030-01-01T00:00:00Z', PROTECTED),
-                ("Object 'bucket/X.tgz' is under active Event-Based hold and cannot be deleted, overwritten or archived "
-                 'until hold is removed.', PROTECTED),
+                ("Object 'bucket/X.tgz' is subject to bucket's retention policy or object retention and cannot be "
+                 'deleted or overwritten until 2030-01-01T00:00:00Z', PROTECTED),
+                ("Object 'bucket/X.tgz' is under active Event-Based hold and cannot be deleted, overwritten or "
+                 'archived until hold is removed.', PROTECTED),
                 ('a@b.example does not have storage.objects.delete access to the Google Cloud Storage object.',
-                 "; no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
-                 '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')):
+                 "; no credentials were found: run 'gcloud auth application-default login', or set google_credentials "
+                 'or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')):
             self.refused(lambda h: h.problem(403, message), '403: ' + message + remedy)
 
     def test_conditions(self):
@@ -3621,14 +3567,12 @@ class GsPurge(PurgeSuite, GsCase):
 
 
 class TokenHandler(Handler):
-    """Google's token endpoints: OAuth and metadata; `server.respond(handler, form)` gives an answer, or what is wrong."""
+    """Google's token endpoints; `server.respond(handler, form)` gives an answer, or tells what is wrong."""
 
     def handle_one(self):
         body = self.read_body()
         self.server.log.append((self.command, self.path, self.headers))
-        is_form = 'form' in (self.headers.get('Content-Type') or '')
-        form = dict(urllib.parse.parse_qsl(body.decode())) if is_form else json.loads(body.decode() or '{}')
-        answer = self.server.respond(self, form)
+        answer = self.server.respond(self, dict(urllib.parse.parse_qsl(body.decode())))
         if isinstance(answer, str):
             self.json({'error': 'invalid_grant', 'error_description': answer}, 400)
         else:
@@ -3710,15 +3654,13 @@ class GoogleCredentials(GoogleCase):
         def openssl(*args):
             return subprocess.check_output(('openssl',) + args, stderr=subprocess.DEVNULL, cwd=str(self.tmp)).decode()
 
-        def decode(text):
-            return base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
-
         def right(assertion):
-            head, claims, signature = assertion.split('.')
-            write(self.tmp, {'signature': decode(signature), 'message': head + '.' + claims})
-            openssl('dgst', '-sha256', '-verify', 'pub.pem', '-signature', 'signature', 'message')
-            self.assertEqual(json.loads(decode(head).decode()), {'alg': 'RS256', 'typ': 'JWT', 'kid': 'kid1'})
-            claims = json.loads(decode(claims).decode())
+            text, _, signature = assertion.rpartition('.')
+            head, claims, signature = (base64.urlsafe_b64decode(part + '==') for part in text.split('.') + [signature])
+            write(self.tmp, {'signature': signature, 'text': text})
+            openssl('dgst', '-sha256', '-verify', 'pub.pem', '-signature', 'signature', 'text')
+            self.assertEqual(json.loads(head.decode()), {'alg': 'RS256', 'typ': 'JWT', 'kid': 'kid1'})
+            claims = json.loads(claims.decode())
             self.assertEqual((claims['iss'], claims['aud']), ('me@project', self.tokens.url + '/token'))
             self.assertTrue(claims['scope'].startswith('https://www.googleapis.com/auth/devstorage.'))
             self.assertTrue(abs(claims['iat'] - time.time()) < 60 and claims['exp'] - claims['iat'] == 3600)
@@ -3726,11 +3668,11 @@ class GoogleCredentials(GoogleCase):
         self.respond({'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer', 'assertion': right})
         info = {'type': 'service_account', 'client_email': 'me@project', 'private_key_id': 'kid1',
                 'token_uri': self.tokens.url + '/token'}
-        for bits, traditional in ((2048, ()), (3072, ('-traditional',))):
-            with self.subTest(bits=bits, traditional=traditional):
+        for bits, form in ((2048, ['pkey']), (3072, ['rsa', '-traditional'])):
+            with self.subTest(bits=bits, form=form):
                 openssl('genpkey', '-algorithm', 'RSA', '-pkeyopt', 'rsa_keygen_bits:%d' % bits, '-out', 'key.pem')
                 openssl('pkey', '-in', 'key.pem', '-pubout', '-out', 'pub.pem')
-                self.use(dict(info, private_key=openssl('rsa', '-in', 'key.pem', *traditional)))
+                self.use(dict(info, private_key=openssl(*form, '-in', 'key.pem')))
                 self.works()
         self.use(dict(info, private_key='garbage'))
         self.assertIn('private_key', self.etc('ls', '-r', status=1)[1])
@@ -3771,8 +3713,8 @@ class GoogleCredentials(GoogleCase):
     def test_metadata_server(self):
         del os.environ['NO_GCE_CHECK']
         os.environ['GCE_METADATA_HOST'] = self.tokens.url[7:]
-        self.tokens.respond = lambda handler, form: (
-            {'access_token': 'ya29.token', 'expires_in': 3600} if handler.headers['Metadata-Flavor'] == 'Google' else 'no')
+        self.tokens.respond = lambda handler, form: {'access_token': 'ya29.token', 'expires_in': 3600} if (
+            handler.headers['Metadata-Flavor'] == 'Google') else 'no'
         self.works()
         self.tokens.respell = lambda name, value: None if name == 'Metadata-Flavor' else value
         self.assertIn('no credentials were found', self.etc('ls', '-r', status=1)[1])  # an impostor
@@ -3782,12 +3724,12 @@ class GoogleCredentials(GoogleCase):
         self.respond({'refresh_token': 'right'})
         right, wrong = (json.dumps(self.user(refresh_token=token)) for token in ('right', 'wrong'))
         self.assertIn('no credentials were found', self.etc('ls', '-r', status=1)[1])
-        name = 'application_default_credentials.json'
-        sdk = self.tmp / 'sdk'
+        name, home, sdk = 'application_default_credentials.json', self.tmp / '.config/gcloud', self.tmp / 'sdk'
         if os.name != 'nt':
-            write(self.tmp, {'.config/gcloud/' + name: right})
+            write(home, {name: right})
             self.works()
-        write(self.tmp, {'.config/gcloud/' + name: wrong, 'sdk/' + name: right})
+        write(home, {name: wrong})
+        write(sdk, {name: right})
         os.environ['CLOUDSDK_CONFIG'] = str(sdk)
         self.works()
         write(sdk, {name: wrong, 'right.json': right})
@@ -3876,13 +3818,12 @@ class WebSuite:
             tar.add(str(self.tmp / 'ds'), '.')
         self.assertEqual(self.etc('ls', '-r')[0], 'Odd\nX\nforeign\n')
         self.assertIn(etc.Dataset(self.tmp / 'odd').digest, self.etc('ls', '-r', '-l')[0])
-        for name, original in (('X', 'ds'), ('Odd', 'odd'), ('foreign', 'ds')):
+        for name, root in (('X', 'ds'), ('Odd', 'odd'), ('foreign', 'ds')):
             with self.subTest(name):
-                self.assertEqual(tree(etc.pull(name, config=self.config('two')).root), tree(self.tmp / original))
-        self.assertEqual(etc.pull('X', partitions=['test'], config=self.config('three')).keys(), {'test'})
-        self.assertEqual(tree(etc.pull('X', config=self.config('three')).root), tree(self.tmp / 'ds'))
-        info = etc.info('X', remote=True, config=self.config('fresh'))
-        self.assertEqual((info['meta'], info['readme']), ({'classes': 10}, '# Small\n'))
+                assert_pulls(self, root, name)
+        self.etc('pull', '-p', 'test', 'X', home='three')
+        self.assertEqual(etc.dataset('X', partitions=['test'], config=self.config('three')).keys(), {'test'})
+        assert_pulls(self, 'ds', home='three')
         self.assertIn("did you mean 'Odd'", self.etc('pull', 'Odds', status=1)[1])
 
     def test_read_only(self):
@@ -3907,10 +3848,6 @@ class Web(WebSuite, Case):
         self.addCleanup(server.stop)
         server.root, server.ranges = str(self.tmp / 'www'), True
         return server
-
-    def pulls(self):
-        self.etc('pull', '-f', 'X', home='two')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
 
     def test_partial_pull_reads_little(self):
         self.server.sent = 0
@@ -3938,7 +3875,7 @@ class Web(WebSuite, Case):
         for modified in ('01 Jan , 00:00:00', 'x', 'Mon, 99 Foo 2024 07:08:09 GMT'):
             with self.subTest(modified):
                 self.server.respell = lambda name, value: modified if name == 'Last-Modified' else value
-                self.pulls()
+                assert_pulls(self, 'ds', force=True)
 
     def test_cut_download(self):
         skip_pauses(self)
@@ -3952,7 +3889,7 @@ class Web(WebSuite, Case):
                 handler.answer(200, b'x' * MIB, {'Last-Modified': modified}, path.stat().st_size)
                 return True
         self.server.fault = fault
-        self.pulls()
+        assert_pulls(self, 'ds', force=True)
         self.assertEqual(len(cuts), 2)
 
     def test_indexes(self):
@@ -3961,9 +3898,10 @@ class Web(WebSuite, Case):
         here = urllib.parse.quote(self.path)
         for page, names in (
                 ('<?xml version="1.0"?><!DOCTYPE html><a href="X.tgz"></a><a href="Y.tgz">', 'XY'),
-                ('<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here, 'XY'),
-                ('<html><body>\r\n<h1>Index of</h1><hr><pre><a href="../">../</a>\r\n<a href="X.tgz">X.tgz</a> 1-Jan-2024 9'
-                 '\r\n<a href="./Y.tgz">Y</a>', 'XY'),
+                ('<tr><td><a href="?C=N;O=D">Name</a><td><a href="X.tgz">X.tgz</a> 9M</tr><A HREF="%s/Y.tgz">Y' % here,
+                 'XY'),
+                ('<html><body>\r\n<h1>Index of</h1><hr><pre><a href="../">../</a>\r\n<a href="X.tgz">X.tgz</a> '
+                 '1-Jan-2024 9\r\n<a href="./Y.tgz">Y</a>', 'XY'),
                 ('<a href=X.tgz><a name="Z.tgz"><a href="http://[x"><a href><![x[<a href="%s/Y.tgz">' % self.url, 'X'),
                 ('<a href="X.tgz"><a href="Y%2etgz"><a href="/Y.tgz"><a href="http://else.example/Y.tgz">'
                  '<a href="sub/Y.tgz"><a href="-Y.tgz"><a href="X.tgz?x"><a href="X.tgz">', 'XY'),
@@ -3976,12 +3914,12 @@ class Web(WebSuite, Case):
                 self.server.fault = lambda h: h.path.endswith('/') and (h.answer(status) or True)
                 self.assertIn('shows no list of what it has (%d); pull works by name' % status,
                               self.etc('ls', '-r', status=1)[1])
-                self.pulls()
+                assert_pulls(self, 'ds', force=True)
 
     def test_redirects(self):
         other = self.serve_files()
         self.server.fault = lambda h: h.answer(302, headers={'Location': other.url + h.path}) or True
-        self.pulls()
+        assert_pulls(self, 'ds', force=True)
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         for location in (self.url, 'file:///etc/passwd', 'http://[', 'http://[1/x', '//[x]/', 'http://[::::]/'):
             with self.subTest(location):
@@ -4010,7 +3948,7 @@ class Web(WebSuite, Case):
                               (200, tell_no_length)):
             with self.subTest(status=status, fault=fault.__name__):
                 self.server.fault = fault
-                self.pulls()
+                assert_pulls(self, 'ds', force=True)
                 self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
                 self.assertIn("no dataset 'Z'", self.etc('pull', 'Z', status=1)[1])
         for status, body, span, problem in (
@@ -4026,19 +3964,17 @@ class Web(WebSuite, Case):
         """A page is understood; an archive would have other bytes, perhaps under the same version."""
         def fault(handler):
             path = Path(handler.translate_path(handler.path))
-            if handler.path.endswith(suffix) and (handler.command == 'GET' or suffix == '/'):
+            if handler.command == 'GET' and handler.path.endswith(suffix):
                 body = gzip.compress(path.read_bytes() if path.is_file() else b'<a href="X.tgz">X</a>', 1)
-                handler.answer(200, body, dict(version, **{'Content-Encoding': 'gzip'}))
+                modified = handler.date_time_string(path.stat().st_mtime)
+                handler.answer(200, body, {'Content-Encoding': 'gzip', 'Last-Modified': modified})
                 return True
-            if handler.command == 'HEAD' and not self.server.ranges:
-                handler.answer(200, b'', version, path.stat().st_size)
-                return True
-        self.server.fault, suffix, version = fault, '/', {'ETag': 'W/"x"'}
+        self.server.fault, suffix = fault, '/'
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
-        self.pulls()
+        assert_pulls(self, 'ds')
         suffix = '.tgz'
-        for self.server.ranges, version in ((True, version), (False, {'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'})):
-            with self.subTest(version):
+        for self.server.ranges in (True, False):
+            with self.subTest(ranges=self.server.ranges):
                 self.assertIn("compresses 'X' although it is asked not to; ask who runs it",
                               self.etc('pull', 'X', home='three', status=1)[1])
 
@@ -4055,8 +3991,7 @@ class Rfc9110(S3Case):
         self.etc('push', '-f', 'X')
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         self.assertIn('# Hi', self.etc('info', '-r', 'X')[0])
-        self.etc('pull', '-f', 'X', home='two')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        assert_pulls(self, 'ds', force=True)
 
     def test_interim_answers(self):
         hints = b'HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\nContent-Length: 5\r\n\r\n'
@@ -4085,7 +4020,8 @@ class Rfc9110(S3Case):
     def test_spelling_of_ranges(self):
         self.etc('push', 'X')
         for what, pattern, text, is_right in (
-                ('size not told', '/.*', '/*', True), ('unit', 'b', 'B', True), ('both', 'bytes(.*)/.*', r'BYTES\1/*', True),
+                ('size not told', '/.*', '/*', True), ('unit', 'b', 'B', True),
+                ('both', 'bytes(.*)/.*', r'BYTES\1/*', True),
                 ('another unit', 'bytes', 'lines', False), ('another start', 'bytes .', 'bytes 7', False),
                 ('another size', '$', '0', False), ('no number', '.*/.*', 'bytes x-y/z', False),
                 ('unsatisfied', ' .*/', ' */', False)):
@@ -4100,14 +4036,13 @@ class Rfc9110(S3Case):
     def test_retry_after(self):
         slept = skip_pauses(self)
         soon = email.utils.formatdate(time.time() + 20, usegmt=True)
-        past, date = 'Mon, 06 May 2024 07:08:29 GMT', 'Mon, 06 May 2024 07:08:09 GMT'
-        for what, status, value, date, least, most in (
-                ('seconds', 429, '7', None, 7, 9), ('more', 503, '30', None, 30, 32), ('a time', 503, soon, None, 15, 22),
-                ('a time, by the clock of the server', 503, past, date, 20, 22),
-                ('a time that has passed', 503, past, None, 0, 2), ('beyond reason', 429, '999999999', None, 60, 62),
-                ('negative', 429, '-9', None, 0, 2), ('nonsense', 429, 'soon', None, 0, 2),
-                ('nothing', 429, None, None, 0, 2)):
-            with self.subTest(what):
+        past, before = 'Mon, 06 May 2024 07:08:29 GMT', 'Mon, 06 May 2024 07:08:09 GMT'
+        for status, value, date, least, most in (
+                (429, '30', None, 30, 32), (503, soon, None, 15, 22), (503, past, None, 0, 2),
+                (503, past, before, 20, 22),  # by the clock of the server
+                (429, '999999999', None, 60, 62), (429, '-9', None, 0, 2), (429, 'soon', None, 0, 2),
+                (429, None, None, 0, 2)):
+            with self.subTest(value, status=status, date=date):
                 del slept[:]
                 pending = [value]
                 self.server.respell = lambda key, found: date if date and key == 'Date' else found
@@ -4176,7 +4111,7 @@ class Peer:
 
 @needs(all(map(tool, ('nginx', 'tinyproxy', 'openssl'))), 'nginx, tinyproxy and openssl are not installed')
 class Nginx(Peer, WebSuite, Case):
-    """nginx over TLS, with a certificate of a private CA (and without the newer extensions), behind a proxy (tinyproxy)."""
+    """nginx over TLS, with a certificate of a private CA (without the newer extensions), behind a proxy (tinyproxy)."""
 
     @classmethod
     def setUpClass(cls):
@@ -4188,8 +4123,8 @@ class Nginx(Peer, WebSuite, Case):
         openssl('req', '-x509', '-subj', '/CN=A private CA', '-keyout', 'ca.key', '-out', 'ca.pem', *new)
         openssl('req', '-subj', '/CN=data', '-keyout', 'key.pem', '-out', 'request.pem', *new[:3])
         write(cls.root, {'names': 'subjectAltName = DNS:localhost, IP:127.0.0.1'})
-        openssl('x509', '-req', '-in', 'request.pem', '-CA', 'ca.pem', '-CAkey', 'ca.key', '-CAcreateserial', '-days', '9',
-                '-extfile', 'names', '-out', 'cert.pem')
+        openssl('x509', '-req', '-in', 'request.pem', '-CA', 'ca.pem', '-CAkey', 'ca.key', '-CAcreateserial',
+                '-days', '9', '-extfile', 'names', '-out', 'cert.pem')
         cls.log = os.path.join(cls.root, 'proxy.log')
         cls.process, cls.proxy_url = serve(tool('tinyproxy'), '-d', '-c', 'CONF', conf=(
             cls.root, 'Port PORT\nListen 127.0.0.1\nAllow 127.0.0.1\nTimeout 60\nMaxClients 50\nLogLevel Connect\n'
@@ -4338,12 +4273,14 @@ for kind in ('account', 'container', 'object'):
                      'port': servers[kind].getsockname()[1]})
     builder.rebalance()
     builder.get_ring().save('%s/%s.ring.gz' % (root, kind))
-    conf(kind, '[DEFAULT]\nswift_dir = %s\ndevices = %s/devices\nmount_check = false\n[app:main]\nuse = egg:swift#%s\n' % (
-        root, root, 'mem_object' if kind == 'object' else kind))
+    conf(kind, '[DEFAULT]\nswift_dir = %s\ndevices = %s/devices\nmount_check = false\n'
+         '[app:main]\nuse = egg:swift#%s\n' % (root, root, 'mem_object' if kind == 'object' else kind))
 filters = ['catch_errors', 'gatekeeper', 'listing_formats', 'bulk', 's3api', 'tempauth', 'slo', 'dlo']
-conf('proxy', '[DEFAULT]\nswift_dir = %s\n[pipeline:main]\npipeline = %s proxy-server\n[app:proxy-server]\nuse = egg:swift#proxy\n'
-     'account_autocreate = true\n' % (root, ' '.join(filters)) + ''.join('[filter:%s]\nuse = egg:swift#%s\n%s' % (
-         name, name, 'user_%s = %s .admin\n' % (user.replace(':', '_'), secret) * (name == 'tempauth')) for name in filters))
+conf('proxy', '[DEFAULT]\nswift_dir = %s\n[pipeline:main]\npipeline = %s proxy-server\n'
+     '[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n' % (root, ' '.join(filters))
+     + ''.join('[filter:%s]\nuse = egg:swift#%s\n%s' % (
+         name, name, 'user_%s = %s .admin\n' % (user.replace(':', '_'), secret) * (name == 'tempauth'))
+         for name in filters))
 
 
 class Cache:  # instead of memcached
@@ -4416,8 +4353,8 @@ class GcpEmulator(BucketPeer, Case):
 
     @classmethod
     def setUpClass(cls):
-        cls.process, cls.endpoint = serve(tool('gcp-storage-emulator'), 'start', '--host', '127.0.0.1', '--port', 'PORT',
-                                          '--in-memory', '--default-bucket', 'bucket')
+        cls.process, cls.endpoint = serve(tool('gcp-storage-emulator'), 'start', '--host', '127.0.0.1', '--port',
+                                          'PORT', '--in-memory', '--default-bucket', 'bucket')
 
     def setUp(self):
         super().setUp()
