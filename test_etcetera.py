@@ -3138,10 +3138,10 @@ class S3Kinds(S3Case):
         skip_pauses(self)
         write(self.tmp, {'.aws/config': '[profile work]\nregion = eu-north-1\n'})
         for url, more, host in (
-                ('s3://a', {}, 'a.s3.us-east-1.amazonaws.com'),
-                ('s3://a', {'aws_profile': 'work'}, 'a.s3.eu-north-1.amazonaws.com'),
-                ('s3://a', {'aws_profile': 'work', 'region': 'cn-north-1'}, 'a.s3.cn-north-1.amazonaws.com.cn'),
-                ('s3://a.b', {}, 's3.us-east-1.amazonaws.com')):
+                ('s3://box', {}, 'box.s3.us-east-1.amazonaws.com'),
+                ('s3://box', {'aws_profile': 'work'}, 'box.s3.eu-north-1.amazonaws.com'),
+                ('s3://box', {'aws_profile': 'work', 'region': 'cn-north-1'}, 'box.s3.cn-north-1.amazonaws.com.cn'),
+                ('s3://my.box', {}, 's3.us-east-1.amazonaws.com')):
             with self.subTest(host):
                 self.settings = dict(more, aws_access_key_id=AKID, aws_secret_access_key=SECRET)
                 self.server.log.clear()
@@ -3474,7 +3474,8 @@ class GsRemote(BucketSuite, GsCase):
         right = b'{"kind": "storage#objects", '
         item = b'"items": [{"name": "some/prefix/X.tgz", "size": %s, "generation": 1}]}'
         for body in (b'', b'[]', PORTAL, b'[' * 100000, b'{}', b'{"login": "https://portal.example"}',
-                     b'{"kind": "login"}', right + b'"items": 5}', right + b'"items": [{}]}', right + b'"items": [{"name": 5}]}',
+                     b'{"kind": "login"}', right + b'"items": 5}', right + b'"items": [{}]}',
+                     right + b'"items": [{"name": 5}]}',
                      right + item % b'"x"', right + item % b'1e999', right + b'"nextPageToken": 3}'):
             with self.subTest(body[:99]):
                 self.server.fault = lambda handler: handler.answer(200, body) or True
@@ -3814,7 +3815,7 @@ class WebSuite:
         self.etc('register', odd(self.tmp / 'odd'), 'Odd')
         self.etc('push', 'Odd', url=self.share.as_uri())
         write(self.share, {'other.txt': 'x', 'not a dataset.tgz': 'x', 'sub/Inner.tgz': 'x'})
-        with tarfile.open(str(self.share / 'foreign.tgz'), 'w:gz') as tar:
+        with tarfile.open(str(self.share / 'foreign.tgz'), 'w:gz', compresslevel=1) as tar:
             tar.add(str(self.tmp / 'ds'), '.')
         self.assertEqual(self.etc('ls', '-r')[0], 'Odd\nX\nforeign\n')
         self.assertIn(etc.Dataset(self.tmp / 'odd').digest, self.etc('ls', '-r', '-l')[0])
