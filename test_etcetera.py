@@ -8399,7 +8399,7 @@ class Progress(Case):
                     for line in drawn:
                         self.assertTrue(line.endswith('\r') and '\n' not in line and len(line) <= columns, drawn)
                         self.assertTrue(line.startswith('%s MNIST'[:14] % what if columns > 12 else what), drawn)
-                    self.assertRegex(last, r'\Aetc: %sed MNIST.*2 files, 3\.15 MB in [0-9.]+ s \([0-9.]+ [MG]B/s\)\n'
+                    self.assertRegex(last, r'\A\r?etc: %sed MNIST.*2 files, 3\.15 MB in [0-9.]+ s \([0-9.]+ [MG]B/s\)\n'
                                      % what[:-3].replace('verify', 'verifi'))
         for words, term in ((['-q', 'push', '-f', 'MNIST'], 'xterm'), (['push', '-f', 'MNIST'], 'dumb')):
             self.assertNotRegex(on_terminal('--url', self.url, *words, term=term)[1], r'\033|pushing')
@@ -8543,11 +8543,14 @@ class Mistakes(Case):
             with self.subTest(command):
                 self.assertRegex(self.etc('-h')[0], r'(?m)^    %s +\w' % command)
                 shown = self.etc(command, '-h')[0]
-                self.assertIn(shown, self.etc('help', command)[0])
+                with contextlib.redirect_stdout(io.StringIO()) as out, self.assertRaises(SystemExit) as caught:
+                    etc.main(['help', command])
+                self.assertEqual((out.getvalue(), caught.exception.code), (shown, 0))
                 examples = re.findall(r'^  .*?(etc \w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
                 self.assertIn(examples[0], overview.getvalue())
                 for example in examples:
-                    err = self.etc(*example.split(' | ')[0].split()[1:], status=None)[1]
+                    words = example.split(' | ')[0].split()[1:] + ['-f'] * (command == 'purge')
+                    err = self.etc(*words, status=None)[1]
                     self.assertNotIn('shows how', err)  # as after wrong usage
 
 
@@ -8692,7 +8695,7 @@ class Diff(Case):
     def test_nothing_is_read_that_a_receipt_knows(self):
         self.share(small(self.tmp / 'ds'), home='pub')
         self.etc('pull', 'X')
-        files = [path for path in (self.tmp / 'home/X').rglob('*') if path.is_file() and path.name != '.etcetera.json']
+        files = [path for path in (self.tmp / 'home/X/data').rglob('*') if path.is_file()]
         for path in files:
             path.chmod(0)
         self.etc('ls')  # writes the settings
@@ -8823,7 +8826,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread.start = interrupted
 sys.exit(etc.main(sys.argv[2:]))
 """
-        for last in 1, 2, 3:
+        for last in 1, 2:
             with self.subTest(last):
                 code, out = run_python(program, last, *self.place(), 'push', 'X', timeout=60)
                 self.assertEqual((code, out[:16], out.count('\n')), (130, 'etc: interrupted', 1))
@@ -9077,10 +9080,10 @@ import etcetera as etc
 if hasattr(os, 'sched_setaffinity'):  # a thread more has more blocks under way
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 scandir, scanned = os.scandir, []
-os.scandir = lambda path: (scanned.append(os.fspath(path)), scandir(path))[1]
+os.scandir = lambda path: (scanned.append(str(path)), scandir(path))[1]
 status = etc.main(['-q'] + sys.argv[1:])
 peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) >> 10
-print(max(scanned.count(path) for path in scanned) if scanned else 0, peak)
+print(max([scanned.count(path) for path in scanned if 'train/' in path] or [0]), peak)
 sys.exit(status)
 """
 
@@ -9097,13 +9100,12 @@ sys.exit(status)
         extra = 100 if sys.implementation.name == 'pypy' else 0
         for name, limit in (('Many', 56), ('Flat', 56), ('Large', 200)):
             self.etc('register', self.tmp / name)
-            for home, words in (('home', 'push'), ('two', 'pull'))[:1 + (name == 'Large')]:
+            for home, words in (('home', 'verify' if name == 'Flat' else 'push'), ('two', 'pull'))[:1 + (name == 'Large')]:
                 with self.subTest(words, name=name):
                     code, out = run_python(self.MEMORY, '--url', self.url, '--home', self.tmp / home, words, name)
                     self.assertEqual(code, 0, out)
                     most, peak = map(int, out.split())
-                    self.assertLess(peak, limit + extra)  # MiB, with the interpreter itself
-                    self.assertTrue(most == 1 or name != 'Many' or words != 'push', most)
+                    self.assertLess((most, peak), (2, limit + extra))  # MiB, with the interpreter itself
 
     def test_import_is_light(self):
         """And no library of a cloud is loaded for what needs none."""
