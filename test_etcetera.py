@@ -5585,276 +5585,113 @@ class FileFaults(Runs, Case):
 # Installing
 # ---------------------------------------------------------------------------------------
 
+def run_python(program, *args, flags=(), **kwargs):
+    """Run a program in an interpreter of its own; its exit status, and what it prints."""
+    head = 'import os, re, signal, sys, threading\nsys.path.insert(0, %r)\n' % str(HERE)
+    command = [sys.executable, *flags, '-c', head + program] + [str(arg) for arg in args]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, **kwargs)
+    return done.returncode, done.stdout
+
+
 class Install(S3Case):
     def publish(self, size=20 * MIB):
         self.root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(size // 10, n) for n in range(10)})
         self.share(self.root, home='pub')
 
-    def test_read_only(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X', home='pub')
-        os.chmod(str(self.tmp / 'ds/data/train/a.txt'), 0o755)
-        self.etc('push', 'X', home='pub')
-        umask = os.umask(0o022)
-        try:
-            self.etc('pull', 'X')
-        finally:
-            os.umask(umask)
-        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (self.tmp / 'home/X').rglob('*')}
-        self.assertEqual((modes['a.txt'], modes['b.txt'], modes['train']), (0o555, 0o444, 0o755))
+    def check(self, home='home'):
+        """X is here as it was published, and no work is left."""
+        self.assertEqual((tree(self.tmp / home / 'X'), self.leftovers(home)), (tree(self.root), []))
 
-    def test_killed_pull(self):
-        self.publish()
-        started = threading.Event()
+    def start(self, *args, after=3, **kwargs):
+        """Start a command that hangs after so many reads; returns the process, and an event that lets it go on."""
+        stuck, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        reads = itertools.count()
 
         def fault(handler):
-            if handler.headers.get('Range') and 'home' not in handler.path and len(self.requests('GET')) > 3:
-                started.set()
-                time.sleep(30)
+            if handler.command == 'GET' and next(reads) >= after:
+                stuck.set()
+                go_on.wait(30)
         self.server.fault = fault
-        process = self.spawn('pull', 'X')
-        self.assertTrue(started.wait(20))
-        process.kill()
-        process.communicate()
-        self.server.fault = None
-        self.assertEqual(self.installed(), [])
-        self.assertEqual(len(self.leftovers()), 1)
+        process = self.spawn(*args, **kwargs)
+        self.assertTrue(stuck.wait(20))
+        return process, go_on
+
+    def age(self, *paths):
+        """Let work that was left look old."""
+        for path in paths:
+            for place in [path] + list(path.iterdir()):
+                os.utime(place, (1, 1))
+
+    def test_read_only(self):
+        self.root = small(self.tmp / 'ds')
+        (self.root / 'data/train/a.txt').chmod(0o755)
+        self.share(self.root, home='pub')
+        umask = os.umask(0o022)
+        self.addCleanup(os.umask, umask)
         self.etc('pull', 'X')
-        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
-        self.assertEqual(self.leftovers(), [])
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (self.tmp / 'home/X').rglob('*')}
+        self.assertEqual((modes['a.txt'], modes['b.txt'], modes['train']), (0o555, 0o444, 0o755))
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
-    def test_interrupt(self):
+    def test_interrupted_pull(self):
         self.publish()
-        for name, status in (('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
+        for name, status in (('SIGKILL', -9), ('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
             with self.subTest(name):
-                started = threading.Event()
-                del self.server.log[:]
-
-                def fault(handler):
-                    if len(self.requests('GET')) > 3:
-                        started.set()
-                        time.sleep(30)
-                self.server.fault = fault
-                process = self.spawn('pull', 'X', home=name)
-                self.assertTrue(started.wait(20))
+                process, go_on = self.start('pull', 'X', home=name)
                 begin = time.time()
                 process.send_signal(getattr(signal, name))
-                out, err = process.communicate()
-                self.assertEqual((process.returncode, err.decode()), (status, 'etc: interrupted\n'))
+                err = process.communicate()[1].decode()
                 self.assertLess(time.time() - begin, 15, 'it waits for no answer')
-                self.assertEqual((self.installed(name), len(self.leftovers(name))), ([], 1))  # for the next to go on from
+                self.assertEqual(process.returncode, status)
+                self.assertRegex(err, r'\Aetc: interrupted[^\n]*\n\Z' if status > 0 else r'\A\Z')
+                self.assertEqual((self.installed(name), len(self.leftovers(name))), ([], 1))  # for the next to go on
                 self.server.fault = None
+                go_on.set()
                 self.etc('pull', 'X', home=name)
-                self.assertEqual((tree(self.tmp / name / 'X'), self.leftovers(name)), (tree(self.root), []))
+                self.check(name)
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     @unittest.skipIf(hasattr(sys, 'pypy_version_info'), 'PyPy does not tell which signals it inherited as ignored')
     def test_signals_that_are_not_for_us(self):
         """nohup's SIGHUP is ignored; a program that calls main() keeps its handlers, also in another thread."""
-        self.publish()
-        started, go_on = threading.Event(), threading.Event()
-
-        def fault(handler):
-            started.set()
-            go_on.wait(30)
-        self.server.fault = fault
-        process = self.spawn('pull', 'X', preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-        self.assertTrue(started.wait(20))
+        self.publish(MIB)
+        process, go_on = self.start(
+            'pull', 'X', after=0, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
         process.send_signal(signal.SIGHUP)
         go_on.set()
         self.assertEqual(process.wait(), 0, process.communicate())
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        self.addCleanup(lambda: [signal.signal(*item) for item in handlers.items()])
+        numbers = signal.SIGTERM, signal.SIGHUP
+        for number in numbers:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
         during = []
-        self.server.fault = lambda handler: during.append([signal.getsignal(number) for number in handlers])
-        heard = []
-        for own in (signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: heard.append(number)):
+        self.server.fault = lambda handler: during.append([signal.getsignal(number) for number in numbers])
+        for own in (signal.SIG_IGN, lambda number, frame: None, signal.SIG_DFL):
             with self.subTest(own):
-                for number in handlers:
+                for number in numbers:
                     signal.signal(number, own)
-                del during[:]
                 self.etc('info', '-r', 'X')
-                self.assertEqual([handler == own for handler in during[0]], [own != signal.SIG_DFL] * 2)
-                self.assertEqual([signal.getsignal(number) for number in handlers], [own] * 2)
-        for number in handlers:
-            signal.signal(number, signal.SIG_DFL)
+                self.assertEqual([handler == own for handler in during.pop()], [own != signal.SIG_DFL] * 2)
+                self.assertEqual([signal.getsignal(number) for number in numbers], [own] * 2)
         del during[:]
         with ThreadPoolExecutor(1) as pool:
             pool.submit(self.etc, 'info', '-r', 'X').result()
-        self.assertEqual(during[0], [signal.SIG_DFL] * 2)
-        self.assertEqual(self.leftovers(), [])
-
-    def broken_off(self, share, end=lambda process: process.kill()):
-        """Break a pull off when a share of the data has come; gives a function that pulls, and counts the bytes."""
-        stuck, go_on = threading.Event(), threading.Event()
-        self.addCleanup(go_on.set)
-        size = len(next(iter(self.server.objects.values()))[0])
-
-        def fault(handler):
-            if handler.headers.get('Range', 'bytes=-').startswith('bytes=-'):
-                return
-            start, stop = asked_range(handler.headers, size)
-            is_last = stop > size - 65536  # which may begin before
-            if start < size - 65536 and (start >= share * size or is_last):
-                stuck.set()
-                return go_on.wait(30)
-        self.server.fault = fault
-        self.settings['connections'] = 10
-        process = self.spawn_with_settings('pull', 'X')
-        self.assertTrue(stuck.wait(20))
-        self.wait_for_journal(share * size - 8 * MIB)
-        end(process)
-        process.communicate()
-        self.assertEqual(self.installed(), [])
-        self.server.fault = None
-        go_on.set()
-        before = self.server.sent
-        return lambda: (self.etc('pull', 'X'), self.server.sent - before)[1] / size
-
-    def spawn_with_settings(self, *args):
-        self.etc('ls')  # writes the settings
-        return self.spawn('--config', self.tmp / 'settings.yaml', *args)
-
-    def wait_for_journal(self, size):
-        """Until a pull has written so much of its archive."""
-        def written():
-            lines = b''.join(path.read_bytes() for path in (self.tmp / 'home/.etcetera/staging').glob('*/journal'))
-            return sum(map(int, re.findall(rb'^\[".*?", (\d+), ', lines, re.M)))
-        until = time.time() + 30
-        while written() < size:
-            self.assertLess(time.time(), until)
-            time.sleep(0.02)
-
-    def large(self, size=20):
-        files = {'data/train/big': noise(size * MIB), 'data/train/\u00e9' + 'x' * 120: noise(100), 'README.md': 'hello'}
-        files.update({'data/train/%04d' % n: noise(1500) for n in range(1500)})
-        files.update({'data/train/m/%d' % n: noise(MIB // 2) for n in range(size)})
-        files.update({'data/test/%d' % n: noise(300000) for n in range(10)})
-        self.root = write(self.tmp / 'ds', files)
-        (self.root / 'data/train/0000').chmod(0o755)
-        self.share(self.root, home='pub')
-        return len(next(iter(self.server.objects.values()))[0])
-
-    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
-    def test_resume(self):
-        self.large()
-        for share in (0.5, 0.9):
-            with self.subTest(share=share):
-                rest = self.broken_off(share)
-                self.assertLess(rest(), 1.25 - share)  # what is under way is lost
-                self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
-                self.etc('verify', 'X')
-                self.assertEqual(self.leftovers(), [])
-                self.etc('purge', 'X')
-
-    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
-    def test_resume_again_and_again(self):
-        self.large()
-        for share in (0.3, 0.9, 0.4):
-            rest = self.broken_off(share, lambda process: process.send_signal(signal.SIGINT))
-        self.assertEqual(len(self.leftovers()), 1)
-        self.assertLess(rest(), 0.5)
-        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
-
-    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
-    def test_resume_trusts_nothing(self):
-        self.large(12)
-
-        def staged():
-            outer, = (self.tmp / 'home/.etcetera/staging').iterdir()
-            return outer / 'new'
-
-        def change(path):
-            path.chmod(0o644)
-            data = path.read_bytes()
-            path.write_bytes(data[:99] + b'x' + data[100:])
-
-        def forge():
-            lines = (staged().parent / 'journal').read_bytes().splitlines()
-            lines[-1] = lines[-1].replace(b'"data/train", ', b'"data/train", 1')
-            (staged().parent / 'journal').write_bytes(b'\n'.join(lines))
-        for what, harm in (
-                ('a changed file', lambda: change(staged() / 'data/train/1200')),
-                ('a new file', lambda: (staged() / 'data/test/00').write_bytes(b'new')),
-                ('another dataset', lambda: self.etc('register', '-f', small(self.tmp / 'other'), 'X', home='pub') and self.etc(
-                    'push', '-f', 'X', home='pub'))):
-            with self.subTest(what):
-                rest = self.broken_off(0.9)
-                harm()
-                rest()
-                self.etc('verify', 'X')
-                self.assertEqual(tree(self.tmp / 'home/X'), tree(Path(os.path.realpath(str(self.tmp / 'pub/X')))))
-                self.etc('purge', 'X')
-        self.etc('register', '-f', self.root, 'X', home='pub')
-        self.etc('push', '-f', 'X', home='pub')
-        self.broken_off(0.9)
-        forge()
-        # refused in the end, and then forgotten
-        self.assertRegex(self.etc('pull', 'X', status=1)[1], r'violates the format \(end\);|a block does not start where')
-        self.assertEqual((self.installed(), self.leftovers()), ([], []))
-        self.etc('pull', 'X')
-        self.etc('verify', 'X')
-
-    def test_lost_network_keeps_what_came(self):
-        size = self.large()
-        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
-        etc.time.sleep = lambda seconds: None
-        self.settings['connections'] = 10
-
-        def fault(handler):
-            start = re.match(r'bytes=(\d+)', handler.headers.get('Range', ''))
-            if start and size / 2 <= int(start.group(1)) < size - 65536:
-                handler.close_connection = True
-                return True
-        self.server.fault = fault
-        self.assertIn('cannot reach %s: ' % self.server.url, self.etc('pull', 'X', status=1)[1])
-        self.assertEqual((self.installed(), len(self.leftovers())), ([], 1))
-        self.etc('create', 'Y')
-        self.assertEqual(len(self.leftovers()), 1, 'another dataset leaves it alone')
-        self.server.fault, before = None, self.server.sent
-        self.etc('pull', 'X')
-        self.assertLess(self.server.sent - before, size * 0.8)
-        self.assertEqual((tree(self.tmp / 'home/X'), self.leftovers()), (tree(self.root), []))
-        self.server.fault = fault
-        self.assertIn('cannot reach %s: ' % self.server.url, self.etc('pull', 'X', home='two', status=1)[1])
-        for path in self.leftovers('two'):
-            os.utime(str(path), (1, 1))
-            os.utime(str(path / 'new'), (1, 1))
-        self.etc('create', 'Y', home='two')
-        self.assertEqual(self.leftovers('two'), [])
-
-    @unittest.skipIf(os.name == 'nt', 'open files cannot be moved')
-    def test_readers_of_what_is_replaced(self):
-        self.publish(MIB)
-        self.etc('pull', 'X')
-        before = tree(self.tmp / 'home/X')
-        here = os.open(str(self.tmp / 'home/X'), os.O_RDONLY)
-        self.addCleanup(os.close, here)
-        write(self.root, {'data/train/new': 'new'})
-        self.etc('push', '-f', 'X', home='pub')
-        self.etc('pull', '-f', 'X')
-        self.assertEqual(tree('/proc/self/fd/%d' % here) if os.path.isdir('/proc/self/fd') else before, before)
-        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
-        old, = (self.tmp / 'home/.etcetera/old').iterdir()
-        self.etc('create', 'Y')
-        self.assertTrue(old.exists())
-        os.utime(str(old), (1, 1))
-        self.etc('create', 'Z')
-        self.assertFalse(old.exists())
+        self.assertEqual(during.pop(), [signal.SIG_DFL] * 2)
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interrupted_push(self):
         self.publish()
         write(self.root, {'data/train/new': noise(30 * MIB)})
-        for name, status in (('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
+        for name, status, later in (('SIGINT', 130, []), ('SIGTERM', 143, []),
+                                    ('SIGHUP', 129, ['SIGHUP', 'SIGTERM', 'SIGHUP'])):  # as a terminal that closes
             with self.subTest(name):
-                started, later = threading.Event(), ['SIGHUP', 'SIGTERM', 'SIGHUP'] if name == 'SIGHUP' else []
+                started = threading.Event()
 
                 def fault(handler):
                     if 'partNumber=3' in handler.path:
                         started.set()
                         time.sleep(1)
-                    if handler.command == 'DELETE' and later:  # as a terminal that closes may send several
+                    if handler.command == 'DELETE' and later:
                         while later:
                             process.send_signal(getattr(signal, later.pop()))
                         return handler.answer(503) or True
@@ -5863,224 +5700,441 @@ class Install(S3Case):
                 self.assertTrue(started.wait(20))
                 process.send_signal(getattr(signal, name))
                 err = process.communicate()[1].decode()
-                self.assertEqual((process.returncode, err), (status, 'etc: interrupted\n'))
-                self.assertEqual(self.server.uploads, {})
+                self.assertEqual((process.returncode, self.server.uploads), (status, {}))
+                self.assertRegex(err, r'\Aetc: interrupted[^\n]*\n\Z')
 
-    def swaps(self):
-        """Replace a dataset many times; how often its name was seen to be absent."""
+    def large(self, size=20):
+        self.settings['connections'] = 10
+        files = {'data/train/big': noise(size * MIB), 'data/train/\u00e9' + 'x' * 120: noise(100), 'README.md': 'hello'}
+        files.update({'data/train/%04d' % n: noise(1500) for n in range(1500)})
+        files.update({'data/train/m/%d' % n: noise(MIB // 2) for n in range(size)})
+        files.update({'data/test/%d' % n: noise(300000) for n in range(10)})
+        self.root = write(self.tmp / 'ds', files)
+        (self.root / 'data/train/0000').chmod(0o755)
+        self.share(self.root, home='pub')
+        return len(self.server.objects['some/prefix/X.tgz'][0])
+
+    def journals(self):
+        return list((self.tmp / 'home/.etcetera').rglob('journal'))
+
+    def broken_off(self, share, number=signal.SIGTERM):
+        """Break a pull off when a share of the data has come and is written."""
+        stuck, go_on = threading.Event(), threading.Event()
+        self.addCleanup(go_on.set)
+        size = len(self.server.objects['some/prefix/X.tgz'][0])
+
+        def fault(handler):
+            if handler.headers.get('Range', 'bytes=-').startswith('bytes=-'):
+                return
+            start, stop = asked_range(handler.headers, size)
+            if start < size - 65536 and (start >= share * size or stop > size - 65536):  # which holds the index
+                stuck.set()
+                go_on.wait(30)
+        self.server.fault = fault
+        process = self.spawn('--config', self.tmp / 'settings.yaml', 'pull', 'X')
+        self.assertTrue(stuck.wait(20))
+        until, written = time.time() + 30, 0
+        while written < share * size - 8 * MIB:
+            self.assertLess(time.time(), until)
+            time.sleep(0.02)
+            lines = b''.join(path.read_bytes() for path in self.journals())
+            written = sum(map(int, re.findall(rb'^\[".*?", (\d+), ', lines, re.M)))
+        process.send_signal(number)
+        process.communicate()
+        self.server.fault = None
+        go_on.set()
+        self.assertEqual((self.installed(), len(self.leftovers())), ([], 1))
+
+    def pulled(self, home='home'):
+        """Pull; returns how much the server sent."""
+        before = self.server.sent
+        self.etc('pull', 'X', home=home)
+        self.etc('verify', 'X', home=home)
+        self.check(home)
+        return self.server.sent - before
+
+    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    def test_resume(self):
+        size = self.large()
+        self.etc('ls')  # writes the settings
+        for shares, number in (([0.5], signal.SIGKILL), ([0.9], signal.SIGKILL), ([0.3, 0.9, 0.4], signal.SIGINT)):
+            with self.subTest(shares=shares):
+                for share in shares:
+                    self.broken_off(share, number)
+                self.assertLess(self.pulled(), (1.25 - max(shares)) * size)  # what is under way is lost
+                self.etc('purge', 'X')
+
+    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    def test_resume_trusts_nothing(self):
+        self.large(12)
+
+        def change(path, old=b'', new=b'x'):
+            path.chmod(0o644)
+            data = path.read_bytes()
+            path.write_bytes(data[:99] + data[99:].replace(old, new, 1))
+
+        self.broken_off(0.9)
+        journal, = self.journals()
+        work = journal.parent.relative_to(self.tmp / 'home')
+        for home, harm in (
+                ('a changed file', lambda work: change(work / 'new/data/train/1200')),
+                ('a new file', lambda work: write(work / 'new', {'data/test/00': 'new'})),
+                ('a forged length', lambda work: change(work / 'journal', b'"data/train", ', b'"data/train", 1')),
+                ('a link', lambda work: (remove(work / 'new/data/train'), write(
+                    work / 'new', {'data/train': ('->', str(self.root / 'data/train'))}))),
+                ('another dataset', lambda work: (write(self.root, {'data/train/0001': 'other'}), self.etc(
+                    'push', '-f', 'X', home='pub')))):
+            with self.subTest(home):
+                shutil.copytree(self.tmp / 'home', self.tmp / home)
+                harm(self.tmp / home / work)
+                self.etc('pull', 'X', home=home, status=None)  # which may be refused in the end, and then forgotten
+                self.pulled(home)
+
+    def test_lost_network_keeps_what_came(self):
+        size = self.large()
+        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
+        etc.time.sleep = lambda seconds: None
+
+        def fault(handler):
+            start = re.match(r'bytes=(\d+)', handler.headers.get('Range', ''))
+            if start and size / 2 <= int(start.group(1)) < size - 65536:
+                handler.close_connection = True
+                return True
+        self.server.fault = fault
+        self.assertIn('cannot reach %s: ' % self.server.url, self.etc('pull', 'X', status=1)[1])
+        self.server.fault = None
+        self.etc('create', 'Y')
+        self.assertEqual((self.installed(), len(self.leftovers())), (['Y'], 1), 'another dataset leaves it alone')
+        shutil.copytree(self.tmp / 'home', self.tmp / 'two')
+        self.assertLess(self.pulled(), size * 0.8)
+        self.age(*self.leftovers('two'))
+        self.etc('create', 'Z', home='two')
+        self.assertEqual(self.leftovers('two'), [])
+
+    def test_work_of_the_living_stays(self):
+        """However old it is; that of the dead goes, and that of other hosts after a day."""
+        self.publish()
+        process, go_on = self.start('pull', 'X')
+        live, = self.leftovers()
+        gone = subprocess.Popen([sys.executable, '-c', ''])
+        gone.wait()
+        dead, away, away_for_long = [live.with_name('@'.join(['X', host, str(number), tag])) for host, number, tag in (
+            (live.name.split('@')[1], gone.pid, 'aa'), ('elsewhere', 1, 'bb'), ('elsewhere', 1, 'cc'))]
+        for path in dead, away, away_for_long:
+            (path / 'new').mkdir(parents=True)
+        self.age(live, away_for_long)
+        self.etc('create', 'Y')
+        self.assertEqual(sorted(self.leftovers()), sorted([live, away]))
+        remove(away)
+        go_on.set()
+        self.assertEqual(process.communicate()[1][:13], b'etc: pulled X')
+        self.check()
+
+    @unittest.skipIf(os.name == 'nt', 'open files cannot be moved')
+    def test_readers_of_what_is_replaced(self):
+        """They see the old dataset or the new one, whole, and for a quarter of an hour."""
         self.publish(MIB)
-        write(self.tmp / 'new', {'data/train/x': 'new'})
         self.etc('pull', 'X')
-        self.etc('register', '-f', self.tmp / 'new', 'X', home='pub')
-        self.etc('push', '-f', 'X', home='pub')
-        absent, stop = [], threading.Event()
+        versions = [tree(self.root), tree(write(self.tmp / 'new', {'data/train/x': 'new'}))]
+        place = '/proc/self/fd/%d' if os.path.isdir('/proc/self/fd') else str(self.tmp / 'home/X')
+        kept = os.open(self.tmp / 'home/X', os.O_RDONLY)
+        self.addCleanup(os.close, kept)
+        seen, stop = [], threading.Event()
 
         def watch():
             while not stop.is_set():
-                if not os.path.lexists(str(self.tmp / 'home/X')):
-                    absent.append(1)
-        thread = threading.Thread(target=watch)
-        thread.start()
-        for _ in range(10):
-            self.etc('pull', '-f', 'X')
-            self.etc('register', '--copy', '-f', self.root, 'X')
-        stop.set()
-        thread.join()
-        self.assertEqual(self.leftovers(), [])
-        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
-        return len(absent)
-
-    def test_replacing_is_atomic(self):
-        one, other = write(self.tmp, {'swap/one/1': '1', 'swap/other/2': '2'}) / 'swap/one', self.tmp / 'swap/other'
-        if etc._swap(str(one), str(other)):  # else this system cannot
-            self.assertEqual((os.listdir(str(one)), os.listdir(str(other))), (['2'], ['1']))
-            self.assertEqual(self.swaps(), 0)
-        elif sys.platform.startswith('linux'):
-            self.fail('renameat2 does not work')
-
-    def test_replacing_where_names_cannot_be_swapped(self):
-        swap = etc._swap
-        self.addCleanup(setattr, etc, '_swap', swap)
-        etc._swap = lambda one, other: False
-        self.swaps()
+                with contextlib.suppress(FileNotFoundError):  # between two renames
+                    here = os.open(self.tmp / 'home/X', os.O_RDONLY)
+                    seen.append(versions.index(tree(place % here)))
+                    os.close(here)
+            return True
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(watch) if '%' in place else pool.submit(bool, True)
+            for root in [self.tmp / 'new', self.root] * 5:
+                self.etc('register', '-f', root, 'X', home='pub')
+                self.etc('push', '-f', 'X', home='pub')
+                self.etc('pull', '-f', 'X')
+                self.etc('register', '--copy', '-f', root, 'X')
+            stop.set()
+            self.assertTrue(watching.result())
+        self.check()
+        self.assertEqual(tree(place % kept) if '%' in place else versions[0], versions[0])
+        self.etc('create', 'Y')
+        replaced = [path for path in (self.tmp / 'home/.etcetera').rglob('data') if path.is_dir()]
+        self.assertGreaterEqual(len(replaced), 10)
+        for path in replaced:
+            self.age(path.parent, path.parent.parent)
+        self.etc('create', 'Z')
+        self.assertEqual([path for path in replaced if path.exists()], [])
 
     def test_what_cannot_be_moved(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        problem = 'cannot change what is in %s: Permission denied;' % (self.tmp / 'home')
-        rename = os.rename
+        here, rename = str(self.tmp / 'home/X'), os.rename
         self.addCleanup(setattr, os, 'rename', rename)
-        swap, etc._swap = etc._swap, lambda one, other: False
-        self.addCleanup(setattr, etc, '_swap', swap)
+        for what, refused in (('aside', lambda old, new: old == here),
+                              ('in', lambda old, new: new == here and old.endswith('new'))):
+            def busy(old, new):
+                if refused(str(old), str(new)):
+                    raise PermissionError(13, 'Permission denied', old)
+                rename(old, new)
+            with self.subTest(what):
+                os.rename = busy
+                err = self.etc('register', '--copy', '-f', self.tmp / 'ds', 'X', status=1)[1]
+                self.assertIn('cannot change what is in %s: Permission denied;' % (self.tmp / 'home'), err)
+                os.rename = rename
+                self.etc('verify', 'X')
+                self.assertEqual(self.leftovers(), [])
 
-        def busy(old, new):
-            if str(old).endswith('X'):
-                raise PermissionError(13, 'Permission denied', old)
-            rename(old, new)
-        os.rename = busy
-        self.assertIn(problem, self.etc('register', '--copy', '-f', self.tmp / 'ds', 'X', status=1)[1])
-
-        def half(old, new):
-            if 'staging' in str(old) and str(new).endswith('X'):
-                raise PermissionError(13, 'Permission denied', old)
-            rename(old, new)
-        os.rename = half
-        self.assertIn(problem, self.etc('register', '--copy', '-f', self.tmp / 'ds', 'X', status=1)[1])
-        os.rename = rename
-        self.etc('verify', 'X')
-        self.assertEqual(self.leftovers(), [])
-
-    def test_killed_while_it_replaces_in_two_renames(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        digest = etc.verify('X', config=self.config())
-        swap, rename = etc._swap, os.rename
-        self.addCleanup(setattr, etc, '_swap', swap)
-        self.addCleanup(setattr, os, 'rename', rename)
-        etc._swap = lambda one, other: False
-        program = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
+    STEPS = """
+import errno, itertools
 import etcetera as etc
-rename = os.rename
-def die(old, new):
-    rename(old, new)
-    if str(old).endswith('X'):
-        os._exit(9)
-etc._swap, os.rename = lambda one, other: False, die
-sys.exit(etc.main(sys.argv[2:]))
+steps, images = itertools.count(1), sys.argv[2] == 'image'
+def slow(function):
+    def step(path, *args, **kwargs):
+        if images and function.__name__ == 'rename' and os.path.dirname(path) == sys.argv[4]:
+            raise OSError(errno.EXDEV, 'Invalid cross-device link', path)
+        result = function(path, *args, **kwargs)
+        if next(steps) == int(sys.argv[1]):
+            os._exit(9)
+        return result
+    return step
+for name in ('mkdir', 'rename', 'rmdir', 'unlink'):
+    setattr(os, name, slow(getattr(os, name)))
+sys.exit(etc.main(sys.argv[3:]))
 """
-        write(self.tmp / 'ds', {'data/train/new': 'new'})
-        command = ['--home', self.tmp / 'home', 'register', '-f', '--copy', self.tmp / 'ds', 'X']
-        self.assertEqual(subprocess.call([sys.executable, '-c', program, str(HERE)] + list(map(str, command))), 9)
-        self.assertFalse(os.path.lexists(str(self.tmp / 'home/X')))
-        self.assertEqual(self.installed(), ['X'])
-        self.assertEqual(etc.verify('X', config=self.config()), digest)
 
-        def purge(old, new):
-            os.rename = rename
-            rename(old, new)
-            if str(new).endswith('X'):
-                etc._Home(self.tmp / 'home').remove('X')
-        os.rename = lambda old, new: purge(old, new) if str(old).endswith('new') else rename(old, new)
-        err = self.etc('register', '-f', '--copy', self.tmp / 'ds', 'X', status=1)[1]
-        self.assertIn('no directory %s' % (self.tmp / 'home/X'), err)
-        self.assertEqual(self.installed(), [], 'a purge stays one')
+    def steps(self, kind, *words):
+        """Kill a command at each of its steps; `kind`: 'image' if the store's directories cannot be renamed."""
+        for number in itertools.count(1):
+            code, out = run_python(self.STEPS, number, kind, '--home', self.tmp / 'home', '--url', self.url, *words)
+            if code != 9:
+                self.assertEqual((code, number > 2), (0, True), out)
+                return
+            with self.subTest(number, kind=kind, words=words):
+                yield
 
-    def test_killed_between_two_renames(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        digest = etc.verify('X', config=self.config())
-        aside = self.tmp / 'home/.etcetera/replaced/X@host@1@00'
-        aside.parent.mkdir()
-        os.rename(str(self.tmp / 'home/X'), str(aside))
-        self.assertEqual(self.installed(), ['X'])
-        self.assertEqual(etc.verify('X', config=self.config()), digest)
-        self.assertEqual(self.leftovers(), [])
+    def test_killed_at_each_step(self):
+        """What was moved aside is put back by whatever command comes next, but not if another one stands there."""
+        self.url = (self.tmp / 'share').as_uri()
+        old, new = [write(self.tmp / name, {'data/train/x': name}) for name in ('old', 'new')]
+        self.share(new, home='pub')
+        commands = itertools.cycle([['ls'], ['verify', 'X'], ['info', 'X'], ['create', 'Y', '-f'], ['ls', '-l']])
+        for words in (['register', '--copy', '-f', new, 'X'], ['pull', '-f', 'X'], ['register', '-f', new, 'X'],
+                      ['purge', 'X']):
+            self.etc('register', '--copy', '-f', old, 'X')
+            for _ in self.steps('', *words):
+                if words[0] != 'purge':
+                    self.etc(*next(commands))
+                    self.assertIn(tree(self.tmp / 'home/X'), [tree(old), tree(new)])
+                if 'X' in self.installed():
+                    self.etc('verify', 'X')
+                self.assertEqual('X' in self.installed(), os.path.lexists(self.tmp / 'home/X'))
+                self.etc('register', '--copy', '-f', old, 'X')
+            if words[0] == 'purge':
+                self.assertNotIn('X', self.installed(), 'a purge stays one')
+            else:
+                self.assertEqual(tree(self.tmp / 'home/X'), tree(new))
+            self.assertEqual(self.leftovers(), [])
+
+    def test_killed_while_it_removes_what_cannot_be_renamed(self):
+        """As in a container's image: nothing half-removed passes for a whole dataset."""
+        self.url = (self.tmp / 'share').as_uri()
+        root = write(self.tmp / 'ds', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r'})
+        self.share(root, home='pub')
+        self.etc('pull', 'X')
+        for _ in self.steps('image', 'purge', 'X'):
+            if self.installed():
+                self.assertEqual(tree(self.tmp / 'home/X'), tree(root))
+                self.etc('purge', 'X')
+            else:
+                for use in etc.dataset, etc.verify, etc.push, etc.info:
+                    self.assertRaises(etc.NotFound, use, 'X', config=self.config())
+            self.etc('pull', 'X')
+            self.etc('verify', 'X')
+            self.assertEqual(tree(self.tmp / 'home/X'), tree(root))
 
     def test_many_at_once(self):
         self.publish()
         self.server.sent = 0
-        code = 'import sys; sys.path.insert(0, %r); import etcetera as e; print(e.dataset("X", auto_install=True, ' \
-               'config=e.Config(%r, home=%r, **%r)).digest)' % (str(HERE), self.url, str(self.tmp / 'home'), self.settings)
-        processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                     for _ in range(8)]
-        results = [process.communicate() for process in processes]
-        self.assertEqual({out.decode().strip() for out, _ in results}, {etc.Dataset(self.root).digest}, results)
-        self.assertEqual(self.leftovers(), [])
+        code = '''import etcetera as etc
+print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).digest)
+''' % (self.url, str(self.tmp / 'home'), self.settings)
+        with ThreadPoolExecutor(8) as pool:
+            results = set(pool.map(run_python, [code] * 8))
+        self.assertEqual(results, {(0, etc.Dataset(self.root).digest + '\n')})
+        self.check()
         self.assertLess(self.server.sent, 1.5 * 20 * MIB)
 
-    def test_many_at_once_without_locks(self):
+    @unittest.skipIf(os.name == 'nt', 'no such locks there')
+    def test_many_at_once_where_locks_do_nothing(self):
+        """As on some cluster file systems, where all of them succeed."""
+        import fcntl
         self.publish(4 * MIB)
-        lock = etc._Home.lock
-        self.addCleanup(setattr, etc._Home, 'lock', lock)
-        etc._Home.lock = lambda home, name: contextlib.suppress()
-        results = []
-
-        def pull():
-            results.append(etc.pull('X', config=self.config()).digest)
-        threads = [threading.Thread(target=pull) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(results, [etc.Dataset(self.root).digest] * 6)
-        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
-        self.assertEqual(self.leftovers(), [])
+        self.addCleanup(setattr, fcntl, 'flock', fcntl.flock)
+        fcntl.flock = lambda file, operation: None
+        with ThreadPoolExecutor(6) as pool:
+            pulls = [pool.submit(etc.pull, 'X', config=self.config()) for _ in range(6)]
+        self.assertEqual({pull.result().digest for pull in pulls}, {etc.Dataset(self.root).digest})
+        self.check()
         self.etc('verify', 'X')
 
-    def test_force_repairs_what_is_invalid(self):
-        self.share(small(self.tmp / 'ds'), home='pub')
-        for name, spoil in (('a stray file', lambda root: write(root, {'data/stray': 'x'})),
-                            ('a link to nothing', lambda root: os.symlink('nowhere', str(root / 'link')))):
-            with self.subTest(name):
-                self.etc('pull', 'X')
-                spoil(self.tmp / 'home/X')
-                self.etc('pull', '-f', 'X')
-                self.assertEqual(tree(self.tmp / 'home/X'), tree(self.tmp / 'ds'))
-                self.etc('purge', 'X')
+    @unittest.skipIf(os.name == 'nt', 'no such locks there')
+    def test_waiting_blocks_no_process(self):
+        """As its other green threads may hold the lock."""
+        import fcntl
+        self.publish(MIB)
+        flock, asked = fcntl.flock, []
+        self.addCleanup(setattr, fcntl, 'flock', flock)
 
-    def test_receipts_that_are_odd(self):
-        """What is no receipt tells nothing; one with odd times is still one."""
-        self.share(small(self.tmp / 'ds'), home='pub')
+        def polled(file, operation):
+            asked.append(operation & fcntl.LOCK_NB)
+            flock(file, operation | fcntl.LOCK_NB)
+        fcntl.flock = polled
+        (self.tmp / 'home/.etcetera/locks').mkdir(parents=True)
+        with ThreadPoolExecutor(1) as pool:
+            with open(self.tmp / 'home/.etcetera/locks/X', 'ab') as held:
+                flock(held, fcntl.LOCK_EX)
+                pull = pool.submit(etc.pull, 'X', config=self.config())
+                until = time.time() + 20
+                while len(asked) < 3 and time.time() < until and not pull.done():
+                    time.sleep(0.02)
+                self.assertEqual((pull.done(), all(asked), len(asked) >= 3), (False, True, True))
+            self.assertEqual(pull.result().digest, etc.Dataset(self.root).digest)
+
+    def test_home_that_is_a_file(self):
+        self.publish(MIB)
+        write(self.tmp, {'file': 'x'})
+        err = self.etc('pull', 'X', home='file/home', status=1)[1]
+        self.assertIn(('Not a directory: ' if os.name == 'posix' else '') + str(self.tmp / 'file'), err)
+
+
+class Receipts(Case):
+    """What is known of a dataset goes where it goes, and is believed of no other."""
+
+    def setUp(self):
+        super().setUp()
+        self.root = small(self.tmp / 'ds')
+        self.share(self.root, home='pub')
+
+    def known(self, name='X', home='home'):
+        found = etc.info(name, config=self.config(home))
+        return found['when'] is not None, found['partial']
+
+    def damage(self, path):
+        path.chmod(0o644)
+        path.write_text('damaged')
+
+    def test_copies_of_a_store(self):
+        self.etc('pull', '-p', 'test', 'X')
+        for home, command in (('copy', 'cp -r home copy'), ('times', 'cp -rp home times'),
+                              ('tar', 'mkdir tar && tar -cf - -C home . | tar -xf - -C tar'),
+                              ('touched', 'cp -r home touched && touch touched/X')):
+            with self.subTest(home):
+                subprocess.check_call(['sh', '-c', command], cwd=str(self.tmp))
+                self.assertEqual(self.known(home=home), (True, True))
+                for words in (['push', 'X'], ['register', '--copy', self.root, 'X']):
+                    self.etc(*words, home=home, status=1)
+                with self.assertRaisesRegex(etc.NotFound, 'only partly installed, without assets, data/train;'):
+                    etc.dataset('X', config=self.config(home))
+                self.assertEqual(etc.dataset('X', True, config=self.config(home)).keys(), {'test', 'train'})
+                self.etc('verify', 'X', home=home)
+                self.damage(self.tmp / home / 'X/data/test/c.txt')
+                self.assertIn("'X' is not what was installed: data/test differs", self.etc(
+                    'verify', 'X', home=home, status=1)[1])
+
+    @unittest.skipIf(os.name == 'nt', 'no links there')
+    def test_believed_of_no_other(self):
+        self.etc('pull', '-p', 'test', 'X')
+        here = self.tmp / 'home/X'
+        shutil.copytree(here, self.tmp / 'home/Y')  # another name
+        self.etc('register', here, 'Z')
+        write(self.tmp / 'two', {'X': ('->', str(here))})
+        for name, home in (('Y', 'home'), ('Z', 'home'), ('X', 'two')):
+            with self.subTest(name, home=home):
+                self.assertEqual(self.known(name, home), (False, False))
+
+    def test_no_part_of_the_dataset(self):
+        """It is in no archive and no digest, and in no directory that is registered."""
         self.etc('pull', 'X')
-        path, = (self.tmp / 'home/.etcetera/receipts').iterdir()
+        before = sorted(os.listdir(self.root))
+        for name, root in (('Y', self.tmp / 'home/X'), ('X', self.root)):
+            self.etc('register', '-f', root, name, home='pub')
+            for words in (['push', '-f'], ['pull'], ['verify'], ['info']):
+                self.etc(*words, name, home='pub')
+            self.etc('pull', name, home='two')
+            self.assertEqual(tree(self.tmp / 'two' / name), tree(self.root))
+            self.assertEqual(self.known(name, 'two'), (True, False))
+        self.assertEqual(sorted(os.listdir(self.root)), before)
+        self.assertEqual(etc.Dataset(self.tmp / 'home/X').digest, etc.Dataset(self.root).digest)
+
+    def test_partitions_one_by_one(self):
+        remove(self.root / 'assets')
+        self.etc('push', '-f', 'X', home='pub')
+        for partition, partial in (('test', True), ('test', True), ('train', False)):
+            self.etc('pull', '-p', partition, 'X')
+            self.assertEqual(self.known(), (True, partial))
+        self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+        self.etc('push', 'X')
+
+    def test_odd_ones(self):
+        """What is no receipt tells nothing; one with odd times is still one."""
+        self.etc('pull', 'X')
+        path = self.tmp / 'home/X/.etcetera.json'
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o444)
         good = json.loads(path.read_text())
-        bad = [dict(good, **{key: value}) for key in ('digest', 'source', 'version', 'when', 'installed')
-               for value in (None, 5, ['x', 5], {}) if (key, value) != ('installed', None)]
-        bad += [dict(good, segments=[dict(good['segments'][0], **{key: value})]) for key in good['segments'][0] for value in (None, [], 1.5)]
-        bad.append(dict(good, segments=[dict(good['segments'][0], path='data/\ud800')]))
-        for text in [json.dumps(receipt) for receipt in bad] + ['[' * 100000, 'null', '5', '{}', '"x"', '']:
+        self.assertIn('X', good.values())
+        texts, first = [key for key in good if isinstance(good[key], str)], good['segments'][0]
+        bad = [{key: value} for key in texts for value in (None, 5, ['x', 5], {})]
+        bad += [{'segments': [dict(first, **{key: value})]} for key in first for value in (None, [], 1.5)]
+        bad += [{'segments': [dict(first, path='data/\ud800')]}, {'segments': None}, {'segments': [5]}]
+        rows = [json.dumps(dict(good, **change)) for change in bad]
+        for text in rows + ['[' * 100000, 'null', '5', '{}', '"x"', '', '\0', '\xff']:
             with self.subTest(text[:200]):
-                path.write_text(text)
-                self.assertIsNone(etc.info('X', config=self.config())['when'])
-                for command in (['ls', '-l'], ['verify', 'X'], ['pull', 'X'], ['push', 'X'], ['info', 'X']):
-                    self.etc(*command)
+                path.chmod(0o644)
+                path.write_text(text, encoding='latin-1')
+                self.assertEqual(self.known(), (False, False))
+                for words in (['ls', '-l'], ['verify', 'X'], ['pull', 'X'], ['push', 'X']):
+                    self.etc(*words)
         for when in ('', 'x', '9999-12-31T23:59:59Z', '0001-01-01T00:00:00Z', '2050-01-01T00:00:00+99:99'):
             with self.subTest(when):
                 path.write_text(json.dumps(dict(good, when=when)))
                 self.assertEqual(etc.info('X', config=self.config())['when'], when)
-                for command in (['ls', '-l'], ['info', 'X']):
-                    self.etc(*command)
+                for words in (['ls', '-l'], ['info', 'X']):
+                    self.etc(*words)
 
-    def test_receipts_follow_their_directories(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        old = self.tmp / 'home/X'
-        digest = etc.dataset('X', config=self.config())._digest
-        self.assertIsNotNone(digest)
-        write(old, {'extra': 'something'})
-        self.assertNotEqual(etc.dataset('X', config=self.config()).digest, digest)
-        shutil.rmtree(str(old))
-        shutil.copytree(str(self.tmp / 'ds'), str(old))
-        self.assertEqual(etc.dataset('X', config=self.config()).digest, digest)
-        self.etc('purge', 'X')
-        self.assertEqual(list((self.tmp / 'home/.etcetera/receipts').iterdir()), [])
+    def test_pull_of_what_is_here(self):
+        """It says what is known: nothing was read."""
+        self.etc('pull', 'X')
+        self.damage(self.tmp / 'home/X/data/test/c.txt')
+        for name in 'X', 'X@' + etc.info('X', True, self.config())['digest']:
+            self.assertRegex(self.etc('pull', name)[1], r"installed already\b.*'etc verify.*' reads it again\n\Z")
+        self.etc('verify', 'X', status=1)
 
-    def test_live_staging_stays_however_old(self):
-        staging = self.tmp / 'home/.etcetera/staging' / ('X@%s@%d@aa' % (etc._host(), os.getppid()))
-        staging.mkdir(parents=True)
-        os.utime(str(staging), (1, 1))
-        self.etc('create', 'Y')
-        self.assertTrue(staging.exists())
-        staging.rmdir()
+    def test_force_narrows_nothing(self):
+        """It replaces other contents, and what is not as it was."""
+        self.etc('pull', 'X')
+        self.etc('pull', '-f', '-p', 'test', 'X')
+        self.assertEqual((tree(self.tmp / 'home/X'), self.known()), (tree(self.root), (True, False)))
+        for what, spoil in (('a file more', lambda here: write(here, {'data/stray': 'x'})),
+                            ('a link', lambda here: os.symlink('nowhere', here / 'link')),
+                            ('a file less', lambda here: remove(here / 'data/train/a.txt')),
+                            ('other bytes', lambda here: self.damage(here / 'data/train/a.txt'))):
+            with self.subTest(what):
+                spoil(self.tmp / 'home/X')
+                self.etc('pull', '-f', 'X')
+                self.assertEqual(tree(self.tmp / 'home/X'), tree(self.root))
+        write(self.root, {'data/test/c.txt': 'newer'})
+        self.etc('push', '-f', 'X', home='pub')
+        self.assertIn('train', self.etc('pull', '-f', '-p', 'test', 'X')[1], 'it says what goes')
+        self.assertEqual(self.known(), (True, True))
 
-    def test_stale_staging_goes_and_live_staging_stays(self):
-        staging = self.tmp / 'home/.etcetera/staging'
-        host = etc._host()
-        dead = subprocess.Popen([sys.executable, '-c', ''])
-        dead.wait()
-        names = ['X@%s@%d@aa' % (host, os.getppid()), 'X@%s@%d@bb' % (host, dead.pid), 'X@elsewhere@1@cc', 'X@elsewhere@1@dd']
-        for name in names:
-            (staging / name / 'data').mkdir(parents=True)
-        os.utime(str(staging / names[3]), (1, 1))
-        self.etc('create', 'Y')
-        self.assertEqual(sorted(os.listdir(str(staging))), sorted([names[0], names[2]]))
-
-    def test_home_that_cannot_be_written(self):
-        self.publish(MIB)
-        write(self.tmp, {'file': 'x', 'locked': None})
-        err = self.etc('pull', 'X', home='file/home', status=1)[1]
-        self.assertIn(('Not a directory: ' if os.name == 'posix' else '') + str(self.tmp / 'file'), err)
-        if os.name == 'posix' and os.geteuid() != 0:  # root may write anywhere
-            (self.tmp / 'locked').chmod(0o555)
-            self.assertIn('Permission denied', self.etc('pull', 'X', home='locked', status=1)[1])
+    def test_a_partition_that_is_not_here(self):
+        self.etc('pull', '-p', 'test', 'X')
+        ds = etc.dataset('X', partitions=['test'], config=self.config())
+        with self.assertRaisesRegex(etc.UnknownPartition, r"'train'.*(not here|not installed|'etc pull)"):
+            ds['train']
+        with self.assertRaisesRegex(etc.UnknownPartition, "no partition 'nope'"):
+            ds['nope']
 
 
 PICKY = r"""
@@ -6130,38 +6184,32 @@ class PullReuse(S3Case):
         self.old = write(self.tmp / 'old', {'data/train/%d' % n: noise(MIB, n) for n in range(4)})
         write(self.old, {'data/test/x': noise(2 * MIB, 9), 'data/test/y': ('->', 'x'), 'README.md': 'one'})
         self.new = self.tmp / 'new'
-        shutil.copytree(str(self.old), str(self.new), symlinks=True)
+        shutil.copytree(self.old, self.new, symlinks=True)
         write(self.new, {'README.md': 'the second one'})
         self.share(self.old, 'Old', home='pub')
         self.share(self.new, 'New', home='pub')
         self.etc('pull', 'Old')
+        self.here = self.tmp / 'home'
 
     def pulled(self, *args):
-        """Pull; return how many bytes the server sent, and what was said."""
+        """Pull; returns how many MiB the server sent, and what was said."""
         before = self.server.sent
         err = self.etc('pull', *args)[1]
         self.etc('verify', args[-1])
-        return self.server.sent - before, err
+        return (self.server.sent - before) / MIB, err
 
-    def test_another_version(self):
-        sent, err = self.pulled('New')
-        self.assertLess(sent, 20000)
-        self.assertRegex(err, r'pulled New: 7 files, 6\.29 MB in [^(]*; 6\.29 MB were here already')
-        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+    def test_another_version_and_another_name(self):
+        self.share(self.old, 'Renamed', home='pub')
+        for name, root in (('New', self.new), ('Renamed', self.old)):
+            with self.subTest(name):
+                sent, err = self.pulled(name)
+                self.assertLess(sent, 0.02)
+                self.assertRegex(err, r'pulled %s: 7 files, 6\.29 MB in [^(]*; 6\.29 MB were here already' % name)
+                if os.name != 'nt':
+                    self.assertTrue(os.path.samefile(self.here / 'Old/data/test/x', self.here / name / 'data/test/x'))
         self.etc('purge', 'Old')
         self.etc('verify', 'New')
-        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
-
-    @unittest.skipIf(os.name == 'nt', 'no links there')
-    def test_files_are_shared_on_disk(self):
-        self.etc('pull', 'New')
-        self.assertTrue(os.path.samefile(str(self.tmp / 'home/Old/data/test/x'), str(self.tmp / 'home/New/data/test/x')))
-
-    def test_another_name(self):
-        self.share(self.old, 'Renamed', home='pub')
-        sent, err = self.pulled('Renamed')
-        self.assertLess(sent, 20000)
-        self.assertRegex(err, r'pulled Renamed: 7 files, 6\.29 MB in [^(]*; 6\.29 MB were here already')
+        self.assertEqual(tree(self.here / 'New'), tree(self.new))
 
     def test_several_sources(self):
         write(self.tmp / 'third', {'data/val/v': noise(3 * MIB, 7)})
@@ -6170,538 +6218,356 @@ class PullReuse(S3Case):
         write(self.new, {'data/val/v': noise(3 * MIB, 7), 'data/more/m': noise(MIB, 8)})
         self.share(self.new, 'Sum', home='pub')
         sent, err = self.pulled('Sum')
-        self.assertTrue(MIB < sent < MIB + 30000, sent)
+        self.assertTrue(1 < sent < 1.03, sent)
         self.assertIn('; 9.44 MB were here already', err)
-        self.assertEqual(tree(self.tmp / 'home/Sum'), tree(self.new))
+        self.assertEqual(tree(self.here / 'Sum'), tree(self.new))
 
     def test_some_partitions_and_the_rest(self):
         sent, err = self.pulled('-p', 'test', 'New')
-        self.assertLess(sent, 20000)
+        self.assertLess(sent, 0.02)
         self.assertIn('pulled New: 3 files, 2.1 MB', err)
-        self.assertEqual(os.listdir(str(self.tmp / 'home/New/data')), ['test'])
+        self.assertEqual(os.listdir(self.here / 'New/data'), ['test'])
         self.etc('purge', 'Old')
         sent, err = self.pulled('New')
-        self.assertTrue(4 * MIB < sent < 4.1 * MIB, sent)
+        self.assertTrue(4 < sent < 4.1, sent)
         self.assertIn('; 2.1 MB were here already', err)
-        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+        self.assertEqual(tree(self.here / 'New'), tree(self.new))
 
     def test_forced(self):
-        self.etc('push', '-f', 'New', home='pub')
         self.etc('register', self.new, 'Old', '-f', home='pub')
         self.etc('push', '-f', 'Old', home='pub')
-        sent, err = self.pulled('-f', 'Old')
-        self.assertLess(sent, 20000)
-        self.assertEqual(tree(self.tmp / 'home/Old'), tree(self.new))
+        self.assertLess(self.pulled('-f', 'Old')[0], 0.02)
+        self.assertEqual(tree(self.here / 'Old'), tree(self.new))
 
     def test_what_changed_is_fetched(self):
         """And nothing that was damaged here spreads."""
-        path = self.tmp / 'home/Old/data/train/2'
+        path = self.here / 'Old/data/train/2'
         for name, damage in (
-                ('other bytes', lambda: (os.chmod(str(path), 0o644), path.write_bytes(noise(MIB, 77)))),
+                ('other bytes', lambda: (path.chmod(0o644), path.write_bytes(noise(MIB, 77)))),
                 ('a file less', lambda: remove(path)),
                 ('a file more', lambda: write(path.parent, {'2': noise(MIB, 2), 'more': 'm'})),
                 ('no directory', lambda: remove(path.parent))):
             with self.subTest(name):
                 damage()
                 sent, err = self.pulled('New')
-                self.assertTrue(4 * MIB < sent < 4.1 * MIB, sent)
-                self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+                self.assertTrue(4 < sent < 4.1, sent)
+                self.assertEqual(tree(self.here / 'New'), tree(self.new))
                 self.etc('purge', 'New')
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
-    def test_what_cannot_be_read_is_fetched(self):
-        os.chmod(str(self.tmp / 'home/Old/data/test/x'), 0)
-        with unprivileged(self.tmp / 'home', self.tmp):
-            self.assertGreater(self.pulled('New')[0], 2 * MIB)
-        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+    @unittest.skipIf(os.name == 'nt', 'no modes and links there')
+    def test_odd_files(self):
+        """What cannot be read is fetched; what is writable is copied, so that nobody can change it in both; no links."""
+        old, new, file = [self.here / name for name in ('Old/data/test/x', 'New/data/test/x', 'Old/data/train/2')]
+        old.chmod(0)
+        with unprivileged(self.here, self.tmp):
+            self.assertGreater(self.pulled('New')[0], 2)
+        self.etc('purge', 'New')
+        old.chmod(0o644)
+        file.rename(self.tmp / 'blob')
+        file.symlink_to(self.tmp / 'blob')
+        self.etc('pull', 'New')
+        self.assertEqual(stat.S_IMODE(new.stat().st_mode), 0o444)
+        old.write_bytes(b'changed')
+        remove(self.tmp / 'blob')
+        self.etc('verify', 'New')
+        self.assertEqual(tree(self.here / 'New'), tree(self.new))
 
     def test_changed_meanwhile(self):
         """What is linked is what was hashed, whatever happens to the other dataset."""
         write(self.new, {'data/train/2': noise(MIB, 22)})
         self.etc('register', '-f', self.new, 'Old', home='pub')
 
-        def purge():
-            self.etc('purge', 'Old')
-
         def replace():
             self.etc('pull', 'Old')
             self.etc('push', '-f', 'Old', home='pub')
             self.etc('pull', '-f', 'Old')
 
-        for change in purge, replace:
-            with self.subTest(change.__name__):
-                calls = []
-
-                def progress(done, total):
-                    calls.append(done)
-                    if len(calls) == 1:
-                        time.sleep(0.3)  # so that it is called again with the first block
-                    elif len(calls) == 2:
-                        change()
-                etc.pull('New', config=self.config(), progress=progress)
-                self.assertGreater(len(calls), 1)
-                self.etc('verify', 'New')
-                self.assertEqual((self.tmp / 'home/New/data/train/2').read_bytes(), noise(MIB, 2))
-                self.etc('purge', 'New')
-
-    @unittest.skipIf(os.name == 'nt', 'no links there')
-    def test_files_that_became_links(self):
-        file = self.tmp / 'home/Old/data/train/2'
-        os.rename(str(file), str(self.tmp / 'blob'))
-        os.symlink(str(self.tmp / 'blob'), str(file))
-        self.etc('pull', 'New')
-        remove(self.tmp / 'blob')
-        self.etc('verify', 'New')
-        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
-
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
-    def test_writable_files_are_copied(self):
-        """So that nobody can change a file of one dataset in the other."""
-        old, new = self.tmp / 'home/Old/data/test/x', self.tmp / 'home/New/data/test/x'
-        os.chmod(str(old), 0o644)
-        self.assertLess(self.pulled('New')[0], 20000)
-        self.assertEqual(stat.S_IMODE(new.stat().st_mode), 0o444)
-        old.write_bytes(b'changed')
-        self.etc('verify', 'New')
-        self.assertEqual(tree(self.tmp / 'home/New'), tree(self.new))
+        for change in (lambda: self.etc('purge', 'Old')), replace:
+            changes = [change]
+            etc.pull('New', config=self.config(), progress=lambda done, total: changes and changes.pop()())
+            self.assertEqual(changes, [])
+            self.etc('verify', 'New')
+            self.assertEqual((self.here / 'New/data/train/2').read_bytes(), noise(MIB, 2))
+            self.etc('purge', 'New')
 
     def test_interrupted(self):
         """What could be linked is linked again."""
         write(self.new, {'data/late/%d' % n: noise(MIB, 50 + n) for n in range(20)})
         self.share(self.new, 'Long', home='pub')
         asked = itertools.count()
-
-        def fault(handler):
-            if next(asked) > 5:
-                handler.error(403, 'AccessDenied')
-                return True
-        self.server.fault = fault
+        self.server.fault = lambda handler: next(asked) > 5 and (handler.error(403, 'AccessDenied') or True)
         self.etc('pull', 'Long', status=1)
         self.server.fault = None
-        self.assertLess(self.pulled('Long')[0], 21 * MIB)
-        self.assertEqual(tree(self.tmp / 'home/Long'), tree(self.new))
-        self.assertEqual(self.leftovers(), [])
-
-    def test_progress(self):
-        def told(name):
-            calls = []
-            etc.pull(name, config=self.config(), progress=lambda done, total: calls.append((done, total)))
-            self.assertEqual(calls[0][0], 0)
-            self.assertEqual(calls, sorted(calls))
-            self.assertEqual(calls[-1][0], calls[-1][1])
-            return calls
-        length = len(self.server.objects['some/prefix/New.tgz'][0])
-        calls = told('New')
-        self.assertTrue(length - 4096 < calls[-1][1] < length)
-        self.etc('purge', 'New')
-        remove(self.tmp / 'home/Old/data/train/3')
-        self.assertGreater(told('New')[-1][1], length)
+        self.assertLess(self.pulled('Long')[0], 21)
+        self.assertEqual((tree(self.here / 'Long'), self.leftovers()), (tree(self.new), []))
 
 
-class Versions:
-    """Two datasets that differ in a file, of which one is in the remote."""
+class PushReuse(S3Case):
+    """What archives in the bucket hold is copied there, and not sent."""
 
     def setUp(self):
         super().setUp()
         self.old = write(self.tmp / 'old', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
                                             'data/val/z': noise(11 * MIB, 3), 'README.md': 'one', 'assets/a': 'a'})
         self.share(self.old, 'Old')
+        self.kept = self.server.objects['some/prefix/Old.tgz']
         self.new = self.tmp / 'new'
-        shutil.copytree(str(self.old), str(self.new), copy_function=os.link)
+        shutil.copytree(self.old, self.new, copy_function=os.link)
         self.change('README.md', 'the second one')
-        self.etc('register', self.new, 'New')
 
     def change(self, name, content):
-        os.unlink(str(self.new / name))
+        remove(self.new / name)
         write(self.new, {name: content})
+        self.etc('register', '-f', self.new, 'New')
 
-    def check(self, name):
-        self.etc('pull', name, home='other')
-        self.assertEqual(tree(self.tmp / 'other' / name), tree(self.tmp / 'home' / name))
-        self.etc('purge', name, home='other')
-
-
-class PushReuse(Versions, S3Case):
-    """What archives in the remote hold is copied there, and not sent."""
+    def restore(self, data=None, **others):
+        """Let the bucket hold nothing but Old, with these bytes, and others."""
+        self.server.objects = {'some/prefix/%s.tgz' % name: (content, '"%s"' % name, {})
+                               for name, content in dict(others, Old=data or self.kept[0]).items()}
 
     def pushed(self, *args, fault=lambda handler: None):
-        """Push; return how many bytes were sent, and what was said. What is there must be what was to be pushed."""
+        """Push; returns how many MiB were sent, and what was said. What is there must be what was to be pushed."""
         sent = []
-
-        def watch(handler):
-            sent.append(int(handler.headers.get('Content-Length') or 0))
-            return fault(handler)
-        self.server.fault = watch
+        self.server.log.clear()
+        self.server.fault = lambda handler: sent.append(int(handler.headers['Content-Length'] or 0)) or fault(handler)
         err = self.etc('push', '-v', *args)[1]
         self.server.fault = None
         self.assertEqual(self.server.uploads, {})
-        self.check(args[-1])
-        return sum(sent), err
+        name = args[-1]
+        self.etc('pull', name, home='other')
+        self.assertEqual(tree(self.tmp / 'other' / name), tree(self.tmp / 'home' / name))
+        remove(self.tmp / 'other')
+        return sum(sent) / MIB, err
 
     def copies(self):
-        return [headers['x-amz-copy-source-range'] for _, _, headers in self.server.log if headers['x-amz-copy-source']]
+        return [path for _, path, headers in self.server.log if headers['x-amz-copy-source']]
 
-    def test_another_version(self):
-        sent, err = self.pushed('New')
-        self.assertLess(sent, 6 * MIB)
-        self.assertRegex(err, r'pushed New to .*: 5 files, 35\.7 MB in [^(]*; 35\.7 MB were there already')
-        self.assertEqual(len(self.copies()), 1)
-
-    def test_another_name(self):
+    def test_what_is_new_is_sent(self):
         self.etc('register', self.old, 'Renamed')
-        self.assertLess(self.pushed('Renamed')[0], 20000)
-
-    def test_one_partition_changed(self):
+        for name, least, most in (('New', 0, 6), ('Renamed', 0, 6)):
+            with self.subTest(name):
+                sent, err = self.pushed(name)
+                self.assertTrue(least < sent < most, sent)
+                self.assertRegex(err, r'pushed %s to .*: 5 files, 35\.7 MB in [^(]*; 35\.7 MB were there' % name)
+                self.assertTrue(self.copies())
         for name, size, most in (('data/test/y', 11, 17), ('data/train/x', 12, 23), ('data/val/z', 11, 17)):
             with self.subTest(name):
+                self.restore()
                 self.change(name, noise(size * MIB, name))
-                self.etc('register', self.new, 'New' + name[5:7])
-                sent, err = self.pushed('New' + name[5:7])
-                self.assertTrue(size * MIB < sent < most * MIB, sent)
+                sent, err = self.pushed('New')
+                self.assertTrue(size < sent < most, sent)
+                self.change(name, (self.old / name).read_bytes())
+        self.etc('register', '-f', self.new, 'Old')
+        self.assertLess(self.pushed('-f', 'Old')[0], 6)
 
     def test_several_sources(self):
-        """Long runs are copied, even if they come from another archive than the newest."""
         self.change('data/test/y', noise(11 * MIB, 4))
         self.etc('push', 'New')
         self.change('data/train/x', noise(12 * MIB, 5))
-        self.change('README.md', 'the third')
-        write(self.new, {'data/more/m': noise(MIB, 6)})
+        self.change('data/more/m', noise(MIB, 6))
         self.etc('register', self.new, 'Third')
         sent, err = self.pushed('Third')
-        self.assertTrue(13 * MIB < sent < 22 * MIB, sent)
+        self.assertTrue(13 < sent < 22, sent)
         self.assertIn('; 23.1 MB were there already', err)
 
-    def test_forced(self):
-        self.etc('register', '-f', self.new, 'Old')
-        self.assertLess(self.pushed('-f', 'Old')[0], 6 * MIB)
-        self.assertEqual(len(self.server.objects), 1)
-
-    def test_many_partitions(self):
-        """Small ones are copied together, where they follow one another, and sent otherwise."""
-        old = write(self.tmp / 'many', {'data/%02d/x' % n: noise(MIB, n) for n in range(40)})
-        self.share(old, 'Many')
-        for name, changed, most in (('none', [], 6), ('one', [20], 12), ('every third', range(0, 40, 3), 41)):
-            with self.subTest(name):
-                for n in changed:
-                    write(old, {'data/%02d/x' % n: noise(MIB, '%s %d' % (name, n))})
-                write(old, {'README.md': name})
-                self.etc('register', old, 'X' + name[0])
-                self.assertLess(self.pushed('X' + name[0])[0], most * MIB)
-
-    def test_other_contents_of_the_same_size(self):
-        self.change('data/train/x', noise(12 * MIB, 5))
-        self.change('data/test/y', noise(11 * MIB, 6))
-        self.change('data/val/z', noise(11 * MIB, 7))
-        sent, err = self.pushed('New')
-        self.assertTrue(34 * MIB < sent < 35 * MIB, sent)
-        self.assertNotIn('already', err)
-
-    def test_small_datasets_are_just_sent(self):
+    def test_nothing_that_is_the_same(self):
+        """Of the same size, or too small, or by force what is there already, which may be damaged where nobody looks."""
+        for name, seed in (('data/train/x', 5), ('data/test/y', 6), ('data/val/z', 7)):
+            self.change(name, noise((self.old / name).stat().st_size, seed))
+        small_ones = write(self.tmp / 'many', {'data/%02d/x' % n: noise(MIB, n) for n in range(34)})
+        self.share(small_ones, 'Many')
+        self.etc('register', write(small_ones, {'README.md': 'new'}), 'Others')
+        data, middle = self.kept[0], len(self.kept[0]) // 2
+        damaged = data[:middle] + bytes(MIB) + data[middle + MIB:]
+        for args in ['New'], ['Others'], ['-f', 'Old']:
+            with self.subTest(args):
+                if args[0] != 'Others':
+                    self.restore(damaged)
+                sent, err = self.pushed(*args)
+                self.assertTrue(34 < sent < 35, sent)
+                self.assertNotIn('already', err)
         self.etc('register', write(self.tmp / 'less', {'data/x/x': noise(16 * MIB, 2)}), 'Less')
-        before = len(self.requests('GET'))
-        self.etc('push', 'Less')
-        self.assertEqual(len(self.requests('GET')) - before, 1)
+        self.pushed('Less')
+        self.assertEqual([path for path in self.requests('GET') if 'Old' in path], [], 'it is not worth a look')
 
     def test_sources_that_cannot_be_read(self):
         """Archives of other tools, damaged ones, archived ones: none hinders a push."""
-        data, etag, headers = self.server.objects['some/prefix/Old.tgz']
-        for name, bad in (('Damaged', data[:-20] + bytes(20)), ('Foreign', gzip.compress(data, 0)), ('Empty', bytes(30 * MIB))):
-            self.server.objects['some/prefix/%s.tgz' % name] = bad, '"%s"' % name, headers
+        data = self.kept[0]
+        self.restore(Damaged=data[:-20] + bytes(20), Foreign=gzip.compress(data, 0), Empty=bytes(30 * MIB))
+        tries = []
 
         def fault(handler):
             if handler.path.endswith('/Empty.tgz'):
-                handler.error(403, 'InvalidObjectState')
-                return True
+                return handler.error(403, 'InvalidObjectState') or True
             if handler.path.endswith('/Damaged.tgz'):
                 tries.append(1)
                 handler.close_connection = True
                 return True
-        tries = []
-        self.assertLess(self.pushed('New', fault=fault)[0], 6 * MIB)
+        self.assertLess(self.pushed('New', fault=fault)[0], 6)
         self.assertLessEqual(len(tries), 4, 'no long wait: two, and each again if a kept connection was closed')
 
-    def test_no_list(self):
-        def fault(handler):
-            if 'list-type' in handler.path:
-                handler.error(403, 'AccessDenied')
-                return True
-        sent, err = self.pushed('New', fault=fault)
-        self.assertGreater(sent, 33 * MIB)
-        self.assertIn('etc: nothing is copied: %s answers 403 AccessDenied' % self.url, err)
+    def test_damaged_sources(self):
+        """The ends of what would be copied are compared with the files before anything is copied."""
+        data = self.kept[0]
+        at, end = data.index(b'data/test/\0'), data.index(noise(11 * MIB, 2)[-99:])
+        for what, bad in (('first block', data[:at] + b'D' + data[at + 1:]), ('last', data[:end] + b'D' + data[end + 1:]),
+                          ('sound, but for its checksums', data.replace(b'data/test/y\0', b'data/test/z\0'))):
+            with self.subTest(what):
+                self.restore(bad)
+                self.change('data/train/x', noise(12 * MIB, 5))
+                self.change('data/val/z', noise(11 * MIB, 5))
+                sent, err = self.pushed('New')
+                self.assertGreater(sent, 33)
+                self.assertNotIn('already', err)
+                self.assertEqual(self.copies(), [])
 
     def test_stores_that_cannot_copy(self):
-        """All is sent, and one line of -v tells why."""
+        """All is sent, and a line of -v tells why."""
         def refusing(status, code):
-            def fault(handler):
-                if handler.headers['x-amz-copy-source']:
-                    handler.error(status, code)
-                    return True
-            return fault
+            return lambda handler: handler.headers['x-amz-copy-source'] and (handler.error(status, code) or True)
 
         def unknowing(handler):  # stores an empty part
             if handler.headers['x-amz-copy-source']:
                 number = re.search(r'partNumber=(\d+)', handler.path).group(1)
                 list(self.server.uploads.values())[0][1][int(number)] = b''
-                handler.answer(200, b'', {'ETag': '"x"'})
-                return True
+                return handler.answer(200, b'', {'ETag': '"x"'}) or True
+
+        def anonymous(handler):  # its parts have no ETag
+            if handler.headers['x-amz-copy-source']:
+                return handler.answer(200, b'<CopyPartResult><ETag/></CopyPartResult>') or True
 
         def equal(handler):  # as R2
-            if handler.command == 'POST' and 'uploadId' in handler.path and self.copies() and not done:
-                done.append(1)
-                handler.error(400, 'InvalidPart', message='All non-trailing parts must have the same length.')
-                return True
+            if handler.command == 'POST' and 'uploadId' in handler.path and self.copies() and not refused:
+                refused.append(1)
+                return handler.error(400, 'InvalidPart', message='All non-trailing parts must have one length.') or True
 
         def replacing(handler):
             if handler.headers['x-amz-copy-source']:
-                data, etag, headers = self.server.objects['some/prefix/Old.tgz']
-                self.server.objects['some/prefix/Old.tgz'] = data, '"other"', headers
+                self.server.objects['some/prefix/Old.tgz'] = self.kept[0], '"other"', {}
 
         def removing(handler):
             if handler.headers['x-amz-copy-source']:
                 self.server.objects.pop('some/prefix/Old.tgz', None)
 
-        def anonymous(handler):  # its parts have no ETag
-            if handler.headers['x-amz-copy-source']:
-                handler.answer(200, b'<CopyPartResult><ETag/></CopyPartResult>')
-                return True
+        def listing(handler):
+            if 'list-type' in handler.path:
+                return handler.error(403, 'AccessDenied') or True
 
-        kept = self.server.objects['some/prefix/Old.tgz']
+        def failing_then(handler):  # faults are then met with as many tries as ever
+            if 'partNumber=2' in handler.path and not handler.headers['x-amz-copy-source'] and len(refused) < 4:
+                refused.append(1)
+                return handler.error(503, 'SlowDown') or True
+            return refusing(501, 'NotImplemented')(handler)
+
         for name, fault, copied, said in (
-                ('unknown', unknowing, None, 'did not copy a part of an object'),
-                ('no ETag', anonymous, None, 'did not copy a part of an object'),
+                ('unknown', unknowing, None, ''), ('no ETag', anonymous, None, ''), ('may not list', listing, None, '403'),
                 ('not implemented', refusing(501, 'NotImplemented'), None, '501 NotImplemented'),
-                ('always an error', refusing(200, 'InvalidRequest'), None, 'did not copy a part of an object'),
+                ('always an error', refusing(200, 'InvalidRequest'), None, ''),
                 ('forbidden', refusing(403, 'AccessDenied'), None, '403 AccessDenied'),
-                ('equal parts', equal, None, 'All non-trailing parts must have the same length'),
-                ('the whole object', None, lambda data, start, stop: data, 'did not copy a part of an object'),
-                ('another range', None, lambda data, start, stop: data[start - 512:stop - 512], 'what was copied is damaged'),
-                ('replaced meanwhile', replacing, None, 'was replaced while it was read'),
-                ('removed meanwhile', removing, None, '404 NoSuchKey')):
+                ('equal parts', equal, None, 'All non-trailing parts must have one length'),
+                ('the whole object', lambda handler: None, lambda data, start, stop: data, ''),
+                ('replaced meanwhile', replacing, None, '(replaced|412)'), ('removed meanwhile', removing, None, '404'),
+                ('failing then', failing_then, None, '501')):
             with self.subTest(name):
-                done = []
-                self.server.objects = {'some/prefix/Old.tgz': kept}
+                refused = []
+                self.restore()
                 self.server.copied = copied
-                sent, err = self.pushed('New', fault=fault or (lambda handler: None))
-                self.assertGreater(sent, 33 * MIB)
-                self.assertRegex(err, 'etc: nothing is copied, so all is sent: .*' + said)
+                sent, err = self.pushed('New', fault=fault)
+                self.assertGreater(sent, 33)
+                self.assertRegex(err, 'etc: nothing is copied.*' + said)
                 self.assertNotIn('already', err)
-        with self.subTest('then, faults are met with as many tries as ever'):
-            def refusing_then_failing(handler):
-                if handler.headers['x-amz-copy-source']:
-                    handler.error(501, 'NotImplemented')
-                    return True
-                if 'partNumber=2' in handler.path and len(done) < 4:
-                    done.append(1)
-                    handler.error(503, 'SlowDown')
-                    return True
-            del done[:]
-            self.server.objects = {'some/prefix/Old.tgz': kept}
-            self.server.copied = None
-            self.assertGreater(self.pushed('New', fault=refusing_then_failing)[0], 33 * MIB)
-            self.assertEqual(len(done), 4)
+                self.assertEqual(len(refused), {'equal parts': 1, 'failing then': 4}.get(name, 0))
 
-    def test_amazon(self):
-        """Which needs no second look. It is reached through a proxy here, and not over TLS."""
-        del self.settings['endpoint_url']
-        write(self.tmp, {'.aws/config': '[default]\ns3 =\n  addressing_style = path\n'})
-        os.environ.update(http_proxy=self.server.url, no_proxy='')
-        self.addCleanup(setattr, etc._AwsProfile, 'host', etc._AwsProfile.host)
-        etc._AwsProfile.host = lambda aws, service, region: 'http://%s.%s.amazonaws.example' % (service, region)
-
-        def proxy(handler):
-            handler.path = re.sub('^http://[^/]*', '', handler.path)
-
-        def replacing(handler):
-            proxy(handler)
-            if handler.headers['x-amz-copy-source']:
-                data, etag, headers = self.server.objects['some/prefix/Old.tgz']
-                self.server.objects['some/prefix/Old.tgz'] = data, '"other"', headers
-
-        self.server.fault = proxy
-        err = self.etc('push', '-v', 'New')[1]
-        self.assertIn('were there already', err)
-        self.assertFalse([path for path in self.requests() if 'max-parts' in path])
-        self.check('New')
-        self.server.objects.pop('some/prefix/New.tgz')
-        self.server.fault = replacing
-        self.assertIn('412 PreconditionFailed', self.etc('push', '-v', 'New')[1])
-        self.check('New')
+    def test_keys_that_some_stores_decode_twice(self):
+        self.url = 's3://bucket/100%25/x'
+        self.etc('push', 'Old')
+        sent, err = self.pushed('New')
+        self.assertGreater(sent, 33)
+        self.assertEqual(self.copies(), [])
 
     def test_transient_errors_of_copies(self):
         """Which may come with status 200."""
         def fault(handler):
-            mark = 'x-amz-copy-source' if handler.headers['x-amz-copy-source'] else 'max-parts' if 'max-parts' in handler.path else ''
-            if mark and len(done[mark]) < 3:
-                done[mark].append(1)
-                if len(done[mark]) == 1:
+            if handler.headers['x-amz-copy-source'] and len(failed) < 3:
+                failed.append(1)
+                if len(failed) == 1:
                     handler.close_connection = True
                 else:
-                    handler.error(200 if len(done[mark]) == 2 and mark != 'max-parts' else 503, 'InternalError')
+                    handler.error(200 if len(failed) == 2 else 503, 'InternalError')
                 return True
-        done = {'x-amz-copy-source': [], 'max-parts': []}
-        self.assertLess(self.pushed('New', fault=fault)[0], 6 * MIB)
-        self.assertEqual([len(found) for found in done.values()], [3, 3])
-
-    def test_damaged_source(self):
-        """Where copies begin, what they hold is compared with the files."""
-        data, etag, headers = self.server.objects['some/prefix/Old.tgz']
-        at = data.index(b'data/test/\0')
-        other = data.replace(b'data/test/y\0', b'data/test/z\0')  # sound, but for its checksums
-        for name, bad in (('broken', data[:at] + b'D' + data[at + 1:]), ('another', other)):
-            with self.subTest(name):
-                self.server.objects = {'some/prefix/Old.tgz': (bad, etag, headers)}
-                sent, err = self.pushed('New')
-                self.assertGreater(sent, 33 * MIB)
-                self.assertIn('etc: nothing is copied, so all is sent: what was copied is damaged', err)
-
-    def test_repair(self):
-        """To push what is there already, by force, copies nothing: it may be damaged where nobody looks."""
-        data, etag, headers = self.server.objects['some/prefix/Old.tgz']
-        middle = len(data) // 2
-        self.server.objects['some/prefix/Old.tgz'] = data[:middle] + bytes(MIB) + data[middle + MIB:], etag, headers
-        self.assertIn("'etc push -f Old' from an intact copy repairs it", self.etc('pull', 'Old', home='other', status=1)[1])
-        sent, err = self.pushed('-f', 'Old')
-        self.assertGreater(sent, 33 * MIB)
-        self.assertNotIn('already', err)
+        failed = []
+        self.assertLess(self.pushed('New', fault=fault)[0], 6)
+        self.assertEqual(len(failed), 3)
 
     def test_damage_does_not_stay(self):
         """Whether or not the rest can be sent."""
-        def fault(handler):
-            words = handler.command, handler.path.partition('?')[2]
-            if words == ('POST', 'uploads='):
-                begun.append(1)
-            if len(begun) > 1 and words == ('POST', 'uploads=') or handler.command == refused:
-                handler.error(403, 'AccessDenied')
-                return True
-
-        self.server.copied = lambda data, start, stop: bytes(stop - start)
-        for refused, said, left in ((None, '403 AccessDenied', []),
-                                    ('DELETE', "is damaged, and cannot be removed: .* 403 .*'etc push -f New' replaces it", ['New'])):
+        self.server.copied = lambda data, start, stop: data[start:stop] + b'more'
+        for refused, left in (('POST', ['Old']), ('DELETE', ['New', 'Old'])):
             with self.subTest(refused):
-                begun = []
+                begun = itertools.count()
+
+                def fault(handler):
+                    is_again = handler.path.endswith('?uploads=') and next(begun)
+                    if is_again or handler.command == refused == 'DELETE':
+                        return handler.error(403, 'AccessDenied') or True
                 self.server.fault = fault
-                self.assertRegex(self.etc('push', 'New', status=1)[1], said)
+                err = self.etc('push', 'New', status=1)[1]
                 self.server.fault = None
-                self.assertEqual(sorted(key[12:-4] for key in self.server.objects), left + ['Old'])
+                self.assertEqual(sorted(key[12:-4] for key in self.server.objects), left)
+                self.assertIn('403 AccessDenied' if refused == 'POST' else "'etc push -f New' replaces it", err)
+        self.server.copied = None
+        self.server.uploads.clear()
         self.pushed('-f', 'New')
 
     def test_another_push_is_faster(self):
-        def fault(handler):
+        def overtaking(handler):
             if handler.headers['x-amz-copy-source']:
-                self.server.objects['some/prefix/New.tgz'] = self.server.objects['some/prefix/Old.tgz']
-        self.server.fault = fault
+                self.server.objects['some/prefix/New.tgz'] = self.kept
+        self.server.fault = overtaking
         self.assertIn("another 'New' is in", self.etc('push', 'New', status=1)[1])
         self.assertEqual(self.server.uploads, {})
 
+    def test_overtaken_at_the_end(self):
+        """By a push -f, or a purge, before this one has looked what is there: it is said, and nothing is sent again."""
+        for what, then in (('replaced', {'some/prefix/New.tgz': self.kept}), ('gone', {})):
+            with self.subTest(what):
+                self.restore()
+
+                def final(handler):
+                    self.server.objects.pop('some/prefix/New.tgz')
+                    self.server.objects.update(then)
+                    handler.answer(200, COMPLETED % (b'', b'', b'', b'mine'))
+                self.server.final = final
+                self.server.log.clear()
+                err = self.etc('push', 'New', status=None)[1]
+                self.server.final = None
+                self.assertTrue(self.copies())
+                self.assertEqual(self.server.objects.get('some/prefix/New.tgz'), then.get('some/prefix/New.tgz'))
+                self.assertNotRegex(err, 'cannot reach|interrupted')
+                self.assertRegex(err, "New' .*(another|replaced|overtaken|removed|gone)")
+                self.assertEqual(sum('uploads' in path for path in self.requests('POST')), 1)
+
     def test_object_lock(self):
         self.server.must_check = True
-        self.assertLess(self.pushed('New')[0], 11 * MIB)  # the first part twice, as this is learned by a refusal
-
-    def test_progress(self):
-        self.change('data/test/y', noise(11 * MIB, 4))
-        for force in False, True:
-            with self.subTest(force=force):
-                calls = []
-                etc.push('New', force, config=self.config(), progress=lambda done, total: calls.append((done, total)))
-                self.assertEqual(calls[0][0], 0)
-                self.assertEqual(calls, sorted(calls))
-                self.assertEqual(calls[-1][0], calls[-1][1])
+        self.assertLess(self.pushed('New')[0], 11)  # the first part twice, as this is learned by a refusal
 
     @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
     def test_killed(self):
         """At each request of a push: nothing, or all, is there, and the next push succeeds."""
         self.pushed('New')
-        before = len(self.server.log)
-        self.server.objects.pop('some/prefix/New.tgz')
-        self.etc('push', 'New')
         whole = self.server.objects['some/prefix/New.tgz'][0]
-        for number in range(1, len(self.server.log) - before + 1, 1 if RUNS > 1 else 3):
+        for number in range(1, len(self.requests()) + 1, 1 if RUNS > 1 else 3):
             with self.subTest(number):
-                self.server.objects.pop('some/prefix/New.tgz', None)
+                self.restore()
                 self.server.uploads.clear()
-                left = [number]
-
-                def fault(handler):
-                    left[0] -= 1
-                    if left[0] == 0:
-                        process.kill()
-                self.server.fault = fault
+                left = itertools.count(1)
+                self.server.fault = lambda handler: next(left) == number and process.kill()
                 process = self.spawn('push', 'New')
                 process.communicate()
                 self.server.fault = None
                 self.assertIn(self.server.objects.get('some/prefix/New.tgz', (None,))[0], (None, whole))
                 self.etc('push', 'New')
                 self.assertEqual(self.server.objects['some/prefix/New.tgz'][0], whole)
-
-
-class FilePushReuse(Versions, Case):
-    """What archives in a shared directory hold is copied there, and not packed."""
-
-    def pushed(self, *args):
-        err = self.etc('push', '-v', *args)[1]
-        self.check(args[-1])
-        return err
-
-    def test_another_version(self):
-        self.assertIn('; 35.7 MB were there already', self.pushed('New'))
-
-    def test_one_partition_changed(self):
-        for name, size in (('data/test/y', 11), ('data/train/x', 12), ('data/val/z', 11)):
-            with self.subTest(name):
-                self.change(name, noise(size * MIB, name))
-                self.etc('register', self.new, 'New' + name[5:7])
-                self.assertIn('; 2%s MB were there already' % ('3.1' if size == 12 else '4.1'), self.pushed('New' + name[5:7]))
-
-    def test_forced(self):
-        self.etc('register', '-f', self.new, 'Old')
-        self.assertIn('; 35.7 MB were there already', self.pushed('-f', 'Old'))
-
-    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
-    def test_killed(self):
-        begin = time.time()
-        self.pushed('New')
-        lasts = time.time() - begin
-        whole = (self.tmp / 'share/New.tgz').read_bytes()
-        rng = random.Random(1)
-        for number in range(3 * RUNS):
-            remove(self.tmp / 'share/New.tgz')
-            process = self.spawn('push', 'New')
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.2, 1) * lasts)
-            process.kill()
-            process.communicate()
-            if (self.tmp / 'share/New.tgz').exists():
-                self.assertEqual((self.tmp / 'share/New.tgz').read_bytes(), whole)
-            self.etc('push', 'New')
-            self.assertEqual((self.tmp / 'share/New.tgz').read_bytes(), whole)
-
-    def test_damaged_source(self):
-        path = self.tmp / 'share/Old.tgz'
-        data = path.read_bytes()
-        at = data.index(b'data/test/\0')
-        path.write_bytes(data[:at] + b'D' + data[at + 1:])
-        self.assertIn('nothing is copied, so all is sent: what was copied is damaged', self.pushed('New'))
-
-    def scribble(self, path):
-        with open(str(path), 'r+b') as file:
-            file.seek(20 * MIB)
-            file.write(b'scribble')
-
-    def test_replaced_meanwhile(self):
-        for name, replace in (('replaced', lambda: os.utime(str(self.tmp / 'share/Old.tgz'), (1, 1))),
-                              ('changed', lambda: self.scribble(self.tmp / 'share/Old.tgz')),
-                              ('removed', lambda: remove(self.tmp / 'share/Old.tgz'))):
-            with self.subTest(name):
-                said = []
-                handler = logging.Handler()
-                handler.emit = lambda record: said.append(record.getMessage())
-                logging.getLogger('etcetera').addHandler(handler)
-                logging.getLogger('etcetera').setLevel(logging.DEBUG)
-                etc.push('New', config=self.config(), progress=lambda done, total: replace() if done else None)
-                self.check('New')
-                self.assertIn('was replaced while it was read', ' '.join(said))
-                remove(self.tmp / 'share/New.tgz')
-                logging.getLogger('etcetera').removeHandler(handler)
 
 
 class Disks(Case):
@@ -6712,38 +6578,37 @@ class Disks(Case):
 
     def preload(self, source):
         """Put functions in C before those of the system, in the processes that are spawned."""
+        if sys.platform != 'linux' or not shutil.which('gcc'):
+            self.skipTest('no gcc here')
         write(self.tmp, {'disk.c': source})
-        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', str(self.tmp / 'disk.so'), str(self.tmp / 'disk.c'), '-ldl'])
+        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', 'disk.so', 'disk.c', '-ldl'], cwd=str(self.tmp))
         os.environ['LD_PRELOAD'] = str(self.tmp / 'disk.so')
 
-    @unittest.skipUnless(sys.platform == 'linux' and shutil.which('gcc'), 'no gcc here')
     def test_disk_without_modes_and_links(self):
         """As exFAT: all files are executable, and there are no symbolic links."""
         self.publish()
-        self.etc('register', small(self.tmp / 'small'), 'Y', home='pub')
-        self.etc('push', 'Y', home='pub')
+        self.share(small(self.tmp / 'small'), 'Y', home='pub')
         self.preload(NO_MODES)
+        no_links = 'this disk cannot hold links: Operation not permitted; '
         for command, said in (
-                (['pull', 'X'], "this disk cannot hold links: Operation not permitted; set 'home' to a place on another disk"),
-                (['register', str(self.tmp / 'ds')], "this disk cannot hold links: Operation not permitted; 'etc register --copy'"),
-                (['pull', 'Y'], 'pulled Y'),
+                (['pull', 'X'], no_links + "set 'home' to a place on another disk"),
+                (['register', self.tmp / 'ds'], no_links + "'etc register --copy'"), (['pull', 'Y'], 'pulled Y'),
                 (['verify', 'Y'], "; this disk does not keep executable bits; set 'home' to a place on another")):
             with self.subTest(command):
                 self.assertIn(said, self.spawn(*command).communicate()[1].decode())
 
-    @unittest.skipUnless(sys.platform == 'linux' and shutil.which('gcc'), 'no gcc here')
     def test_disk_that_is_picky(self):
         """It opens no read-only file for writing, makes no hard links, and changes no modes."""
         self.publish()
         self.preload(PICKY)
         for command in (['pull', '-p', 'test', 'X'], ['pull', 'X'], ['pull', '-f', 'X'], ['verify', 'X'],
-                        ['register', '--copy', str(self.tmp / 'ds'), 'Y'], ['push', 'Y'], ['purge', 'Y']):
+                        ['register', '--copy', self.tmp / 'ds', 'Y'], ['push', 'Y'], ['purge', 'Y']):
             with self.subTest(command):
                 process = self.spawn(*command)
-                self.assertEqual((process.communicate()[1][:5], process.returncode), (b'etc: ', 0), command)
+                self.assertEqual((process.communicate()[1][:5], process.returncode), (b'etc: ', 0))
         del os.environ['LD_PRELOAD']
         self.assertEqual(tree(self.tmp / 'home/X'), tree(self.tmp / 'ds'))
-        self.assertEqual(sorted(os.listdir(str(self.tmp / 'share'))), ['X.tgz', 'Y.tgz'])
+        self.assertEqual(sorted(os.listdir(self.tmp / 'share')), ['X.tgz', 'Y.tgz'])
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_files_end_up_read_only_even_so(self):
@@ -6764,176 +6629,91 @@ class Disks(Case):
             if path.is_file():
                 self.assertFalse(path.stat().st_mode & 0o222, path)
 
+    def lock(self, place, mode=0o555):
+        for path in [place] + list(place.rglob('*')):
+            if path.is_dir() and not path.is_symlink():
+                path.chmod(mode)
+
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_read_only_store(self):
         self.publish()
         self.etc('pull', 'X')
-        self.assertIn("no dataset 'Z'", self.etc('pull', 'Z', status=1)[1])
         remove(self.tmp / 'home/.etcetera/locks')
-        places = [path for path in (self.tmp / 'home').rglob('*') if path.is_dir()] + [self.tmp / 'home']
-        for path in places:
-            path.chmod(0o555)
-        try:
-            with unprivileged(self.tmp / 'settings.yaml'):
-                self.assertIn('installed already, and identical', self.etc('pull', 'X')[1])
-                self.assertEqual(self.etc('ls')[0], 'X\n')
-                self.assertEqual(etc.dataset('X', auto_install=True, config=self.config()).keys(), {'empty', 'test', 'train'})
-                self.etc('verify', 'X')
-                for command in (['pull', '-f', 'X'], ['purge', 'X'], ['create', 'Y'], ['register', self.tmp / 'ds', 'Y'],
-                                ['register', '-f', self.tmp / 'ds', 'X'], ['register', '--copy', self.tmp / 'ds', 'Y']):
-                    with self.subTest(command):
-                        self.assertIn("cannot change what is in %s: Permission denied; ask who owns it, or set 'home'" % (self.tmp / 'home'),
-                                      self.etc(*command, status=1)[1])
-        finally:
-            for path in places:
-                path.chmod(0o755)
+        self.etc('ls', '-r')  # writes the settings
+        self.lock(self.tmp / 'home')
+        self.addCleanup(self.lock, self.tmp / 'home', 0o755)
+        problem = "cannot change what is in %s: Permission denied; ask who owns it, or set 'home'" % (self.tmp / 'home')
+        with unprivileged(self.tmp / 'settings.yaml'):
+            self.assertIn('installed already', self.etc('pull', 'X')[1])
+            self.assertEqual(self.etc('ls')[0], 'X\n')
+            self.assertEqual(len(etc.dataset('X', auto_install=True, config=self.config())), 3)
+            self.etc('verify', 'X')
+            for command in (['pull', '-f', 'X'], ['purge', 'X'], ['create', 'Y'], ['register', self.tmp / 'ds', 'Y'],
+                            ['register', '-f', self.tmp / 'ds', 'X'], ['register', '--copy', self.tmp / 'ds', 'Y']):
+                with self.subTest(command):
+                    self.assertIn(problem, self.etc(*command, status=1)[1])
         self.assertEqual(tree(self.tmp / 'home/X'), tree(self.tmp / 'ds'))
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_read_only_directories_are_replaced(self):
+        """And what was private stays private."""
         self.publish()
-        self.assertIn("no dataset 'Z'", self.etc('pull', 'Z', status=1)[1])
-        for what, exchange in (('in one step', etc._swap), ('in two', lambda one, other: False)):
-            with self.subTest(what):
-                self.addCleanup(setattr, etc, '_swap', etc._swap)
-                etc._swap = exchange
-                self.etc('pull', '-p', 'test', 'X')
-                with unprivileged(self.tmp):
-                    for command in (['pull', 'X'], ['pull', '-f', 'X'], ['purge', 'X']):
-                        for path in [self.tmp / 'home/X'] + [p for p in (self.tmp / 'home/X').rglob('*') if p.is_dir() and not p.is_symlink()]:
-                            path.chmod(0o555)
-                        self.etc(*command)
-                self.assertEqual((self.installed(), self.leftovers()), ([], []))
+        self.etc('pull', '-p', 'test', 'X')
+        with unprivileged(self.tmp):
+            for command in (['pull', 'X'], ['pull', '-f', 'X'], ['purge', 'X']):
+                self.lock(self.tmp / 'home/X', 0o500)
+                self.etc(*command)
+                for data in (self.tmp / 'home/.etcetera').rglob('data'):
+                    self.assertEqual(stat.S_IMODE(data.parent.stat().st_mode), 0o700)
+        self.assertEqual((self.installed(), self.leftovers()), ([], []))
 
-    def test_what_a_dead_process_left(self):
-        """It does not bring back what was purged."""
-        self.publish()
-        self.etc('pull', 'X')
-        write(self.tmp / 'home/.etcetera/replaced', {'X@other@0@abcd': None})
-        self.etc('purge', 'X')
-        self.assertEqual(self.installed(), [])
+    def mounted(self, mounts, *command):
+        """Run a command among mounts of its own, which vanish with it; its exit status, and what it prints."""
+        done = subprocess.run(['unshare', '-m', 'sh', '-ec', mounts + 'shift; exec "$@"', 'sh', str(self.tmp)]
+                              + [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              universal_newlines=True)
+        return done.returncode, done.stdout
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
-    def test_what_was_private_stays_private(self):
-        self.publish()
-        self.etc('pull', 'X')
-        for what, exchange in (('in one step', etc._swap), ('in two', lambda one, other: False)):
-            with self.subTest(what):
-                self.addCleanup(setattr, etc, '_swap', etc._swap)
-                etc._swap = exchange
-                (self.tmp / 'home/X').chmod(0o500)
-                self.etc('pull', '-f', 'X')
-                old, = (self.tmp / 'home/.etcetera/old').iterdir()
-                self.assertEqual(stat.S_IMODE(old.stat().st_mode), 0o700)
-                remove(old)
+    def needs_mounts(self, mounts):
+        if sys.platform != 'linux' or not shutil.which('unshare') or self.mounted(mounts, 'true')[0]:
+            self.skipTest('nothing can be mounted here')
 
     def test_nothing_is_removed_for_what_cannot_come(self):
         """Where the store's own directory is on another disk, nothing can be installed."""
-        (self.tmp / 'home/.etcetera').mkdir(parents=True)
-        elsewhere = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs tmpfs "$1" && shift && exec "$@"', 'sh', str(self.tmp / 'home/.etcetera')]
-        if sys.platform != 'linux' or subprocess.run(elsewhere + ['true'], stdout=subprocess.PIPE, stderr=subprocess.PIPE).returncode:
-            self.skipTest('nothing can be mounted here')
+        write(self.tmp / 'home', {'.etcetera': None})
+        mounts = 'mount -t tmpfs tmpfs "$1/home/.etcetera"\n'
+        self.needs_mounts(mounts)
         self.publish()
-        small(self.tmp / 'home/X')
-        before = tree(self.tmp / 'home/X')
-        done = subprocess.run(elsewhere + [sys.executable, SCRIPT, '--url', self.url, '--home', str(self.tmp / 'home'), 'pull', '-f', 'X'],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-        self.assertEqual(done.returncode, 1, done.stdout)
-        self.assertIn('cross-device', done.stdout)
+        before = tree(small(self.tmp / 'home/X'))
+        code, out = self.mounted(
+            mounts, sys.executable, SCRIPT, '--url', self.url, '--home', self.tmp / 'home', 'pull', '-f', 'X')
+        self.assertEqual(code, 1, out)
         self.assertEqual(tree(self.tmp / 'home/X'), before)
 
-    def test_what_is_being_removed_is_not_there(self):
-        """Another process takes away, in its place, what cannot be renamed; or it did so, and was killed."""
-        self.publish()
-        self.etc('pull', 'X')
-        going = self.tmp / 'home/.etcetera/successors/X@another-host@1@12345678'
-        write(self.tmp / 'home', {'.etcetera/successors/X@another-host@1@12345678': ''})
-        self.assertEqual(self.installed(), [])
-        with self.assertRaisesRegex(etc.NotFound, "no local dataset 'X'"):
-            etc.dataset('X', config=self.config())
-        self.etc('pull', '-f', 'X')  # which comes later, so it is what stays
-        self.assertEqual((self.installed(), going.exists()), (['X'], False))
-        write(self.tmp / 'home', {'.etcetera/successors/X@another-host@1@12345678': ''})
-        os.utime(str(going), (1, 1))
-        self.assertEqual((self.installed(), going.exists(), (self.tmp / 'home/X').exists()), ([], False, False))
-
-    OVERLAY = """
-        set -e
-        mount -t tmpfs tmpfs "$1/over"
-        mkdir "$1/over/upper" "$1/over/work"
-        mount -t overlay overlay -o "lowerdir=$1/image,upperdir=$1/over/upper,workdir=$1/over/work" "$1/home"
-        shift
-        exec "$@"
-    """
-
-    def overlaid(self, *command, **kwargs):
-        """Run a command in which home is an overlay over `image`, as in a container; its changes vanish with it."""
-        return subprocess.run(['unshare', '-m', 'sh', '-c', self.OVERLAY, 'sh', str(self.tmp)] + list(command), stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, universal_newlines=True, **kwargs)
-
-    def test_overlay(self):
-        """Directories of a lower layer cannot be renamed (EXDEV)."""
-        for name in ('over', 'home', 'image'):
-            (self.tmp / name).mkdir()
-        if sys.platform != 'linux' or self.overlaid('true').returncode:
-            self.skipTest('no overlay can be mounted here')
+    def test_directories_of_an_image(self):
+        """As in a container, where overlayfs renames none: replacing is refused, and removing works in place."""
+        write(self.tmp, {'over': None, 'home': None, 'image': None})
+        mounts = '''
+            mount -t tmpfs tmpfs "$1/over"
+            mkdir "$1/over/upper" "$1/over/work"
+            mount -t overlay overlay -o "lowerdir=$1/image,upperdir=$1/over/upper,workdir=$1/over/work" "$1/home"
+            '''
+        self.needs_mounts(mounts)
         self.publish()
         self.etc('pull', '-p', 'test', 'X', home='image')
         self.etc('register', '--copy', small(self.tmp / 'small'), 'Y', home='image')
-        program = r"""
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import etcetera as etc
-config = etc.Config(sys.argv[2], sys.argv[3])
-try:
-    os.rename(sys.argv[3] + '/X', sys.argv[3] + '/Z')
-    sys.exit('this overlay renames')
-except OSError as e:
-    print(e.errno)
-remove = etc._remove
-class Killed(BaseException): pass
-def killed(path):
-    if path.name in 'XY' and not etc.stop:
-        etc.stop = True
-        remove(path / 'data')
-        print('meanwhile', etc.ls(config=config))
-        raise Killed
-    remove(path)
-etc.stop = True
-etc._remove = killed
-for task in sys.argv[4:]:
-    print(task, flush=True)
-    name = task.rpartition(' ')[2].rstrip('!')
-    etc.stop = not task.endswith('!')
-    try:
-        if task.startswith('pull -f'): etc.pull(name, force=True, config=config)
-        elif task.startswith('pull'): etc.pull(name, config=config)
-        elif task.startswith('purge'): etc.purge(name, config=config)
-        elif task.startswith('push'): print(etc.push(name, config=config))
-        elif task.startswith('ls'): print(etc.ls(config=config))
-        elif task == 'forget': open('/proc/sys/vm/drop_caches', 'w').write('2')  # directories of a lower layer get other inodes
-        elif task.startswith('verify'): print(etc.verify(name, config=config))
-        print('done')
-    except Killed:
-        for kind in os.listdir(sys.argv[3] + '/.etcetera'):  # as if its process were gone
-            for left in os.listdir(sys.argv[3] + '/.etcetera/' + kind):
-                if '@%d@' % os.getpid() in left:
-                    os.rename(sys.argv[3] + '/.etcetera/%s/' % kind + left, sys.argv[3] + '/.etcetera/%s/' % kind + left.replace(
-                        '@%d@' % os.getpid(), '@0@'))
-        print('killed')
-"""
-        digest = etc.Dataset(self.tmp / 'ds').digest
-        for tasks, printed in (
-                (['pull X', 'verify X', 'pull -f X', 'verify X', 'purge X', 'ls'], ['done', digest, 'done', 'done', digest, 'done', 'done', "['Y']"]),
-                (['pull -f X', 'verify X'], ['done', digest]), (['purge X', 'ls', 'pull X', 'verify X'], ['done', "['Y']", 'done', 'done', digest]),
-                (['pull -f X!', 'ls', 'verify X'], ["meanwhile ['Y']", 'killed', "['X', 'Y']", 'done', digest]),
-                (['pull -f X!', 'forget', 'ls', 'verify X'], ["meanwhile ['Y']", 'killed', 'done', "['X', 'Y']", 'done', digest]),
-                (['purge X!', 'ls'], ["meanwhile ['Y']", 'killed', "['Y']"]),
-                (['purge Y!', 'purge X', 'ls'], ["meanwhile ['X']", 'killed', 'done', '[]'])):
-            with self.subTest(tasks):
-                done = self.overlaid(sys.executable, '-c', program, str(HERE), self.url, str(self.tmp / 'home'), *tasks)
-                lines = [line for line in done.stdout.splitlines() if line not in tasks]
-                self.assertEqual((lines[0], lines[1:1 + len(printed)], done.returncode), ('18', printed, 0), done.stdout)
+        script = '''
+            etc() { echo "$*"; "%s" "%s" --url "%s" --home "%s" "$@" || echo "failed"; }
+            ! mv -T "$home/X" "$home/Z" 2>/dev/null
+            etc pull X; etc pull -f X; etc verify X; etc register --copy -f "%s" Y; etc verify Y
+            etc purge X; etc ls; etc pull X; etc verify X; etc pull -f X; etc purge Y; etc ls
+            ''' % (sys.executable, SCRIPT, self.url, self.tmp / 'home', self.tmp / 'ds')
+        code, out = self.mounted(mounts, 'sh', '-ec', script)
+        refused = "'?etc.*purge.*\nfailed\n"
+        self.assertRegex(out, ''.join((
+            '\\Apull X\n.*', refused, 'pull -f X\n.*', refused, 'verify X\n.*partly installed, and unchanged.*\n',
+            'register .*\n.*', refused, 'verify Y\n.*complete and unchanged.*\n', 'purge X\n.*\n', 'ls\nY\n',
+            'pull X\n.*pulled X.*\n', 'verify X\n.*\n', 'pull -f X\n.*\n', 'purge Y\n.*\n', 'ls\nX\n\\Z')))
 
 
 @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
@@ -6943,15 +6723,17 @@ class Kills(S3Case):
     def setUp(self):
         super().setUp()
         self.share = (self.tmp / 'share').as_uri()
-        self.versions = {}
-        for number, version in enumerate(('one', 'two')):
-            root = write(self.tmp / version, {'data/train/%02d' % n: noise(100000, '%s %d' % (version, n)) for n in range(30)})
-            write(root, {'data/test/noise': noise(6 * MIB, version), 'meta.json': '{"v": %d}' % number, 'data/train/00': 'shared'})
+        self.versions, self.archives = {}, {}
+        for version in 'one', 'two':
+            root = write(self.tmp / version, {
+                'data/train/%02d' % n: noise(100000, '%s %d' % (version, n)) for n in range(30)})
+            write(root, {'data/test/noise': noise(6 * MIB, version), 'meta.json': '{"v": "%s"}' % version,
+                         'data/train/00': 'shared'})
             self.etc('register', root, 'X', home='maker-' + version)
             self.etc('push', 'X', home='maker-' + version, url=(self.tmp / 'made' / version).as_uri())
-            self.versions[version] = tree(root), (self.tmp / 'made' / version / 'X.tgz').read_bytes()
-        small(self.tmp / 'other')
-        self.etc('register', '--copy', self.tmp / 'other', 'Other')
+            self.versions[version] = tree(root)
+            self.archives[version] = (self.tmp / 'made' / version / 'X.tgz').read_bytes()
+        self.etc('register', '--copy', small(self.tmp / 'other'), 'Other')
 
     def prepare(self, local, remote):
         """Let the store and both remotes hold these versions, or nothing."""
@@ -6962,103 +6744,94 @@ class Kills(S3Case):
         self.server.uploads.clear()
         self.server.objects.clear()
         remove(self.tmp / 'share')
-        (self.tmp / 'share').mkdir()
+        write(self.tmp, {'share': None})
         if remote:
-            self.server.objects['some/prefix/X.tgz'] = self.versions[remote][1], '"%s"' % remote, {}
-            write(self.tmp / 'share', {'X.tgz': self.versions[remote][1]})
+            self.server.objects['some/prefix/X.tgz'] = self.archives[remote], '"%s"' % remote, {}
+            write(self.tmp / 'share', {'X.tgz': self.archives[remote]})
 
     def local(self):
         """The version that is installed; it must be one, and verify."""
-        self.assertTrue(set(self.installed()) <= {'X', 'Other', 'Z'})
+        self.assertTrue({'Other'} <= set(self.installed()) <= {'X', 'Other', 'Z'})
         self.etc('verify', 'Other')
         if 'X' not in self.installed():
-            self.assertFalse(os.path.lexists(str(self.tmp / 'home/X')))
+            self.assertFalse(os.path.lexists(self.tmp / 'home/X'))
             return None
         self.etc('verify', 'X')
         found = tree(self.tmp / 'home/X')
-        return [version for version in self.versions if self.versions[version][0] == found][0]
+        return [version for version in self.versions if self.versions[version] == found][0]
 
     def remotes(self):
-        found = [data for key, (data, _, _) in self.server.objects.items() if key == 'some/prefix/X.tgz']
-        self.assertEqual(len(found), len(self.server.objects))
-        for path in (self.tmp / 'share').glob('*.tgz'):
-            found.append(path.read_bytes())
-        return [[version for version in self.versions if self.versions[version][1] == data][0] for data in found]
+        found = [data for data, _, _ in self.server.objects.values()]
+        found += [path.read_bytes() for path in (self.tmp / 'share').glob('*.tgz')]
+        return [[version for version in self.archives if self.archives[version] == data][0] for data in found]
 
     def signature(self):
         """What a change to the store or the share would alter."""
-        found = []
         for name in ('home/X', 'home/X/data', 'home/X/data/train', 'share', 'share/X.tgz'):
             try:
-                status = os.lstat(str(self.tmp / name))
-                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+                status = os.lstat(self.tmp / name)
+                yield status.st_ino, status.st_mtime_ns, status.st_size
             except OSError:
-                found.append(None)
-        return found
+                yield None
 
-    def wait(self, process, rng, lasts):
-        """Until a moment within its usual running time, a request, or a change of files."""
-        how = rng.choice(['moment', 'change', 'request'])
+    def kill(self, process, rng, lasts):
+        """At a moment within its usual running time, at a request, or at a change of files."""
+        how, left = rng.choice(['moment', 'change', 'request']), itertools.count(1)
         if how == 'request':
-            left = [rng.randrange(1, 9)]
-
-            def fault(handler):
-                left[0] -= 1
-                if left[0] == 0:
-                    process.kill()
-            self.server.fault = fault
+            last = rng.randrange(1, 9)
+            self.server.fault = lambda handler: next(left) == last and process.kill()
         if how == 'change':
-            left, last = rng.choice([1, 1, 2, 3]), self.signature()
-            while process.poll() is None and left:
-                now = self.signature()
-                left, last = left - (now != last), now
+            changes, last = rng.choice([1, 1, 2, 3]), list(self.signature())
+            while process.poll() is None and changes:
+                now = list(self.signature())
+                changes, last = changes - (now != last), now
         else:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(rng.uniform(0.25, 1.05) * lasts)
         process.kill()
         process.communicate()
         self.server.fault = None
+        return process.returncode == -signal.SIGKILL
 
     def test_kills(self):
         push, pull = ['push', 'X'], ['pull', 'X']
         copy = ['register', '--copy', self.tmp / 'two', 'X']
         # the words, where, what is installed and remote before, what may be installed and remote after a kill
-        ops = [(push, self.url, 'two', None, {'two'}, [[], ['two']]),
-               (push, self.share, 'two', None, {'two'}, [[], ['two']]),
-               (push + ['-f'], self.url, 'two', 'one', {'two'}, [['one', 'one'], ['two', 'one']]),
-               (push + ['-f'], self.share, 'two', 'one', {'two'}, [['one', 'one'], ['one', 'two']]),
-               (pull, self.url, None, 'two', {None, 'two'}, None), (pull, self.share, None, 'two', {None, 'two'}, None),
-               (pull + ['-f'], self.url, 'one', 'two', {'one', 'two'}, None),
-               (copy, self.url, None, None, {None, 'two'}, None), (copy + ['-f'], self.url, 'one', None, {'one', 'two'}, None),
-               (['purge', 'X'], self.url, 'two', None, {None, 'two'}, None)]
-        lasts, killed = {}, 0
-        for seed in range(20 * RUNS):
-            rng = random.Random('kill %d' % seed)
-            args, url, local, remote, locals_, remotes = ops[seed % len(ops)]
+        operations = [
+            (push, self.url, 'two', None, {'two'}, [[], ['two']]),
+            (push, self.share, 'two', None, {'two'}, [[], ['two']]),
+            (push + ['-f'], self.url, 'two', 'one', {'two'}, [['one', 'one'], ['two', 'one']]),
+            (push + ['-f'], self.share, 'two', 'one', {'two'}, [['one', 'one'], ['one', 'two']]),
+            (pull, self.url, None, 'two', {None, 'two'}, None), (pull, self.share, None, 'two', {None, 'two'}, None),
+            (pull + ['-f'], self.url, 'one', 'two', {'one', 'two'}, None),
+            (copy, self.url, None, None, {None, 'two'}, None),
+            (copy + ['-f'], self.url, 'one', None, {'one', 'two'}, None),
+            (['purge', 'X'], self.url, 'two', None, {None, 'two'}, None)]
+        killed, seeds = 0, itertools.count()
+        for args, url, local, remote, locals_, remotes in operations:
             self.prepare(local, remote)
-            if seed % len(ops) not in lasts:
-                begin = time.time()
-                self.spawn(*args, url=url).communicate()
-                lasts[seed % len(ops)] = time.time() - begin
+            begin = time.time()
+            self.spawn(*args, url=url).communicate()
+            lasts = time.time() - begin
+            for _ in range(2 * RUNS):
                 self.prepare(local, remote)
-            with self.subTest(seed=seed, args=[str(arg) for arg in args]):
-                process = self.spawn(*args, url=url)
-                self.wait(process, rng, lasts[seed % len(ops)])
-                killed += process.returncode == -signal.SIGKILL
-                found = self.local()
-                self.assertIn(found, locals_)
-                if remotes:
-                    self.assertIn(self.remotes(), remotes)
-                # all but -f say so if there is nothing left to do
-                done = args is copy and found == 'two' or args[0] == 'purge' and found is None
-                err = self.etc(*args, url=url, status=1 if done else 0)[1]
-                if done:
-                    self.assertIn("another 'X' is installed already;" if args is copy else "no local dataset 'X';", err)
-                self.assertEqual(self.local(), None if args[0] == 'purge' else 'two')
-                if remotes:
-                    self.assertEqual(self.remotes(), remotes[1])
-                self.etc('create', '-f', 'Z')
-                self.assertEqual(self.leftovers(), [])
+                seed = next(seeds)
+                with self.subTest(seed=seed, args=[str(arg) for arg in args]):
+                    killed += self.kill(self.spawn(*args, url=url), random.Random('kill %d' % seed), lasts)
+                    found = self.local()
+                    self.assertIn(found, locals_)
+                    if remotes:
+                        self.assertIn(self.remotes(), remotes)
+                    # all but -f say so if there is nothing left to do
+                    done = args is copy and found == 'two' or args[0] == 'purge' and found is None
+                    err = self.etc(*args, url=url, status=int(done))[1]
+                    if done:
+                        self.assertIn("another 'X' is installed" if args is copy else "no local dataset 'X';", err)
+                    self.assertEqual(self.local(), None if args[0] == 'purge' else 'two')
+                    if remotes:
+                        self.assertEqual(self.remotes(), remotes[1])
+                    self.etc('create', '-f', 'Z')
+                    self.assertEqual(self.leftovers(), [])
         self.assertGreater(killed, 5 * RUNS, 'most shall be killed before they end')
 
 
@@ -7073,34 +6846,33 @@ class Locked:
     """
 
     FAILED = "'Bad' in [^\n]*: the archive is damaged: its index is missing;", "no dataset 'Nope' in "
+    COMMANDS = (('home', 'register --copy ds X', ''), ('home', 'push X', ''), ('home', 'push X', ''), ('home', 'ls -r', ''),
+                ('home', 'info -r X', ''), ('two', 'pull -p test X', ''), ('two', 'pull -f X', ''),
+                ('two', 'pull Bad', FAILED[0]), ('two', 'pull Nope', FAILED[1]), ('two', 'verify X', ''),
+                ('home', 'purge X', ''))
 
-    def commands(self):
-        """(home, words, what is said if it fails)"""
+    def setUp(self):
+        super().setUp()
         self.put('Bad.tgz', block(bytes(1024)) * 3)
-        root = odd(self.tmp / 'ds', 3)
-        return [('home', ['register', '--copy', str(root), 'X'], ''), ('home', ['push', 'X'], ''), ('home', ['push', 'X'], ''),
-                ('home', ['ls', '-r'], ''), ('home', ['info', '-r', 'X'], ''), ('two', ['pull', '-p', 'test', 'X'], ''),
-                ('two', ['pull', '-f', 'X'], ''),
-                ('two', ['pull', 'Bad'], self.FAILED[0]), ('two', ['pull', 'Nope'], self.FAILED[1]), ('two', ['verify', 'X'], ''),
-                ('home', ['purge', 'X'], '')]
-
-    def check(self, words, problem, process):
-        out, err = process.communicate()
-        self.assertEqual(process.returncode, int(bool(problem)), (words, err))
-        self.assertRegex(err.decode(), r'\Aetc: %s[^\n]+\n\Z' % problem if problem else r'\A\Z', words)
+        odd(self.tmp / 'ds', 3)
 
     def test_strict_interpreter(self):
         python = ['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
         os.environ.update(LC_ALL='C', LANG='C')
-        for home, words, problem in self.commands():
+        for home, words, problem in self.COMMANDS:
             with self.subTest(words):
-                self.check(words, problem, self.spawn('-q', *words, home=home, python=python, stdin=subprocess.DEVNULL, start_new_session=True))
+                process = self.spawn('-q', *words.split(), home=home, python=python, cwd=str(self.tmp),
+                                     stdin=subprocess.DEVNULL, start_new_session=True)
+                err = process.communicate()[1].decode()
+                self.assertEqual(process.returncode, int(bool(problem)), err)
+                self.assertRegex(err, r'\Aetc: %s[^\n]+\n\Z' % problem if problem else r'\A\Z')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
 
     def test_what_is_missing(self):
         """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
-        code = '''if True:
-            import gc, hashlib, json, os, sys
+        program = '''if True:
+            import gc, hashlib, io, json
+            sys.stdout = io.StringIO()
             def refuse(*args, **kwargs):
                 raise ValueError('disabled for FIPS')
             for name in ('ssl', '_ssl', 'fcntl', 'ctypes', '_ctypes'):
@@ -7114,22 +6886,18 @@ class Locked:
                 pwd.getpwuid = nobody
             except ImportError:
                 pass
-            folder, url, commands = sys.argv[1:]
-            sys.path.insert(0, folder)
             import etcetera
+            config, url, commands = sys.argv[1:]
             for home, words, problem in json.loads(commands):
-                found = etcetera.main(['-q', '--url', url, '--home', home] + words)
+                found = etcetera.main(['--config', config, '-q', '--url', url, '--home', home] + words.split())
                 assert found == bool(problem), (words, found)
                 gc.collect()
             '''
-        commands = [(str(self.tmp / home), words, problem) for home, words, problem in self.commands()]
-        env = dict(os.environ, **{'AWS_' + k[4:].upper(): v for k, v in self.settings.items() if k.startswith('aws_')})
-        env.update(AWS_ENDPOINT_URL=self.settings.get('endpoint_url', ''))
-        command = [sys.executable, '-I', '-S', '-W', 'error', '-c', code, str(HERE), self.url, json.dumps(commands)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
-        out, err = process.communicate()
-        self.assertEqual(process.returncode, 0, err.decode())
-        self.assertRegex(err.decode(), r'\Aetc: %s[^\n]+\netc: %s[^\n]+\n\Z' % self.FAILED)
+        self.etc('ls')  # writes the settings
+        code, out = run_python(program, self.tmp / 'settings.yaml', self.url, json.dumps(self.COMMANDS),
+                               flags=['-I', '-S', '-W', 'error'], cwd=str(self.tmp), stdin=subprocess.DEVNULL)
+        self.assertEqual(code, 0, out)
+        self.assertRegex(out, r'\Aetc: %s[^\n]+\netc: %s[^\n]+\n\Z' % self.FAILED)
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
 
 
@@ -7162,58 +6930,66 @@ class Hush:
         self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
         etc.time.sleep = lambda seconds: None
         logger = logging.getLogger('etcetera')
-        handler, level = logging.Handler(), logger.level
+        handler = logging.Handler()
         handler.emit = lambda record: self.said.append(record.getMessage())
         logger.addHandler(handler)
+        self.addCleanup(logger.setLevel, logger.level)
         logger.setLevel(logging.DEBUG)
-        self.addCleanup(logger.setLevel, level)
         self.addCleanup(logger.removeHandler, handler)
 
-    def everything(self, problem):
-        """All commands, in both ways; how many failed. They say that there is this problem, or that X was not pulled."""
-        failed = 0
+    def type(self, *words):
+        """Run the command line; its exit status, and what it says last."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter('ignore', ResourceWarning)  # of sockets, told whenever they are collected
+            try:
+                code = etc.main(list(words))
+            except SystemExit as e:
+                code = e.code
+        self.said += [out.getvalue(), err.getvalue()]
+        return code, (err.getvalue().splitlines() or [''])[-1]
+
+    def everything(self, problem, least=1):
+        """All commands, in both ways, of which so many fail, and say that there is this problem."""
+        del self.said[:]
+        write(self.tmp, {'settings.yaml': ''.join(
+            '%s: %s\n' % (key, json.dumps(value)) for key, value in self.settings.items())})
+        (self.tmp / 'settings.yaml').chmod(0o600)
         remove(self.tmp / 'two')
         small(self.tmp / 'ds')
-        for words in (['register', '-f', str(self.tmp / 'ds'), 'X'], ['push', '-f', 'X'], ['push', 'X'], ['ls', '-r', '-l'], ['info', '-r', 'X'],
-                      ['--home', str(self.tmp / 'two'), 'pull', 'X'], ['--home', str(self.tmp / 'two'), 'verify', 'X'], ['pull', 'Nope']):
-            out, err = io.StringIO(), io.StringIO()
-            settings = self.tmp / 'settings.yaml'
-            settings.write_text(''.join('%s: %s\n' % (k, json.dumps(v)) for k, v in self.settings.items()))
-            settings.chmod(0o600)
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = etc.main(['-v', '--config', str(settings), '--url', self.url, '--home', str(self.tmp / 'home')] + words)
-            self.assertIn(code, (0, 1), err.getvalue())
+        place = ['-v', '--config', str(self.tmp / 'settings.yaml'), '--url', self.url, '--home', str(self.tmp / 'home')]
+        two, failed = ['--home', str(self.tmp / 'two')], 0
+        for words in (['register', '-f', str(self.tmp / 'ds'), 'X'], ['push', '-f', 'X'], ['push', 'X'], ['ls', '-rl'],
+                      ['info', '-r', 'X'], two + ['pull', 'X'], two + ['verify', 'X'], ['pull', 'Nope']):
+            code, last = self.type(*place + words)
+            self.assertIn(code, (0, 1), last)
             if code:
-                self.assertRegex(err.getvalue().splitlines()[-1], problem + "|no local dataset 'X'" * ('verify' in words))
+                self.assertRegex(last, problem + "|no local dataset 'X'" * ('verify' in words))
             failed += code
-            self.said += [out.getvalue(), err.getvalue()]
-        try:
+        self.assertGreaterEqual(failed, least)
+        with self.heard():
             config = self.config()
             self.said += [repr(config), str(config), '%r' % [config]]
-            for call in (lambda: etc.ls(True, config), lambda: etc.info('X', True, config), lambda: etc.push('X', True, config),
-                         lambda: etc.pull('X', True, config=config)):
-                try:
-                    self.said.append(repr(call()))
-                except etc.Error as e:
-                    self.hear(e)
-        except etc.Error as e:
-            self.hear(e)
+            for function, args in ((etc.ls, [True]), (etc.info, ['X', True]), (etc.push, ['X', True]), (etc.pull, ['X', True])):
+                with self.heard():
+                    self.said.append(repr(function(*args, config=config)))
         self.search()
-        return failed
 
-    def hear(self, e):
-        while e is not None:
-            self.said += [str(e), repr(e), repr(vars(e))] + traceback.format_exception(type(e), e, e.__traceback__)
-            e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
+    @contextlib.contextmanager
+    def heard(self):
+        """Note all that an error tells."""
+        try:
+            yield
+        except etc.Error as e:
+            while e is not None:
+                self.said += [str(e), repr(e), repr(vars(e))] + traceback.format_exception(type(e), e, e.__traceback__)
+                e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
 
     def search(self):
-        own = [str(self.tmp / name) for name in ('settings.yaml', '.aws', 'key.json', 'subject')]
-        for top, _, files in os.walk(str(self.tmp)):
-            for name in files:
-                path = os.path.join(top, name)
-                if not path.startswith(tuple(own)):
-                    with open(path, 'rb') as file:
-                        self.said.append(file.read().decode('latin-1'))
+        own = tuple(str(self.tmp / name) for name in ('settings.yaml', '.aws', 'key.json'))
+        for path in self.tmp.rglob('*'):
+            if path.is_file() and not str(path).startswith(own):
+                self.said.append(path.read_bytes().decode('latin-1'))
         for text in self.said:
             for secret in self.secrets:
                 self.assertNotIn(secret, text)
@@ -7227,83 +7003,85 @@ class Secrets(Hush, S3Case):
         """Secrets from settings, environment and files; right ones, wrong ones, broken ones."""
         self.settings['aws_session_token'] = 'session/hush'
         nope, wrong = "no dataset 'Nope' in", 'aws_secret_access_key holds characters that it cannot have'
-        self.assertEqual(self.everything(nope), 1)
+        self.everything(nope)
         keys = {key: self.settings.pop(key) for key in list(self.settings) if key.startswith('aws_')}
         os.environ.update({key.upper(): value for key, value in keys.items()})
-        self.assertEqual(self.everything(nope), 1)
-        for broken, problem in (('hush\nhush', wrong), ('hush\u00e9', wrong), ('hush hush', wrong), ('hush', '403 SignatureDoesNotMatch')):
+        self.everything(nope)
+        for broken, problem in (('hush\nhush', wrong), ('hush\u00e9', wrong), ('hush hush', wrong),
+                                ('hush', '403 SignatureDoesNotMatch')):
             with self.subTest(broken):
                 os.environ['AWS_SECRET_ACCESS_KEY'] = broken
-                self.assertGreater(self.everything(problem), 5)
+                self.everything(problem, 6)
         for key in keys:
             del os.environ[key.upper()]
-        write(self.tmp, {'.aws/credentials': '[default]\n' + ''.join('%s = %s\n' % item for item in keys.items())})
-        self.assertEqual(self.everything(nope), 1)
         unreadable = 'credentials cannot be read as an AWS settings file'
-        for broken, problem in (
-                ('[default]\naws_secret_access_key = hush\n', 'aws_access_key_id and aws_secret_access_key go together'),
-                ('hush\n', unreadable), ('[default\nhush = hush\n', unreadable), ('[default]\naws_secret_access_key\nhush', unreadable),
-                ('[default]\naws_access_key_id = a\naws_secret_access_key = hu\u00e9hush\n', wrong)):
-            with self.subTest(broken):
-                write(self.tmp, {'.aws/credentials': broken})
-                self.assertGreater(self.everything(problem), 5)
+        for text, problem, least in (
+                ('[default]\n' + ''.join('%s = %s\n' % item for item in keys.items()), nope, 1),
+                ('[default]\naws_secret_access_key = hush\n', 'aws_access_key_id and aws_secret_access_key go together', 6),
+                ('hush\n', unreadable, 6), ('[default\nhush = hush\n', unreadable, 6),
+                ('[default]\naws_secret_access_key\nhush', unreadable, 6),
+                ('[default]\naws_access_key_id = a\naws_secret_access_key = hu\u00e9hush\n', wrong, 6)):
+            with self.subTest(text):
+                write(self.tmp, {'.aws/credentials': text})
+                self.everything(problem, least)
         remove(self.tmp / '.aws/credentials')
+        yaml = 'this YAML syntax is not supported'
         for value, problem in (('hu\\nhush', '403 InvalidAccessKeyId'), (5, "'aws_secret_access_key' must be text"),
-                               (['hush'], 'this YAML syntax is not supported'), ({'a': 'hush'}, 'this YAML syntax is not supported')):
+                               (['hush'], yaml), ({'a': 'hush'}, yaml)):
             with self.subTest(value):
                 self.settings.update(aws_access_key_id='a', aws_secret_access_key=value)
-                self.assertGreater(self.everything(problem), 5)
+                self.everything(problem, 6)
 
     def test_settings_that_cannot_be_read(self):
-        syntax = '1: this YAML syntax is not supported'
+        syntax, path = '1: this YAML syntax is not supported', self.tmp / 'settings.yaml'
         for line, problem in (
-                ('aws_secret_access_key: "hush', '1: a quoted value must end on its line'), ('aws_secret_access_key: [hush]', syntax),
-                ('aws_secret_access_key: hush: hush', syntax), ('hush', "1: not of the form 'key: value'"),
-                ('aws_secret_access_key: "\\hush"', '1: unknown escape'), ('aws_secret_key: hush', "1: unknown setting 'aws_secret_key'"),
+                ('aws_secret_access_key: "hush', '1: a quoted value must end on its line'),
+                ('aws_secret_access_key: [hush]', syntax), ('aws_secret_access_key: hush: hush', syntax),
+                ('hush', "1: not of the form 'key: value'"), ('aws_secret_access_key: "\\hush"', '1: unknown escape'),
+                ('aws_secret_key: hush', "1: unknown setting 'aws_secret_key'"),
                 ('aws_session_token: hush\naws_session_token: hush', "2: 'aws_session_token' is set a second time")):
             with self.subTest(line):
-                write(self.tmp, {'settings.yaml': line + '\n'})
-                out, err = io.StringIO(), io.StringIO()
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                    self.assertEqual(etc.main(['-v', '--config', str(self.tmp / 'settings.yaml'), '--url', self.url, 'ls', '-r']), 1)
-                self.assertIn('settings.yaml:' + problem, err.getvalue())
-                self.said += [out.getvalue(), err.getvalue()]
-                try:
-                    etc.Config.load(self.tmp / 'settings.yaml')
-                except etc.Error as e:
-                    self.hear(e)
+                path.write_text(line + '\n')
+                code, last = self.type('-v', '--config', str(path), '--url', self.url, 'ls', '-r')
+                self.assertEqual((code, 'settings.yaml:' + problem in last), (1, True), last)
+                with self.heard():
+                    etc.Config.load(path)
                 self.search()
 
     def test_answers(self):
         """Whatever a server says, and wherever it breaks off."""
         self.settings['aws_session_token'] = 'session/hush'
+        code = 'SignatureDoesNotMatch'
         for status in (301, 400, 401, 403, 404, 409, 412, 500, 503):
             def fault(handler):
-                xml = '<Error><Code>SignatureDoesNotMatch</Code><Message>no</Message><StringToSign>%s</StringToSign><Token-0>%s</Token-0></Error>' % (
-                    escape(str(handler.headers)), handler.headers['x-amz-security-token'])
-                return handler.answer(status, xml.encode(), {'Location': self.server.url + '/elsewhere'}) or True
+                told = escape(str(handler.headers)), handler.headers['x-amz-security-token']
+                xml = '<Error><Code>%s</Code><Message>no</Message><StringToSign>%s</StringToSign><Token>%s</Token></Error>'
+                location = {'Location': self.server.url + '/elsewhere'}
+                return handler.answer(status, (xml % ((code,) + told)).encode(), location) or True
             with self.subTest(status):
                 self.server.fault = fault
-                self.assertGreater(self.everything('answers %d SignatureDoesNotMatch: no;' % status), 5)
+                self.everything('answers %d %s: no;' % (status, code), 6)
         self.server.fault = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR) or True
-        self.assertGreater(self.everything('cannot reach ' + self.server.url), 5)
+        self.everything('cannot reach ' + self.server.url, 6)
         self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode()) or True
-        self.assertGreater(self.everything('does not answer (as S3 does|with the range that was asked for)'), 4)
+        self.everything('does not answer (as S3 does|with the range that was asked for)', 5)
 
     def test_urls(self):
         """Passwords in URLs, where they cannot be used or are of proxies."""
-        url = self.url
+        url, endpoint = self.url, self.settings['endpoint_url']
         for self.url, problem in (
-                ('https://user:hush@127.0.0.1:1/x', 'the url has a user or password in it'), ('s3://user:hush@bucket', 'not of the form s3://bucket'),
-                ('s3://key:hush@bucket/x', 'not of the form s3://bucket'), ('gs://user:hush@bucket', 'not of the form gs://bucket'),
-                ('ftp://user:hush@host/x', 'the url; it must start with'), ('file://user:hush@host/x', 'the url is no absolute path')):
+                ('https://user:hush@127.0.0.1:1/x', 'the url has a user or password in it'),
+                ('s3://user:hush@bucket', 'not of the form s3://bucket'), ('s3://key:hush@bucket/x', 'not of the form'),
+                ('gs://user:hush@bucket', 'not of the form gs://bucket'),
+                ('ftp://user:hush@host/x', 'the url; it must start with'),
+                ('file://user:hush@host/x', 'the url is no absolute path')):
             with self.subTest(self.url):
-                self.assertGreater(self.everything(problem), 5)
+                self.everything(problem, 6)
         self.url = url
-        endpoint = self.settings['endpoint_url']
-        for self.settings['endpoint_url'] in (endpoint.replace('//', '//user:hush@'), 'http://user:hush@', 'user:hush@host'):
+        for self.settings['endpoint_url'] in (
+                endpoint.replace('//', '//user:hush@'), 'http://user:hush@', 'user:hush@host'):
             with self.subTest(self.settings['endpoint_url']):
-                self.assertGreater(self.everything('the endpoint_url must look like https://host'), 5)
+                self.everything('the endpoint_url must look like https://host', 6)
         self.settings['endpoint_url'] = 'http://storage.invalid'
         os.environ['no_proxy'] = ''
         proxy = Server(Recorder)
@@ -7314,16 +7092,16 @@ class Secrets(Hush, S3Case):
                 (proxy.url.replace('//', '//user:hush@'), "does not answer as S3 does|another 'X' is in|it ends too early"),
                 ('http://user:hush@[', no_proxy), ('user:hush@127.0.0.1:x', no_proxy)):
             with self.subTest(os.environ['http_proxy']):
-                self.assertGreater(self.everything(problem), 4)
-        self.assertTrue(proxy.log)
+                self.everything(problem, 5)
         self.assertIn('Basic ', proxy.log[0])
 
 
 # what stands between the marks of a secret
-ALPHABETS = {'slash': '/', 'plus': '+/', 'equals': '=', 'hash': '#', 'question': '?', 'at': '@', 'colon': ':', 'percent': '%2F', 'space': ' ',
-             'unicode': '\u00e9', 'quote': "'", 'json': '", "', 'port': ':1/', 'scheme': '://', 'newline': '\n', 'long': '/' + 'x' * 300}
-if RUNS == 1:  # all of them take minutes
-    ALPHABETS = {name: ALPHABETS[name] for name in ('slash', 'hash', 'at', 'unicode', 'newline')}
+ALPHABETS = {'slash': '/', 'hash': '#', 'at': '@', 'unicode': '\u00e9', 'newline': '\n'}
+if RUNS > 1:  # all of them take minutes
+    ALPHABETS.update({'plus': '+/', 'equals': '=', 'question': '?', 'colon': ':', 'percent': '%2F', 'space': ' ',
+                      'quote': "'", 'json': '", "', 'port': ':1/', 'scheme': '://', 'long': '/' + 'x' * 300})
+KEYLESS = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
 
 
 class Places(Hush, S3Case):
@@ -7333,32 +7111,25 @@ class Places(Hush, S3Case):
 
     def setUp(self):
         super().setUp()
-        os.chdir(str(self.tmp))
-        self.addCleanup(os.chdir, str(HERE))
-        os.environ.update(ETC_HOME=str(self.tmp / 'home'), ETC_URL=self.url, AWS_ENDPOINT_URL=self.server.url, NO_GCE_CHECK='true',
-                          AWS_ACCESS_KEY_ID=AKID, AWS_SECRET_ACCESS_KEY=SECRET)
+        os.chdir(self.tmp)
+        self.addCleanup(os.chdir, HERE)
+        os.environ.update(ETC_HOME=str(self.tmp / 'home'), ETC_URL=self.url, AWS_ENDPOINT_URL=self.server.url,
+                          NO_GCE_CHECK='true', AWS_ACCESS_KEY_ID=AKID, AWS_SECRET_ACCESS_KEY=SECRET)
         self.settings = {}
         write(self.tmp, {'file': 'x'})
         etc.register(small(self.tmp / 'ds'), 'X')
 
-    def told(self, words, statuses, says, env=(), sent=True):
-        """Let the command line, at each verbosity, and the API say what they say, and look for secrets there and in what was sent."""
+    def told(self, words, status, says, env=(), sent=True):
+        """Let the command line, at each verbosity, and the API say what they say, and look for secrets there."""
         del self.said[:], self.server.log[:]
         saved = dict(os.environ)
         os.environ.update(env)
         try:
             for verbosity in ([], ['-v'], ['-q']):
-                out, err = io.StringIO(), io.StringIO()
-                with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
-                    warnings.simplefilter('ignore', ResourceWarning)  # of sockets, told whenever they are collected
-                    try:
-                        code = etc.main(verbosity + words)
-                    except SystemExit as e:
-                        code = e.code
-                self.assertIn(code, statuses, err.getvalue())
-                self.assertTrue(any(word in err.getvalue() for word in ([says] if isinstance(says, str) else says)), err.getvalue())
-                self.said += [out.getvalue(), err.getvalue()]
-            self.assertEqual(err.getvalue().count('\n'), 1 if code else 0, err.getvalue())
+                code, last = self.type(*verbosity + words)
+                self.assertEqual(code, status, last)
+                self.assertRegex(last if code else '', says or r'\A\Z')
+            self.assertEqual(self.said[-1].count('\n'), status, last)
             with self.heard():
                 config = etc.Config.load(**self.settings)
                 self.said.append(repr(config))
@@ -7369,337 +7140,269 @@ class Places(Hush, S3Case):
         self.said += ['%s %s\n%s' % item for item in self.server.log if sent]
         self.search()
 
-    @contextlib.contextmanager
-    def heard(self):
-        try:
-            yield
-        except etc.Error as e:
-            self.hear(e)
-
-    def everywhere(self, places, words=('ls', '-r'), statuses=(1,)):
-        """places: [(variable or setting, what it holds with %s for a secret, other variables, what is said, or a choice)]"""
+    def everywhere(self, places, words=('ls', '-r')):
+        """places: [(variable or setting, what it holds with %s for a secret, other variables, what is said)]"""
         for alphabet, mark in ALPHABETS.items():
-            secret = mark.join(self.secrets)
             for name, template, env, says in places:
                 with self.subTest(name=name, alphabet=alphabet, template=template):
-                    value = template % secret
-                    if name.islower():  # a setting
-                        if mark == '\n':
-                            says = 'holds characters that cannot be printed'
-                        self.settings = {name: value}
-                        (self.tmp / 'settings.yaml').write_text(json.dumps(name)[1:-1] + ': ' + json.dumps(value))
-                        os.chmod(str(self.tmp / 'settings.yaml'), 0o600)
-                        self.told(list(words), statuses, says, dict(env, ETC_CONFIG=str(self.tmp / 'settings.yaml')))
-                        (self.tmp / 'settings.yaml').unlink()
-                    else:
-                        self.settings = {}
-                        if name in ('ETC_URL', 'ETC_HOME') and mark == '\n':
-                            says = 'holds characters that cannot be printed'
-                        self.told(list(words), statuses, says, dict(env, **{name: value}))
+                    value = template % mark.join(self.secrets)
+                    self.settings = {name: value} if name.islower() else {}
+                    if mark == '\n' and (name.islower() or name in ('ETC_URL', 'ETC_HOME')):
+                        says = 'holds characters that cannot be printed'
+                    write(self.tmp, {'settings.yaml': json.dumps(self.settings).strip('{}').replace('"', '', 2)})
+                    (self.tmp / 'settings.yaml').chmod(0o600)
+                    env = dict(env, ETC_CONFIG=str(self.tmp / 'settings.yaml'))
+                    self.told(list(words), 1, says, env if name.islower() else dict(env, **{name: value}))
 
-    def test_paths(self):
-        keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
-        role = dict(keyless, AWS_ROLE_ARN='arn:aws:iam::1:role/x')
-        container = dict(keyless, AWS_CONTAINER_CREDENTIALS_FULL_URI='http://127.0.0.1:1/')
+    def test_paths_and_choices(self):
+        role = dict(KEYLESS, AWS_ROLE_ARN='arn:aws:iam::1:role/x')
+        token = dict(KEYLESS, AWS_WEB_IDENTITY_TOKEN_FILE='file')
+        container = dict(KEYLESS, AWS_CONTAINER_CREDENTIALS_FULL_URI='http://127.0.0.1:1/')
         google = {'ETC_URL': 'gs://bucket', 'AWS_ENDPOINT_URL': ''}
         tls = {'AWS_ENDPOINT_URL': 'https://127.0.0.1:1'}
-        nothing = 'no credentials were found'
+        here = re.escape(str(self.tmp))
         self.everywhere((
-            ('AWS_WEB_IDENTITY_TOKEN_FILE', '%s', role, '$AWS_WEB_IDENTITY_TOKEN_FILE names: '),
-            ('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE', '%s', container, '$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names: '),
-            ('GOOGLE_APPLICATION_CREDENTIALS', '%s', google, '$GOOGLE_APPLICATION_CREDENTIALS'),
+            ('AWS_WEB_IDENTITY_TOKEN_FILE', '%s', role, r'\$AWS_WEB_IDENTITY_TOKEN_FILE names: '),
+            ('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE', '%s', container, r'\$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names: '),
+            ('GOOGLE_APPLICATION_CREDENTIALS', '%s', google, r'\$GOOGLE_APPLICATION_CREDENTIALS'),
             ('google_credentials', '%s', google, 'google_credentials'),
-            ('AWS_CA_BUNDLE', '%s', tls, '$AWS_CA_BUNDLE'), ('ca_bundle', '%s', tls, 'ca_bundle'),
-            ('ETC_CONFIG', '%s', {}, str(self.tmp / '...')), ('ETC_CONFIG', 'file/%s', {}, str(self.tmp / 'file' / '...')),
-            ('AWS_SHARED_CREDENTIALS_FILE', '%s', dict(keyless, AWS_EC2_METADATA_DISABLED='true'), nothing),
-            ('AWS_CONFIG_FILE', '%s', dict(keyless, AWS_EC2_METADATA_DISABLED='true'), nothing),
-        ))
+            ('AWS_CA_BUNDLE', '%s', tls, r'\$AWS_CA_BUNDLE'), ('ca_bundle', '%s', tls, 'ca_bundle'),
+            ('ETC_CONFIG', '%s', {}, here + r'/\.\.\.'), ('ETC_CONFIG', 'file/%s', {}, here + r'/file/\.\.\.'),
+            ('AWS_SHARED_CREDENTIALS_FILE', '%s', KEYLESS, 'no credentials were found'),
+            ('AWS_CONFIG_FILE', '%s', KEYLESS, 'no credentials were found'),
+            ('AWS_PROFILE', '%s', {}, r'\$AWS_PROFILE'), ('aws_profile', '%s', {}, 'aws_profile'),
+            ('AWS_REGION', '%s', {}, r'\$AWS_REGION'), ('region', '%s', {}, "'region'"),
+            ('AWS_ROLE_ARN', '%s', token, r'\$AWS_ROLE_ARN')))
+        self.everywhere([(name, '%s\u20ac', {}, 'a value that cannot be sent') for name in (
+            'storage_class', 'sse', 'sse_kms_key_id', 'request_payer')])
         etc.push('X')  # or pull would not come to look at the home
-        home = str(self.tmp / 'file' / '...')
-        for words in (['ls'], ['push', 'X'], ['pull', 'X'], ['create', 'Y'], ['register', str(self.tmp / 'ds'), 'Y']):
+        home = here + r'/file/\.\.\.'
+        for words in (['ls'], ['push', 'X'], ['pull', 'X'], ['create', 'Y'], ['register', 'ds', 'Y']):
             with self.subTest(words):
                 self.everywhere((('ETC_HOME', str(self.tmp / 'file/%s'), {}, home),
                                  ('home', str(self.tmp / 'file/%s'), {'ETC_HOME': ''}, home)), words)
 
-    def test_choices(self):
-        """Names and kinds, as of a profile."""
-        keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
-        self.everywhere((
-            ('AWS_PROFILE', '%s', {}, '$AWS_PROFILE'), ('aws_profile', '%s', {}, 'aws_profile'),
-            ('AWS_REGION', '%s', {}, '$AWS_REGION'), ('region', '%s', {}, "'region'"),
-            ('AWS_ROLE_ARN', '%s', dict(keyless, AWS_WEB_IDENTITY_TOKEN_FILE='file'), '$AWS_ROLE_ARN'),
-        ))
-        self.everywhere([(name, '%s\u20ac', {}, 'a value that cannot be sent') for name in (
-            'storage_class', 'sse', 'sse_kms_key_id', 'request_payer')])
-
     def test_urls(self):
         """Passwords and signatures in URLs, and keys instead of URLs."""
-        form = 'the url is not of the form'
-        self.everywhere([(name, template, {'ETC_URL': '', 'AWS_ENDPOINT_URL': ''}, says) for name in ('ETC_URL', 'url') for template, says in (
-            ('%s', 'it must start with'), ('https://user:%s@127.0.0.1:1/x', 'user or password'),
-            ('https://user:x%s@127.0.0.1:1/x', 'user or password'),
-            ('https://127.0.0.1:1/x?sig=%s', 'the url '), ('https://127.0.0.1:1/x#%s', 'the url '), ('s3://user:%s@bucket', form),
-            ('gs://user:%s@bucket/x', form), ('ftp://user:%s@127.0.0.1:1/x', 'it must start with'),
-            ('file://user:%s@host/x', 'is no absolute path'))])
-        must = 'the endpoint_url must look like'
-        self.everywhere([(name, template, more, must) for name, more in (
+        form, start = 'the url is not of the form', 'it must start with'
+        self.everywhere([(name, template, {'ETC_URL': '', 'AWS_ENDPOINT_URL': ''}, says) for name in ('ETC_URL', 'url')
+                         for template, says in (
+            ('%s', start), ('https://user:%s@127.0.0.1:1/x', 'user or password'),
+            ('https://user:x%s@127.0.0.1:1/x', 'user or password'), ('https://127.0.0.1:1/x?sig=%s', 'the url '),
+            ('https://127.0.0.1:1/x#%s', 'the url '), ('s3://user:%s@bucket', form), ('gs://user:%s@bucket/x', form),
+            ('ftp://user:%s@127.0.0.1:1/x', start), ('file://user:%s@host/x', 'is no absolute path'))])
+        self.everywhere([(name, template, more, 'the endpoint_url must look like') for name, more in (
             ('endpoint_url', {}), ('AWS_ENDPOINT_URL', {}), ('AWS_ENDPOINT_URL_S3', {}),
             ('STORAGE_EMULATOR_HOST', {'ETC_URL': 'gs://bucket'}),
-            ('AWS_EC2_METADATA_SERVICE_ENDPOINT', {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': '', 'AWS_EC2_METADATA_DISABLED': ''}))
-            for template in ('http://user:%s@127.0.0.1:1', 'http://127.0.0.1:1/?sig=%s')])
-        self.everywhere([(name, '%s', {}, must) for name in ('endpoint_url', 'AWS_ENDPOINT_URL')])
-        keyless = {'AWS_ACCESS_KEY_ID': '', 'AWS_SECRET_ACCESS_KEY': ''}
-        refused = ('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://',
-                   '$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /', 'does not have the form https://host',
-                   'cannot reach http://127.0.0.1:1: ')
-        self.everywhere([('AWS_CONTAINER_CREDENTIALS_FULL_URI', template, keyless, refused) for template in (
-            'http://user:%s@127.0.0.1:1/', 'https://user:%s@127.0.0.1:1/', '%s', 'http://127.0.0.1:1/?%s', 'http://127.0.0.1:1/%s')])
-        self.everywhere([('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI', template, keyless, refused[1:3])
-                         for template in (':%s', '@%s', '%s')])
+            ('AWS_EC2_METADATA_SERVICE_ENDPOINT', dict(KEYLESS, AWS_EC2_METADATA_DISABLED='')))
+            for template in ('http://user:%s@127.0.0.1:1', 'http://127.0.0.1:1/?sig=%s')
+            + ('%s',) * (name in ('endpoint_url', 'AWS_ENDPOINT_URL'))])
+        uri, form = 'AWS_CONTAINER_CREDENTIALS_%s_URI', 'does not have the form https://host'
+        self.everywhere([(uri % kind, template, KEYLESS, r'\$%s must b|%s|cannot reach http://127.0.0.1:1: ' % (
+            uri % kind, form)) for kind, templates in (
+                ('FULL', ('http://user:%s@127.0.0.1:1/', 'https://user:%s@127.0.0.1:1/', '%s', 'http://127.0.0.1:1/?%s',
+                          'http://127.0.0.1:1/%s')), ('RELATIVE', (':%s', '@%s', '%s'))) for template in templates])
 
     def test_queries_that_are_legal(self):
         """In the name of a "directory" of a bucket."""
         for alphabet, mark in ALPHABETS.items():
-            if mark != '\n':
-                for url in ('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x'):
-                    self.server.objects.clear()
-                    os.environ['ETC_URL'] = url % mark.join(self.secrets)
-                    for words in (['push', 'X'], ['push', 'X'], ['ls', '-r', '-l'], ['info', '-r', 'X'], ['--home', 'two', 'pull', 'X'],
-                                  ['--home', 'two', 'info', 'X'], ['--home', 'two', 'ls', '-l'], ['pull', 'Nope']):
-                        with self.subTest(words, alphabet=alphabet, url=url):
-                            nope = words[-1] == 'Nope'
-                            self.told(words, (int(nope),), "no dataset 'Nope' in s3://" if nope else '', sent=False)
+            for url in ('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x') * (mark != '\n'):
+                self.server.objects.clear()
+                os.environ['ETC_URL'] = url % mark.join(self.secrets)
+                for words in ('push X', 'push X', 'ls -rl', 'info -r X', '--home two pull X', '--home two info X',
+                              '--home two ls -l', 'pull Nope'):
+                    with self.subTest(words, alphabet=alphabet, url=url):
+                        nope = "no dataset 'Nope' in s3://" if 'Nope' in words else ''
+                        self.told(words.split(), int(bool(nope)), nope, sent=False)
 
     def test_proxies(self):
         """A password may have any character; what is no plain proxy is asked nothing."""
         proxy = Server(Recorder)
         self.addCleanup(proxy.stop)
         os.environ['no_proxy'] = ''
-        for alphabet, mark in ALPHABETS.items():
-            secret = mark.join(self.secrets)
-            for scheme in ('http', 'https'):
-                for template in ('https://user:%s@' + proxy.url[7:], 'socks5://user:%s@' + proxy.url[7:], 'socks5h://' + proxy.url[7:] + '/%s',
-                                 'http://user:%s@', 'user:%s@127.0.0.1:x', 'http://user:%s@127.0.0.1:99999', 'http://user:%s@['):
-                    with self.subTest(alphabet=alphabet, scheme=scheme, template=template):
-                        self.told(['ls', '-r'], (1,), scheme + '_proxy is not of the form http://',
-                                  {'AWS_ENDPOINT_URL': scheme + '://storage.invalid', scheme + '_proxy': template % secret})
-                        self.assertEqual(proxy.log, [])
+        at = proxy.url[len('http://'):]
+        templates = ('https://user:%s@' + at, 'socks5://user:%s@' + at, 'socks5h://' + at + '/%s', 'http://user:%s@',
+                     'user:%s@127.0.0.1:x', 'http://user:%s@127.0.0.1:99999', 'http://user:%s@[')
+        for (alphabet, mark), scheme in itertools.product(ALPHABETS.items(), ('http', 'https')):
+            secret, site = mark.join(self.secrets), {'AWS_ENDPOINT_URL': scheme + '://storage.invalid'}
+            for template in templates:
+                with self.subTest(alphabet=alphabet, scheme=scheme, template=template):
+                    self.told(['ls', '-r'], 1, scheme + '_proxy is not of the form http://',
+                              dict(site, **{scheme + '_proxy': template % secret}))
+                    self.assertEqual(proxy.log, [])
             if mark != '\n':
-                with self.subTest(alphabet=alphabet):
-                    self.told(['ls', '-r'], (1,), 'does not answer as S3', {
-                        'AWS_ENDPOINT_URL': 'http://storage.invalid', 'http_proxy': 'http://user:%s@%s/' % (secret, proxy.url[7:])})
-                    sent = re.search('Proxy-Authorization: Basic (.*)', proxy.log[0]).group(1)
-                    self.assertEqual(base64.b64decode(sent).decode(), 'user:' + urllib.parse.unquote(secret))
-                    self.told(['ls', '-r'], (1,), 'cannot reach https://storage.invalid', {
-                        'AWS_ENDPOINT_URL': 'https://storage.invalid', 'https_proxy': 'http://user:%s@%s' % (secret, proxy.url[7:])})
+                with self.subTest(alphabet=alphabet, scheme=scheme):
+                    self.told(['ls', '-r'], 1, 'does not answer as S3|cannot reach https://storage.invalid', dict(
+                        site, **{scheme + '_proxy': 'http://user:%s@%s/' % (secret, at)}))
+                    if scheme == 'http':
+                        sent = re.search('Proxy-Authorization: Basic (.*)', proxy.log[0]).group(1)
+                        self.assertEqual(base64.b64decode(sent).decode(), 'user:' + urllib.parse.unquote(secret))
                     del proxy.log[:]
 
     def test_words(self):
         """On the command line: what is typed is shown, but URLs without password and query."""
-        self.settings = {}
         etc.push('X')  # or pull would not come to look at partitions
         name, usage = "is not NAME@sha256:|cannot be a dataset's name", "etc: '?etc.* takes no "
-        command = 'etc: no command |argument COMMAND'
-        file, home, url = 'no settings file', "Not a directory: |'home' holds", "the url[ ;]|'url' holds"
-        for alphabet, mark in ALPHABETS.items():
-            secret = mark.join(self.secrets)
-            for template in ('https://user:%s@127.0.0.1:1/x', 's3://user:%s@bucket', 'https://127.0.0.1/x?sig=%s', 'user:%s@127.0.0.1',
-                             'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s'):
-                word = template % secret
-                for words, status, says in (
-                        (['pull', word], 1, name), (['pull', 'X', word], 1, name), (['push', word], 1, name), (['info', word], 1, name),
-                        (['info', '-r', word], 1, name), (['diff', 'X', word], 1, name), (['diff', '-r', word, 'X'], 1, name),
-                        (['diff', 'X', 'X', word], 2, 'diff takes two names'), (['ls', word], 1, 'no dataset here matches '),
-                        (['purge', word], 1, name), (['verify', word], 1, name), (['create', word], 1, name),
-                        (['register', word], 1, 'no directory'), (['register', word, 'Y'], 1, 'no directory'),
-                        (['register', 'ds', word], 1, name), (['register', 'ds', 'as', word], 1, name),
-                        (['register', word, 'ds'], 1, 'no directory'),
-                        ([word], 2, command), (['pull', 'X', '--ulr=' + word], (1, 2), usage + '|' + name),
-                        (['pull', 'X', '--force=' + word], 2, 'argument -f/--force'), (['--' + word], 2, usage + '|' + command),
-                        (['-x' + word], 2, usage + '|' + command),
-                        (['--co=' + word, 'ls'], (1, 2), file + '|' + usage),
-                        (['completion', word], 2, 'argument SHELL'), (['--config', word, 'ls'], 1, file),
-                        (['--config', 'file/' + word, 'ls'], 1, 'cannot be read: '),
-                        (['--home', 'file/' + word, 'ls'], (0, 1), home), (['--home', 'file/' + word, 'create', 'Y'], 1, home),
-                        (['--url', word, 'ls', '-r'], 1, url), (['pull', 'X', '-p', word], 1, 'no partition '),
-                        (['create', '-f', 'Y', 'a', word + '/'], 1, "cannot be a partition's name")):
-                    with self.subTest(words=words):
-                        del self.said[:]
-                        out, err = io.StringIO(), io.StringIO()
-                        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                            try:
-                                code = etc.main(['-v'] + words)
-                            except SystemExit as e:
-                                code = e.code
-                        self.assertIn(code, status if isinstance(status, tuple) else (status,), err.getvalue())
-                        self.assertRegex(err.getvalue().splitlines()[-1], says)  # below the traceback
-                        for part in self.secrets:
-                            self.assertNotIn(part, out.getvalue() + err.getvalue())
+        command, no_directory = 'etc: no command |argument COMMAND', 'no directory'
+        templates = ('https://user:%s@127.0.0.1:1/x', 's3://user:%s@bucket', 'https://127.0.0.1/x?sig=%s',
+                     'user:%s@127.0.0.1', 'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s')
+        for (alphabet, mark), template in itertools.product(ALPHABETS.items(), templates):
+            word = template % mark.join(self.secrets)
+            for line, says in (
+                    ('pull %s', name), ('pull X %s', name), ('push %s', name), ('info %s', name), ('info -r %s', name),
+                    ('diff X %s', name), ('diff -r %s X', name), ('diff X X %s', 'diff takes two names'),
+                    ('ls %s', 'no dataset here matches '), ('purge %s', name), ('verify %s', name), ('create %s', name),
+                    ('register %s', no_directory), ('register %s Y', no_directory), ('register ds %s', name),
+                    ('register ds as %s', name), ('register %s ds', no_directory), ('%s', command),
+                    ('pull X --ulr=%s', usage + '|' + name), ('pull X --force=%s', 'argument -f/--force'),
+                    ('--%s', usage + '|' + command), ('-x%s', usage + '|' + command),
+                    ('--co=%s ls', 'no settings file|' + usage), ('--config %s ls', 'no settings file'),
+                    ('--config file/%s ls', 'cannot be read: '), ('--home file/%s create Y', "Not a directory: |'home' holds"),
+                    ('--url %s ls -r', "the url[ ;]|'url' holds"), ('pull X -p %s', 'no partition '),
+                    ('create -f Y a %s/', "cannot be a partition's name")):
+                with self.subTest(line, word=word):
+                    code, last = self.type('-v', *[part.replace('%s', word) for part in line.split()])
+                    self.assertIn(code, (1, 2))
+                    self.assertRegex(last, says)  # below the traceback
+                    for secret in self.secrets:
+                        self.assertNotIn(secret, ''.join(self.said))
+                    del self.said[:]
 
 
 class GoogleSecrets(Hush, GoogleCase):
     secrets = 'ya29.token', 'hush'
 
-    def test_all(self):
-        good = {'access_token': 'ya29.token', 'expires_in': 3600}
-        impersonated = {'type': 'impersonated_service_account', 'service_account_impersonation_url': self.tokens.url + '/i',
-                        'source_credentials': self.user(client_secret='hush', refresh_token='hush')}
-        (self.tmp / 'subject').write_text('hush')
-        external = {'type': 'external_account', 'audience': 'a', 'subject_token_type': 't', 'token_url': self.tokens.url + '/s',
-                    'credential_source': {'file': str(self.tmp / 'subject')}, 'client_id': 'i', 'client_secret': 'hush'}
-        later = dict(good, accessToken='ya29.token', expireTime='2099-01-01T00:00:00Z')
-        self.tokens.respond = lambda handler, form: later
-        nope, header, unused = "no dataset 'Nope' in", 'a header for http://.* contains invalid characters', 'key.json cannot be used: '
-        form = 'a URL from the settings, the credentials or a server does not have the form'
-        for info in (self.user(client_secret='hush', refresh_token='hush'), impersonated, external):
-            with self.subTest(info['type']):
+    def test_credentials(self):
+        os.environ['PATH'] = ''  # so that there is no gcloud
+        nope, unused, none = "no dataset 'Nope' in", 'key.json cannot be used: ', 'key.json holds no Google credentials;'
+        form, header = 'does not have the form', 'a header for http://.* contains invalid characters'
+        user = functools.partial(self.user, client_secret='hush', refresh_token='hush')
+        account = {'type': 'service_account', 'client_email': 'e', 'token_uri': self.tokens.url}
+        pem = '-----BEGIN PRIVATE KEY-----\nhush\n-----END PRIVATE KEY-----'
+        external = {'type': 'external_account', 'audience': 'a', 'subject_token_type': 't', 'client_secret': 'hush',
+                    'token_url': self.tokens.url, 'credential_source': {'url': 'http://user:hush@127.0.0.1:1/x?key=hush'}}
+        self.tokens.respond = lambda handler, form: {'access_token': 'ya29.token', 'expires_in': 3600}
+        for what, info, problem in [
+                ('right', user(), nope), ('refresh token', user(refresh_token=['hush']), nope),
+                ('token_uri', user(token_uri='nonsense'), unused + 'the address of a token'),
+                ('private key', dict(account, private_key='hush'), unused + 'private_key'),
+                ('list as a private key', dict(account, private_key=['hush']), unused),
+                ('PEM', dict(account, private_key=pem), unused + 'private_key'),
+                ('no account', {'type': 'service_account', 'private_key': 'hush'}, unused + "'client_email'"),
+                ('no type', {'private_key': 'hush'}, none), ('list', ['hush'], none), ('for other tools', external, '.'),
+                ('of another kind', dict(external, type='odd'), '.')] + [
+                (key, user(**{key: value % secret}), problem)
+                for secret in ('hush\nX: y', 'hush\u20ac', 'hu/sh@hush#hush?hush') for key, value, problem in (
+                    ('token_uri', 'http://user:%s@127.0.0.1:1/x?key=%%s' % secret, form + '|cannot reach http://127.0.0.1:1: '),
+                    ('token_uri', '%s', unused + 'the address of a token'), ('quota_project_id', '%s\n', header))]:
+            with self.subTest(what, info=info):
                 self.use(info)
-                self.assertEqual(self.everything(nope), 1)
-        for secret in ('hush\nX: y', 'hush\u20ac', 'hu/sh@hush#hush?hush'):
-            url = 'http://user:%s@127.0.0.1:1/x?key=%s' % (secret, secret)
-            query = 'cannot reach http://127.0.0.1:1: ' if '@' in secret else form
-            for source, problem in (
-                    ({'url': self.tokens.url, 'headers': {'Authorization': secret + '\n'}}, header), ({'url': url}, form), ({'url': secret}, form),
-                    ({'file': secret}, 'cannot read the file with a token that the credential_source names'),
-                    ({'url': self.tokens.url + '/ x?key=' + secret}, form), ({'url': 'http://127.0.0.1:1/x?key=' + secret}, query)):
-                with self.subTest(source):
-                    self.use(dict(external, credential_source=source))
-                    self.assertGreater(self.everything(problem), 5)
-            for more, problem in (({'token_uri': url}, form), ({'token_uri': secret}, unused + 'the address of a token'),
-                                  ({'quota_project_id': secret + '\n'}, header)):
-                with self.subTest(more):
-                    self.use(self.user(**more))
-                    self.assertGreater(self.everything(problem), 5)
-        none = 'key.json holds no Google credentials;'
-        for what, problem, info in (
-                ('refresh token', nope, self.user(client_secret='hush', refresh_token=['hush'])),
-                ('token_uri', unused + 'the address of a token', self.user(client_secret='hush', token_uri='nonsense')),
-                ('private key', unused + 'private_key', {'type': 'service_account', 'client_email': 'e', 'private_key': 'hush',
-                                                         'token_uri': self.tokens.url}),
-                ('list as a private key', unused, {'type': 'service_account', 'client_email': 'e', 'private_key': ['hush'],
-                                                   'token_uri': self.tokens.url}),
-                ('PEM', unused + 'private_key', {'type': 'service_account', 'client_email': 'e', 'token_uri': self.tokens.url,
-                                                 'private_key': '-----BEGIN PRIVATE KEY-----\nhush\n-----END PRIVATE KEY-----'}),
-                ('no account', unused + "'client_email'", {'type': 'service_account', 'private_key': 'hush'}),
-                ('no type', none, {'private_key': 'hush'}), ('list', none, ['hush']),
-                ('subject', unused, dict(external, credential_source={
-                    'file': str(self.tmp / 'subject'), 'format': {'type': 'json', 'subject_token_field_name': 'x'}})),
-                ('client secret', nope, dict(external, client_secret=5, audience=None)),
-                ('source', unused, dict(impersonated, source_credentials='hush'))):
-            with self.subTest(what):
-                self.use(info)
-                self.everything(problem)
-        self.use(self.user(client_secret='hush', refresh_token='hush'))
+                self.everything(problem, 1 if problem == nope else 6)
         (self.tmp / 'key.json').write_text('{"type": "authorized_user", "refresh_token": "hush')
-        self.assertGreater(self.everything(none), 5)
+        self.everything(none, 6)
+
+    def test_answers(self):
         self.use(self.user(client_secret='hush', refresh_token='hush'))
+        good, unused = {'access_token': 'ya29.token', 'expires_in': 3600}, 'key.json cannot be used: '
         for answer, problem in (
-                (dict(good, access_token='hu\nsh hush'), unused + 'access_token'), (dict(good, access_token='hush\u20ac'), unused + 'access_token'),
-                (dict(good, access_token=['hush']), unused + 'access_token'), (dict(good, expires_in='soon'), unused),
-                ({'hush': 1}, unused + "'access_token'"), (['hush'], unused), ('no', 'gives no access token: no;')):
+                (dict(good, access_token='hu\nsh hush'), 'access_token'), (dict(good, access_token='hush\u20ac'), 'access_token'),
+                (dict(good, access_token=['hush']), 'access_token'), (dict(good, expires_in='soon'), ''),
+                ({'hush': 1}, "'access_token'"), (['hush'], '')):
             with self.subTest(answer):
                 self.tokens.respond = lambda handler, form: answer
-                self.assertGreater(self.everything(problem), 5)
+                self.everything(unused + problem, 6)
+        self.tokens.respond = lambda handler, form: 'no'
+        self.everything('gives no access token: no;', 6)
         self.tokens.respond = lambda handler, form: good
         for status in (301, 308, 400, 401, 403, 404, 412, 500):
             with self.subTest(status):
-                self.server.fault = lambda handler: handler.answer(status, b'no', {'Location': self.server.url + '/x'}) or True
-                self.assertGreater(self.everything('answers %d: no;' % status), 5)
+                location = {'Location': self.server.url + '/x'}
+                self.server.fault = lambda handler: handler.answer(status, b'no', location) or True
+                self.everything('answers %d: no;' % status, 6)
 
 
 # ---------------------------------------------------------------------------------------
 # As a file to copy, pipe, vendor and import
 # ---------------------------------------------------------------------------------------
 
+def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: None, **streams):
+    """Run a command on a terminal; its exit status, and what it shows. Each answer is typed when it asks."""
+    import fcntl
+    import pty
+    import termios
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+    streams = dict(dict.fromkeys(('stdin', 'stdout', 'stderr'), theirs), **streams)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT] + [str(word) for word in words], env=dict(os.environ, TERM=term),
+        start_new_session=True, preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
+    os.close(theirs)
+    guard = threading.Timer(60, process.kill)
+    guard.start()
+    shown, answers = b'', list(answers)
+    with open(ours, 'r+b', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
+        for data in iter(lambda: file.read(4096), b''):
+            shown += data
+            if answers and shown.endswith(b'[y/N] '):
+                meanwhile()
+                file.write(answers.pop(0))
+    guard.cancel()
+    return process.wait(), shown.decode('utf-8', 'replace').replace('\r\n', '\n')
+
+
 class Progress(Case):
-    def told(self, function, *args, **kwargs):
-        """What `progress` is told, after a look whether that makes sense."""
+    def told(self, function, *args, home='home', **kwargs):
+        """What `progress` is told in the end, after a look whether all of it makes sense."""
         calls = []
         function(*args, progress=lambda done, total: calls.append((done, total, threading.get_ident())),
-                 config=self.config(kwargs.pop('home', 'home')), **kwargs)
-        self.assertEqual(calls[0][0], 0)
-        self.assertEqual([done for done, _, _ in calls], sorted(done for done, _, _ in calls))
-        self.assertEqual({(total, thread) for _, total, thread in calls}, {(calls[-1][0], threading.get_ident())})
+                 config=self.config(home), **kwargs)
+        for total, told in itertools.groupby(calls, lambda call: call[1]):
+            told = [done for done, _, _ in told]
+            self.assertEqual((told, 0 <= told[0] <= told[-1] <= total), (sorted(told), True))
+        self.assertEqual({thread for _, _, thread in calls}, {threading.get_ident()})
+        self.assertEqual(calls[-1][0], calls[-1][1])
         return calls[-1][0]
 
     def test_api(self):
         root = odd(self.tmp / 'ds', 20)
-        size = etc.info('X', config=etc.register(root, 'X', config=self.config()) and self.config())['size']
+        self.etc('register', root, 'X')
+        size = etc.info('X', config=self.config())['size']
         self.assertEqual(self.told(etc.push, 'X'), size)
-        archive = os.path.getsize(str(self.tmp / 'share/X.tgz'))
-        self.assertTrue(archive - 4096 < self.told(etc.pull, 'X', home='two') < archive)
-        self.assertTrue(0 < self.told(etc.pull, 'X', partitions=['empty'], home='three') < 4096)
-        self.assertTrue(archive - 8192 < self.told(etc.dataset, 'X', True, home='three') < archive)
-        self.assertEqual(self.told(etc.verify, 'X', home='two'), size)
-        self.assertEqual(self.told(etc.diff, 'X', 'X', (True, False)), size)  # registered here, so it must be read
-        self.assertEqual(self.told(etc.register, root, 'Y', copy=True), size)
-        etc.register(small(self.tmp / 'small'), 'Z', copy=True, config=self.config())
-        self.assertEqual(self.told(etc.diff, 'Y', 'Z', files=True), size)
-        for kept in ('two', 'three'):
-            with self.subTest(kept):
-                self.assertEqual(tree(self.tmp / kept / 'X'), tree(root))
-
-    def test_foreign_archive(self):
-        (self.tmp / 'share').mkdir()
-        with tarfile.open(str(self.tmp / 'share/X.tgz'), 'w:gz') as tar:
-            tar.add(str(small(self.tmp / 'ds')), '.')
-        self.assertEqual(self.told(etc.pull, 'X'), os.path.getsize(str(self.tmp / 'share/X.tgz')))
-
-    def test_what_it_raises_ends_the_work(self):
-        class Enough(Exception):
-            pass
-
-        def progress(done, total):
-            if done > total // 2:
-                raise Enough
-
-        etc.register(odd(self.tmp / 'ds', 20), 'X', config=self.config())
-        with self.assertRaises(Enough):
-            etc.push('X', config=self.config(), progress=progress)
-        self.assertEqual(etc.ls(True, self.config()), [])
-        etc.push('X', config=self.config())
-        with self.assertRaises(Enough):
-            etc.pull('X', config=self.config('two'), progress=progress)
-        self.assertEqual((self.installed('two'), self.leftovers('two')), ([], []))
-
-    def on_terminal(self, *args, columns=80, term='xterm'):
-        """What a command writes to a terminal of that width."""
-        import fcntl
-        import pty
-        import termios
-        ours, theirs = pty.openpty()
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-        process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url] + list(args), stdout=subprocess.DEVNULL,
-                                   stderr=theirs, env=dict(os.environ, TERM=term))
-        os.close(theirs)
-        out = b''
-        with open(ours, 'rb', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
-            for data in iter(lambda: file.read(4096), b''):
-                out += data
-        self.assertEqual(process.wait(), 0, out)
-        return out.decode()
+        archive = os.path.getsize(self.tmp / 'share/X.tgz')
+        with tarfile.open(self.tmp / 'share/Foreign.tgz', 'w:gz') as tar:
+            tar.add(small(self.tmp / 'small'), '.')
+        foreign = os.path.getsize(self.tmp / 'share/Foreign.tgz')
+        self.etc('register', '--copy', self.tmp / 'small', 'Z')
+        for function, args, more, least, most in (
+                (etc.pull, ['X'], {'home': 'two'}, archive - 4096, archive),
+                (etc.pull, ['X'], {'partitions': ['empty'], 'home': 'three'}, 1, 4096),
+                (etc.dataset, ['X', True], {'home': 'three'}, archive - 8192, archive),
+                (etc.pull, ['Foreign'], {}, foreign, foreign), (etc.verify, ['X'], {'home': 'two'}, size, size),
+                (etc.diff, ['X', 'X', (True, False)], {}, size, size),  # registered here, so it must be read
+                (etc.register, [root, 'Y'], {'copy': True}, size, size)):
+            with self.subTest(function.__name__, args=args):
+                self.assertTrue(least <= self.told(function, *args, **more) <= most)
+        self.assertEqual([tree(self.tmp / home / 'X') for home in ('two', 'three')], [tree(root)] * 2)
 
     @unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
     def test_terminal(self):
         write(self.tmp / 'ds', {'data/train/big': noise(3 * MIB), 'data/train/small': 'x'})
         etc.register(self.tmp / 'ds', 'MNIST', config=etc.Config())
-        summary = r'etc: %s MNIST%s: 2 files, 3\.15 MB in [0-9.]+ s \([0-9.]+ [MG]B/s\)\r\n\Z'
-        for columns in (80, 40, 12):
-            for args, what, done in ((['push', '-f', 'MNIST'], 'pushing', 'pushed'), (['verify', 'MNIST'], 'verifying', 'verified'),
-                                     (['--home', str(self.tmp / str(columns)), 'pull', 'MNIST'], 'pulling', 'pulled')):
+        for columns in 80, 40, 12:
+            for words, what in (('push -f MNIST', 'pushing'), ('verify MNIST', 'verifying'),
+                                ('--home %s pull MNIST' % (self.tmp / str(columns)), 'pulling')):
                 with self.subTest(what, columns=columns):
-                    out = self.on_terminal(*args, columns=columns)
-                    *drawn, last = out.split('\r\033[J')
+                    code, shown = on_terminal('--url', self.url, *words.split(), columns=columns, stdout=subprocess.DEVNULL)
+                    *drawn, last = shown.split('\r\033[J')
                     drawn = [line for line in drawn if line]
+                    self.assertEqual((code, bool(drawn)), (0, True), shown)
                     for line in drawn:
                         self.assertTrue(line.endswith('\r') and '\n' not in line and len(line) <= columns, drawn)
-                    whole = '%s MNIST  0%%  0 B of 3.15 MB' % what
-                    self.assertTrue(drawn and drawn[0].startswith(whole if columns > 12 else whole[:11]), drawn)
-                    self.assertRegex(last if what != 'verifying' else last.partition('etc: MNIST@')[0].replace(
-                        'nothing known to compare it with; ', ''), summary % (done, ' to ' + self.url if done == 'pushed' else ''))
-        for args, term in ((['-q', 'push', '-f', 'MNIST'], 'xterm'), (['push', '-f', 'MNIST'], 'dumb')):
-            with self.subTest(term, args=args):
-                self.assertNotRegex(self.on_terminal(*args, term=term), r'\033|pushing')
+                        self.assertTrue(line.startswith('%s MNIST'[:14] % what if columns > 12 else what), drawn)
+                    self.assertRegex(last, r'\A\r?etc: %sed MNIST.*2 files, 3\.15 MB in [0-9.]+ s \([0-9.]+ [MG]B/s\)\n'
+                                     % what[:-3].replace('verify', 'verifi'))
+        for words, term in ((['-q', 'push', '-f', 'MNIST'], 'xterm'), (['push', '-f', 'MNIST'], 'dumb')):
+            self.assertNotRegex(on_terminal('--url', self.url, *words, term=term)[1], r'\033|pushing')
         self.assertNotRegex(self.etc('pull', 'MNIST')[1], r'[\r\033]')
 
 
@@ -7709,86 +7412,48 @@ class Question(Case):
 
     def setUp(self):
         super().setUp()
+        self.asked = "etc: remove 'X' (1.5 kB) in %s? [y/N] " % self.url
+        self.stays = "etc: 'X' (1.5 kB) in %s stays\n" % self.url
+
+    def purge(self, *words, **kwargs):
+        """The exit status, what is left, and what was shown."""
         write(self.tmp / 'share', {'X.tgz': 'x' * 1500, 'Y.tgz': 'y'})
-
-    def on_terminal(self, *args, answers=(), meanwhile=lambda: None):
-        """The exit status, and what it shows; each answer is typed when it asks."""
-        import fcntl
-        import pty
-        import termios
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url, 'purge'] + list(args), stdin=theirs, stdout=theirs, stderr=theirs,
-                                   start_new_session=True, preexec_fn=lambda: (default_signals(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)))
-        os.close(theirs)
-        guard = threading.Timer(60, process.kill)
-        guard.start()
-        shown, answers = b'', list(answers)
-        with open(ours, 'r+b', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
-            for data in iter(lambda: file.read(4096), b''):
-                shown += data
-                if answers and shown.endswith(b'[y/N] '):
-                    meanwhile()
-                    file.write(answers.pop(0))
-        guard.cancel()
-        return process.wait(), shown.decode('utf-8', 'replace').replace('\r\n', '\n')
-
-    def left(self):
-        return sorted(os.listdir(str(self.tmp / 'share')))
+        code, shown = on_terminal('--url', self.url, 'purge', *words, **kwargs)
+        return code, sorted(path.stem for path in (self.tmp / 'share').iterdir()), shown
 
     def test_answers(self):
-        asked = "etc: remove 'X' (1.5 kB) in %s? [y/N] " % self.url
-        for answer in (b'\n', b'n\n', b'no\n', b'yy\n', b'\xff\n', b' \n'):
+        for answer in ('\n', 'n\n', 'no\n', 'yy\n', '\xff\n', ' \n', '\x04'):
             with self.subTest(answer):
-                code, shown = self.on_terminal('-r', 'X', answers=[answer])
-                self.assertEqual((code, shown.startswith(asked), self.left()), (1, True, ['X.tgz', 'Y.tgz']), shown)
-                self.assertTrue(shown.endswith("\netc: 'X' (1.5 kB) in %s stays\n" % self.url), shown)
-        for answer in (b'y\n', b'Y\n', b'yes\n', b' yes \n'):
+                code, left, shown = self.purge('-r', 'X', answers=[answer.encode('latin-1')])
+                self.assertEqual((code, left, shown[:len(self.asked)]), (1, ['X', 'Y'], self.asked))
+                self.assertTrue(shown.endswith('\n' + self.stays), shown)
+        for answer in ('y\n', 'Y\n', 'yes\n', ' yes \n'):
             with self.subTest(answer):
-                write(self.tmp / 'share', {'X.tgz': 'x' * 1500})
-                code, shown = self.on_terminal('-r', '-q', 'X', answers=[answer])
-                self.assertEqual((code, shown, self.left()), (0, asked + answer.decode(), ['Y.tgz']))
+                self.assertEqual(self.purge('-r', '-q', 'X', answers=[answer.encode()]), (0, ['Y'], self.asked + answer))
 
-    def test_end_of_input(self):
-        code, shown = self.on_terminal('-r', 'X', answers=[b'\x04'])
-        self.assertEqual((code, self.left()), (1, ['X.tgz', 'Y.tgz']))
-        self.assertRegex(shown, r"\[y/N\] (\^D\x08\x08)?\netc: 'X' \(1\.5 kB\) in .* stays\n\Z")
-
-    def test_ctrl_c(self):
-        code, shown = self.on_terminal('-r', 'X', 'Y', answers=[b'\x03'])
-        self.assertEqual((code, self.left()), (130, ['X.tgz', 'Y.tgz']))
-        self.assertTrue(shown.endswith('etc: interrupted\n'), shown)
-
-    def test_several(self):
-        code, shown = self.on_terminal('-r', 'Nope', 'X', 'Y', answers=[b'n\n', b'y\n'])
-        self.assertEqual((code, self.left()), (1, ['X.tgz']), shown)
-        self.assertIn("etc: purged 'Y' from %s\n" % self.url, shown)
-
-    def test_no_question(self):
-        self.assertEqual(self.on_terminal('-r', '-f', 'X'), (0, "etc: purged 'X' from %s\n" % self.url))
-        self.assertIn("did you mean 'Y'?", self.on_terminal('-r', 'y')[1])
+    def test_outcomes(self):
+        purged = "etc: purged '%s' from " + self.url + '\n'
+        for words, answers, code, left, said in (
+                ('-r X Y', [b'\x03'], 130, ['X', 'Y'], 'etc: interrupted'), ('-r -f X', [], 0, ['Y'], purged % 'X'),
+                ('-r Nope X Y', [b'n\n', b'y\n'], 1, ['X'], purged % 'Y'), ('-r y', [], 1, ['X', 'Y'], "did you mean 'Y'?")):
+            with self.subTest(words):
+                *found, shown = self.purge(*words.split(), answers=answers)
+                self.assertEqual((found, said in shown), ([code, left], True), shown)
 
     def test_another_push_before_the_answer(self):
-        code, shown = self.on_terminal('-r', 'X', answers=[b'y\n'], meanwhile=lambda: write(self.tmp / 'share', {'X.tgz': 'newer'}))
+        code, _, shown = self.purge('-r', 'X', answers=[b'y\n'],
+                                    meanwhile=lambda: write(self.tmp / 'share', {'X.tgz': 'newer'}))
         self.assertEqual((code, (self.tmp / 'share/X.tgz').read_text()), (1, 'newer'))
         self.assertIn("etc: 'X' in %s was replaced meanwhile; look again: " % self.url, shown)
 
     def test_only_one_end_is_a_terminal(self):
-        for stdin, stderr in ((True, False), (False, True)):
-            with self.subTest(stdin=stdin, stderr=stderr):
-                import pty
-                ours, theirs = pty.openpty()
-                process = subprocess.Popen([sys.executable, SCRIPT, '--url', self.url, 'purge', '-r', 'X'], stdout=subprocess.DEVNULL,
-                                           stdin=theirs if stdin else subprocess.DEVNULL, stderr=theirs if stderr else subprocess.PIPE)
-                try:
-                    err = process.communicate(timeout=60)[1]
-                finally:
-                    process.kill()
-                if stderr:
-                    err = os.read(ours, 4096)
-                os.close(ours)
-                os.close(theirs)
-                self.assertEqual((process.returncode, self.left()), (2, ['X.tgz', 'Y.tgz']))
-                self.assertIn(b"etc: without a terminal to ask on, 'etc purge -r' needs -f;", err)
+        with open(self.tmp / 'err', 'w+') as err:
+            for streams in ({'stdin': subprocess.DEVNULL}, {'stderr': err}):
+                with self.subTest(streams):
+                    code, left, shown = self.purge('-r', 'X', **streams)
+                    self.assertEqual((code, left), (2, ['X', 'Y']))
+                    err.seek(0)
+                    self.assertIn("etc: without a terminal to ask on, 'etc purge -r' needs -f;", shown + err.read())
 
 
 class Mistakes(Case):
@@ -7796,8 +7461,8 @@ class Mistakes(Case):
 
     def setUp(self):
         super().setUp()
-        os.chdir(str(self.tmp))
-        self.addCleanup(os.chdir, str(HERE))
+        os.chdir(self.tmp)
+        self.addCleanup(os.chdir, HERE)
 
     def test_each_gets_its_line(self):
         write(self.tmp, {'digits/data/train/1': 'one', 'digits/data/test/2': 'two', 'images/1.png': 'png', 'digits.tgz': 'x',
@@ -7805,58 +7470,56 @@ class Mistakes(Case):
         self.etc('register', './digits', 'MNIST')
         self.etc('push', 'MNIST')
         self.etc('create', 'Mine')
-        here, share = str(self.tmp), self.url
+        here, share, how = str(self.tmp), self.url, "; 'etc %s-h' shows how"
         no_dataset = "%s is no dataset: it needs a directory 'data' with a directory for each partition"
-        no_name = "'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', the first a letter or digit"
-        for command, status, line in (
-            (['pul', 'MNIST'], 2, "no command 'pul'; did you mean 'pull'? 'etc -h' shows how"),
-            (['frobnicate'], 2, "no command 'frobnicate'; 'etc -h' shows how"),
-            (['pull'], 2, "'etc pull' needs NAME; 'etc pull -h' shows how"),
-            (['pull', 'MNIST', '--forse'], 2, "'etc pull' takes no '--forse'; did you mean '--force'? 'etc pull -h' shows how"),
-            (['info', 'MNIST', 'X'], 2, "'etc info' takes no 'X'; 'etc info -h' shows how"),
-            (['diff', 'MNIST'], 2, "diff takes two names, and '-r' before one that is remote; 'etc diff -h' shows how"),
-            (['diff', 'MNIST', '-r'], 2, "argument -r/--remote: expected 1 argument; 'etc diff -h' shows how"),
-            (['diff', 'MNIST', '-r', 'MNIST', '--files'], 2,
-             "'--files' takes two local datasets; pull the remote one first; 'etc diff -h' shows how"),
-            (['ls', '-l', 'MNITS'], 1, "no dataset here matches 'MNITS'; did you mean 'MNIST'?"),
-            (['ls', '-r', 'mnist', 'x*'], 1, "no dataset in %s matches 'mnist' or 'x*'; did you mean 'MNIST'?" % share),
-            (['ls', '-r', 's3://bucket/'], 1, "no dataset in %s matches 's3://bucket/'; use --url for a URL" % share),
-            (['register', 'a', 'b', 'c'], 2, "register takes DIR, DIR NAME or DIR as NAME; 'etc register -h' shows how"),
-            (['pull', 'MNITS'], 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
-            (['pull', 'mnist'], 1, "no dataset 'mnist' in %s; did you mean 'MNIST'?" % share),
-            (['pull', 'MNIST.tgz'], 1, "no dataset 'MNIST.tgz' in %s; did you mean 'MNIST'?" % share),
-            (['pull', 'Flowers'], 1, "no dataset 'Flowers' in %s; 'etc ls -r' lists what is there" % share),
-            (['--home', 'two', 'pull', 'MNIST', '-p', 'trian'], 1,
-             "no partition 'trian' in MNIST; it has: test, train; did you mean 'train'?"),
-            (['pull', 's3://bucket/MNIST'], 1, no_name % 's3://bucket/MNIST' + '; use --url for a URL'),
-            (['pull', 'MNIST@sha256:abc'], 1, "'MNIST@sha256:abc' is not NAME@sha256:... with 64 hexadecimal digits"),
-            (['register', 'MNIST', './digits'], 1,
-             "no directory %s/MNIST; the directory comes first: 'etc register ./digits MNIST'" % here),
-            (['register', './digits/data', 'as', 'X'], 1, no_dataset % (here + '/digits/data') + '; %s/digits is one' % here),
-            (['register', './images', 'X'], 1, no_dataset % (here + '/images')),
-            (['register', 'digits.tgz'], 1, '%s/digits.tgz is a file, not a directory; unpack it first' % here),
-            (['register', './my data'], 1, no_name % 'my data'),
-            (['register', './my data', 'MNIST'], 1,
-             "another 'MNIST' is installed already; choose another name, or -f (force) to replace it"),
-            (['push', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name"),
-            (['purge', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc ls' lists what there is"),
-            (['purge', '-r', 'MNIST'], 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
-            (['purge', '-r', '-f', 'MNITS'], 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
-            (['verify', 'Flowers'], 1, "no local dataset 'Flowers'; 'etc pull Flowers' would fetch it"),
-            (['info', 'mine'], 1, "no local dataset 'mine'; did you mean 'Mine'?"),
-            (['--url', 'bucket', 'ls', '-r'], 1,
-             'cannot use the url; it must start with file:// or s3:// or gs:// or https:// or http://'),
-            (['--url', 'file://share', 'ls', '-r'], 1, "the url is no absolute path; write file:///path, with three slashes"),
-            (['--url', 'file://%s/no' % here, 'ls', '-r'], 1,
-             'no directory %s/no; check the url, or make it with the first push' % here),
-            (['--config', 'typo.yaml', 'ls'], 1, "%s/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?" % here),
-            (['--config', 'toml.yaml', 'ls'], 1,
-             "%s/toml.yaml:1: not of the form 'key: value' (lists, nesting and indentation are not supported)" % here),
-            (['--config', 'no.yaml', 'ls'], 1, 'no settings file %s/no.yaml; create it, or drop --config and $ETC_CONFIG' % here),
-        ):
-            with self.subTest(command):
-                self.assertEqual(self.etc(*command, status=status), ('', 'etc: %s\n' % line))
-        self.assertIn("'etc create' needs NAME", self.etc('create', status=2)[1])
+        no_name = ("'%s' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', the first a letter "
+                   'or digit')
+        start = 'cannot use the url; it must start with file:// or s3:// or gs:// or https:// or http://'
+        taken = "another 'MNIST' is installed already; choose another name, or -f (force) to replace it"
+        for words, status, line in (
+                ('pul MNIST', 2, "no command 'pul'; did you mean 'pull'? 'etc -h' shows how"),
+                ('frobnicate', 2, "no command 'frobnicate'" + how % ''), ('pull', 2, "'etc pull' needs NAME" + how % 'pull '),
+                ('create', 2, "'etc create' needs NAME" + how % 'create '),
+                ('pull MNIST --forse', 2, "'etc pull' takes no '--forse'; did you mean '--force'? 'etc pull -h' shows how"),
+                ('info MNIST X', 2, "'etc info' takes no 'X'" + how % 'info '),
+                ('diff MNIST', 2, "diff takes two names, and '-r' before one that is remote" + how % 'diff '),
+                ('diff MNIST -r', 2, 'argument -r/--remote: expected 1 argument' + how % 'diff '),
+                ('ls -l MNITS', 1, "no dataset here matches 'MNITS'; did you mean 'MNIST'?"),
+                ('ls -r mnist x*', 1, "no dataset in %s matches 'mnist' or 'x*'; did you mean 'MNIST'?" % share),
+                ('ls -r s3://bucket/', 1, "no dataset in %s matches 's3://bucket/'; use --url for a URL" % share),
+                ('register a b c', 2, 'register takes DIR, DIR NAME or DIR as NAME' + how % 'register '),
+                ('pull MNITS', 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
+                ('pull mnist', 1, "no dataset 'mnist' in %s; did you mean 'MNIST'?" % share),
+                ('pull MNIST.tgz', 1, "no dataset 'MNIST.tgz' in %s; did you mean 'MNIST'?" % share),
+                ('pull Flowers', 1, "no dataset 'Flowers' in %s; 'etc ls -r' lists what is there" % share),
+                ('--home two pull MNIST -p trian', 1,
+                 "no partition 'trian' in MNIST; it has: test, train; did you mean 'train'?"),
+                ('pull s3://bucket/MNIST', 1, no_name % 's3://bucket/MNIST' + '; use --url for a URL'),
+                ('pull MNIST@sha256:abc', 1, "'MNIST@sha256:abc' is not NAME@sha256:... with 64 hexadecimal digits"),
+                ('register MNIST ./digits', 1,
+                 "no directory %s/MNIST; the directory comes first: 'etc register ./digits MNIST'" % here),
+                ('register ./digits/data as X', 1, no_dataset % (here + '/digits/data') + '; %s/digits is one' % here),
+                ('register ./images X', 1, no_dataset % (here + '/images')),
+                ('register digits.tgz', 1, '%s/digits.tgz is a file, not a directory; unpack it first' % here),
+                ('register ./my?data', 1, no_name % 'my data'), ('register ./my?data MNIST', 1, taken),
+                ('push Flowers', 1, "no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name"),
+                ('purge Flowers', 1, "no local dataset 'Flowers'; 'etc ls' lists what there is"),
+                ('purge -r MNIST', 2, "without a terminal to ask on, 'etc purge -r' needs -f" + how % 'purge '),
+                ('purge -r -f MNITS', 1, "no dataset 'MNITS' in %s; did you mean 'MNIST'?" % share),
+                ('verify Flowers', 1, "no local dataset 'Flowers'; 'etc pull Flowers' would fetch it"),
+                ('info mine', 1, "no local dataset 'mine'; did you mean 'Mine'?"), ('--url bucket ls -r', 1, start),
+                ('push Mine', 1, None), ('pull Mine', 1, "no dataset 'Mine' in %s; 'etc ls -r' lists what is there" % share),
+                ('--url file://share ls -r', 1, 'the url is no absolute path; write file:///path, with three slashes'),
+                ('--url file://%s/no ls -r' % here, 1,
+                 'no directory %s/no; check the url, or make it with the first push' % here),
+                ('--config typo.yaml ls', 1, "%s/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?" % here),
+                ('--config toml.yaml ls', 1,
+                 "%s/toml.yaml:1: not of the form 'key: value' (lists, nesting and indentation are not supported)" % here),
+                ('--config no.yaml ls', 1, 'no settings file %s/no.yaml; create it, or drop --config and $ETC_CONFIG' % here)):
+            with self.subTest(words):
+                if line:
+                    said = self.etc(*[word.replace('?', ' ') for word in words.split()], status=status)
+                    self.assertEqual(said, ('', 'etc: %s\n' % line))
         self.assertIn('n: cannot be read: ' if os.name == 'posix' else 'etc: ', self.etc('--config', 'n' * 300, 'ls', status=1)[1])
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
@@ -7864,36 +7527,31 @@ class Mistakes(Case):
         self.assertIn('etc: no url; set where datasets are shared', err.getvalue())
 
     def test_other_contents(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
+        self.share(small(self.tmp / 'ds'))
         self.etc('create', '-f', 'X')
         self.assertIn("push it under another name, or 'etc push -f X' replaces it", self.etc('push', 'X', status=1)[1])
         self.assertIn("'etc pull -f X' replaces it", self.etc('pull', 'X', status=1)[1])
 
     def test_help(self):
+        """Each example can be typed as it is; without a command, all are shown."""
         os.environ['COLUMNS'] = '82'  # argparse leaves two of them empty
         overview = io.StringIO()
         with contextlib.redirect_stderr(overview):
             self.assertEqual(etc.main([]), 2)
-        whole = self.etc('-h')[0]
-        commands = re.findall(r'^    (\w+) +\w', whole, re.M)
-        self.assertEqual(len(commands), 10)
-        for command in commands:
+        self.settings['url'] = self.url
+        for command in ('ls', 'info', 'diff', 'pull', 'push', 'register', 'create', 'verify', 'purge'):
             with self.subTest(command):
+                self.assertRegex(self.etc('-h')[0], r'(?m)^    %s +\w' % command)
                 shown = self.etc(command, '-h')[0]
-                self.assertEqual(shown, etc._parser(['-h']).commands.choices[command].format_help())
+                with contextlib.redirect_stdout(io.StringIO()) as out, self.assertRaises(SystemExit) as caught:
+                    etc.main(['help', command])
+                self.assertEqual((out.getvalue(), caught.exception.code), (shown, 0))
                 examples = re.findall(r'^  .*?(etc \w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
-                self.assertTrue(examples[0] in overview.getvalue(), (command, examples))
+                self.assertIn(examples[0], overview.getvalue())
                 for example in examples:
-                    words = example.split(' | ')[0].split()[1:]
-                    self.assertEqual(etc._arguments(words).command, command)  # they can be typed as they are
-
-    def test_help_as_a_command(self):
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out), self.assertRaises(SystemExit) as caught:
-            etc.main(['help', 'pull'])
-        self.assertEqual(caught.exception.code, 0)
-        self.assertIn('etc pull MNIST -p test', out.getvalue())
+                    words = example.split(' | ')[0].split()[1:] + ['-f'] * (command == 'purge')
+                    err = self.etc(*words, status=None)[1]
+                    self.assertNotIn('shows how', err)  # as after wrong usage
 
 
 class People(Case):
@@ -7901,27 +7559,24 @@ class People(Case):
         root = small(self.tmp / 'ds')
         self.etc('register', root, 'Registered')
         self.etc('register', '--copy', root, 'C')
-        digest = etc.Dataset(root).digest
-        rows = self.etc('ls', '-l')[0].splitlines()
-        self.assertEqual(rows, ['C           5.04 kB  6  just now  ' + digest, 'Registered        -  -  -         ' + root.as_uri()])
-        listed = json.loads(self.etc('ls', '--json')[0])
-        self.assertEqual([sorted(item) for item in listed],
-                         [['digest', 'files', 'name', 'partial', 'partitions', 'root', 'size', 'source', 'when']] * 2)
+        self.assertEqual(self.etc('ls', '-l')[0].splitlines(), [
+            'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest, 'Registered        -  -  -         ' + root.as_uri()])
         self.etc('push', 'C')
-        listed = json.loads(self.etc('ls', '-r', '--json')[0])[0]
-        self.assertEqual(sorted(listed), sorted(['archive_size', 'digest', 'files', 'meta', 'name', 'partitions', 'readme',
-                                                 'size', 'when']))
-        when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() - 3 * 86400 - 60))
-        receipt, = (self.tmp / 'home/.etcetera/receipts').glob('C@*')
-        receipt.write_text(json.dumps(dict(json.loads(receipt.read_text()), when=when)))
-        self.assertIn('  3 days ago  ', self.etc('ls', '-l')[0])
+        both = {'digest', 'files', 'name', 'partitions', 'size', 'when'}
+        for flags, more in (([], {'partial', 'root', 'source'}), (['-r'], {'archive_size', 'meta', 'readme'})):
+            for item in json.loads(self.etc('ls', '--json', *flags)[0]):
+                self.assertEqual(set(item), both | more)
+        three_days_ago = time.time() - 3 * 86400 - 60
+        os.utime(self.tmp / 'share/C.tgz', (three_days_ago, three_days_ago))
+        self.assertIn('  3 days ago  ', self.etc('ls', '-l', '-r')[0])
 
     def test_patterns(self):
         for name in ('MNIST', 'MNIST-small', 'svhn', 'CIFAR'):
-            etc.create(name, config=self.config())
-        for patterns, names in ((['MNIST*'], ['MNIST', 'MNIST-small']), (['*-small', '[a-z]*'], ['MNIST-small', 'svhn']),
-                                (['?????', 'svhn'], ['CIFAR', 'MNIST', 'svhn']), (['[!M]*'], ['CIFAR', 'svhn'])):
+            self.etc('create', name)
+        for patterns, names in (('MNIST*', 'MNIST MNIST-small'), ('*-small [a-z]*', 'MNIST-small svhn'),
+                                ('????? svhn', 'CIFAR MNIST svhn'), ('[!M]*', 'CIFAR svhn')):
             with self.subTest(patterns):
+                patterns, names = patterns.split(), names.split()
                 self.assertEqual(etc.ls(patterns=patterns, config=self.config()), names)
                 self.assertEqual(self.etc('ls', *patterns)[0].split(), names)
                 listed = self.etc('ls', *(patterns[:1] + ['--json'] + patterns[1:]))[0]
@@ -7932,20 +7587,19 @@ class People(Case):
                 self.assertEqual(etc.ls(patterns=patterns, config=self.config()), [])
         with self.assertRaisesRegex(etc.ConfigError, "'patterns' must be a list"):
             etc.ls(patterns='MNIST*', config=self.config())
-        out, err = self.etc('ls', 'svhn', 'nope*', status=1)  # what matches is shown
-        self.assertEqual((out, err), ('svhn\n', "etc: no dataset here matches 'nope*'\n"))
+        said = self.etc('ls', 'svhn', 'nope*', status=1)  # what matches is shown
+        self.assertEqual(said, ('svhn\n', "etc: no dataset here matches 'nope*'\n"))
         self.assertEqual(self.etc('ls', '--json', '[', status=1)[0], '[]\n')
 
     def test_info(self):
-        root = write(self.tmp / 'ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': '\n'.join(map(str, range(50)))})
+        readme = ''.join('%d\n' % n for n in range(50))
+        root = write(self.tmp / 'ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': readme})
         self.etc('register', '--copy', root, 'X')
-        text, readme = self.etc('info', 'X')[0].split('\n\n', 1)
-        lines = [line[:11].strip() + '|' + line[12:] for line in text.splitlines()]
-        self.assertEqual(lines[0], 'name|X')
-        self.assertEqual(lines[1], 'digest|' + etc.Dataset(root).digest)
-        self.assertIn('size|1.64 kB in 3 files', lines)
-        self.assertEqual(lines[-2:], ['partitions|test: 0 B in 1 file', '|train: 1.5 kB in 1 file'])
-        self.assertEqual(readme, '\n'.join(map(str, range(20))) + '\n... (30 more lines of README.md)\n')
+        shown = self.etc('info', 'X')[0]
+        for line in ('name        X', 'digest      ' + etc.Dataset(root).digest, 'size        1.64 kB in 3 files',
+                     'partitions  test: 0 B in 1 file\n            train: 1.5 kB in 1 file\n\n0\n1\n2'):
+            self.assertIn('\n%s\n' % line, '\n' + shown)
+        self.assertTrue(shown.endswith('\n18\n19\n... (30 more lines of README.md)\n'))
 
 
 class Diff(Case):
@@ -7954,7 +7608,7 @@ class Diff(Case):
     def registered(self, name, files, base=None):
         root = self.tmp / 'ds' / name
         if base:
-            shutil.copytree(str(self.tmp / 'ds' / base), str(root), symlinks=True)
+            shutil.copytree(self.tmp / 'ds' / base, root)
         self.etc('register', '-f', write(root, files), name)
         return root
 
@@ -7962,17 +7616,16 @@ class Diff(Case):
         """As {path: status}, from the columns and from the JSON."""
         out, _ = self.etc('diff', *args, **kwargs)
         found = json.loads(self.etc('diff', '--json', *args, **kwargs)[0])
-        rows = found['segments' if found['files'] is None else 'files']
-        statuses = {re.split('  +', line)[-1]: line.split()[0] for line in out.splitlines()}
-        self.assertEqual(statuses, {etc._printable(path): row['status'] for path, row in rows.items()})
-        self.assertEqual(found['equal'], not kwargs.get('status'))
+        statuses = {path: row['status'] for path, row in found['segments'].items()}
+        self.assertEqual({re.split('  +', line)[-1]: line.split()[0] for line in out.splitlines()}, statuses)
+        self.assertEqual(found['equal'], set(statuses.values()) == {'same'})
         return statuses
 
     def test_segments(self):
         self.registered('A', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r', 'assets/a': 'a', '+/p': 'p'})
         b = self.registered('B', {'data/train/x': 'other', 'data/val/v': '', 'more/m': 'm'}, base='A')
-        shutil.rmtree(str(b / 'data/test'))
-        shutil.rmtree(str(b / '+'))
+        remove(b / 'data/test')
+        remove(b / '+')
         self.assertEqual(self.etc('diff', 'A', 'B', status=1), (
             'same     1 B in 1 file  1 B in 1 file  .\n'
             'gone     1 B in 1 file  -              +\n'
@@ -7981,99 +7634,38 @@ class Diff(Case):
             'gone     1 B in 1 file  -              data/test\n'
             'differs  1 B in 1 file  5 B in 1 file  data/train\n'
             'new      -              0 B in 1 file  data/val\n', ''))
-        found = json.loads(self.etc('diff', 'A', 'B', '--json', status=1)[0])
-        one = {'files': 1, 'size': 1}
-        self.assertEqual(found, etc.diff('A', 'B', config=self.config()))
-        self.assertEqual(list(found), ['equal', 'a', 'b', 'segments', 'files'])
-        self.assertEqual((found['equal'], found['files'], found['a']), (
-            False, None, {'name': 'A', 'remote': False, 'digest': etc.Dataset(self.tmp / 'ds/A').digest}))
-        self.assertEqual(found['segments']['assets'], {'status': 'same', 'a': one, 'b': one})
-        self.assertEqual(found['segments']['+'], {'status': 'gone', 'a': one, 'b': None})
-        self.assertEqual(found['segments']['more'], {'status': 'new', 'a': None, 'b': one})
+        found = etc.diff('A', 'B', config=self.config())
+        self.assertEqual(found, json.loads(self.etc('diff', 'A', 'B', '--json', status=1)[0]))
+        self.assertEqual(found['a'], {'name': 'A', 'remote': False, 'digest': etc.Dataset(self.tmp / 'ds/A').digest})
+        self.assertEqual((found['equal'], found['segments']['assets'], found['segments']['+']), (
+            False, {'status': 'same', 'a': {'files': 1, 'size': 1}, 'b': {'files': 1, 'size': 1}},
+            {'status': 'gone', 'a': {'files': 1, 'size': 1}, 'b': None}))
         self.assertEqual(set(self.statuses('A', 'A').values()), {'same'})
-
-    def test_files(self):
-        self.registered('A', {'data/train/%s' % name: content for name, content in {
-            'same': 'same', 'size': 'a', 'text': 'old', 'run': 'x', 'a/b': 'in a directory', 'a-': '', 'link': ('->', 'same'), 'kept': ('->', 'run'),
-            'file': 'or directory', 'alike': 'of one time', 'gone/hollow': None, 'new\nline': '', 'either': ('->', 'same'),
-            'large': noise(MIB + 5), 'larger': noise(2 * MIB + 5)}.items()})
-        b = self.registered('B', {'data/train/%s' % name: content for name, content in {
-            'size': 'ab', 'text': 'new', 'a/c': 'new', 'later': 'x' * 1500, 'large': noise(MIB + 4) + b'x'}.items()}, base='A')
-        (b / 'data/train/run').chmod(0o755)
-        for name, content in (('link', ('->', 'a/b')), ('file', None), ('either', 'same'), ('new\nline', 'x')):
-            (b / 'data/train' / name).unlink()
-            write(b, {'data/train/' + name: content})
-        shutil.rmtree(str(b / 'data/train/gone'))
-        os.utime(str(b / 'data/train/text'), (1, 1))
-        os.utime(str(self.tmp / 'ds/A/data/train/text'), (1, 1))
-        self.assertEqual(self.etc('diff', '--files', 'A', 'B', status=1), (
-            'new      -          3 B              data/train/a/c\n'
-            'differs  -> same    4 B              data/train/either\n'
-            'gone     12 B       -                data/train/file\n'
-            'new      -          directory        data/train/file/\n'
-            'gone     directory  -                data/train/gone/\n'
-            'gone     directory  -                data/train/gone/hollow/\n'
-            'differs  1.05 MB    1.05 MB          data/train/large\n'
-            'new      -          1.5 kB           data/train/later\n'
-            'differs  -> same    -> a/b           data/train/link\n'
-            'differs  0 B        1 B              data/train/new\\nline\n'
-            'differs  1 B        1 B, executable  data/train/run\n'
-            'differs  1 B        2 B              data/train/size\n'
-            'differs  3 B        3 B              data/train/text\n', ''))
-        found = etc.diff('A', 'B', files=True, config=self.config())
-        self.assertEqual(found, json.loads(self.etc('diff', 'A', '--files', '--json', 'B', status=1)[0]))
-        self.assertEqual(found['files']['data/train/link'], {
-            'status': 'differs', 'a': {'size': 0, 'link': 'same', 'executable': False}, 'b': {'size': 0, 'link': 'a/b', 'executable': False}})
-        self.assertEqual(found['files']['data/train/file/'], {'status': 'new', 'a': None, 'b': {'size': None, 'link': None, 'executable': False}})
-        self.assertTrue(found['files']['data/train/run']['b']['executable'])
-        write(b, {'data/train/text': 'old'})
-        os.utime(str(b / 'data/train/text'), (1, 1))
-        self.assertNotIn('data/train/text', etc.diff('A', 'B', files=True, config=self.config())['files'])
-        self.assertEqual(self.etc('diff', '--files', 'A', 'A'), ('', ''))
-        with self.assertRaisesRegex(etc.ConfigError, 'only local datasets can be compared file by file; pull the remote one first'):
-            etc.diff('A', 'B', [False, True], files=True, config=self.config())
-
-    def test_odd_names(self):
-        root = odd(self.tmp / 'odd', 3)
-        self.etc('register', root, 'Odd')
-        self.etc('register', '--copy', root, 'Copy')
-        self.assertEqual(set(self.statuses('Odd', 'Copy').values()), {'same'})
-        self.etc('create', 'Empty', 'empty')
-        gone = self.statuses('--files', 'Odd', 'Empty', status=1)
-        self.assertEqual(set(gone.values()), {'gone'})
-        with tarfile.open(fileobj=io.BytesIO(b''.join(block.read() for block in etc._blocks(etc._segments(root)))), mode='r:') as tar:
-            names = {etc._printable(member.name + '/' * member.isdir()) for member in tar}
-        self.assertEqual(set(gone) ^ names, {'data/', 'data/empty/'})
-        self.assertEqual(set(self.statuses('Empty', 'Odd', '--files', status=1)), set(gone))
 
     def test_how_names_are_typed(self):
         """In which order, and before or after flags, on every version of argparse."""
-        self.share(small(self.tmp / 'ds'), 'A')
-        write(self.tmp / 'ds', {'data/val/v': 'v'})
-        self.share(self.tmp / 'ds', 'B')
-        a, b = {'name': 'A', 'remote': False}, {'name': 'B', 'remote': False}
-        far_a, far_b = dict(a, remote=True), dict(b, remote=True)
+        for name in 'A', 'B':
+            self.share(write(self.tmp / name, {'data/train/' + name: ''}), name)
         for words, sides in (
-                ('A B', (a, b)), ('B A', (b, a)), ('A -r B', (a, far_b)), ('-r A B', (far_a, b)), ('-r A -r B', (far_a, far_b)),
-                ('-r B -r A', (far_b, far_a)), ('--remote=A B', (far_a, b)), ('B -rA', (b, far_a)), ('A -v B', (a, b)), ('-v A B', (a, b)),
-                ('A -v -r B', (a, far_b)), ('-r A -v B', (far_a, b)), ('-v -r A -v -r B -v', (far_a, far_b)), ('B -r B', (b, far_b)),
-                ('-- A B', (a, b)), ('-r A -- B', (far_a, b))):
+                ('A B', 'A B'), ('B A', 'B A'), ('A -r B', 'A rB'), ('-r A B', 'rA B'), ('-r A -r B', 'rA rB'),
+                ('-r B -r A', 'rB rA'), ('--remote=A B', 'rA B'), ('B -rA', 'B rA'), ('A -v B', 'A B'), ('-v A B', 'A B'),
+                ('A -v -r B', 'A rB'), ('-r A -v B', 'rA B'), ('-v -r A -v -r B -v', 'rA rB'), ('B -r B', 'B rB'),
+                ('-- A B', 'A B'), ('-r A -- B', 'rA B')):
             with self.subTest(words):
                 found = json.loads(self.etc('diff', '--json', *words.split(), status=None)[0])
-                self.assertEqual([{key: found[side][key] for key in ('name', 'remote')} for side in 'ab'], list(sides))
+                self.assertEqual(['r' * found[side]['remote'] + found[side]['name'] for side in 'ab'], sides.split())
         for words in ('A', '-r A', 'A B B', 'A -r B B', '-r A -r B -r B', ''):
             with self.subTest(words):
                 self.assertIn('diff takes two names', self.etc('diff', *words.split(), status=2)[1])
 
     def test_status_alone(self):
-        self.registered('A', {'data/train/x': 'x'})
-        self.registered('B', {'data/train/x': 'y'})
-        for words in ([], ['--json'], ['--files']):
+        for name in 'A', 'B':
+            self.registered(name, {'data/train/x': name})
+        for words, status, said in (('A B', 1, ''), ('A B --json', 1, ''), ('A A', 0, ''), ('A A --json', 0, ''),
+                                    ('A C', 1, "etc: no local dataset 'C'; ")):
             with self.subTest(words):
-                self.assertEqual(self.quiet('A', 'B', *words), (1, '', ''))
-                self.assertEqual(self.quiet('A', 'A', *words), (0, '', ''))
-        code, out, err = self.quiet('A', 'C')
-        self.assertEqual((code, out, err[:35]), (1, '', "etc: no local dataset 'C'; 'etc pul"))
+                out, err = self.etc('-q', 'diff', *words.split(), status=status)
+                self.assertEqual((out, err[:27]), ('', said))
 
     def test_pins(self):
         digest = etc.Dataset(self.registered('A', {'data/train/x': 'x'})).digest
@@ -8081,165 +7673,41 @@ class Diff(Case):
         self.etc('push', 'A')
         self.etc('diff', 'A@' + digest, 'A')
         self.assertEqual(self.statuses('A@' + digest, 'B@' + other, status=1)['data/train'], 'differs')
-        for words in (['A@' + other, 'B'], ['B', 'A@' + other], ['-r', 'A@' + other, 'A'], ['A', '-r', 'A@' + other],
-                      ['A@' + digest, 'A@' + other]):
+        for words in ('A@%s B', 'B A@%s', '-r A@%s A', 'A -r A@%s', 'A A@%s'):
             with self.subTest(words):
-                out, err = self.etc('diff', *words, status=1)
-                self.assertEqual((out, err), ('', "etc: 'A': expected digest %s, found %s\n" % (other, digest)))
+                said = self.etc('diff', *(words % other).split(), status=1)
+                self.assertEqual(said, ('', "etc: 'A': expected digest %s, found %s\n" % (other, digest)))
 
     def test_partial(self):
+        """What is not here counts, too, as the receipt knows it."""
         root = self.registered('X', {'data/train/x': 'x', 'data/test/y': 'y', 'assets/a': 'a', 'README.md': 'r'})
         self.etc('push', 'X')
         self.etc('pull', '-p', 'test', 'X', home='two')
+        self.etc('register', root, 'Y', home='two')
         same = dict.fromkeys(['.', 'assets', 'data/test', 'data/train'], 'same')
         self.assertEqual(self.statuses('-r', 'X', 'X', home='two'), same)
-        self.etc('register', root, 'Y', home='two')
         self.assertEqual(self.statuses('Y', 'X', home='two'), same)
-        self.assertEqual(self.etc('diff', '--files', 'Y', 'X', home='two'), ('', ''))
         write(root, {'data/test/y': 'changed', 'data/val/v': 'v'})
-        self.assertEqual(self.statuses('--files', 'X', 'Y', home='two', status=1),
-                         {'data/test/y': 'differs', 'data/val/': 'new', 'data/val/v': 'new'})
-        write(root, {'data/train/x': 'changed', 'assets/b': 'b'})
-        for words in (['X', 'Y'], ['Y', 'X']):
-            with self.subTest(words):
-                self.assertEqual(self.etc('diff', '--files', *words, home='two', status=1), (
-                    '', "etc: 'X' is only partly installed, without assets, data/train; 'etc pull X' fetches the rest\n"))
-        write(self.tmp / 'two/X', {'touched': ''})  # what is here is read, of the rest the receipt knows
-        self.assertEqual(self.statuses('-r', 'X', 'X', home='two', status=1), dict(same, **{'.': 'differs'}))
-        (self.tmp / 'two/X/touched').unlink()
-        self.assertEqual(self.statuses('-r', 'X', 'X', home='two'), same)
+        self.assertEqual(self.statuses('X', 'Y', home='two', status=1),
+                         dict(same, **{'data/test': 'differs', 'data/val': 'new'}))
 
+    @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_nothing_is_read_that_a_receipt_knows(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
-        self.etc('push', 'X')
-        self.assertEqual(self.read(lambda: self.etc('diff', 'X', '-r', 'X')), [])
-        self.etc('register', self.tmp / 'ds', 'Y')
-        self.assertEqual(self.read(lambda: self.etc('diff', 'X', 'Z', status=1)), [])  # before it turns out that there is none
-        self.assertEqual(self.read(lambda: self.etc('diff', 'Y', '-r', 'Z', status=1)), [])
-        self.assertEqual(len(self.read(lambda: self.etc('diff', 'X', 'Y'))), 6)
-
-    def read(self, work):
-        """The files of datasets that are read meanwhile."""
-        original, files = etc._read_file, []
-        self.addCleanup(setattr, etc, '_read_file', original)
-        etc._read_file = lambda entry, start, stop: (files.append(entry.name), original(entry, start, stop))[1]
-        work()
-        etc._read_file = original
-        return files
-
-    def quiet(self, *words):
-        process = self.spawn('diff', '-q', *words)
-        out, err = process.communicate()
-        return process.returncode, out.decode(), err.decode()
+        self.share(small(self.tmp / 'ds'), home='pub')
+        self.etc('pull', 'X')
+        files = [path for path in (self.tmp / 'home/X/data').rglob('*') if path.is_file()]
+        for path in files:
+            path.chmod(0)
+        self.etc('ls')  # writes the settings
+        with unprivileged(self.tmp):
+            self.etc('diff', 'X', '-r', 'X')
+            self.assertIn('Permission denied', self.etc('verify', 'X', status=1)[1])
 
     @unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
     def test_heading(self):
-        import pty
         self.share(small(self.tmp / 'ds'))
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, '--url', self.url, '--home', str(self.tmp / 'home'), 'diff', 'X', '-r', 'X'], stdout=theirs)
-        os.close(theirs)
-        self.assertEqual(process.wait(), 0)
-        with open(ours, 'rb', 0) as file:
-            self.assertEqual(file.read(4096).decode().splitlines()[0], 'STATUS  X                   -r X                PATH')
-
-
-@needs(os.name == 'posix' and shutil.which('bash'), 'bash is not installed')
-class Bash(Case):
-    """Completion as a user sees it: typed into a shell on a terminal."""
-    shell = ['bash', '--norc', '--noprofile', '-i']
-    load = 'eval "$(etc completion bash)"'
-
-    def setUp(self):
-        super().setUp()
-        bin_ = write(self.tmp / 'bin', {'etc': '#!/bin/sh\nexec "%s" "%s" "$@"\n' % (sys.executable, SCRIPT)})
-        (bin_ / 'etc').chmod(0o755)
-        os.environ.update(PATH='%s:%s' % (bin_, os.environ['PATH']), ETC_URL=self.url, ETC_HOME=str(self.tmp / 'home'),
-                          TERM='xterm', PS1='ready$ ', XDG_CONFIG_HOME=str(self.tmp), XDG_DATA_HOME=str(self.tmp))
-
-    def type(self, lines):
-        """Each line is sent when the shell shows its prompt."""
-        import fcntl
-        import pty
-        import termios
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(self.shell, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, cwd=str(self.tmp),
-                                   preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
-        os.close(theirs)
-        guard = threading.Timer(60, process.kill)
-        guard.start()
-        shown = b''
-        with open(ours, 'r+b', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
-            for line in lines:
-                while b'ready' not in shown:
-                    shown += file.read(4096) or b'ready'
-                shown = b''
-                file.write(line.encode() + b'\n')
-            for _ in iter(lambda: file.read(4096), b''):
-                pass
-        process.wait()
-        guard.cancel()
-
-    def test_typed(self):
-        etc.push(etc.register(small(self.tmp / 'ds'), 'Small', config=self.config('pub')).name, config=self.config('pub'))
-        self.type([self.load, 'etc pul\tSm\t',           # a command, and a remote name
-                   'etc ls --js\t >listed',               # an option
-                   'etc register d\tCopy --c\t',          # a file
-                   'etc purg\tSm\t', 'etc pur\tN\tCo\t',  # local names
-                   'exit'])
-        self.assertEqual([item['name'] for item in json.loads((self.tmp / 'listed').read_text())], ['Small'])
-        self.assertEqual(self.installed(), [])
-
-
-@needs(shutil.which('zsh'), 'zsh is not installed')
-class Zsh(Bash):
-    shell = ['zsh', '-f', '-i']
-    load = 'autoload -Uz compinit; compinit -u; eval "$(etc completion zsh)"'
-
-
-@needs(shutil.which('fish'), 'fish is not installed')
-class Fish(Bash):
-    shell = ['fish', '--no-config', '-i', '-C', 'function fish_prompt; echo "ready> "; end']
-    load = 'etc completion fish | source'
-
-
-class Completion(Case):
-    def words(self, *words):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            self.assertEqual(etc.main(['completion', 'bash'] + list(words)), 0)
-        self.assertEqual(err.getvalue(), '')
-        return out.getvalue().split()
-
-    def test_words(self):
-        home = str(self.tmp / 'home')
-        etc.create('Alpha', config=self.config())
-        etc.create('Beta', config=self.config())
-        self.assertEqual(self.words('pu'), ['push', 'pull', 'purge'])
-        self.assertEqual(self.words('--ver'), ['--version', '--verbose'])
-        self.assertEqual(sorted(self.words('pull', '--')), ['--config', '--force', '--help', '--home', '--partition', '--quiet', '--url',
-                                                            '--verbose'])
-        self.assertEqual(self.words('--home', home, 'purge', ''), ['Alpha', 'Beta'])
-        self.assertEqual(self.words('--home', home, 'purge', 'Alpha', ''), ['Beta'])
-        write(self.tmp / 'share', {'Gamma.tgz': 'x', 'Delta.tgz': 'x'})
-        for flag in ('-r', '--remote'):
-            with self.subTest(flag):
-                self.assertEqual(self.words('--home', home, '--url', self.url, 'purge', flag, ''), ['Delta', 'Gamma'])
-        remove(self.tmp / 'share')
-        self.assertEqual(self.words('completion', 'z'), ['zsh'])
-        etc.register(small(self.tmp / 'ds'), 'Gamma', config=self.config())
-        etc.push('Gamma', config=self.config())
-        place = ['--home', home, '--url', self.url]
-        for words, known in ((['diff', ''], ['Alpha', 'Beta', 'Gamma']), (['diff', 'Gamma', 'G'], ['Gamma']), (['diff', '-r', ''], ['Gamma']),
-                             (['diff', 'Gamma', '--remote', ''], ['Gamma']), (['diff', '-r', 'Gamma', 'A'], ['Alpha']),
-                             (['diff', '--f'], ['--files']), (['ls', 'A'], ['Alpha']), (['ls', '-r', ''], ['Gamma'])):
-            with self.subTest(words=words):
-                self.assertEqual(self.words(*(place + words)), known)
-        for words in (['--home', ''], ['register', ''], ['pull', ''], ['--url', 'http://127.0.0.1:9', 'pull', ''],
-                      ['--config', '/nowhere', 'push', '']):
-            with self.subTest(words):
-                self.assertEqual(self.words(*words), [], words)
+        code, shown = on_terminal('--url', self.url, '--home', self.tmp / 'home', 'diff', 'X', '-r', 'X')
+        self.assertIn('STATUS  X                   -r X                PATH\n', shown)
 
 
 def paths_of(ds):
@@ -8252,12 +7720,12 @@ class Python(Case):
         import copy
         import pickle
         ds = etc.register(odd(self.tmp / 'ds', 3), 'X', config=self.config())
-        ds.digest
-        pickled = [('pickle %d' % protocol, pickle.loads(pickle.dumps(ds, protocol))) for protocol in range(5)]
-        for how, other in [('copy', copy.copy(ds)), ('deepcopy', copy.deepcopy(ds))] + pickled:
-            with self.subTest(how):
-                self.assertEqual((other, other.name, other.root, other._digest), (ds, 'X', ds.root, ds.digest))
-        self.assertEqual(repr(pickle.loads(pickle.dumps(ds))), '<Dataset X: empty, test, train>')
+        digest = ds.digest
+        copies = [copy.copy(ds), copy.deepcopy(ds)] + [pickle.loads(pickle.dumps(ds, protocol)) for protocol in range(5)]
+        remove(self.tmp / 'ds/data/train')  # so that the digest is not found anew
+        for other in copies:
+            self.assertEqual((other, other.name, other.root, other.digest), (ds, 'X', ds.root, digest))
+            self.assertEqual(repr(other), '<Dataset X: empty, test, train>')
         for error in (etc.RemoteError('gone', status=404), etc.UnknownPartition('no')):
             with self.subTest(error):
                 other = pickle.loads(pickle.dumps(error))
@@ -8269,16 +7737,15 @@ class Python(Case):
         expected = paths_of(ds)
         self.assertEqual(len(expected[0]), 3)
         for method in multiprocessing.get_all_start_methods():
-            with self.subTest(method):
-                with multiprocessing.get_context(method).Pool(2) as pool:
-                    self.assertEqual(pool.map(paths_of, [ds] * 4), [expected] * 4, method)
+            with self.subTest(method), multiprocessing.get_context(method).Pool(2) as pool:
+                self.assertEqual(pool.map(paths_of, [ds] * 4), [expected] * 4)
 
     def test_logging(self):
         etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
         with self.assertLogs('etcetera', 'DEBUG') as logged:
             digest = etc.push('X', config=self.config())
         self.assertEqual([record.levelname for record in logged.records], ['INFO', 'DEBUG'])
-        self.assertRegex(logged.records[0].getMessage(), r'\Apushed X to file://.*: 6 files, 5\.04 kB in .* s \(.*B/s\)\Z')
+        self.assertRegex(logged.output[0], r'pushed X to file://.*: 6 files, 5\.04 kB in .* s \(.*B/s\)\Z')
         self.assertEqual(logged.records[1].getMessage(), 'X@' + digest)
 
     def test_help(self):
@@ -8287,32 +7754,30 @@ class Python(Case):
         for name in etc.__all__:
             with self.subTest(name):
                 self.assertRegex(text, r'\b(def |class )?%s\(' % name)
+                self.assertTrue(getattr(etc, name).__doc__)
         self.assertNotRegex(text, r'(?m)^    (class )?_[a-z]')
 
 
 class Refusals(Case):
     """Whatever goes wrong is an etc.Error in one line; what is no user's fault comes out as it is."""
 
-    def run_python(self, program, *args, **kwargs):
-        done = subprocess.run([sys.executable, '-c', 'import sys\nsys.path.insert(0, %r)\n%s' % (str(HERE), program)] + [str(a) for a in args],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, **kwargs)
-        return done.returncode, done.stdout
+    def place(self, home='home'):
+        return '--url', self.url, '--home', self.tmp / home
 
     def test_no_ssl(self):
         program = 'sys.modules["ssl"] = None\nimport etcetera\nsys.exit(etcetera.main(sys.argv[1:]))'
-        for args in (['--url', 'https://127.0.0.1:1/x', 'ls', '-r'], ['--url', 's3://bucket', 'pull', 'X'], ['--url', 'gs://bucket', 'pull', 'X']):
-            with self.subTest(args):
-                os.environ.update(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', NO_GCE_CHECK='true')
-                code, out = self.run_python(program, '--home', self.tmp / 'home', *args)
-                self.assertEqual((code, out), (1, 'etc: this Python has no ssl module, so it cannot use https://; use another Python, or a '
-                                                  'url that needs none\n'))
+        os.environ.update(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', NO_GCE_CHECK='true')
+        said = 'etc: this Python has no ssl module, so it cannot use https://; use another Python, or a url that needs none\n'
+        for url in 'https://127.0.0.1:1/x', 's3://bucket', 'gs://bucket':
+            with self.subTest(url):
+                self.assertEqual(run_python(program, '--url', url, 'ls', '-r'), (1, said))
 
     @unittest.skipUnless(sys.platform == 'linux', 'no /proc here')
     def test_few_threads(self):
-        """Fewer are used where the system gives no more; none at all is an error that says what to do."""
+        """Fewer are used where the system gives no more, and none while the interpreter ends."""
         self.etc('register', odd(self.tmp / 'ds', 30), 'X')
         program = r"""
-import threading, etcetera as etc
+import etcetera as etc
 started, start, lock = [0], threading.Thread.start, threading.Lock()
 def limited(thread):
     with lock:
@@ -8335,24 +7800,21 @@ def limited(thread):
 threading.Thread.start = limited
 sys.exit(etc.main(sys.argv[2:]))
 """
-        place = ['--url', self.url, '--home', self.tmp / 'home']
         write(self.tmp, {'one.yaml': 'connections: 1\n'})
-        for limit, settings in ((3, []), (5, []), (2, ['--config', self.tmp / 'one.yaml'])):
-            with self.subTest(limit):
-                for command in (['push', '-f', 'X'], ['--home', self.tmp / 'two', 'pull', 'X'], ['--home', self.tmp / 'two', 'verify', 'X'],
-                                ['--home', self.tmp / 'two', 'purge', 'X']):
-                    with self.subTest(command):
-                        code, out = self.run_python(program, limit, *settings + place + command)
-                        self.assertEqual(code, 0, out)
-        code, out = self.run_python(program, 0, *place + ['push', '-f', 'X'])
-        self.assertEqual((code, out), (1, "etc: the system does not allow this process any more threads; set 'connections: 1', or raise the limits "
-                                          '(ulimit -u, ulimit -v)\n'))
+        for limit, settings in ((5, []), (3, []), (2, ['--config', self.tmp / 'one.yaml'])):
+            for home, words in (('home', 'push -f X'), ('two', 'pull X'), ('two', 'verify X'), ('two', 'purge X')):
+                with self.subTest(words, limit=limit):
+                    code, out = run_python(program, limit, *settings, *self.place(home), *words.split())
+                    self.assertEqual(code, 0, out)
+        code, out = run_python(program, 0, *self.place(), 'push', '-f', 'X')
+        self.assertRegex(out, r'\Aetc: pushed X .*\n\Z' if code == 0 else
+                         r"\Aetc: the system does not allow this process any more threads; set 'connections: 1', or .*\n\Z")
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interrupted_while_threads_start(self):
         self.etc('register', odd(self.tmp / 'ds', 30), 'X')
         program = r"""
-import os, signal, threading, etcetera as etc
+import etcetera as etc
 start, last = threading.Thread.start, int(sys.argv[1])
 def interrupted(thread):
     global last
@@ -8362,13 +7824,12 @@ def interrupted(thread):
         os.kill(os.getpid(), signal.SIGINT)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread.start = interrupted
-etc._cores = lambda: 4
 sys.exit(etc.main(sys.argv[2:]))
 """
-        for last in (1, 2, 4):
+        for last in 1, 2:
             with self.subTest(last):
-                done = self.run_python(program, last, '--url', self.url, '--home', self.tmp / 'home', 'push', 'X', timeout=60)
-                self.assertEqual(done, (130, 'etc: interrupted\n'))
+                code, out = run_python(program, last, *self.place(), 'push', 'X', timeout=60)
+                self.assertEqual((code, out[:16], out.count('\n')), (130, 'etc: interrupted', 1))
 
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
@@ -8382,18 +7843,15 @@ sys.exit(etc.main(sys.argv[2:]))
 """
         outcomes = set()
         for room in (1, 12, 24, 40, 70, 150, 1500):
-            with self.subTest(room):
-                try:
-                    code, out = self.run_python('import re' + program, room, '--url', self.url, '--home', self.tmp / ('home%d' % room),
-                                                'pull', 'X', timeout=60)
-                except subprocess.TimeoutExpired:
-                    continue  # CPython may wait for ever for a thread whose start failed for want of memory
+            with self.subTest(room), contextlib.suppress(subprocess.TimeoutExpired):
+                # CPython may wait for ever for a thread whose start failed for want of memory
+                code, out = run_python(program, room, *self.place('home%d' % room), 'pull', 'X', timeout=60)
                 if room == 1 or re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
                     self.assertTrue(code == 0 or 'pulled' not in out, out)  # the interpreter itself gave up
                     continue
                 out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)  # Python's own words, where it lacks memory
-                self.assertEqual(len(out.splitlines()), 1, out)
-                self.assertRegex(out, r'\Aetc: (pulled X|.*(memory|threads).*; set .connections: 1.)' if code else r'\Aetc: pulled X')
+                self.assertRegex(out, r'\Aetc: (pulled X.*|.*(memory|threads).*; set .connections: 1..*)\n\Z')
+                self.assertEqual('pulled' in out, code == 0)
                 outcomes.add(code)
         self.assertEqual(outcomes, {0, 1})
 
@@ -8406,82 +7864,74 @@ sys.exit(etc.main(sys.argv[2:]))
                 return function(seconds)
             return limited
 
+        class Dated(S3Handler):
+            def date_time_string(self, timestamp=None):
+                return 'Sat, 01 Jan 2050 00:00:00 GMT'
+
         self.share(small(self.tmp / 'ds'))
-        for name in ('gmtime', 'localtime'):
+        for name in ('gmtime', 'localtime', 'time'):
             self.addCleanup(setattr, etc.time, name, getattr(time, name))
-            setattr(etc.time, name, narrow(getattr(time, name)))
+        etc.time.gmtime, etc.time.localtime = narrow(time.gmtime), narrow(time.localtime)
         try:
-            os.utime(str(self.tmp / 'share/X.tgz'), (2524608000, 2524608000))
+            os.utime(self.tmp / 'share/X.tgz', (2524608000, 2524608000))
         except OverflowError:
             self.skipTest('this system cannot set such times')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info', '-r', 'X')[0])
         self.assertIn('just now', self.etc('ls', '-r', '-l')[0])
-        self.addCleanup(setattr, etc.time, 'time', time.time)
         etc.time.time = lambda: 2524608000.5
         self.etc('pull', 'X', home='two')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info', 'X', home='two')[0])
-
-        class Dated(S3Handler):
-            def date_time_string(self, timestamp=None):
-                return 'Sat, 01 Jan 2050 00:00:00 GMT'
         server = Server(Dated)
         self.addCleanup(server.stop)
         self.settings = {'endpoint_url': server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
         self.assertEqual(self.etc('ls', '-r', url='s3://bucket'), ('', ''))
         self.assertEqual(server.log[-1][2]['x-amz-date'], '20500101T000000Z')
 
-    def test_names_that_no_host_can_have(self):
-        for url, endpoint in (('https://data..example.org', None), ('http://%s.example' % ('x' * 70), None),
-                              ('s3://bucket', 'https://data..example.org'), ('gs://bucket', 'https://data..example.org')):
-            with self.subTest(url, endpoint=endpoint):
-                self.settings = {'endpoint_url': endpoint} if endpoint else {}
-                os.environ['NO_GCE_CHECK'] = 'true'
-                self.assertIn('has an invalid host name; check the url', self.etc('ls', '-r', url=url, status=1)[1])
-
-        os.environ.update(http_proxy='http://proxy..example:9', no_proxy='')
-        self.settings = {}
-        self.assertIn('has an invalid host name', self.etc('ls', '-r', url='http://data.example.org', status=1)[1])
-
     def test_addresses_that_nothing_can_have(self):
-        for url, endpoint in (('http://[::::]/', None), ('http://127.0.0.1:65536', None), ('s3://bucket', 'http://127.0.0.1:99999'),
-                              ('gs://bucket', 'http://[1:::]'), ('http://127.0.0.1:0', None)):
+        host, form = 'has an invalid host name; check the url', 'the form https://host'
+        for url, endpoint, said in (
+                ('https://data..example.org', None, host), ('http://%s.example' % ('x' * 70), None, host),
+                ('s3://bucket', 'https://data..example.org', host), ('gs://bucket', 'https://data..example.org', host),
+                ('http://[::::]/', None, form), ('http://127.0.0.1:65536', None, form), ('http://127.0.0.1:0', None, form),
+                ('s3://bucket', 'http://127.0.0.1:99999', form), ('gs://bucket', 'http://[1:::]', form),
+                ('http://data.example.org', None, 'has an invalid host name')):  # through a proxy of that kind
             with self.subTest(url, endpoint=endpoint):
                 self.settings = {'endpoint_url': endpoint} if endpoint else {}
-                self.assertIn('the form https://host', self.etc('ls', '-r', url=url, status=1)[1])
+                os.environ.update(NO_GCE_CHECK='true')
+                if 'data.example' in url:
+                    os.environ.update(http_proxy='http://proxy..example:9', no_proxy='')
+                self.assertIn(said, self.etc('ls', '-r', url=url, status=1)[1])
 
     def test_paths_that_no_file_can_have(self):
-        bad = 'a\0b'
-        for what, call in (('register', lambda: etc.register(bad, 'X', config=self.config())), ('Dataset', lambda: etc.Dataset(bad)),
-                           ('settings', lambda: etc.Config.load(bad)), ('url', lambda: etc.ls(True, self.config(url='file:///a%00b')))):
-            with self.subTest(what):
-                with self.assertRaises(etc.Error) as caught:
-                    call()
-                self.assertIn('a path cannot contain a NUL', str(caught.exception))
+        for function, args in ((etc.register, ['a\0b', 'X']), (etc.Dataset, ['a\0b']), (etc.Config.load, ['a\0b']),
+                               (etc.ls, [True, self.config(url='file:///a%00b')])):
+            with self.subTest(function), self.assertRaisesRegex(etc.Error, 'a path cannot contain a NUL'):
+                function(*args)
 
     def test_what_a_progress_function_raises(self):
-        self.share(small(self.tmp / 'ds'))
-        with tarfile.open(str(self.tmp / 'share/Y.tgz'), 'w:gz') as tar:
-            tar.add(str(self.tmp / 'ds'), '.')
-        config = self.config()
-        for error in (ValueError('mine'), OSError(5, 'mine'), KeyError('mine'), EOFError('mine'), UnicodeError('mine'), MemoryError(),
-                      etc.Corrupt('mine'), KeyboardInterrupt(), SystemExit(3), tarfile.ReadError('mine'), RecursionError('mine')):
+        """It ends the work, and comes out as it is; nothing is left."""
+        self.share(odd(self.tmp / 'ds', 20))
+        with tarfile.open(self.tmp / 'share/Y.tgz', 'w:gz') as tar:
+            tar.add(self.tmp / 'ds', '.')
+        before = tree(self.tmp / 'share')
+        for error in (ValueError('mine'), OSError(5, 'mine'), KeyError('mine'), EOFError('mine'), UnicodeError('mine'),
+                      MemoryError(), etc.Corrupt('mine'), KeyboardInterrupt(), SystemExit(3), tarfile.ReadError('mine'),
+                      RecursionError('mine')):
             def progress(done, total):
                 raise error
-            for what, call in (
-                    ('pull', lambda: etc.pull('X', config=self.config('two'), progress=progress)),
-                    ('pull of another tool\'s', lambda: etc.pull('Y', config=self.config('two'), progress=progress)),
-                    ('dataset', lambda: etc.dataset('X', auto_install=True, config=self.config('two'), progress=progress)),
-                    ('push', lambda: etc.push('X', force=True, config=config, progress=progress)),
-                    ('register', lambda: etc.register(self.tmp / 'ds', 'Z', copy=True, config=config, progress=progress)),
-                    ('verify', lambda: etc.verify('X', config=config, progress=progress)),
-                    ('info', lambda: etc.info('X', config=config, progress=progress))):
-                with self.subTest(what, error=error):
+            for function, home, args in (
+                    (etc.pull, 'two', ['X']), (etc.pull, 'two', ['Y']), (etc.dataset, 'two', ['X', True]),
+                    (etc.push, 'home', ['X', True]), (etc.register, 'home', [self.tmp / 'ds', 'Z', False, True]),
+                    (etc.verify, 'home', ['X']), (etc.info, 'home', ['X'])):
+                with self.subTest(function, error=error):
                     with self.assertRaises(type(error)) as caught:
-                        call()
+                        function(*args, config=self.config(home), progress=progress)
                     self.assertIs(caught.exception, error)
             self.assertEqual((self.installed('two'), self.installed()), ([], ['X']))
+        self.assertEqual(tree(self.tmp / 'share'), before)
 
     def test_faults_of_ours_are_not_called_damage(self):
+        """As if a function of Python's own went wrong."""
         self.share(small(self.tmp / 'ds'))
         for error in (TypeError, ValueError, KeyError):
             def broken(*args):
@@ -8497,27 +7947,27 @@ class Before(Case):
     """What users of etcetera 0.0.x have: its settings, its local store, its calls."""
 
     def test_settings(self):
-        (self.tmp / '.etc.toml').write_text(
-            '# mine\nurl = "s3://my-bucket"\npublic = true\n  aws_access_key_id="A\\\\x"  # quoted\nendpoint_url = \'http://h:1\'\n'
-            'aws_access_key_secret = "s"\n')
-        (self.tmp / '.etc.toml').chmod(0o600)
+        write(self.tmp, {'.etc.toml': '''# mine
+            url = "s3://my-bucket"
+            public = true
+              aws_access_key_id="A\\\\x"  # quoted
+            endpoint_url = 'http://h:1'
+            aws_access_key_secret = "s"
+            '''.replace('\n' + ' ' * 12, '\n'), 'other.toml': 'url = "s3://other"\n'}).joinpath('.etc.toml').chmod(0o600)
         config = etc.Config.load()
-        self.assertEqual(config.aws_secret_access_key, 's')
-        self.assertEqual((config.url, config.public, config.aws_access_key_id, config.endpoint_url),
-                         ('s3://my-bucket', True, 'A\\x', 'http://h:1'))
-        (self.tmp / '.etc.toml').write_text('url = "s3://b"\n[profile]\n')
+        self.assertEqual((config.url, config.public, config.aws_access_key_id, config.aws_secret_access_key,
+                          config.endpoint_url), ('s3://my-bucket', True, 'A\\x', 's', 'http://h:1'))
+        write(self.tmp, {'.etc.toml': 'url = "s3://b"\n[profile]\n'})
         with self.assertRaisesRegex(etc.ConfigError, r'\.etc\.toml:2: '):
             etc.Config.load()
-        (self.tmp / '.etc.yaml').write_text('url: s3://newer\n')
+        write(self.tmp, {'.etc.yaml': 'url: s3://newer\n'})
         self.assertEqual(etc.Config.load().url, 's3://newer')
-        (self.tmp / 'other.toml').write_text('url = "s3://other"\n')
         self.assertEqual(etc.Config.load(self.tmp / 'other.toml').url, 's3://other')
 
     def test_store_and_calls(self):
-        (self.tmp / '.etc').mkdir()
-        os.symlink(str(small(self.tmp / 'ds')), str(self.tmp / '.etc/Registered'))
-        shutil.copytree(str(self.tmp / 'ds'), str(self.tmp / '.etc/Pulled'))
-        (self.tmp / '.etc.toml').write_text('url = "%s"\n' % self.url)
+        root = small(self.tmp / 'ds')
+        write(self.tmp, {'.etc/Registered': ('->', str(root)), '.etc.toml': 'url = "%s"\n' % self.url})
+        shutil.copytree(root, self.tmp / '.etc/Pulled')
         self.assertEqual(list(etc.ls()), ['Pulled', 'Registered'])
         etc.push('Registered')
         etc.push('Pulled')
@@ -8525,10 +7975,11 @@ class Before(Case):
         etc.purge('Pulled')
         ds = etc.dataset('Pulled', auto_pull=True)
         self.assertEqual((ds.location, ds.data, ds.file('data', 'train')), (ds.root, ds.root / 'data', ds['train']))
-        self.assertEqual((ds.partitions(), ds.keys(), dict(ds.items())['test']), (['test', 'train'], {'test', 'train'}, ds['test']))
+        self.assertEqual((ds.partitions(), ds.keys(), dict(ds.items())['test']),
+                         (['test', 'train'], {'test', 'train'}, ds['test']))
         etc.pull('Registered', force=True)
         self.assertFalse((self.tmp / '.etc/Registered').is_symlink())
-        self.assertTrue((self.tmp / 'ds/data').is_dir())
+        self.assertTrue((root / 'data').is_dir())
 
 
 USER = """
@@ -8565,181 +8016,136 @@ except (etc.NotFound, etc.UnknownPartition) as e:
 @needs(importable('mypy'), 'mypy is not installed')
 class Mypy(Case):
     def check(self, program, python, status):
-        (self.tmp / 'user.py').write_text(program)
-        process = subprocess.Popen([sys.executable, '-m', 'mypy', '--strict', '--python-executable', str(python), '--cache-dir',
-                                    str(self.tmp / 'cache'), 'user.py'], cwd=str(self.tmp), stdout=subprocess.PIPE)
-        out = process.communicate()[0].decode()
-        self.assertEqual(process.returncode, status, out)
-        return out
+        write(self.tmp, {'user.py': program})
+        done = subprocess.run([sys.executable, '-m', 'mypy', '--strict', '--python-executable', str(python), 'user.py'],
+                              cwd=str(self.tmp), stdout=subprocess.PIPE, universal_newlines=True)
+        self.assertEqual(done.returncode, status, done.stdout)
+        return done.stdout
 
     def test_a_users_program(self):
         """Where etcetera is vendored, and where it is installed: there mypy wants to be told to follow it."""
         subprocess.check_call([sys.executable, '-m', 'venv', '--without-pip', str(self.tmp / 'venv')])
         python = self.tmp / 'venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
-        site = subprocess.check_output([str(python), '-c', 'import site; print(site.getsitepackages()[-1])']).decode().strip()
-        shutil.copy(SCRIPT, site)
+        site = subprocess.check_output([str(python), '-c', 'import site; print(site.getsitepackages()[-1])'])
+        shutil.copy(SCRIPT, site.decode().strip())
         self.assertIn('import-untyped', self.check(USER, python, 1))
         write(self.tmp, {'mypy.ini': '[mypy-etcetera]\nfollow_untyped_imports = True\n'})
-        self.check(USER, python, 0)
+        self.check(USER, python, 0)  # without the optional libraries
         self.assertIn('"Path" has no attribute "nope"', self.check(USER + 'train.nope\n', python, 1))
         self.assertIn('incompatible type "int"', self.check(USER + 'etc.pull(3)\n', python, 1))
-        shutil.copy(SCRIPT, str(self.tmp))
-        (self.tmp / 'mypy.ini').unlink()
+        shutil.copy(SCRIPT, self.tmp)
+        remove(self.tmp / 'mypy.ini')
         self.check(USER, sys.executable, 0)
-        self.check(USER, python, 0)  # without the optional libraries
 
 
 class Program(Case):
     def run_(self, *command, **kwargs):
-        process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-        out, err = process.communicate()
-        self.assertEqual((process.returncode, err.decode()), (0, ''), command)
-        return out.decode()
+        """What a command prints; it must succeed, and say nothing else."""
+        done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+        self.assertEqual((done.returncode, done.stderr.decode()), (0, ''), command)
+        return done.stdout.decode()
 
     def test_ways_to_start(self):
         etc.create('X', config=etc.Config(home=self.tmp / '.etc'))
-        write(self.tmp / 'vendored', {'__init__.py': ''})
-        shutil.copy(SCRIPT, str(self.tmp / 'vendored'))
-        self.assertEqual(self.run_(sys.executable, SCRIPT, 'ls'), 'X\n')
-        self.assertEqual(self.run_(sys.executable, '-m', 'etcetera', 'ls', cwd=str(HERE)), 'X\n')
-        self.assertEqual(self.run_(sys.executable, '-m', 'vendored.etcetera', 'ls', cwd=str(self.tmp)), 'X\n')
+        shutil.copy(SCRIPT, write(self.tmp / 'vendored', {'__init__.py': ''}))
+        here, there = {'cwd': str(HERE)}, {'cwd': str(self.tmp)}
+        for words, more in (([SCRIPT, 'ls'], there), (['-m', 'etcetera', 'ls'], here), (['-m', 'vendored.etcetera', 'ls'], there)):
+            self.assertEqual(self.run_(sys.executable, *words, **more), 'X\n')
         with open(SCRIPT, 'rb') as script:
             self.assertEqual(self.run_(sys.executable, '-', 'ls', stdin=script), 'X\n')
-        code = 'import pickle, vendored.etcetera as e; d = e.dataset("X"); print(pickle.loads(pickle.dumps(d))["train"].name)'
-        self.assertEqual(self.run_(sys.executable, '-c', code, cwd=str(self.tmp)), 'train\n')
+        code = 'import pickle, vendored.etcetera as e; print(pickle.loads(pickle.dumps(e.dataset("X")))["train"].name)'
+        self.assertEqual(self.run_(sys.executable, '-c', code, **there), 'train\n')
 
     def test_pipes(self):
-        home = self.tmp / '.etc'
-        for number in range(3000):
-            (home / ('D%04d' % number)).mkdir(parents=True)
-        process = subprocess.Popen([sys.executable, SCRIPT, 'ls'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        process.stdout.readline()
-        process.stdout.close()
-        self.assertEqual(process.stderr.read(), b'')
-        process.stderr.close()
-        process.wait()
-        if os.path.exists('/dev/full'):
-            with open('/dev/full', 'wb') as full:
-                process = subprocess.Popen([sys.executable, SCRIPT, 'ls'], stdout=full, stderr=subprocess.PIPE)
-                self.assertRegex(process.communicate()[1].decode(), r'\Aetc: cannot write to standard output: .*\n\Z')
-        process = subprocess.Popen(['sh', '-c', '"%s" "%s" ls >&-' % (sys.executable, SCRIPT)], stderr=subprocess.PIPE)
-        self.assertEqual(process.communicate()[1].decode(), 'etc: standard output is closed\n')
+        write(self.tmp, {'.etc/D%04d' % number: None for number in range(3000)})
+        command = '"%s" "%s" ls' % (sys.executable, SCRIPT)
+        for then, said in ((' | head -n 1', ''), (' >/dev/full', 'etc: cannot write to standard output: .*\n'),
+                           (' >&-', 'etc: standard output is closed\n')):
+            if '/dev' not in then or os.path.exists('/dev/full'):
+                done = subprocess.run(['sh', '-c', command + then], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertRegex(done.stderr.decode(), r'\A%s\Z' % said)
 
     def test_odd_surroundings(self):
-        for env, word in (({'HOME': ''}, 'cannot tell where your home directory is;'),
+        for env, said in (({'HOME': ''}, 'cannot tell where your home directory is;'),
                           ({'ETC_HOME': 'rel'}, 'the current directory is gone, so no relative path can be found;')):
             with self.subTest(**env):
-                cwd = self.tmp / 'gone'
-                cwd.mkdir()
-                command = 'rmdir "%s" && "%s" "%s" ls' % (cwd, sys.executable, SCRIPT)
-                process = subprocess.Popen(['sh', '-c', command], cwd=str(cwd), env=dict(os.environ, **env), stderr=subprocess.PIPE)
-                err = process.communicate()[1].decode()
-                self.assertTrue(err.startswith('etc: ' + word) and process.returncode == 1, err)
+                os.environ.update(env)
+                write(self.tmp, {'gone': None})
+                done = subprocess.run(['sh', '-c', 'rmdir ../gone; "%s" "%s" ls' % (sys.executable, SCRIPT)],
+                                      cwd=str(self.tmp / 'gone'), stderr=subprocess.PIPE)
+                self.assertEqual((done.returncode, done.stderr.decode()[:len(said) + 5]), (1, 'etc: ' + said))
 
-    def test_flat_directories_take_little_memory(self):
-        if not sys.platform.startswith('linux'):
-            return
-        root = write(self.tmp / 'ds', {'data/train': None})
-        for number in range(60000):
-            os.close(os.open(str(root) + '/data/train/%06d' % number, os.O_CREAT | os.O_WRONLY))
-        code = 'import sys; sys.path.insert(0, %r); import etcetera as e; e.Dataset(%r).digest; ' \
-               'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])' % (str(HERE), str(root))
-        limit = 128 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
-        self.assertLess(int(self.run_(sys.executable, '-c', code)), limit * 1024)
-
-    def test_many_files_take_one_walk_and_little_memory(self):
-        if not sys.platform.startswith('linux'):
-            return
-        outside = write(self.tmp / 'outside', {'%04d' % number: '' for number in range(1000)})
-        root = write(self.tmp / 'ds', {'data/train/%03d' % number: ('->', str(outside)) for number in range(150)})
-        (self.tmp / 'share').mkdir()
-        code = """if True:
-            import os, sys
-            sys.path.insert(0, %r)
-            import etcetera as etc
-            if hasattr(os, 'sched_setaffinity'):  # a thread more has more blocks under way
-                os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-            scandir, scanned = os.scandir, []
-            os.scandir = lambda path: (scanned.append(os.fspath(path)), scandir(path))[1]
-            config = etc.Config(%r, home=%r)
-            etc.register(%r, 'X', config=config)
-            etc.push('X', config=config)
-            print(*[scanned.count(path) for path in scanned if '/train/' in path])
-            print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
-            """ % (str(HERE), (self.tmp / 'share').as_uri(), str(self.tmp / 'home'), str(root))
-        counts, memory = self.run_(sys.executable, '-c', code).splitlines()
-        self.assertEqual(counts.split(), ['1'] * 150)
-        limit = 160 if sys.implementation.name == 'pypy' else 56  # MiB, with the interpreter itself
-        self.assertLess(int(memory), limit * 1024)
-
-    def test_import_is_light(self):
-        heavy = ('ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
-                 'logging', 'socket', 'email', 'configparser', 'ctypes')
-        code = 'import sys; before = set(sys.modules); import etcetera; print(sorted(set(%r) & (set(sys.modules) - before)))'
-        self.assertEqual(self.run_(sys.executable, '-c', code % (heavy,), cwd=str(HERE)), '[]\n')
-
-    def test_no_library_of_a_cloud_is_loaded(self):
-        code = 'import sys; sys.path.insert(0, %r); import etcetera; etcetera.main(sys.argv[1:]); ' \
-               'print([m for m in sys.modules if m.startswith(("google", "boto"))])' % str(HERE)
-        (self.tmp / 'share').mkdir()
-        self.assertEqual(self.run_(sys.executable, '-c', code, '--url', (self.tmp / 'share').as_uri(), 'ls', '-r'), '[]\n')
-
-    def test_public_names(self):
-        for name in etc.__all__:
-            with self.subTest(name):
-                self.assertTrue(getattr(etc, name).__doc__, name)
-
-    def test_warnings_are_errors(self):
-        small(self.tmp / 'ds')
-        url = (self.tmp / 'share').as_uri()
-        run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)) + [SCRIPT, '-q', '--url', url]
-        for args in (['register', self.tmp / 'ds', 'X'], ['push', 'X'], ['--home', self.tmp / 'two', 'pull', 'X'],
-                     ['--home', self.tmp / 'two', 'pull', '-f', 'X'], ['--home', self.tmp / 'two', 'verify', 'X'],
-                     ['info', '-r', 'X'], ['--home', self.tmp / 'two', 'purge', 'X']):
-            with self.subTest(args):
-                self.run_(*(run + args))
-
-    @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux does it')
-    def test_plain_locale(self):
-        root = odd(self.tmp / 'ds', 3)
-        url = (self.tmp / 'share').as_uri()
-        env = dict(os.environ, LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
-        run = [sys.executable, SCRIPT, '-q', '--url', url]
-        for args in (['register', root, 'X'], ['push', 'X'], ['--home', self.tmp / 'two', 'pull', 'X'],
-                     ['--home', self.tmp / 'two', 'verify', 'X']):
-            with self.subTest(args):
-                self.run_(*(run + args), env=env)
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
-        self.assertEqual(etc.info('X', True, etc.Config(url))['digest'], etc.Dataset(root).digest)
+    MEMORY = """
+import etcetera as etc
+if hasattr(os, 'sched_setaffinity'):  # a thread more has more blocks under way
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+scandir, scanned = os.scandir, []
+os.scandir = lambda path: (scanned.append(str(path)), scandir(path))[1]
+status = etc.main(['-q'] + sys.argv[1:])
+peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) >> 10
+print(max([scanned.count(path) for path in scanned if 'train/' in path] or [0]), peak)
+sys.exit(status)
+"""
 
     @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux measures it')
     def test_memory_is_flat(self):
-        root = write(self.tmp / 'ds', {'data/train/x': None})
-        with open(str(root / 'data/train/x/zeros'), 'wb') as file:
-            file.truncate(300 * MIB)
-        url = (self.tmp / 'share').as_uri()
-        code = 'import sys; sys.path.insert(0, %r); import etcetera; status = etcetera.main(sys.argv[1:]); ' \
-               'print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]); sys.exit(status)' % str(HERE)
-        for args in (['register', root, 'X'], ['push', 'X'], ['--home', self.tmp / 'two', 'pull', 'X']):
-            with self.subTest(args[-2:]):
-                peak = int(self.run_(sys.executable, '-c', code, '-q', '--url', url, *args))
-                self.assertLess(peak, 200 * 1024, args)
+        """In flat directories, with many files, which take one walk, and with large ones."""
+        outside = write(self.tmp / 'outside', {'%04d' % number: '' for number in range(1000)})
+        write(self.tmp / 'Many', {'data/train/%03d' % number: ('->', str(outside)) for number in range(150)})
+        write(self.tmp / 'Flat', {'data/train': None})
+        for number in range(60000):
+            os.close(os.open('%s/data/train/%06d' % (self.tmp / 'Flat', number), os.O_CREAT | os.O_WRONLY))
+        write(self.tmp / 'Large', {'data/train/zeros': ''})
+        os.truncate(self.tmp / 'Large/data/train/zeros', 300 * MIB)
+        extra = 100 if sys.implementation.name == 'pypy' else 0
+        for name, limit in (('Many', 56), ('Flat', 56), ('Large', 200)):
+            self.etc('register', self.tmp / name)
+            for home, words in (('home', 'verify' if name == 'Flat' else 'push'), ('two', 'pull'))[:1 + (name == 'Large')]:
+                with self.subTest(words, name=name):
+                    code, out = run_python(self.MEMORY, '--url', self.url, '--home', self.tmp / home, words, name)
+                    self.assertEqual(code, 0, out)
+                    most, peak = map(int, out.split())
+                    self.assertLess((most, peak), (2, limit + extra))  # MiB, with the interpreter itself
+
+    def test_import_is_light(self):
+        """And no library of a cloud is loaded for what needs none."""
+        heavy = {'ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
+                 'logging', 'socket', 'email', 'configparser', 'ctypes'}
+        write(self.tmp / 'share', {})
+        write(self.tmp, {'share': None})
+        code = '''if True:
+            before = set(sys.modules)
+            import etcetera
+            print(sorted(%r & (set(sys.modules) - before)))
+            etcetera.main(sys.argv[1:])
+            print([name for name in sys.modules if name.startswith(('google', 'boto'))])
+            ''' % heavy
+        self.assertEqual(run_python(code, '--url', self.url, 'ls', '-r'), (0, '[]\n[]\n'))
+
+    @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux does it')
+    def test_plain_locale_and_warnings_as_errors(self):
+        root = odd(self.tmp / 'ds', 3)
+        os.environ.update(LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+        run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)) + [SCRIPT, '-q', '--url', self.url]
+        for words in ('register ds X', 'push X', '--home two pull X', '--home two pull -f X', '--home two verify X',
+                      'info -r X'):
+            with self.subTest(words):
+                self.run_(*run + words.split(), cwd=str(self.tmp))
+        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+        self.assertEqual(etc.info('X', True, self.config())['digest'], etc.Dataset(root).digest)
 
     def test_readme_quick_start(self):
         text = (HERE / 'README.md').read_text(encoding='utf-8')
         block = re.search(r'```(?:sh|bash)\n(.*?)```', text, re.S).group(1)
         home = self.tmp / 'new user'
-        home.mkdir()
-        shutil.copy(SCRIPT, str(home))
+        shutil.copy(SCRIPT, write(self.tmp, {'new user': None}) / 'new user')
         bin_ = write(self.tmp / 'bin', {'python3': '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable})
         (bin_ / 'python3').chmod(0o755)
-        env = dict(os.environ, HOME=str(home), PATH='%s:%s' % (bin_, os.environ['PATH']))
-        process = subprocess.Popen(['sh', '-e', '-c', block], cwd=str(home), env=env, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
-        out = process.communicate()[0].decode()
-        self.assertEqual(process.returncode, 0, out)
-        self.assertIn('digits', out)
-        self.assertTrue(list(home.rglob('digits.tgz')), out)
+        os.environ.update(HOME=str(home), PATH='%s:%s' % (bin_, os.environ['PATH']))
+        done = subprocess.run(['sh', '-e', '-c', block], cwd=str(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn(b'digits', done.stdout)
+        self.assertTrue(list(home.rglob('digits.tgz')))
 
 
 # ---------------------------------------------------------------------------------------
