@@ -202,7 +202,8 @@ class Case(unittest.TestCase):
 
     def fails_with(self, problem, *args, **kwargs):
         """The command line fails and says this."""
-        self.assertIn(problem, self.etc(*args, status=1, **kwargs)[1])
+        with self.subTest(args, problem=problem):
+            self.assertIn(problem, self.etc(*args, status=1, **kwargs)[1])
 
     def nothing_is_left(self):
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
@@ -598,10 +599,8 @@ class Settings(Case):
 
     def test_byte_order_mark(self):
         """Notepad and PowerShell begin files with one."""
-        for name, text in (('toml', 'url = "s3://toml"\nregion = "x"\n'), ('yaml', 'url: s3://yaml\nregion: x\n')):
-            with self.subTest(name):
-                config = self.load('\ufeff' + text, name='.etc.' + name)
-                self.assertEqual((config.url, config.region), ('s3://' + name, 'x'))
+        self.assertEqual(self.load('\ufeffurl = "s3://toml"\nregion = "x"\n', name='.etc.toml').url, 's3://toml')
+        self.assertEqual(self.load('\ufeffurl: s3://yaml\nregion: x\n').url, 's3://yaml')
 
     def test_precedence(self):
         place, named = os.path.abspath('/h'), write(self.tmp, {'other.yaml': 'region: x\n'}) / 'other.yaml'
@@ -683,10 +682,9 @@ class Datasets(Case):
             ds['val']
         self.assertIsInstance(caught.exception, etc.Error)
         self.assertEqual(str(caught.exception), "no partition 'val' in Small; it has: test, train")
-        with self.assertRaisesRegex(TypeError, 'does not support item assignment'):
-            ds['val'] = 1
         self.assertNotIn('val', ds)
         self.assertIsNone(ds.get('val'))
+        self.assertFalse(hasattr(ds, '__setitem__'))
 
     def test_validation(self):
         root = self.tmp / 'bad'
@@ -697,13 +695,11 @@ class Datasets(Case):
                 ({'data/p/x': 'y', 'meta.json': '[1]'}, 'JSON object'), ({'data/p/x': 'y', 'meta.json': '{'}, 'meta.json is not JSON'),
                 ({'data/p/x': 'y', 'meta.json': b'\xff'}, 'meta.json is not JSON'),
                 ({'data/p/x': 'y', 'meta.json': None}, 'meta.json is not JSON: it is not a file'), ({}, 'no directory %s' % root)):
-            with self.subTest(files):
-                write(root, files)
-                self.fails_with(problem, 'register', root, 'Bad')
-                with self.assertRaises(etc.InvalidDataset):
-                    etc.Dataset(root)
-                self.assertEqual(self.installed(), [])
-                remove(root)
+            write(root, files)
+            self.fails_with(problem, 'register', root, 'Bad')
+            self.assertRaises(etc.InvalidDataset, etc.Dataset, root)
+            self.assertEqual(self.installed(), [])
+            remove(root)
         self.fails_with('a path cannot contain a NUL', 'register', 'a\0b', 'X')
 
     def test_names(self):
@@ -731,8 +727,7 @@ class Datasets(Case):
         self.etc('register', '-f', other, 'Two')
         self.assertEqual([(self.tmp / 'home' / name).resolve() for name in ('Two', 'Three')], [other, root])
         for words in ('a b c', 'a as b c'):
-            with self.subTest(words):
-                self.assertIn('register takes DIR, DIR NAME or DIR as NAME;', self.etc('register', *words.split(), status=2)[1])
+            self.assertIn('register takes DIR, DIR NAME or DIR as NAME;', self.etc('register', *words.split(), status=2)[1])
         self.etc('purge', 'Two', 'Three')
         self.assertEqual((self.installed(), tree(other)), (['ds'], tree(root)))
 
@@ -762,21 +757,17 @@ class Datasets(Case):
         self.etc('create', '-f', 'New', 'one')
         self.assertEqual(tree(self.tmp / 'home/New'), {'data': None, os.path.join('data', 'one'): None})
         for bad in ('..', 'a/b', '.', ''):
-            with self.subTest(bad):
-                self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create', 'Bad', bad)
-        for bad in ('train', (), None):
-            with self.subTest(bad):
+            self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create', 'Bad', bad)
+        for call in (functools.partial(etc.create, 'Bad'), functools.partial(etc.dataset, 'Bad', True)):
+            for bad in ('train', ()):
                 with self.assertRaisesRegex(etc.InvalidDataset, 'partitions must be a list of one or more names'):
-                    etc.create('Bad', bad, config=self.config())
-        with self.assertRaisesRegex(etc.InvalidDataset, 'partitions must be a list of one or more names'):
-            etc.dataset('X', True, 'train', config=self.config())
+                    call(bad, config=self.config())
 
     def test_register_what_is_installed(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
         write(self.tmp / 'home/X/data', {'data/p/x': 'x'})  # so that even data/ looks like a dataset
         for path in ('home/X', 'home/X/data/..', 'home/X/data'):
-            with self.subTest(path):
-                self.fails_with("is what is installed as 'X'; use --copy", 'register', '-f', self.tmp / path, 'X')
+            self.fails_with("is what is installed as 'X'; use --copy", 'register', '-f', self.tmp / path, 'X')
         self.etc('register', '-f', '--copy', self.tmp / 'home/X', 'X')
         self.etc('register', self.tmp / 'home/X', 'Y')
         self.assertEqual(*[etc.dataset(name, config=self.config()).digest for name in 'XY'])
@@ -785,15 +776,13 @@ class Datasets(Case):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         remove(self.tmp / 'ds')
         for command in ('push', 'verify', 'info'):
-            with self.subTest(command):
-                self.fails_with("'etc purge X' forgets it", command, 'X')
+            self.fails_with("'etc purge X' forgets it", command, 'X')
         self.etc('ls', '-l')
         self.etc('purge', 'X')
 
     def test_a_file_for_a_directory(self):
         file = str(write(self.tmp, {'file': 'x'}) / 'file')
         problem = ('Not a directory: ' if os.name == 'posix' else '') + file
-        self.fails_with(problem, 'ls', home='file')
         self.fails_with(problem, 'ls', '-l', home='file')
         self.fails_with(problem, 'ls', '-r', '-l', url=Path(file).as_uri())
 
@@ -826,8 +815,6 @@ class Datasets(Case):
 
     def test_usage(self):
         self.etc(status=2)
-        self.assertIn('register', self.etc('-h')[0])
-        self.etc('ls', '-v')
         self.etc('-q', 'create', 'X')
         self.assertEqual(self.etc('-q', 'verify', 'X')[1], '')
         self.assertIn(b'Traceback', self.spawn('-v', 'info', 'Nope').communicate()[1])
@@ -964,35 +951,27 @@ class Format(Case):
         self.assertEqual(tree(self.tmp / 'two/X'), expected)
 
     def test_structure(self):
-        root = odd(self.tmp / 'ds')
+        root, segments = odd(self.tmp / 'ds'), []
         names = {name.replace(os.sep, '/'): content for name, content in tree(root).items()}
+        for path in ('.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'):
+            inside = [n for n in names if (n + '/').startswith(path + '/') or path == '.' and '/' not in n and (n == 'data' or names[n])]
+            payload = canonical(root, sorted(inside, key=lambda n: n.split('/')))
+            files = [names[n][0] for n in inside if names[n]]
+            segments.append((path, len(files), sum(len(data) for data in files if data != '->'),
+                             [payload[at:at + MIB] for at in range(0, len(payload), MIB)]))
         write(root, {'.etcetera.json': 'the receipt of an installed dataset that was copied'})
-        found = members(self.push(root))
+        found, expected = members(self.push(root)), members(archive_of(*segments))
         blocks, index = [[m for m in found if m[2] == tag] for tag in (b'et', b'ei')]
         self.assertEqual(found[-1][1:], (34, b'ef', struct.pack('<Q', index[0][0]), b''))
         self.assertEqual(found, blocks + index + found[-1:])
-        self.assertTrue(all(len(extra) <= 8000 and payload == b'' for _, _, _, extra, payload in index))
-        self.assertTrue(all(extra == struct.pack('<I', length) for _, length, _, extra, _ in blocks))
-        self.assertEqual(blocks[-1][4], bytes(1024))
-        text = json.loads(b''.join(m[3] for m in index).decode('utf-8'))
-        paths, digests = ['.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'], b''
-        self.assertEqual((text['etcetera'], [s['path'] for s in text['segments']]), (1, paths))
-        for s in text['segments']:
-            own = [m for m in blocks if s['offset'] <= m[0] < s['offset'] + s['length']]
-            payloads = [m[4] for m in own]
-            self.assertEqual([len(p) for p in payloads[:-1]], [MIB] * (len(own) - 1))
-            digest = sha256(b''.join(map(sha256, payloads)))
-            digests += s['path'].encode() + b'\0' + digest
-            if s['path'] == '.':
-                inside = [n for n in names if '/' not in n and (n == 'data' or names[n])]
-            else:
-                inside = [n for n in names if (n + '/').startswith(s['path'] + '/')]
-            inside.sort(key=lambda n: n.split('/'))
-            self.assertEqual(b''.join(payloads), canonical(root, inside), s['path'])
-            sizes = [len(names[n][0]) * (names[n][0] != '->') for n in inside if names[n]]
-            self.assertEqual((s['length'], s['files'], s['size'], s['digest']),
-                             (sum(m[1] for m in own), len(sizes), sum(sizes), 'sha256:' + digest.hex()))
-        self.assertEqual(text['digest'], 'sha256:' + sha256(digests).hex())
+        self.assertTrue(all(len(m[3]) <= 8000 and m[4] == b'' for m in index))
+        self.assertTrue(all(m[3] == struct.pack('<I', m[1]) for m in blocks))
+        self.assertTrue([m[4] for m in blocks] == [m[4] for m in expected if m[2] == b'et'])
+        text, told = (json.loads(b''.join(m[3] for m in each if m[2] == b'ei').decode('utf-8')) for each in (found, expected))
+        for segment, other, (_, _, _, parts) in zip(text['segments'], told['segments'], segments):
+            own, blocks = blocks[:len(parts)], blocks[len(parts):]
+            other.update(offset=own[0][0], length=sum(m[1] for m in own))
+        self.assertEqual(text, told)
 
     def test_blocks(self):
         root = write(self.tmp / 'ds', {'data/a/noise': noise(3 * MIB), 'data/b/text': 'some text, again and again\n' * 120000})
@@ -1090,10 +1069,10 @@ class Format(Case):
         self.assertEqual(tree(self.tmp / 'by-tarfile'), tree(root))
 
     def test_many_partitions_make_a_long_index(self):
-        root = write(self.tmp / 'ds', {'data/partition %04d/x' % n: str(n) for n in range(500)})
+        root = write(self.tmp / 'ds', {'data/partition %04d/x' % n: str(n) for n in range(420)})
         self.assertGreater(sum(m[1] for m in members(self.push(root)) if m[2] == b'ei'), 65536)
         self.check_pull(tree(root))
-        self.assertEqual(len(etc.info('X', remote=True, config=self.config())['partitions']), 500)
+        self.assertEqual(len(etc.info('X', remote=True, config=self.config())['partitions']), 420)
 
     def test_unknown_version_is_still_a_tgz(self):
         root = small(self.tmp / 'ds')
@@ -1124,29 +1103,20 @@ class Foreign(Case):
         self.etc('purge', 'X')
         return names
 
-    def refused(self, tar, message):
+    def refused(self, message, tar, what=''):
         self.tar(tar)
-        err = self.etc('pull', 'X', status=1)[1]
-        self.assertRegex(err, "^etc: 'X' in file:///.*: the archive is damaged or not a .tgz: .*(%s)" % message)
-        self.nothing_is_left()
+        with self.subTest(what, message=message):
+            err = self.etc('pull', 'X', status=1)[1]
+            self.assertRegex(err, "^etc: 'X' in file:///.*: the archive is damaged or not a .tgz: .*(%s)" % message)
+            self.nothing_is_left()
 
-    def pack(self, *items, **options):
-        """Pack (path, name in the archive) with tarfile."""
-        with tarfile.open(str(write(self.tmp / 'share', {'.': None}) / 'X.tgz'), 'w:gz', **options) as tar:
-            for path, name in items:
-                tar.add(str(path), name)
-
-    def test_tarfile(self):
-        root, receipt = odd(self.tmp / 'ds', 20), write(self.tmp, {'.etcetera.json': '{"name": "X"}'}) / '.etcetera.json'
-        for form, top in itertools.product((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT), ('', './')):
-            with self.subTest(form=form, top=top):
-                items = [(path, top + path.name) for path in [receipt] + list(root.iterdir())]
-                self.pack(*items, format=form, encoding='utf-8')
-                self.check(root)
+    def pack(self, path, name='.'):
+        with tarfile.open(str(write(self.tmp / 'share', {'.': None}) / 'X.tgz'), 'w:gz') as tar:
+            tar.add(str(path), name)
 
     def test_tools(self):
         root, short = odd(self.tmp / 'ds', 20), small(self.tmp / 'short')
-        write(short, {'data/train/link': ('->', 'a.txt'), 'data/test/a.txt': 'other'})
+        write(short, {'data/train/link': ('->', 'a.txt'), 'data/test/a.txt': 'other', '.etcetera.json': '{"name": "X"}'})
         os.link(str(short / 'data/train/a.txt'), str(short / 'data/train/hard'))
         os.link(str(short / 'data/train/link'), str(short / 'data/test/twin'), follow_symlinks=False)
         gz = str(write(self.tmp / 'share', {'.': None}) / 'X.tgz')
@@ -1172,26 +1142,18 @@ class Foreign(Case):
         more = entry('data/train/s', kind=b'S', _482=b'\1', _483=b'%011o\0' % 4096)
         hole = entry('data/train/s', kind=b'S', _124=b'%011o\0' % 2048, _386=b'%011o\0%011o\0' % (0, 2048), _483=b'%011o\0' % 4096)
         for cut in list(range(0, len(whole), 500)) + [512, 1536, len(whole)]:
-            with self.subTest(cut=cut):
-                self.refused(whole[:cut], 'ends too early')
-        for what, rest in (('in a pax header', pax[:520]), ('after a pax header', pax[:1024]), ('in a long name', name[:600]),
-                           ('after a long name', name), ('in the map of a sparse file', more), ('in the map', more + bytes(100)),
-                           ('in a sparse file', hole + bytes(600))):
-            with self.subTest(what):
-                self.refused(whole + rest, 'ends too early')
-        for what, tar, message in (
-                ('an end after a pax header', whole + pax[:-512], 'end of file header|subsequent header'),
-                ('an end after a long name', whole + name, 'end of file header|subsequent header'),
-                ('a broken header', whole[:1536] + b'?' + whole[1537:], 'bad checksum|invalid header'),
-                ('a broken first header', b'?' + whole[1:], 'bad checksum|invalid header'),
-                ('a broken header after a pax header', pax[:-512] + b'?' + whole[1:], 'checksum|subsequent header'),
-                ('text', b'<html>' * 1000, 'bad checksum|invalid header'),
-                ('two archives', whole + bytes(1024) + whole, 'another archive follows its end')):
-            with self.subTest(what):
-                self.refused(tar + bytes(1024), message)
+            self.refused('ends too early', whole[:cut], cut)
+        for rest in (pax[:520], pax[:1024], name[:600], name, more, more + bytes(100), hole + bytes(600)):
+            self.refused('ends too early', whole + rest, rest)
+        checksum, subsequent = 'bad checksum|invalid header|subsequent header', 'end of file header|subsequent header'
+        for what, message, tar in (
+                ('an end after a pax header', subsequent, whole + pax[:-512]), ('an end after a long name', subsequent, whole + name),
+                ('a broken header', checksum, whole[:1536] + b'?' + whole[1537:]), ('a broken first header', checksum, b'?' + whole[1:]),
+                ('a broken header after a pax header', checksum, pax[:-512] + b'?' + whole[1:]), ('text', checksum, b'<html>' * 1000),
+                ('two archives', 'another archive follows its end', whole + bytes(1024) + whole)):
+            self.refused(message, tar + bytes(1024), what)
         for end in (0, 512, 10240):  # and two blocks of zeros
-            with self.subTest('whole', end=end):
-                self.assertEqual(self.train(whole, pax, sparse, bytes(end)), ['a', 'b', 'c', 'l' * 120, 's'])
+            self.assertEqual(self.train(whole, pax, sparse, bytes(end)), ['a', 'b', 'c', 'l' * 120, 's'])
 
     def test_malformed_pax_records(self):
         good, ok = b'12 a=bcdefg\n', entry('data/train/a') + bytes(1024)
@@ -1199,20 +1161,16 @@ class Foreign(Case):
         for kind in (b'x', b'g', b'X'):
             for records in (b' a=b\n', b'x a=b\n', b'0 X=1\n', b'4 a=b\n', b'99 a=b\n', b'6 abc\n', b'5 =b\n', b'6 a=bc', b'junk',
                             good + b'junk', good + b'\0' + good, b'-6 a=b\n', b'9' * 30 + b' a=b\n'):
-                with self.subTest(records, kind=kind):
-                    self.refused(entry('pax', records, kind) + ok, 'pax')
-            with self.subTest('after a long name', kind=kind):
-                self.refused(name + entry('pax', b'0 X=1\n', kind) + ok, 'pax|invalid|subsequent')
-            with self.subTest('well-formed', kind=kind):
-                self.assertEqual(self.train(entry('pax', good * 2, kind), ok), ['a'])
+                self.refused('pax', entry('pax', records, kind) + ok, (kind, records))
+            self.refused('pax|invalid|subsequent', name + entry('pax', b'0 X=1\n', kind) + ok, kind)
+            self.assertEqual(self.train(entry('pax', good * 2, kind), ok), ['a'])
 
     def test_absurd_sizes(self):
         ok, huge, negative = entry('data/train/a'), b'\x80' + (1 << 60).to_bytes(11, 'big'), b'\xff' * 10 + b'\xfe\0'
         headers = '(its global headers|(the )?headers( of one entry)?) take more than 4194304 bytes'
         wrong = 'backward|headers of one entry|ends too early|bad checksum|invalid|subsequent|end of file'
         for kind, size in itertools.product((b'L', b'K', b'x', b'g', b'X'), (b'%011o\0' % (700 * MIB), huge)):
-            with self.subTest(kind=kind, size=size):
-                self.refused(entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), headers)
+            self.refused(headers, entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), (kind, size))
         numbers = entry('pax', b'22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=9\n', b'x')
         for what, tar, message in (
                 ('many records', b''.join(entry('pax', b'1000011 %08d=%s\n' % (n, b'v' * 999993), b'g') for n in range(6)), headers),
@@ -1220,8 +1178,7 @@ class Foreign(Case):
                 ('a sparse map', numbers + entry('data/train/s', b'9999999\n' + b'0\n' * 4 * MIB), headers),
                 ('a negative file', ok + entry('data/train/n', _124=negative), wrong),
                 ('a negative name', ok + entry('data/train/n', kind=b'L', _124=negative), wrong)):
-            with self.subTest(what):
-                self.refused(tar + ok + bytes(1024), message)
+            self.refused(message, tar + ok + bytes(1024), what)
         self.tar(entry('././@LongLink', b't' * 5000 + b'\0', b'K'), entry('data/train/l', kind=b'2'), ok, bytes(1024))
         self.assertRegex(self.etc('pull', 'X', status=1)[1], r'(?s)\A.{0,700}leads out of the dataset or nowhere.{0,300}\Z')
         for zeros in [entry('data/train/x', kind=b'S', _483=huge)] + [
@@ -1244,7 +1201,7 @@ class Foreign(Case):
         self.etc('register', root, 'X')
         write(root / 'data', dict.fromkeys(['.DS_Store', '._train', 'desktop.ini', 'Thumbs.db', '.directory'], 'left'))
         self.assertEqual((list(etc.Dataset(root)), etc.Dataset(root).digest), (['test', 'train'], digest))
-        for pack in (lambda: self.etc('push', 'X'), lambda: self.pack((root, '.'))):
+        for pack in (lambda: self.etc('push', 'X'), lambda: self.pack(root)):
             pack()
             ds = etc.pull('X', force=True, config=self.config('other'))
             self.assertEqual((ds.digest, sorted(os.listdir(str(ds.root / 'data')))), (digest, ['test', 'train']))
@@ -1254,12 +1211,12 @@ class Foreign(Case):
         self.assertNotEqual(etc.Dataset(root).digest, digest)
 
     def test_push_of_what_was_pulled(self):
-        self.pack((small(self.tmp / 'ds'), '.'))
+        self.pack(small(self.tmp / 'ds'))
         before = tree(self.tmp / 'share')
         self.etc('pull', 'X')
         self.assertIn('in %s already, and identical' % self.url, self.etc('push', 'X')[1])
         self.assertEqual(tree(self.tmp / 'share'), before)
-        self.pack((odd(self.tmp / 'other', 3), '.'))
+        self.pack(odd(self.tmp / 'other', 3))
         self.fails_with("another 'X' is in", 'push', 'X')
 
     def test_not_an_archive(self):
@@ -1268,10 +1225,10 @@ class Foreign(Case):
             with self.subTest(problem):
                 write(self.tmp / 'share', {'X.tgz': content})
                 self.assertRegex(self.etc('pull', 'X', status=1)[1], 'the archive is damaged or not a .tgz: ' + problem)
-        self.pack((SCRIPT, 'X/data/train'))
+        self.pack(SCRIPT, 'X/data/train')
         self.fails_with("needs a directory 'data'", 'pull', 'X')
         root = small(self.tmp / 'ds')
-        self.pack((root, 'digits'))
+        self.pack(root, 'digits')
         self.fails_with("its directory 'digits' is one: pack that with 'tar czf NAME.tgz -C digits .'", 'pull', 'X')
         self.nothing_is_left()
         self.fails_with('; %s is one' % root, 'register', self.tmp, 'X')
@@ -1302,7 +1259,7 @@ class Hostile(Case):
         """What lies beside the local store, where nothing may change."""
         return {name: content for name, content in tree(self.tmp).items() if not name.startswith(('home', 'settings'))}
 
-    def attack(self, *entries):
+    def attack(self, problem, *entries):
         """Pull a .tgz with these entries; it must fail in any order with the same words, and leave nothing anywhere."""
         ok, said = (entry('data/train/ok', b'ok'),), set()
         for order in (ok + entries, entries + ok):
@@ -1310,21 +1267,19 @@ class Hostile(Case):
             before = self.outside()
             said.add(self.etc('pull', 'X', status=1)[1])
             self.assertEqual((self.outside(), self.installed(), self.leftovers()), (before, [], []), said)
-        self.assertEqual(len(said), 1, said)
-        return said.pop()
+        with self.subTest(problem):
+            err, = said
+            self.assertIn(problem, err)
 
     def test_names(self):
-        unsafe = "the archive holds the unsafe name '%s; do not trust it"
+        unsafe = "the archive holds the unsafe name '%s'; do not trust it"
         for name in ('/etc/passwd', str(self.tmp / 'victim/new'), '../victim/new', 'data/../../../victim/new', '..', 'data/train/..',
                      '../../../../../../../../tmp/etc-evil'):
             for attack in (entry(name, b'evil'), entry(name + '/'), entry('data/train/x', b'evil', pax={'path': name})):
-                with self.subTest(name):
-                    self.assertIn(unsafe % (name + "'"), self.attack(attack))
-        with self.subTest('NUL'):
-            self.assertIn(unsafe % r"data/train/a\x00b'", self.attack(entry('data/train/x', pax={'path': 'data/train/a\0b'})))
+                self.attack(unsafe % name, attack)
+        self.attack(unsafe % r'data/train/a\x00b', entry('data/train/x', pax={'path': 'data/train/a\0b'}))
         for name in ('d/' * 1900 + 'x', 'd/' * 300):
-            with self.subTest('deep'):
-                self.assertIn("the unsafe name 'data/train/d/d/d/", self.attack(entry('data/train/' + name)))
+            self.attack("the unsafe name 'data/train/d/d/d/", entry('data/train/' + name))
 
     def test_links(self):
         def link(name, target, kind=b'2', **more):
@@ -1345,8 +1300,7 @@ class Hostile(Case):
                    ("the hard link 'data/train/h' to 'data/train/none', which is not in it;", link('h', 'data/train/none', b'1')),
                    (twice % 'l', link('l', '../../..'), entry('data/train/l/victim', b'evil')),
                    (twice % 's', link('s', 'ok'), link('s', 'ok')), (twice % 's', link('s', 'ok'), link('s', 'data/train/s', b'1'))]):
-            with self.subTest(problem):
-                self.assertIn(problem, self.attack(*entries))
+            self.attack(problem, *entries)
 
     def test_kinds_and_duplicates(self):
         twice = "the archive holds '%s' twice (or names that this disk cannot tell apart);"
@@ -1359,8 +1313,7 @@ class Hostile(Case):
                 (twice % 'data/train/ok', entry('data/train/ok/below', b'x')), (twice % 'data', entry('data', b'a file')),
                 (twice % 'data/train', entry('data/train', kind=b'2', link='../../../victim')),
                 (twice % 'data', entry('data', kind=b'2', link='.'))]:
-            with self.subTest(problem):
-                self.assertIn(problem, self.attack(attack))
+            self.attack(problem, attack)
 
     def test_webs_of_links(self):
         root = write(self.tmp / 'web', {'data/p%02d/%s' % (n, side): ('->', '../p%02d' % (n + 1)) for n in range(15) for side in 'ab'})
@@ -1380,31 +1333,29 @@ class Hostile(Case):
         getattr(os, 'mkfifo', os.mkdir)(str(root / 'meta.json'))
         self.fails_with('meta.json is not JSON: it is not a file', 'push', 'X')
 
-    def pulled(self, archive, problem=None):
-        """Pull this archive, which must be refused with a problem if there is one."""
+    def accepted(self, archive):
         write(self.tmp / 'share', {'X.tgz': archive})
-        err = self.etc('pull', 'X', status=int(bool(problem)))[1]
-        if problem:
-            self.assertRegex(err, "^etc: 'X' in file:///.*: the archive (%s)" % problem)
+        for command in ('pull', 'verify', 'purge'):
+            self.etc(command, 'X')
+
+    def refused(self, problem, archive, what=''):
+        write(self.tmp / 'share', {'X.tgz': archive})
+        with self.subTest(what, problem=problem):
+            self.assertRegex(self.etc('pull', 'X', status=1)[1], "^etc: 'X' in file:///.*: the archive (%s)" % problem)
             self.nothing_is_left()
-        else:
-            self.etc('verify', 'X')
-            self.etc('purge', 'X')
 
     def test_indexes(self):
         blocks, unreadable = block(bytes(1024)), 'is damaged: its index is unreadable; '
         for text in (b'[' + b'[],' * 4000000 + b'1]', b'{"etcetera":' + b'1' * 1000000 + b'}', b'[' * 100000,
                      b'{"etcetera":2.5}', b'{"etcetera":1}', b'[]', b'null', b'\xff'):
-            with self.subTest(text[:20]):
-                self.pulled(blocks + framed(text, len(blocks)), unreadable)
+            self.refused(unreadable, blocks + framed(text, len(blocks)), text[:20])
         promise = "is damaged: 'data/train' does not have the digest that the index promises; "
         for problem, key, values in (
                 (promise, 'files', (2, 0)), (promise, 'size', (1,)), (promise, 'digest', ('sha256:' + '0' * 64,)),
                 (unreadable, 'digest', ('md5:0', None)), (unreadable, 'offset', (7,)), (unreadable, 'length', (10 ** 12, 0, -5)),
                 (unreadable, 'files', (-1,)), (unreadable, 'path', ('../x', 'data', 'data/a/b', '.', '/x', 'a/b', ''))):
             for value in values:
-                with self.subTest(**{key: value}):
-                    self.pulled(indexed(entry('data/train/') + entry('data/train/x'), **{key: value}), problem)
+                self.refused(problem, indexed(entry('data/train/') + entry('data/train/x'), **{key: value}), (key, value))
 
     def test_entries_are_canonical_or_refused(self):
         def file(name='m', data=b'hi', **more):
@@ -1413,43 +1364,38 @@ class Hostile(Case):
         def link(target, name='m'):
             return file(name, b'', kind=b'2', link=target)
         before, after = entry('data/train/') + file('a') + file('b'), file('x', b'x') + file('z')
-        for what, good, size in (('none more', b'', 7), ('an executable', file(mode=0o755), 9), ('some', file('c') + file('d'), 11),
-                                 ('zeros', file(data=bytes(512)), 519), ('a link', link('a'), 7)):
-            with self.subTest(what):
-                self.pulled(indexed(before + good + after, files=4 + (good.count(b'ustar')), size=size))
-        pax = file('p' * 200, b'')
-        problem = "is damaged: 'data/train' violates the format|holds (the unsafe name|the link .* leads out of the dataset or nowhere)"
-        for what, bad in {
-                'private': file(mode=0o600), 'setuid': file(mode=0o4755), 'another mtime': file(mtime=0), 'twice': file('b'),
-                'not sorted': file('am'), 'below no directory': file('m/n'), 'another partition': entry('data/test/m'),
-                'among the root files': entry('m'), 'absolute': entry('/data/train/m'), '..': file('..'), 'after ..': file('../m'),
-                'an empty component': file('/m'), '.': file('./m'), 'too deep': file('d/' * 300 + 'x'), 'no name': file(_11=b'\0'),
-                'not ASCII': file('mmm', _12='\u00e9'.encode()), 'NUL in a name': file('mmm', _12=b'\0'),
-                'after the NUL of a name': file(_99=b'm'), 'a file with a slash': file('d/', kind=b'0'),
+        for good, size in ((b'', 7), (file(mode=0o755), 9), (file('c') + file('d'), 11), (file(data=bytes(512)), 519), (link('a'), 7)):
+            self.accepted(indexed(before + good + after, files=4 + good.count(b'ustar'), size=size))
+        pax, bytes_of = file('p' * 200, b''), {}
+        for at in set(range(0, 512, 5)) - {150, 155}:  # which are of the checksum
+            bytes_of['byte %d' % at] = file(**{'_%d' % at: bytes([file()[at] ^ 1])})
+        for what, bad in dict(bytes_of, **{
+                'private': file(mode=0o600), 'setuid': file(mode=0o4755), 'twice': file('b'), 'not sorted': file('am'),
+                'below no directory': file('m/n'), 'another partition': entry('data/test/m'), 'among the root files': entry('m'),
+                'absolute': entry('/data/train/m'), '..': file('..'), 'after ..': file('../m'), 'an empty component': file('/m'),
+                '.': file('./m'), 'too deep': file('d/' * 300 + 'x'), 'no name': file(_11=b'\0'), 'NUL': file('mmm', _12=b'\0'),
+                'not ASCII': file('mmm', _12='\u00e9'.encode()), 'a file with a slash': file('d/', kind=b'0'),
                 'a directory without slash': file(data=b'', kind=b'5', _12=b'\0'), 'a device': file(kind=b'3'), 'a pipe': file(kind=b'6'),
-                'a hard link': file(data=b'', kind=b'1', link='data/train/a'), 'an old file': file(_156=b'\0'),
+                'a hard link': file(data=b'', kind=b'1', link='data/train/a'), 'an old file': file(_156=b'\0'), 'GNU': file(_257=b'ustar  '),
                 'more than the index tells': file(data=b'hello'), 'beyond the block': file(_124=b'00000010002'),
-                'a negative size': file(_124=b'-0000000002'), 'too small': file(_124=b'00000000001'),
-                'a size with spaces': file(_124=b'         2\0 '), 'a size with _': file(_124=b'0000000_002'),
-                'a size with 9': file(_124=b'00000000009'), 'a target': file(link='a'), 'a link to nothing': link('gone'),
-                'a link out of the dataset': link('../../../victim'), 'an absolute link': link('/etc/passwd'),
-                'a link to data': link('../../data'), 'a link with a detour': link('./a'), 'a longer detour': link('b/../a'),
-                'NUL in a link': link('a\0b'), 'a user': file(_108=b'0000001'), 'a group': file(_116=b'0000001'),
+                'a negative size': file(_124=b'-0000000002'), 'a size with spaces': file(_124=b'         2\0 '),
+                'a size with _': file(_124=b'0000000_002'), 'a size with 9': file(_124=b'00000000009'), 'a target': file(link='a'),
+                'a link to nothing': link('gone'), 'a link out of the dataset': link('../../../victim'),
+                'an absolute link': link('/etc/passwd'), 'a link to data': link('../../data'), 'a link with a detour': link('./a'),
+                'a longer detour': link('b/../a'), 'NUL in a link': link('a\0b'),
                 'a chain of links': b''.join(link('m%02d' % n, 'm%02d' % (n + 1)) for n in range(50)) + file('m50'),
-                'the name of a user': file(_265=b'root'), 'a prefix': file(_345=b'p'), 'the last byte': file(_511=b'p'),
-                'GNU': file(_257=b'ustar  '), 'a wrong checksum': file()[:148] + b'000000\0 ' + file()[156:],
-                'padding': file()[:-1] + b'p', 'zeros': bytes(512), 'more zeros': bytes(1024), 'noise': noise(512),
-                'more noise': noise(1024), 'only a pax header': pax[:-512],
-                'another pax header': pax[:600] + b'x' + pax[601:]}.items():
+                'a wrong checksum': file()[:148] + b'000000\0 ' + file()[156:], 'padding': file()[:-1] + b'p', 'zeros': bytes(512),
+                'more zeros': bytes(1024), 'noise': noise(512), 'more noise': noise(1024), 'only a pax header': pax[:-512],
+                'another pax header': pax[:600] + b'x' + pax[601:]}).items():
             for row, size in ((before + bad + after, 9), (before + bad, 6)):
-                with self.subTest(what, size=size):
-                    self.pulled(indexed(row, files=row.count(b'ustar\0') - 1, size=size - 2 * (b'hi' not in bad)), problem)
+                self.refused("is damaged: 'data/train' violates the format|holds (the unsafe name|the link .* leads out of the dataset)",
+                             indexed(row, files=row.count(b'ustar') - 1, size=size - 2 * (b'hi' not in bad)), what)
 
     def test_segments(self):
         data, train, x = entry('data/'), entry('data/train/'), entry('data/train/x', b'hi')
         root, good, large = ('.', 0, 0, [data]), ('data/train', 1, 2, [train + x]), train + entry('data/train/x', bytes(4096))
         other = train + entry('data/train/A/') + entry('data/train/a/x', b'hi')
-        self.pulled(archive_of(root, good))
+        self.accepted(archive_of(root, good))
         damaged = 'is damaged: a block does not match its checksum or size; '
         astray = "is damaged: '(.|data/train)' violates the format "
         for what, problem, *segments in (
@@ -1464,8 +1410,30 @@ class Hostile(Case):
                 ('a short block in the middle', astray, root, ('data/train', 1, 4096, [large[:2048], large[2048:]])),
                 ('a bomb', damaged, root, ('data/train', 1, 1, [(b'', block(bytes(64 * MIB)))])),
                 ('a receipt', astray, ('.', 1, 2, [entry('.etcetera.json', b'{}') + data]), good)):
-            with self.subTest(what):
-                self.pulled(archive_of(*segments), problem)
+            self.refused(problem, archive_of(*segments), what)
+
+    def test_damaged_blocks(self):
+        file = ''.join('%d ' % number for number in range(9999)).encode()[:30000]
+        payload = entry('data/train/') + entry('data/train/x', file)
+        good, stored, crc, size = deflated(payload), deflated(payload, 0), zlib.crc32(payload), len(payload)
+        bomb, uneven, mismatch = bytes(MIB + 512), payload + b'x', '.*does not match its checksum or size'
+        for what, problem, *block_of in (
+                ('without its end', 'is damaged', payload, good[:-1]), ('half', 'is damaged', payload, good[:len(good) // 2]),
+                ('a byte', 'is damaged', payload, good[:1]), ('noise', 'is damaged', payload, noise(2000)),
+                ('stored, without its end', 'is damaged', payload, stored[:-1]), ('more after the end', mismatch, payload, good + b'\0'),
+                ('another stream', mismatch, payload, good + good), ('another checksum', mismatch, payload, good, crc ^ 1),
+                ('the trailer twice', mismatch, payload, good + struct.pack('<II', crc, size)), ('no bytes', mismatch, b''),
+                ('a larger size', mismatch, payload, good, crc, size + 512), ('a smaller size', mismatch, payload, good, crc, size - 512),
+                ('half a record', mismatch, uneven), ('more than a block', mismatch, bomb),
+                ('other contents', '.*', payload, deflated(payload[::-1]), zlib.crc32(payload[::-1])),
+                ('a reserved type', '.*invalid block type', payload, b'\7' + good),
+                ('a wrong complement', '.*invalid stored block lengths', payload, b'\1\1\0\1\0x'),
+                ('a distance before the start', '.*too far back', payload, b'\x4b\x04\xa2' + good)):
+            for os.environ['ETC_LIBDEFLATE'] in '01':
+                self.refused(problem, indexed((block_of[0], block(*block_of)), size=30000), what)
+        for body in (good, stored):
+            for os.environ['ETC_LIBDEFLATE'] in '01':
+                self.accepted(indexed((payload, block(payload, body)), size=30000))
 
     def test_one_flipped_byte(self):
         root = write(self.tmp / 'ds', {'data/train/a': 'text ' * 3000, 'data/train/n': noise(70000), 'data/test/b': 'b' * 500, 'README.md': 'r'})
@@ -1476,6 +1444,7 @@ class Hostile(Case):
             with self.subTest(position):
                 bad = bytearray(archive)
                 bad[position] ^= 1 << rng.randrange(8)
+                os.environ['ETC_LIBDEFLATE'] = rng.choice('01')
                 write(self.tmp / 'share', {'X.tgz': bytes(bad)})
                 err = self.etc('pull', 'X', status=None)[1]
                 if 'pulled' in err:  # a byte that means nothing, such as the time in a gzip header
@@ -1491,10 +1460,10 @@ class Hostile(Case):
         self.share(small(self.tmp / 'ds'), home='pub')
         archive, remedy = (self.tmp / 'share/X.tgz').read_bytes(), "; 'etc push -f X' from an intact copy repairs it\n"
         for length in list(range(37, len(archive), 37)) + [len(archive) - 1, len(archive) - 34]:
-            with self.subTest(length):
-                self.pulled(archive[:length], 'is damaged: its index is missing' + remedy)
-        self.pulled(b'', 'is damaged or not a .tgz: it ends too early' + remedy)
-        write(self.tmp / 'share', {'X.tgz': archive.replace(archive[40:44], b'abcd', 1)})  # among the root's files
+            self.refused('is damaged: its index is missing' + remedy, archive[:length], length)
+        self.refused('is damaged or not a .tgz: it ends too early' + remedy, b'')
+        end = members(archive)[0][1]  # of the block with the root's files
+        write(self.tmp / 'share', {'X.tgz': archive[:end - 8] + b'wrong' + archive[end - 3:]})
         self.fails_with('the archive is damaged: a block does not match its checksum or size' + remedy, 'info', '-r', 'X')
 
 
@@ -1502,8 +1471,6 @@ class Hostile(Case):
 # ---------------------------------------------------------------------------------------
 # libdeflate and zlib: all other classes run with the one that is there
 # ---------------------------------------------------------------------------------------
-
-DEFLATERS = {'libdeflate': '1', 'zlib': '0'}
 
 FALSE_LIBRARY = r'''
 #include <stddef.h>
@@ -1533,16 +1500,12 @@ unsigned libdeflate_crc32(unsigned crc, const unsigned char *data, size_t n) {
 class Deflate(Case):
     def setUp(self):
         super().setUp()
-        self.use('libdeflate')
+        os.environ['ETC_LIBDEFLATE'] = '1'
         if 'libdeflate' not in self.etc('--version')[0]:
             self.skipTest('libdeflate is not installed, or this is not CPython')
 
-    def use(self, name):
-        os.environ['ETC_LIBDEFLATE'] = DEFLATERS[name]
-
     def test_version(self):
-        for name, pattern in (('libdeflate', 'libdeflate'), ('zlib', r'zlib \d[\w.-]*')):
-            self.use(name)
+        for os.environ['ETC_LIBDEFLATE'], pattern in (('1', 'libdeflate'), ('0', r'zlib \d[\w.-]*')):
             self.assertRegex(self.etc('--version')[0], r'\Aetcetera %s \(Python %s, %s\)\n\Z' % (
                 re.escape(etc.__version__), re.escape(sys.version.split()[0]), pattern))
 
@@ -1552,21 +1515,20 @@ class Deflate(Case):
         root = write(self.tmp / 'ds', {'data/padded/%02d' % number: noise(700 + number, number) for number in range(60)})
         write(root, {'data/text/a': text, 'data/noise/n': noise(100000), 'data/zeros/z': bytes(MIB), 'README.md': ''})
         self.etc('register', root, 'X')
-        share, sizes = self.tmp / 'share', {'zlib': [], 'libdeflate': []}
+        share, zlib_sizes, sizes = self.tmp / 'share', [], []
         for level in range(10):
-            for writer, reader in (('libdeflate', 'zlib'), ('zlib', 'libdeflate')):
-                self.use(writer)
+            for writer, reader, found in (('0', '1', zlib_sizes), ('1', '0', sizes)):
+                os.environ['ETC_LIBDEFLATE'] = writer
                 etc.push('X', config=self.config(compression_level=level))
-                sizes[writer].append((share / 'X.tgz').stat().st_size)
+                found.append((share / 'X.tgz').stat().st_size)
                 (share / 'X.tgz').replace(share / 'Y.tgz')
-                self.use(reader)
+                os.environ['ETC_LIBDEFLATE'] = reader
                 self.etc('pull', 'Y', home='two')
                 self.assertEqual(tree(self.tmp / 'two/Y'), tree(root), (writer, level))
                 self.etc('purge', 'Y', home='two')
-        stored = sizes['zlib'][0]
-        self.assertEqual(sizes['libdeflate'][0], stored)
-        for ours, others in zip(sizes['libdeflate'][1:], sizes['zlib'][1:]):
-            self.assertLess(ours, min(others, 0.6 * stored))
+        self.assertEqual(sizes[0], zlib_sizes[0])
+        for ours, others in zip(sizes[1:], zlib_sizes[1:]):
+            self.assertLess(ours, min(others, 0.6 * sizes[0]))
 
     def test_zlib_is_spared(self):
         for function in ('compressobj', 'decompressobj'):
@@ -1575,51 +1537,6 @@ class Deflate(Case):
         self.share(small(self.tmp / 'ds'))
         self.etc('pull', 'X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
-
-    def told(self, payload, *block_of):
-        """What a pull says of an archive with this block; the same with both."""
-        said = []
-        for name in DEFLATERS:
-            self.use(name)
-            write(self.tmp / 'share', {'X.tgz': indexed((payload, block(payload, *block_of)), size=30000)})
-            err = self.etc('pull', 'X', status=None)[1]
-            if 'pulled' in err:
-                self.etc('purge', 'X')
-                err = ''
-            self.nothing_is_left()
-            said.append(err)
-        self.assertEqual(*said)
-        return said[0]
-
-    def test_damaged_blocks(self):
-        file = ''.join('%d ' % number for number in range(9999)).encode()[:30000]
-        payload = entry('data/train/') + entry('data/train/x', file)
-        good, stored, crc, size = deflated(payload), deflated(payload, 0), zlib.crc32(payload), len(payload)
-        bomb, uneven, trailer = bytes(MIB + 512), payload + b'x', struct.pack('<II', crc, size)
-        mismatch = 'does not match its checksum or size'
-        for what, problem, *block_of in (
-                ('good', '^$', payload, good), ('stored', '^$', payload, stored),
-                ('without its end', 'the archive is damaged', payload, good[:-1]), ('half', 'the archive is damaged', payload, good[:len(good) // 2]),
-                ('a byte', 'the archive is damaged', payload, good[:1]), ('noise', 'the archive is damaged', payload, noise(2000)),
-                ('stored, without its end', 'the archive is damaged', payload, stored[:-1]),
-                ('a byte after the end', mismatch, payload, good + b'\0'), ('another stream', mismatch, payload, good + good),
-                ('the trailer twice', mismatch, payload, good + trailer), ('another checksum', mismatch, payload, good, crc ^ 1),
-                ('a larger size', mismatch, payload, good, crc, size + 512), ('a smaller size', mismatch, payload, good, crc, size - 512),
-                ('no bytes', mismatch, b''), ('half a record', mismatch, uneven), ('more than a block', mismatch, bomb),
-                ('other contents', 'in file:///', payload, deflated(payload[::-1]), zlib.crc32(payload[::-1])),
-                ('a reserved type', 'invalid block type', payload, b'\7' + good),
-                ('a wrong complement', 'invalid stored block lengths', payload, b'\1\1\0\1\0x'),
-                ('a distance before the start', 'too far back', payload, b'\x4b\x04\xa2' + good)):
-            with self.subTest(what):
-                self.assertRegex(self.told(*block_of), problem)
-        rng, silent = random.Random(7), 0
-        for number in range(50 * RUNS):
-            bad = bytearray(good)
-            for _ in range(rng.choice((1, 1, 3))):
-                bad[rng.choice((rng.randrange(len(bad)), rng.randrange(60)))] ^= 1 << rng.randrange(8)
-            with self.subTest(number=number):
-                silent += self.told(payload, bytes(bad)) == ''
-        self.assertLess(silent, 5)
 
     def beside(self, make, *commands):
         """What commands say, in a Python beside whose standard library make(path) has put a libdeflate."""
@@ -9388,10 +9305,7 @@ class ArchiveTarget(Target):
     def read(self, data):
         kind, data = data[:1], data[1:]
         if kind == b'\1':
-            sizes = [0]
-            with contextlib.suppress(Exception), tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode='r:') as tar:
-                sizes = [member.size * member.isreg() for member in tar if not member.isdir()]
-            data = indexed(data, files=len(sizes), size=sum(sizes))
+            data = indexed(data, files=4, size=8)
         elif kind == b'\2':
             data = self.blocks + framed(data, len(self.blocks))
         self.pull(data)
@@ -9586,13 +9500,13 @@ def all_classes():
     """Run all classes, each in a process of its own, one more at a time than there are cores, as many wait much."""
     def run(name):
         begin = time.time()
-        command = [sys.executable] + ['-W' + option for option in sys.warnoptions] + [__file__, name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        out = process.communicate()[0].decode('utf-8', 'replace')
+        command = [sys.executable, *['-W' + option for option in sys.warnoptions], __file__, name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        out = done.stdout.decode('utf-8', 'replace')
         ran, skipped = (int((re.findall(pattern, out) or ['0'])[-1]) for pattern in (r'\nRan (\d+) test', r'skipped=(\d+)'))
         print('%-22s %4d tests, %2d skipped %6.1f s%s' % (
-            name, ran, skipped, time.time() - begin, '\n' + out if process.returncode else ''), flush=True)
-        return process.returncode, ran, skipped
+            name, ran, skipped, time.time() - begin, '\n' + out if done.returncode else ''), flush=True)
+        return done.returncode, ran, skipped
     begin, names = time.time(), unittest.defaultTestLoader.getTestCaseNames
     classes = [name for name, cls in globals().items()
                if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and names(cls)]
