@@ -202,7 +202,8 @@ class Case(unittest.TestCase):
 
     def fails_with(self, problem, *args, **kwargs):
         """The command line fails and says this."""
-        self.assertIn(problem, self.etc(*args, status=1, **kwargs)[1])
+        with self.subTest(args, problem=problem):
+            self.assertIn(problem, self.etc(*args, status=1, **kwargs)[1])
 
     def nothing_is_left(self):
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
@@ -220,14 +221,16 @@ class Case(unittest.TestCase):
                 env['AWS_' + key.replace('aws_', '').upper()] = value
         if os.name == 'posix':
             kwargs.setdefault('preexec_fn', default_signals)
-        return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, **kwargs)
+        return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env=env, **kwargs)
 
     def installed(self, home='home'):
         return etc.ls(config=self.config(home))
 
     def leftovers(self, home='home'):
-        inner = self.tmp / home / '.etcetera'
-        return [p for kind in ('staging', 'replaced') if (inner / kind).is_dir() for p in (inner / kind).iterdir()]
+        """The work directories, but for those that only keep a replaced dataset for who still reads it."""
+        return [p for p in (self.tmp / home / '.etcetera').glob('*')
+                if p.name != 'locks' and glob.glob(str(p / '*')) != [str(p / 'gone')]]
 
 
 @contextlib.contextmanager
@@ -344,8 +347,8 @@ class SignedHandler(Handler):
 
     def unsigned(self, body):
         """What is wrong with the signature; written from AWS's description, not from etcetera."""
-        match = re.match(r'AWS4-HMAC-SHA256 Credential=([^/]+)/((\d{8})/([^/]+)/%s/aws4_request), ?SignedHeaders=([^,]+), '
-                         r'?Signature=([0-9a-f]{64})$' % self.service, self.headers.get('Authorization', ''))
+        match = re.match(r'AWS4-HMAC-SHA256 Credential=([^/]+)/((\d{8})/([^/]+)/%s/aws4_request), ?SignedHeaders='
+                         r'([^,]+), ?Signature=([0-9a-f]{64})$' % self.service, self.headers.get('Authorization', ''))
         if not match:
             return 'AccessDenied'
         akid, scope, day, region, names, signature = match.groups()
@@ -433,8 +436,8 @@ class S3Handler(SignedHandler):
         if copies and given:
             return self.error(400, 'InvalidRequest', message='there is no body to check')
         if self.server.must_check and not given and not copies:
-            return self.error(400, 'InvalidRequest', message='Content-MD5 OR x-amz-checksum- HTTP header is required for '
-                              'Put %s requests with Object Lock parameters' % kind)
+            return self.error(400, 'InvalidRequest', message='Content-MD5 OR x-amz-checksum- HTTP header is '
+                              'required for Put %s requests with Object Lock parameters' % kind)
         if any(base64.b64decode(value) != expected[name] for name, value in given.items()):
             return self.error(400, 'BadDigest')
         if kind == 'Object':
@@ -461,8 +464,9 @@ class S3Handler(SignedHandler):
         start, stop = map(int, re.match(r'bytes=(\d+)-(\d+)$', self.headers['x-amz-copy-source-range']).groups())
         if not start <= stop < len(data) or stop - start >= 5 << 30:
             return self.error(400, 'InvalidArgument')
-        copied = parts[number] = self.server.copied(data, start, stop + 1) if self.server.copied else data[start:stop + 1]
-        xml = '<LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>&quot;%s&quot;</ETag>' % hashlib.sha1(copied).hexdigest()
+        copied = self.server.copied(data, start, stop + 1) if self.server.copied else data[start:stop + 1]
+        parts[number], etag = copied, hashlib.sha1(copied).hexdigest()
+        xml = '<LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>&quot;%s&quot;</ETag>' % etag
         if algorithm == 'SHA256':
             xml += '<ChecksumSHA256>%s</ChecksumSHA256>' % base64.b64encode(hashlib.sha256(copied).digest()).decode()
         self.xml('CopyPartResult', xml)
@@ -483,8 +487,8 @@ class S3Handler(SignedHandler):
         if 'uploads' in self.query:
             upload = os.urandom(8).hex()
             self.server.uploads[upload] = self.headers, {}
-            return self.xml('InitiateMultipartUploadResult', '<Bucket>bucket</Bucket><Key>%s</Key><UploadId>%s</UploadId>' % (
-                escape(self.key), upload))
+            xml = '<Bucket>bucket</Bucket><Key>%s</Key><UploadId>%s</UploadId>' % (escape(self.key), upload)
+            return self.xml('InitiateMultipartUploadResult', xml)
         if self.query['uploadId'] not in self.server.uploads:
             return self.error(404, 'NoSuchUpload')
         headers, parts = self.server.uploads[self.query['uploadId']]
@@ -532,6 +536,10 @@ class S3Case(Case):
 # Settings
 # ---------------------------------------------------------------------------------------
 
+def settings_of(config):
+    return {key: value for key, value in vars(config).items() if not key.startswith('_')}
+
+
 def agrees_with_yaml(path, data):
     """Whether these settings are accepted; if so, they mean the same to PyYAML."""
     path.write_bytes(data)
@@ -542,7 +550,7 @@ def agrees_with_yaml(path, data):
     if importable('yaml'):
         import yaml
         expected = yaml.load(data.decode('utf-8'), getattr(yaml, 'CSafeLoader', yaml.SafeLoader)) or {}
-        assert vars(found) == vars(etc.Config(**expected)), (data, found, expected)
+        assert settings_of(found) == settings_of(etc.Config(**expected)), (data, found, expected)
     return True
 
 
@@ -566,10 +574,11 @@ class Settings(Case):
             '# comment\n---\nurl: s3://bucket/x#y  # why\nhome:   ~/data \npublic: true\nregion: "a\\u0041\\u00e9"\n'
             "endpoint_url: 'it''s'\nconnections: 16\ncompression_level: 0\nca_bundle:\n"
             "aws_access_key_id: a:b\r\n'google_credentials': x y\n")
-        self.assertEqual(vars(config), vars(etc.Config(
+        self.assertEqual(settings_of(config), settings_of(etc.Config(
             's3://bucket/x#y', self.tmp / 'data', public=True, region='aA\u00e9', endpoint_url="it's", connections=16,
             compression_level=0, aws_access_key_id='a:b', google_credentials='x y')))
-        for text, value in ((r'"C:\\udata"', 'C:\\udata'), (r'"\\\u00e9"', '\\\u00e9'), ('"yes"', 'yes'), ("'017'", '017'),
+        for text, value in ((r'"C:\\udata"', 'C:\\udata'), (r'"\\\u00e9"', '\\\u00e9'), ('"yes"', 'yes'),
+                            ("'017'", '017'),
                             ('yes!', 'yes!'), ('a_1', 'a_1')):
             with self.subTest(text):
                 self.assertEqual(self.load('region: ' + text).region, value)
@@ -579,15 +588,17 @@ class Settings(Case):
         for problem, texts in (
                 ("not of the form 'key: value'", 'url;url:x; url: x;\turl: x;- x;? a;...;%YAML 1.1'),
                 ('this YAML syntax is not supported; put the value in double quotes',
-                 'url: [a];url: {a: b};url: |;url: >;url: &a b;url: *a;url: !!str x;url: a: b;url: @x;url: `x`;url: %x;url: a\tb'),
+                 'url: [a];url: {a: b};url: |;url: >;url: &a b;url: *a;url: !!str x;url: a: b;url: @x;url: `x`;'
+                 'url: %x;url: a\tb'),
                 ('quotes', 'url: 1.5;url: 2001-01-01;url: 1:30;url: -x;url: .inf;aws_access_key_id: 1234'),
                 ('quotes', 'public: yes;region: No;region: on;region: off;region: TRUE;public: False'),
                 ('quotes', 'connections: 0x10;connections: 1_000;connections: 017;region: 0b1;connections: +1'),
-                ('a quoted value must end on its line', 'url: "a;url: \'a\' b;url: "a"#b'),
-                ('unknown escape; in double quotes, write',
+                ('put the value in double quotes', 'url: "a;url: \'a\' b;url: "a"#b'),
+                ('put the value in double quotes',
                  r'home: "\ud83d\ude00";home: "\\\ud83d";home: "\ud83d";home: "\q";home: "\x41"'),
                 ('yes', 'yes: x'), ('YAML does not allow one of these characters', 'url: a\x07b;url: a\u2028b'),
-                ('is set a second time', 'url: a\nurl: b'), ("did you mean 'endpoint_url'", 'url: s3://b\nendpont_url: x'),
+                ('is set a second time', 'url: a\nurl: b'),
+                ("did you mean 'endpoint_url'", 'url: s3://b\nendpont_url: x'),
                 ('true or false', 'public: 1'), ('whole number', '\nconnections: many;connections: true'),
                 ('from 1 to 256', 'connections: 0;connections: 257'), ('from 0 to 9', 'compression_level: 10'),
                 ("did you mean 'url'", '\ufeffurl: x\nulr: x')):
@@ -598,24 +609,22 @@ class Settings(Case):
 
     def test_byte_order_mark(self):
         """Notepad and PowerShell begin files with one."""
-        for name, text in (('toml', 'url = "s3://toml"\nregion = "x"\n'), ('yaml', 'url: s3://yaml\nregion: x\n')):
-            with self.subTest(name):
-                config = self.load('\ufeff' + text, name='.etc.' + name)
-                self.assertEqual((config.url, config.region), ('s3://' + name, 'x'))
+        self.assertEqual(self.load('\ufeffurl = "s3://toml"\nregion = "x"\n', name='.etc.toml').url, 's3://toml')
+        self.assertEqual(self.load('\ufeffurl: s3://yaml\nregion: x\n').url, 's3://yaml')
 
     def test_precedence(self):
-        place, named = os.path.abspath('/h'), write(self.tmp, {'other.yaml': 'region: x\n'}) / 'other.yaml'
-        self.load('url: file:///a\nhome: /h\nregion: y')
-        for environment, overrides, found in (
-                ({}, {}, ('file:///a', place, 'y')), ({'ETC_URL': 'file:///b', 'ETC_HOME': '/h/b'}, {}, ('file:///b', place + '/b', 'y')),
-                ({}, {'url': 'file:///c'}, ('file:///c', place + '/b', 'y')),
-                ({'ETC_CONFIG': str(named)}, {}, ('file:///b', place + '/b', 'x'))):
+        self.load('url: file:///a\nhome: /h/a')
+        for environment, overrides, url, home in (
+                ({}, {}, 'file:///a', '/h/a'), ({'ETC_URL': 'file:///b', 'ETC_HOME': '/h/b'}, {}, 'file:///b', '/h/b'),
+                ({}, {'url': 'file:///c', 'home': '/h/c'}, 'file:///c', '/h/c')):
             os.environ.update(environment)
             config = etc.Config.load(**overrides)
-            self.assertEqual((config.url, config.home, config.region), (found[0], Path(found[1]), found[2]))
-        named.unlink()
+            self.assertEqual((config.url, config.home), (url, Path(os.path.abspath(home))))
+        os.environ['ETC_CONFIG'] = str(self.tmp / 'other.yaml')
         with self.assertRaisesRegex(etc.ConfigError, 'no settings file .*; create it, or drop --config'):
             etc.Config.load()
+        write(self.tmp, {'other.yaml': 'region: x\n'})
+        self.assertEqual(etc.Config.load().region, 'x')
 
     def test_nothing_is_needed_for_local_work(self):
         config = etc.Config.load()
@@ -626,14 +635,13 @@ class Settings(Case):
         self.assertFalse((self.tmp / '.etc').exists())
 
     def test_secrets(self):
-        config = etc.Config('s3://b', aws_secret_access_key='hush', aws_session_token='hush')
-        self.assertNotIn('hush', repr(config))
-        for text, mode, warns in (('aws_secret_access_key: x', 0o644, True), ('aws_secret_access_key: x', 0o600, False),
-                                  ('region: x', 0o644, False)):
-            with self.subTest(text, mode=mode), self.assertLogs('etcetera', 'WARNING') as logs:
-                logging.getLogger('etcetera').warning('the end')
-                self.load(text, mode)
-                self.assertEqual(['chmod 600' in line for line in logs.output[1:]], [True] * warns)
+        self.assertNotIn('hush', repr(etc.Config('s3://b', aws_secret_access_key='hush', aws_session_token='hush')))
+        with self.assertLogs('etcetera', 'WARNING') as logs:
+            self.load('aws_secret_access_key: x', 0o600)
+            self.load('region: x', 0o644)
+            self.assertEqual(logs.output, [])
+            self.load('aws_secret_access_key: x', 0o644)
+        self.assertIn('chmod 600', logs.output[0])
 
     def test_config_in_python(self):
         with self.assertRaisesRegex(etc.ConfigError, "^unknown setting 'nonsense'"):
@@ -647,13 +655,17 @@ class SettingsOracle(Case):
     def test_generated_documents(self):
         rng = random.Random(7)
         atoms = (
-            'yes;No;true;off;null;~;;0;7;-3;+4;0x1F;0b101;017;08;1_000;1.5;1e3;.5;1:30;2001-01-01;s3://b/c;a b;a#b;a #b;# c;"q";'
-            '\'q\';"a\\nb";"\\x41\\u00e9\\U0001F600";\'it\'\'s\';"a" # c;\'a\'  # c;";\';a: b;a:;:a;-;- a;-a;?;? a;[a];{a: b};,;'
-            '&a;*a;!a;|;>;%a;@a;`a;\u00e9;\u65e5;a\tb;\ta;a\u00a0;a\u2028b;a\x85b;<<;=;.;..;.inf;.NaN;0o7;0_;_1;1_;"\\/";"\\ ";'
-            '"\\\t";a\\nb;a\'b;a"b;~x;nullx;Yes!;y;N;---;--- a;...;a  ;12e03;1.;685.230_15e+03;190:20:30;-0;+0x_1;1__0;a];a};'
+            'yes;No;true;off;null;~;;0;7;-3;+4;0x1F;0b101;017;08;1_000;1.5;1e3;.5;1:30;2001-01-01;s3://b/c;a b;a#b;'
+            'a #b;# c;"q";'
+            '\'q\';"a\\nb";"\\x41\\u00e9\\U0001F600";\'it\'\'s\';"a" # c;\'a\'  # c;";\';a: b;a:;:a;-;- a;-a;?;'
+            '? a;[a];{a: b};,;'
+            '&a;*a;!a;|;>;%a;@a;`a;'
+            '\u00e9;\u65e5;a\tb;\ta;a\u00a0;a\u2028b;a\x85b;<<;=;.;..;.inf;.NaN;0o7;0_;_1;1_;"\\/";"\\ ";'
+            '"\\\t";a\\nb;a\'b;a"b;~x;nullx;Yes!;y;N;---;--- a;...;a  ;'
+            '12e03;1.;685.230_15e+03;190:20:30;-0;+0x_1;1__0;a];a};'
             'a,b;a,;http://x:1/;::;a::b;a :b;false;False;12;200;256').split(';')
-        shapes = ('%s: %s;%s:  %s;%s : %s;%s:%s; %s: %s;"%s": %s;\'%s\': %s;%s:\t%s;%s: %s ;%s: %s # c;# %s%s;%s;- %s: %s;'
-                  '%s: %s\n  more;%s:\n- %s;%s:\n %s').split(';')
+        shapes = ('%s: %s;%s:  %s;%s : %s;%s:%s; %s: %s;"%s": %s;\'%s\': %s;%s:\t%s;%s: %s ;%s: %s # c;# %s%s;'
+                  '%s;- %s: %s;%s: %s\n  more;%s:\n- %s;%s:\n %s').split(';')
         keys = 'region sse public connections url storage_class home'.split()
         read = 0
         for _ in range(5000 * RUNS):
@@ -683,32 +695,34 @@ class Datasets(Case):
             ds['val']
         self.assertIsInstance(caught.exception, etc.Error)
         self.assertEqual(str(caught.exception), "no partition 'val' in Small; it has: test, train")
-        with self.assertRaisesRegex(TypeError, 'does not support item assignment'):
-            ds['val'] = 1
         self.assertNotIn('val', ds)
         self.assertIsNone(ds.get('val'))
+        self.assertFalse(hasattr(ds, '__setitem__'))
 
     def test_validation(self):
         root = self.tmp / 'bad'
         for files, problem in (
-                ({'x': 'y'}, "needs a directory 'data'"), ({'data': 'y'}, "needs a directory 'data'"), ({'data': None}, "'data' is empty"),
-                ({'data/p/x': 'y', 'data/stray': 'z'}, "may hold only directories (partitions), but 'data/stray' is a file"),
+                ({'x': 'y'}, "needs a directory 'data'"), ({'data': 'y'}, "needs a directory 'data'"),
+                ({'data': None}, 'is no dataset: '),
+                ({'data/p/x': 'y', 'data/stray': 'z'},
+                 "may hold only directories (partitions), but 'data/stray' is a file"),
                 ({'data/p/x': 'y', 'data/link': ('->', 'nowhere')}, "'data/link' is a link to nothing"),
-                ({'data/p/x': 'y', 'meta.json': '[1]'}, 'JSON object'), ({'data/p/x': 'y', 'meta.json': '{'}, 'meta.json is not JSON'),
+                ({'data/p/x': 'y', 'meta.json': '[1]'}, 'JSON object'),
+                ({'data/p/x': 'y', 'meta.json': '{'}, 'meta.json is not JSON'),
                 ({'data/p/x': 'y', 'meta.json': b'\xff'}, 'meta.json is not JSON'),
-                ({'data/p/x': 'y', 'meta.json': None}, 'meta.json is not JSON: it is not a file'), ({}, 'no directory %s' % root)):
-            with self.subTest(files):
-                write(root, files)
-                self.fails_with(problem, 'register', root, 'Bad')
-                with self.assertRaises(etc.InvalidDataset):
-                    etc.Dataset(root)
-                self.assertEqual(self.installed(), [])
-                remove(root)
+                ({'data/p/x': 'y', 'meta.json': None}, 'meta.json is not JSON: it is not a file'),
+                ({}, 'no directory %s' % root)):
+            write(root, files)
+            self.fails_with(problem, 'register', root, 'Bad')
+            self.assertRaises(etc.InvalidDataset, etc.Dataset, root)
+            self.assertEqual(self.installed(), [])
+            remove(root)
         self.fails_with('a path cannot contain a NUL', 'register', 'a\0b', 'X')
 
     def test_names(self):
         root = small(self.tmp / 'ds')
-        for name in ['', 'a b', 'a\n', 'x' * 129] + '. .. .x -x _x a/b a\\b \u00e9 a@b ../x /x a@sha256:12 CON\0'.split():
+        bad = '. .. .x -x _x a/b a\\b \u00e9 a@b ../x /x a@sha256:12 CON\0'.split() + ['', 'a b', 'a\n', 'x' * 129]
+        for name in bad:
             for call in (etc.pull, etc.push, etc.create, etc.purge, etc.verify, etc.dataset, etc.info, etc.register):
                 with self.subTest(name=name, call=call.__name__):
                     problem = 'is not NAME@sha256:' if '@' in name else "cannot be a dataset's name"
@@ -731,8 +745,8 @@ class Datasets(Case):
         self.etc('register', '-f', other, 'Two')
         self.assertEqual([(self.tmp / 'home' / name).resolve() for name in ('Two', 'Three')], [other, root])
         for words in ('a b c', 'a as b c'):
-            with self.subTest(words):
-                self.assertIn('register takes DIR, DIR NAME or DIR as NAME;', self.etc('register', *words.split(), status=2)[1])
+            err = self.etc('register', *words.split(), status=2)[1]
+            self.assertIn("'etc register -h' shows how", err)
         self.etc('purge', 'Two', 'Three')
         self.assertEqual((self.installed(), tree(other)), (['ds'], tree(root)))
 
@@ -754,29 +768,24 @@ class Datasets(Case):
 
     def test_create(self):
         self.etc('create', 'New')
-        self.etc('create', 'Other', 'val', 'dev set')
-        for name, partitions in (('New', ['test', 'train']), ('Other', ['dev set', 'val'])):
-            self.assertEqual(list(etc.dataset(name, config=self.config())), partitions)
+        self.assertEqual(list(etc.dataset('New', config=self.config())), ['test', 'train'])
         self.fails_with("another 'New' is installed already", 'create', 'New')
         write(self.tmp / 'home/New', {'data/train/x': 'x'})
-        self.etc('create', '-f', 'New', 'one')
-        self.assertEqual(tree(self.tmp / 'home/New'), {'data': None, os.path.join('data', 'one'): None})
+        self.etc('create', '-f', 'New', 'val', 'dev set')
+        expected = write(self.tmp / 'new', {'data/val': None, 'data/dev set': None})
+        self.assertEqual(tree(self.tmp / 'home/New'), tree(expected))
         for bad in ('..', 'a/b', '.', ''):
-            with self.subTest(bad):
-                self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create', 'Bad', bad)
-        for bad in ('train', (), None):
-            with self.subTest(bad):
+            self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create', 'Bad', bad)
+        for call in (functools.partial(etc.create, 'Bad'), functools.partial(etc.dataset, 'Bad', True)):
+            for bad in ('train', ()):
                 with self.assertRaisesRegex(etc.InvalidDataset, 'partitions must be a list of one or more names'):
-                    etc.create('Bad', bad, config=self.config())
-        with self.assertRaisesRegex(etc.InvalidDataset, 'partitions must be a list of one or more names'):
-            etc.dataset('X', True, 'train', config=self.config())
+                    call(bad, config=self.config())
 
     def test_register_what_is_installed(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
         write(self.tmp / 'home/X/data', {'data/p/x': 'x'})  # so that even data/ looks like a dataset
         for path in ('home/X', 'home/X/data/..', 'home/X/data'):
-            with self.subTest(path):
-                self.fails_with("is what is installed as 'X'; use --copy", 'register', '-f', self.tmp / path, 'X')
+            self.fails_with("is what is installed as 'X'; use --copy", 'register', '-f', self.tmp / path, 'X')
         self.etc('register', '-f', '--copy', self.tmp / 'home/X', 'X')
         self.etc('register', self.tmp / 'home/X', 'Y')
         self.assertEqual(*[etc.dataset(name, config=self.config()).digest for name in 'XY'])
@@ -785,27 +794,25 @@ class Datasets(Case):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         remove(self.tmp / 'ds')
         for command in ('push', 'verify', 'info'):
-            with self.subTest(command):
-                self.fails_with("'etc purge X' forgets it", command, 'X')
+            self.fails_with("'etc purge X' forgets it", command, 'X')
         self.etc('ls', '-l')
         self.etc('purge', 'X')
 
     def test_a_file_for_a_directory(self):
         file = str(write(self.tmp, {'file': 'x'}) / 'file')
         problem = ('Not a directory: ' if os.name == 'posix' else '') + file
-        self.fails_with(problem, 'ls', home='file')
         self.fails_with(problem, 'ls', '-l', home='file')
         self.fails_with(problem, 'ls', '-r', '-l', url=Path(file).as_uri())
 
     def test_info_and_purge(self):
         self.etc('register', '--copy', small(self.tmp / 'ds'), 'Small')
         self.assertRegex(self.etc('info', 'Small')[0], '(?s)sha256:.*test.*train.*"classes": 10.*# Small')
-        found = json.loads(self.etc('info', '--json', 'Small')[0])
-        self.assertEqual((found['files'], found['meta'], found['readme']), (6, {'classes': 10}, '# Small\n'))
+        found, = json.loads(self.etc('ls', '--json')[0])
+        more = json.loads(self.etc('info', '--json', 'Small')[0])
+        self.assertEqual(more, dict(found, meta={'classes': 10}, readme='# Small\n'))
         self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
-        self.assertEqual(json.loads(self.etc('ls', '--json')[0])[0]['digest'], found['digest'])
         self.assertIn(found['digest'], self.etc('ls', '-l')[0])
-        for path in [self.tmp / 'home/Small'] + list((self.tmp / 'home/Small').rglob('*')):
+        for path in (self.tmp / 'home').rglob('Small/**'):
             path.chmod(0o555)
         self.assertEqual(self.etc('purge', 'Nope', 'Small', 'Nada', status=1)[1].count('etc: no local dataset'), 2)
         self.nothing_is_left()
@@ -826,8 +833,6 @@ class Datasets(Case):
 
     def test_usage(self):
         self.etc(status=2)
-        self.assertIn('register', self.etc('-h')[0])
-        self.etc('ls', '-v')
         self.etc('-q', 'create', 'X')
         self.assertEqual(self.etc('-q', 'verify', 'X')[1], '')
         self.assertIn(b'Traceback', self.spawn('-v', 'info', 'Nope').communicate()[1])
@@ -891,8 +896,10 @@ def entry(name, data=b'', kind=None, mode=None, link='', mtime=315532800, pax=()
     info.size, info.linkname, info.mtime, info.pax_headers = len(data), link, mtime, dict(pax)
     raw = bytearray(info.tobuf(tarfile.PAX_FORMAT))
     own = len(raw) - 512  # after those of pax
-    for at, value in [(329 - own, bytes(16)), (329, bytes(16))] + [(int(field[1:]), value) for field, value in fields.items()]:
-        raw[own + at:own + at + len(value)] = value  # Python 3.9 and later have no device numbers
+    raw[329:345] = bytes(16)  # device numbers, which Python has left out since 3.9
+    for field, value in dict({'_329': bytes(16)}, **fields).items():
+        at = own + int(field[1:])
+        raw[at:at + len(value)] = value
     return mended(raw) + data + bytes(-len(data) % 512)
 
 
@@ -964,38 +971,33 @@ class Format(Case):
         self.assertEqual(tree(self.tmp / 'two/X'), expected)
 
     def test_structure(self):
-        root = odd(self.tmp / 'ds')
+        root, segments = odd(self.tmp / 'ds'), []
         names = {name.replace(os.sep, '/'): content for name, content in tree(root).items()}
+        for path in ('.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'):
+            inside = [n for n in names if (n + '/').startswith(path + '/')
+                      or path == '.' and '/' not in n and (n == 'data' or names[n])]
+            payload = canonical(root, sorted(inside, key=lambda n: n.split('/')))
+            files = [names[n][0] for n in inside if names[n]]
+            segments.append((path, len(files), sum(len(data) for data in files if data != '->'),
+                             [payload[at:at + MIB] for at in range(0, len(payload), MIB)]))
         write(root, {'.etcetera.json': 'the receipt of an installed dataset that was copied'})
-        found = members(self.push(root))
+        found, expected = members(self.push(root)), members(archive_of(*segments))
         blocks, index = [[m for m in found if m[2] == tag] for tag in (b'et', b'ei')]
         self.assertEqual(found[-1][1:], (34, b'ef', struct.pack('<Q', index[0][0]), b''))
         self.assertEqual(found, blocks + index + found[-1:])
-        self.assertTrue(all(len(extra) <= 8000 and payload == b'' for _, _, _, extra, payload in index))
-        self.assertTrue(all(extra == struct.pack('<I', length) for _, length, _, extra, _ in blocks))
-        self.assertEqual(blocks[-1][4], bytes(1024))
-        text = json.loads(b''.join(m[3] for m in index).decode('utf-8'))
-        paths, digests = ['.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'], b''
-        self.assertEqual((text['etcetera'], [s['path'] for s in text['segments']]), (1, paths))
-        for s in text['segments']:
-            own = [m for m in blocks if s['offset'] <= m[0] < s['offset'] + s['length']]
-            payloads = [m[4] for m in own]
-            self.assertEqual([len(p) for p in payloads[:-1]], [MIB] * (len(own) - 1))
-            digest = sha256(b''.join(map(sha256, payloads)))
-            digests += s['path'].encode() + b'\0' + digest
-            if s['path'] == '.':
-                inside = [n for n in names if '/' not in n and (n == 'data' or names[n])]
-            else:
-                inside = [n for n in names if (n + '/').startswith(s['path'] + '/')]
-            inside.sort(key=lambda n: n.split('/'))
-            self.assertEqual(b''.join(payloads), canonical(root, inside), s['path'])
-            sizes = [len(names[n][0]) * (names[n][0] != '->') for n in inside if names[n]]
-            self.assertEqual((s['length'], s['files'], s['size'], s['digest']),
-                             (sum(m[1] for m in own), len(sizes), sum(sizes), 'sha256:' + digest.hex()))
-        self.assertEqual(text['digest'], 'sha256:' + sha256(digests).hex())
+        self.assertTrue(all(len(m[3]) <= 8000 and m[4] == b'' for m in index))
+        self.assertTrue(all(m[3] == struct.pack('<I', m[1]) for m in blocks))
+        self.assertTrue([m[4] for m in blocks] == [m[4] for m in expected if m[2] == b'et'])
+        text, told = (json.loads(b''.join(m[3] for m in each if m[2] == b'ei').decode('utf-8'))
+                      for each in (found, expected))
+        for segment, other, (_, _, _, parts) in zip(text['segments'], told['segments'], segments):
+            own, blocks = blocks[:len(parts)], blocks[len(parts):]
+            other.update(offset=own[0][0], length=sum(m[1] for m in own))
+        self.assertEqual(text, told)
 
     def test_blocks(self):
-        root = write(self.tmp / 'ds', {'data/a/noise': noise(3 * MIB), 'data/b/text': 'some text, again and again\n' * 120000})
+        root = write(self.tmp / 'ds', {'data/a/noise': noise(3 * MIB),
+                                       'data/b/text': 'some text, again and again\n' * 120000})
         archive = self.push(root)
         blocks = [m for m in members(archive) if m[2] == b'et']
         self.assertTrue(all(archive[m[0] + 20] & 6 == 0 for m in blocks[1:4]), 'incompressible blocks are stored')
@@ -1019,15 +1021,16 @@ class Format(Case):
                 path.chmod(0o700 if path.is_dir() or path.name == 'run.sh' else 0o600)
                 os.utime(str(path), (1e9, 1e9))
         digests = [etc.Dataset(one).digest]
-        for change in (
-                lambda: write(two, {'.etcetera.json': '{}'}), lambda: write(two, {'data/train/.etcetera.json': '{}'}),
-                lambda: write(two, {'data/train/white space': '!'}), lambda: write(two, {'data/new': None}),
-                lambda: (two / 'data/train/run.sh').chmod(0o644), lambda: write(two, {'data/train/sub/x': None}),
-                lambda: (two / 'a/x').rename(two / 'a/y')):
-            change()
+        for name, content in (('.etcetera.json', '{}'), ('data/train/.etcetera.json', '{}'),
+                              ('data/train/white space', '!'),
+                              ('data/new', None), ('data/train/sub/x', None), ('data/train/sub/y', '')):
+            write(two, {name: content})
             digests.append(etc.Dataset(two).digest)
         self.assertEqual(digests[0], digests[1])
-        self.assertEqual(len(set(digests)), 7)
+        (two / 'data/train/run.sh').chmod(0o644)
+        digests.append(etc.Dataset(two).digest)
+        (two / 'a/x').rename(two / 'a/y')
+        self.assertEqual(len(set(digests + [etc.Dataset(two).digest])), 8)
 
     def test_links(self):
         root = write(self.tmp / 'ds', {
@@ -1040,7 +1043,8 @@ class Format(Case):
         self.push(root)
         self.check_pull(tree(write(self.tmp / 'expected', {
             'data/train/kept': ('->', 'real/f'), 'data/train/round': ('->', 'real/f'), 'data/train/real/f': 'real',
-            'data/train/back': 'real', 'data/train/absolute': 'real', 'data/train/other': 't', 'notes': 't', 'data/val/t': 't',
+            'data/train/back': 'real', 'data/train/absolute': 'real', 'data/train/other': 't', 'notes': 't',
+            'data/val/t': 't',
             'data/test/t': 't', 'data/train/out/f': 'f', 'extra/f': 'f'})))
 
     def test_what_cannot_be_packed(self):
@@ -1086,14 +1090,15 @@ class Format(Case):
                 out = subprocess.check_output(command, stderr=subprocess.STDOUT, env=dict(os.environ, LC_ALL='C.UTF-8'))
                 self.assertEqual((out, tree(target)), (b'', tree(root)))
         with tarfile.open(gz) as tar:
-            tar.extractall(str(self.tmp / 'by-tarfile'), **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+            options = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
+            tar.extractall(str(self.tmp / 'by-tarfile'), **options)
         self.assertEqual(tree(self.tmp / 'by-tarfile'), tree(root))
 
     def test_many_partitions_make_a_long_index(self):
-        root = write(self.tmp / 'ds', {'data/partition %04d/x' % n: str(n) for n in range(500)})
+        root = write(self.tmp / 'ds', {'data/partition %04d/x' % n: str(n) for n in range(420)})
         self.assertGreater(sum(m[1] for m in members(self.push(root)) if m[2] == b'ei'), 65536)
         self.check_pull(tree(root))
-        self.assertEqual(len(etc.info('X', remote=True, config=self.config())['partitions']), 500)
+        self.assertEqual(len(etc.info('X', remote=True, config=self.config())['partitions']), 420)
 
     def test_unknown_version_is_still_a_tgz(self):
         root = small(self.tmp / 'ds')
@@ -1110,7 +1115,7 @@ class Foreign(Case):
         ds = etc.pull('X', config=self.config())
         self.assertEqual((ds.digest, tree(ds.root) == tree(root)), (etc.Dataset(root).digest, True))
         self.etc('verify', 'X')
-        self.assertIn('identical', self.etc('pull', 'X')[1])
+        self.assertIn('is installed already', self.etc('pull', 'X')[1])
         self.etc('purge', 'X')
 
     def tar(self, *entries):
@@ -1124,45 +1129,41 @@ class Foreign(Case):
         self.etc('purge', 'X')
         return names
 
-    def refused(self, tar, message):
+    def refused(self, message, tar, what=''):
         self.tar(tar)
-        err = self.etc('pull', 'X', status=1)[1]
-        self.assertRegex(err, "^etc: 'X' in file:///.*: the archive is damaged or not a .tgz: .*(%s)" % message)
-        self.nothing_is_left()
+        with self.subTest(what, message=message):
+            err = self.etc('pull', 'X', status=1)[1]
+            self.assertRegex(err, "^etc: 'X' in file:///.*: the archive is damaged or not a .tgz: .*(%s)" % message)
+            self.nothing_is_left()
 
-    def pack(self, *items, **options):
-        """Pack (path, name in the archive) with tarfile."""
-        with tarfile.open(str(write(self.tmp / 'share', {'.': None}) / 'X.tgz'), 'w:gz', **options) as tar:
-            for path, name in items:
-                tar.add(str(path), name)
-
-    def test_tarfile(self):
-        root, receipt = odd(self.tmp / 'ds', 20), write(self.tmp, {'.etcetera.json': '{"name": "X"}'}) / '.etcetera.json'
-        for form, top in itertools.product((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT), ('', './')):
-            with self.subTest(form=form, top=top):
-                items = [(path, top + path.name) for path in [receipt] + list(root.iterdir())]
-                self.pack(*items, format=form, encoding='utf-8')
-                self.check(root)
+    def pack(self, path, name='.'):
+        with tarfile.open(str(write(self.tmp / 'share', {'.': None}) / 'X.tgz'), 'w:gz') as tar:
+            tar.add(str(path), name)
 
     def test_tools(self):
         root, short = odd(self.tmp / 'ds', 20), small(self.tmp / 'short')
-        write(short, {'data/train/link': ('->', 'a.txt'), 'data/test/a.txt': 'other'})
+        write(short, {'data/train/link': ('->', 'a.txt'), 'data/test/a.txt': 'other',
+                      '.etcetera.json': '{"name": "X", "digest": "sha256:0"}'})
         os.link(str(short / 'data/train/a.txt'), str(short / 'data/train/hard'))
         os.link(str(short / 'data/train/link'), str(short / 'data/test/twin'), follow_symlinks=False)
         gz = str(write(self.tmp / 'share', {'.': None}) / 'X.tgz')
         for words, source in (
-                ('tar --format=gnu', root), ('tar --format=pax', root), ('tar --format=ustar', short), ('tar --sparse', short),
-                ('tar --format=v7', short), ('tar -V label', short), ('tar --format=pax -V label', short), ('bsdtar', root),
+                ('tar --format=gnu', root), ('tar --format=pax', root), ('tar --format=ustar', short),
+                ('tar --sparse', short),
+                ('tar --format=v7', short), ('tar -V label', short), ('tar --format=pax -V label', short),
+                ('bsdtar', root),
                 ('bsdtar --format=ustar', short), ('busybox tar', short)):
             for names in [['.'], os.listdir(str(source))] * len(foreign_tools(words.split()[0])):
                 with self.subTest(words, names=names):
-                    subprocess.check_call(words.split() + ['-czf', gz, '-C', str(source), *names], env=dict(os.environ, LC_ALL='C.UTF-8'))
+                    command = words.split() + ['-czf', gz, '-C', str(source)] + names
+                    subprocess.check_call(command, env=dict(os.environ, LC_ALL='C.UTF-8'))
                     self.check(source)
 
     def test_members_and_missing_directories(self):
         root = small(self.tmp / 'ds')
         raw = canonical(root, [name for name, content in tree(root).items() if content])
-        write(self.tmp / 'share', {'X.tgz': gzip.compress(raw[:1000]) + gzip.compress(raw[1000:] + bytes(1024)) + bytes(512)})
+        archive = gzip.compress(raw[:1000]) + gzip.compress(raw[1000:] + bytes(1024)) + bytes(512)
+        write(self.tmp / 'share', {'X.tgz': archive})
         self.check(root)
 
     def test_tar_that_breaks_off(self):
@@ -1170,60 +1171,55 @@ class Foreign(Case):
         pax, name = entry('data/train/' + 'l' * 120), entry('././@LongLink', b'data/train/' + b'n' * 200 + b'\0', b'L')
         sparse = entry('data/train/s', kind=b'S', _483=b'%011o\0' % 4096)
         more = entry('data/train/s', kind=b'S', _482=b'\1', _483=b'%011o\0' % 4096)
-        hole = entry('data/train/s', kind=b'S', _124=b'%011o\0' % 2048, _386=b'%011o\0%011o\0' % (0, 2048), _483=b'%011o\0' % 4096)
+        hole = entry('data/train/s', kind=b'S', _124=b'%011o\0' % 2048, _386=b'%011o\0%011o\0' % (0, 2048),
+                     _483=b'%011o\0' % 4096)
         for cut in list(range(0, len(whole), 500)) + [512, 1536, len(whole)]:
-            with self.subTest(cut=cut):
-                self.refused(whole[:cut], 'ends too early')
-        for what, rest in (('in a pax header', pax[:520]), ('after a pax header', pax[:1024]), ('in a long name', name[:600]),
-                           ('after a long name', name), ('in the map of a sparse file', more), ('in the map', more + bytes(100)),
-                           ('in a sparse file', hole + bytes(600))):
-            with self.subTest(what):
-                self.refused(whole + rest, 'ends too early')
-        for what, tar, message in (
-                ('an end after a pax header', whole + pax[:-512], 'end of file header|subsequent header'),
-                ('an end after a long name', whole + name, 'end of file header|subsequent header'),
-                ('a broken header', whole[:1536] + b'?' + whole[1537:], 'bad checksum|invalid header'),
-                ('a broken first header', b'?' + whole[1:], 'bad checksum|invalid header'),
-                ('a broken header after a pax header', pax[:-512] + b'?' + whole[1:], 'checksum|subsequent header'),
-                ('text', b'<html>' * 1000, 'bad checksum|invalid header'),
-                ('two archives', whole + bytes(1024) + whole, 'another archive follows its end')):
-            with self.subTest(what):
-                self.refused(tar + bytes(1024), message)
+            self.refused('ends too early', whole[:cut], cut)
+        for rest in (pax[:520], pax[:1024], name[:600], name, more, more + bytes(100), hole + bytes(600)):
+            self.refused('ends too early', whole + rest, rest)
+        checksum, subsequent = 'bad checksum|invalid header|subsequent header', 'end of file header|subsequent header'
+        for what, message, tar in (
+                ('an end after a pax header', subsequent, whole + pax[:-512]),
+                ('an end after a long name', subsequent, whole + name),
+                ('a broken header', checksum, whole[:1536] + b'?' + whole[1537:]),
+                ('a broken first header', checksum, b'?' + whole[1:]),
+                ('a broken header after a pax header', checksum, pax[:-512] + b'?' + whole[1:]),
+                ('text', checksum, b'<html>' * 1000),
+                ('two archives', 'another archive follows its end', whole + bytes(1024) + whole)):
+            self.refused(message, tar + bytes(1024), what)
         for end in (0, 512, 10240):  # and two blocks of zeros
-            with self.subTest('whole', end=end):
-                self.assertEqual(self.train(whole, pax, sparse, bytes(end)), ['a', 'b', 'c', 'l' * 120, 's'])
+            self.assertEqual(self.train(whole, pax, sparse, bytes(end)), ['a', 'b', 'c', 'l' * 120, 's'])
 
     def test_malformed_pax_records(self):
         good, ok = b'12 a=bcdefg\n', entry('data/train/a') + bytes(1024)
         name = entry('././@LongLink', b'data/train/' + b'n' * 200 + b'\0', b'L')
         for kind in (b'x', b'g', b'X'):
-            for records in (b' a=b\n', b'x a=b\n', b'0 X=1\n', b'4 a=b\n', b'99 a=b\n', b'6 abc\n', b'5 =b\n', b'6 a=bc', b'junk',
+            for records in (b' a=b\n', b'x a=b\n', b'0 X=1\n', b'4 a=b\n', b'99 a=b\n', b'6 abc\n', b'5 =b\n',
+                            b'6 a=bc', b'junk',
                             good + b'junk', good + b'\0' + good, b'-6 a=b\n', b'9' * 30 + b' a=b\n'):
-                with self.subTest(records, kind=kind):
-                    self.refused(entry('pax', records, kind) + ok, 'pax')
-            with self.subTest('after a long name', kind=kind):
-                self.refused(name + entry('pax', b'0 X=1\n', kind) + ok, 'pax|invalid|subsequent')
-            with self.subTest('well-formed', kind=kind):
-                self.assertEqual(self.train(entry('pax', good * 2, kind), ok), ['a'])
+                self.refused('pax', entry('pax', records, kind) + ok, (kind, records))
+            self.refused('pax|invalid|subsequent', name + entry('pax', b'0 X=1\n', kind) + ok, kind)
+            self.assertEqual(self.train(entry('pax', good * 2, kind), ok), ['a'])
 
     def test_absurd_sizes(self):
         ok, huge, negative = entry('data/train/a'), b'\x80' + (1 << 60).to_bytes(11, 'big'), b'\xff' * 10 + b'\xfe\0'
         headers = '(its global headers|(the )?headers( of one entry)?) take more than 4194304 bytes'
         wrong = 'backward|headers of one entry|ends too early|bad checksum|invalid|subsequent|end of file'
         for kind, size in itertools.product((b'L', b'K', b'x', b'g', b'X'), (b'%011o\0' % (700 * MIB), huge)):
-            with self.subTest(kind=kind, size=size):
-                self.refused(entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), headers)
+            self.refused(headers, entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), (kind, size))
         numbers = entry('pax', b'22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=9\n', b'x')
         for what, tar, message in (
-                ('many records', b''.join(entry('pax', b'1000011 %08d=%s\n' % (n, b'v' * 999993), b'g') for n in range(6)), headers),
+                ('many records', b''.join(entry('pax', b'1000011 %08d=%s\n' % (number, b'v' * 999993), b'g')
+                                          for number in range(6)), headers),
                 ('many names', entry('././@LongLink', b'n' * MIB, b'L') * 5, headers),
                 ('a sparse map', numbers + entry('data/train/s', b'9999999\n' + b'0\n' * 4 * MIB), headers),
                 ('a negative file', ok + entry('data/train/n', _124=negative), wrong),
                 ('a negative name', ok + entry('data/train/n', kind=b'L', _124=negative), wrong)):
-            with self.subTest(what):
-                self.refused(tar + ok + bytes(1024), message)
+            self.refused(message, tar + ok + bytes(1024), what)
         self.tar(entry('././@LongLink', b't' * 5000 + b'\0', b'K'), entry('data/train/l', kind=b'2'), ok, bytes(1024))
-        self.assertRegex(self.etc('pull', 'X', status=1)[1], r'(?s)\A.{0,700}leads out of the dataset or nowhere.{0,300}\Z')
+        err = self.etc('pull', 'X', status=1)[1]
+        self.assertIn('leads out of the dataset or nowhere', err)
+        self.assertLess(len(err), 1000)
         for zeros in [entry('data/train/x', kind=b'S', _483=huge)] + [
                 entry('data/train/x', pax={'GNU.sparse.size': str(1 << 60), 'GNU.sparse.map': claim})
                 for claim in ('0,0', '%d,%d' % (1 << 60, 1 << 60))]:  # of data that is not there
@@ -1244,7 +1240,7 @@ class Foreign(Case):
         self.etc('register', root, 'X')
         write(root / 'data', dict.fromkeys(['.DS_Store', '._train', 'desktop.ini', 'Thumbs.db', '.directory'], 'left'))
         self.assertEqual((list(etc.Dataset(root)), etc.Dataset(root).digest), (['test', 'train'], digest))
-        for pack in (lambda: self.etc('push', 'X'), lambda: self.pack((root, '.'))):
+        for pack in (lambda: self.etc('push', 'X'), lambda: self.pack(root)):
             pack()
             ds = etc.pull('X', force=True, config=self.config('other'))
             self.assertEqual((ds.digest, sorted(os.listdir(str(ds.root / 'data')))), (digest, ['test', 'train']))
@@ -1254,12 +1250,12 @@ class Foreign(Case):
         self.assertNotEqual(etc.Dataset(root).digest, digest)
 
     def test_push_of_what_was_pulled(self):
-        self.pack((small(self.tmp / 'ds'), '.'))
+        self.pack(small(self.tmp / 'ds'))
         before = tree(self.tmp / 'share')
         self.etc('pull', 'X')
         self.assertIn('in %s already, and identical' % self.url, self.etc('push', 'X')[1])
         self.assertEqual(tree(self.tmp / 'share'), before)
-        self.pack((odd(self.tmp / 'other', 3), '.'))
+        self.pack(odd(self.tmp / 'other', 3))
         self.fails_with("another 'X' is in", 'push', 'X')
 
     def test_not_an_archive(self):
@@ -1268,10 +1264,10 @@ class Foreign(Case):
             with self.subTest(problem):
                 write(self.tmp / 'share', {'X.tgz': content})
                 self.assertRegex(self.etc('pull', 'X', status=1)[1], 'the archive is damaged or not a .tgz: ' + problem)
-        self.pack((SCRIPT, 'X/data/train'))
+        self.pack(SCRIPT, 'X/data/train')
         self.fails_with("needs a directory 'data'", 'pull', 'X')
         root = small(self.tmp / 'ds')
-        self.pack((root, 'digits'))
+        self.pack(root, 'digits')
         self.fails_with("its directory 'digits' is one: pack that with 'tar czf NAME.tgz -C digits .'", 'pull', 'X')
         self.nothing_is_left()
         self.fails_with('; %s is one' % root, 'register', self.tmp, 'X')
@@ -1288,7 +1284,8 @@ class ForeignBrokenOff(S3Case):
             if done and error:
                 raise error
         self.server.fault, good = stall, entry('data/train/x', noise(6 * MIB))
-        for tar, error, message in ((entry('../evil') + good, None, "the unsafe name '../evil'"), (good, KeyError('mine'), '^.mine.$'),
+        for tar, error, message in ((entry('../evil') + good, None, "the unsafe name '../evil'"),
+                                    (good, KeyError('mine'), '^.mine.$'),
                                     (good, KeyboardInterrupt('mine'), '^mine$')):
             with self.subTest(message):
                 self.server.objects['some/prefix/X.tgz'] = gzip.compress(tar + bytes(1024), 1), '"e"', {}
@@ -1302,7 +1299,7 @@ class Hostile(Case):
         """What lies beside the local store, where nothing may change."""
         return {name: content for name, content in tree(self.tmp).items() if not name.startswith(('home', 'settings'))}
 
-    def attack(self, *entries):
+    def attack(self, problem, *entries):
         """Pull a .tgz with these entries; it must fail in any order with the same words, and leave nothing anywhere."""
         ok, said = (entry('data/train/ok', b'ok'),), set()
         for order in (ok + entries, entries + ok):
@@ -1310,21 +1307,20 @@ class Hostile(Case):
             before = self.outside()
             said.add(self.etc('pull', 'X', status=1)[1])
             self.assertEqual((self.outside(), self.installed(), self.leftovers()), (before, [], []), said)
-        self.assertEqual(len(said), 1, said)
-        return said.pop()
+        with self.subTest(problem):
+            err, = said
+            self.assertIn(problem, err)
 
     def test_names(self):
-        unsafe = "the archive holds the unsafe name '%s; do not trust it"
-        for name in ('/etc/passwd', str(self.tmp / 'victim/new'), '../victim/new', 'data/../../../victim/new', '..', 'data/train/..',
+        unsafe = "the archive holds the unsafe name '%s'; do not trust it"
+        for name in ('/etc/passwd', str(self.tmp / 'victim/new'), '../victim/new', 'data/../../../victim/new', '..',
+                     'data/train/..',
                      '../../../../../../../../tmp/etc-evil'):
             for attack in (entry(name, b'evil'), entry(name + '/'), entry('data/train/x', b'evil', pax={'path': name})):
-                with self.subTest(name):
-                    self.assertIn(unsafe % (name + "'"), self.attack(attack))
-        with self.subTest('NUL'):
-            self.assertIn(unsafe % r"data/train/a\x00b'", self.attack(entry('data/train/x', pax={'path': 'data/train/a\0b'})))
+                self.attack(unsafe % name, attack)
+        self.attack(unsafe % r'data/train/a\x00b', entry('data/train/x', pax={'path': 'data/train/a\0b'}))
         for name in ('d/' * 1900 + 'x', 'd/' * 300):
-            with self.subTest('deep'):
-                self.assertIn("the unsafe name 'data/train/d/d/d/", self.attack(entry('data/train/' + name)))
+            self.attack("the unsafe name 'data/train/d/d/d/", entry('data/train/' + name))
 
     def test_links(self):
         def link(name, target, kind=b'2', **more):
@@ -1338,32 +1334,38 @@ class Hostile(Case):
                 + [("the unsafe name '%s'; do not trust it" % target, link('h', target, b'1')) for target in outside]
                 + [(nowhere % ('l', shown), link('l', 'x', pax={'linkpath': target}))
                    for target, shown in (('a\0b', r'a\x00b'), ('\udcff', r'\udcff'))]
-                + [(nowhere % ('0000', '0001'), *[link('%04d' % n, '%04d' % (n + 1)) for n in range(count)]) for count in (60, 1500)]
+                + [(nowhere % ('0000', '0001'), *[link('%04d' % n, '%04d' % (n + 1)) for n in range(count)])
+                   for count in (60, 1500)]
                 + [(nowhere % ('x', 'd/e/up/../../../..'), link('d/e/up', '../..'), link('x', 'd/e/up/../../../..')),
                    (nowhere % ('b', 'a/../../victim'), link('a', '../..'), link('b', 'a/../../victim')),
-                   (nowhere % ('s', outside[1]), link('s', outside[1]), link('h', 'data/train/s', b'1')),  # which is a link, too
-                   ("the hard link 'data/train/h' to 'data/train/none', which is not in it;", link('h', 'data/train/none', b'1')),
+                   (nowhere % ('s', outside[1]), link('s', outside[1]), link('h', 'data/train/s', b'1')),
+                   # which is a link, too
+                   ("the hard link 'data/train/h' to 'data/train/none', which is not in it;",
+                    link('h', 'data/train/none', b'1')),
                    (twice % 'l', link('l', '../../..'), entry('data/train/l/victim', b'evil')),
-                   (twice % 's', link('s', 'ok'), link('s', 'ok')), (twice % 's', link('s', 'ok'), link('s', 'data/train/s', b'1'))]):
-            with self.subTest(problem):
-                self.assertIn(problem, self.attack(*entries))
+                   (twice % 's', link('s', 'ok'), link('s', 'ok')),
+                   (twice % 's', link('s', 'ok'), link('s', 'data/train/s', b'1'))]):
+            self.attack(problem, *entries)
 
     def test_kinds_and_duplicates(self):
         twice = "the archive holds '%s' twice (or names that this disk cannot tell apart);"
         unknown = "'data/train/x' of the unknown type '%s'; pack it with tar's default options"
-        special = [("'data/train/dev', a device or pipe; do not trust it", entry('data/train/dev', kind=kind)) for kind in (b'3', b'4', b'6')]
+        special = [("'data/train/dev', a device or pipe; do not trust it", entry('data/train/dev', kind=kind))
+                   for kind in (b'3', b'4', b'6')]
         for problem, attack in special + [
                 (unknown % 'M', entry('data/train/x', kind=b'M')),  # the rest of a file that began on another volume
                 (unknown % 'D', entry('data/train/x', kind=b'D')),  # a directory of an incremental archive
-                (twice % 'data/train/ok', entry('data/train/ok', b'again')), (twice % 'data/train/ok', entry('data/train/ok/')),
-                (twice % 'data/train/ok', entry('data/train/ok/below', b'x')), (twice % 'data', entry('data', b'a file')),
+                (twice % 'data/train/ok', entry('data/train/ok', b'again')),
+                (twice % 'data/train/ok', entry('data/train/ok/')),
+                (twice % 'data/train/ok', entry('data/train/ok/below', b'x')),
+                (twice % 'data', entry('data', b'a file')),
                 (twice % 'data/train', entry('data/train', kind=b'2', link='../../../victim')),
                 (twice % 'data', entry('data', kind=b'2', link='.'))]:
-            with self.subTest(problem):
-                self.assertIn(problem, self.attack(attack))
+            self.attack(problem, attack)
 
     def test_webs_of_links(self):
-        root = write(self.tmp / 'web', {'data/p%02d/%s' % (n, side): ('->', '../p%02d' % (n + 1)) for n in range(15) for side in 'ab'})
+        root = write(self.tmp / 'web', {'data/p%02d/%s' % (n, side): ('->', '../p%02d' % (n + 1))
+                                        for n in range(15) for side in 'ab'})
         write(root, {'data/p15/x': 'x'})
         self.addCleanup(setattr, etc, '_MAX_FOLLOWED', etc._MAX_FOLLOWED)
         etc._MAX_FOLLOWED = 2000
@@ -1380,31 +1382,31 @@ class Hostile(Case):
         getattr(os, 'mkfifo', os.mkdir)(str(root / 'meta.json'))
         self.fails_with('meta.json is not JSON: it is not a file', 'push', 'X')
 
-    def pulled(self, archive, problem=None):
-        """Pull this archive, which must be refused with a problem if there is one."""
+    def accepted(self, archive):
         write(self.tmp / 'share', {'X.tgz': archive})
-        err = self.etc('pull', 'X', status=int(bool(problem)))[1]
-        if problem:
-            self.assertRegex(err, "^etc: 'X' in file:///.*: the archive (%s)" % problem)
+        for command in ('pull', 'verify', 'purge'):
+            self.etc(command, 'X')
+
+    def refused(self, problem, archive, what=''):
+        write(self.tmp / 'share', {'X.tgz': archive})
+        with self.subTest(what, problem=problem):
+            self.assertRegex(self.etc('pull', 'X', status=1)[1], "^etc: 'X' in file:///.*: the archive (%s)" % problem)
             self.nothing_is_left()
-        else:
-            self.etc('verify', 'X')
-            self.etc('purge', 'X')
 
     def test_indexes(self):
         blocks, unreadable = block(bytes(1024)), 'is damaged: its index is unreadable; '
         for text in (b'[' + b'[],' * 4000000 + b'1]', b'{"etcetera":' + b'1' * 1000000 + b'}', b'[' * 100000,
                      b'{"etcetera":2.5}', b'{"etcetera":1}', b'[]', b'null', b'\xff'):
-            with self.subTest(text[:20]):
-                self.pulled(blocks + framed(text, len(blocks)), unreadable)
+            self.refused(unreadable, blocks + framed(text, len(blocks)), text[:20])
         promise = "is damaged: 'data/train' does not have the digest that the index promises; "
         for problem, key, values in (
                 (promise, 'files', (2, 0)), (promise, 'size', (1,)), (promise, 'digest', ('sha256:' + '0' * 64,)),
-                (unreadable, 'digest', ('md5:0', None)), (unreadable, 'offset', (7,)), (unreadable, 'length', (10 ** 12, 0, -5)),
+                (unreadable, 'digest', ('md5:0', None)), (unreadable, 'offset', (7,)),
+                (unreadable, 'length', (10 ** 12, 0, -5)),
                 (unreadable, 'files', (-1,)), (unreadable, 'path', ('../x', 'data', 'data/a/b', '.', '/x', 'a/b', ''))):
             for value in values:
-                with self.subTest(**{key: value}):
-                    self.pulled(indexed(entry('data/train/') + entry('data/train/x'), **{key: value}), problem)
+                archive = indexed(entry('data/train/') + entry('data/train/x'), **{key: value})
+                self.refused(problem, archive, (key, value))
 
     def test_entries_are_canonical_or_refused(self):
         def file(name='m', data=b'hi', **more):
@@ -1413,47 +1415,54 @@ class Hostile(Case):
         def link(target, name='m'):
             return file(name, b'', kind=b'2', link=target)
         before, after = entry('data/train/') + file('a') + file('b'), file('x', b'x') + file('z')
-        for what, good, size in (('none more', b'', 7), ('an executable', file(mode=0o755), 9), ('some', file('c') + file('d'), 11),
-                                 ('zeros', file(data=bytes(512)), 519), ('a link', link('a'), 7)):
-            with self.subTest(what):
-                self.pulled(indexed(before + good + after, files=4 + (good.count(b'ustar')), size=size))
-        pax = file('p' * 200, b'')
-        problem = "is damaged: 'data/train' violates the format|holds (the unsafe name|the link .* leads out of the dataset or nowhere)"
-        for what, bad in {
-                'private': file(mode=0o600), 'setuid': file(mode=0o4755), 'another mtime': file(mtime=0), 'twice': file('b'),
-                'not sorted': file('am'), 'below no directory': file('m/n'), 'another partition': entry('data/test/m'),
-                'among the root files': entry('m'), 'absolute': entry('/data/train/m'), '..': file('..'), 'after ..': file('../m'),
-                'an empty component': file('/m'), '.': file('./m'), 'too deep': file('d/' * 300 + 'x'), 'no name': file(_11=b'\0'),
-                'not ASCII': file('mmm', _12='\u00e9'.encode()), 'NUL in a name': file('mmm', _12=b'\0'),
-                'after the NUL of a name': file(_99=b'm'), 'a file with a slash': file('d/', kind=b'0'),
-                'a directory without slash': file(data=b'', kind=b'5', _12=b'\0'), 'a device': file(kind=b'3'), 'a pipe': file(kind=b'6'),
+        for good, size in ((b'', 7), (file(mode=0o755), 9), (file('c') + file('d'), 11), (file(data=bytes(512)), 519),
+                           (link('a'), 7)):
+            self.accepted(indexed(before + good + after, files=4 + good.count(b'ustar'), size=size))
+        pax, bytes_of = file('p' * 200, b''), {}
+        for at in set(range(0, 512, 5)) - {150, 155}:  # which are of the checksum
+            bytes_of['byte %d' % at] = file(**{'_%d' % at: bytes([file()[at] ^ 1])})
+        for what, bad in dict(bytes_of, **{
+                'private': file(mode=0o600), 'setuid': file(mode=0o4755), 'twice': file('b'), 'not sorted': file('am'),
+                'below no directory': file('m/n'), 'another partition': entry('data/test/m'),
+                'among the root files': entry('m'),
+                'absolute': entry('/data/train/m'), '..': file('..'), 'after ..': file('../m'),
+                'an empty component': file('/m'),
+                '.': file('./m'), 'too deep': file('d/' * 300 + 'x'), 'no name': file(_11=b'\0'),
+                'NUL': file('mmm', _12=b'\0'),
+                'not ASCII': file('mmm', _12='\u00e9'.encode()), 'a file with a slash': file('d/', kind=b'0'),
+                'a directory without slash': file(data=b'', kind=b'5', _12=b'\0'), 'a device': file(kind=b'3'),
+                'a pipe': file(kind=b'6'),
                 'a hard link': file(data=b'', kind=b'1', link='data/train/a'), 'an old file': file(_156=b'\0'),
+                'GNU': file(_257=b'ustar  '),
                 'more than the index tells': file(data=b'hello'), 'beyond the block': file(_124=b'00000010002'),
-                'a negative size': file(_124=b'-0000000002'), 'too small': file(_124=b'00000000001'),
-                'a size with spaces': file(_124=b'         2\0 '), 'a size with _': file(_124=b'0000000_002'),
-                'a size with 9': file(_124=b'00000000009'), 'a target': file(link='a'), 'a link to nothing': link('gone'),
-                'a link out of the dataset': link('../../../victim'), 'an absolute link': link('/etc/passwd'),
-                'a link to data': link('../../data'), 'a link with a detour': link('./a'), 'a longer detour': link('b/../a'),
-                'NUL in a link': link('a\0b'), 'a user': file(_108=b'0000001'), 'a group': file(_116=b'0000001'),
+                'a negative size': file(_124=b'-0000000002'), 'a size with spaces': file(_124=b'         2\0 '),
+                'a size with _': file(_124=b'0000000_002'), 'a size with 9': file(_124=b'00000000009'),
+                'a target': file(link='a'),
+                'a link to nothing': link('gone'), 'a link out of the dataset': link('../../../victim'),
+                'an absolute link': link('/etc/passwd'), 'a link to data': link('../../data'),
+                'a link with a detour': link('./a'),
+                'a longer detour': link('b/../a'), 'NUL in a link': link('a\0b'),
                 'a chain of links': b''.join(link('m%02d' % n, 'm%02d' % (n + 1)) for n in range(50)) + file('m50'),
-                'the name of a user': file(_265=b'root'), 'a prefix': file(_345=b'p'), 'the last byte': file(_511=b'p'),
-                'GNU': file(_257=b'ustar  '), 'a wrong checksum': file()[:148] + b'000000\0 ' + file()[156:],
-                'padding': file()[:-1] + b'p', 'zeros': bytes(512), 'more zeros': bytes(1024), 'noise': noise(512),
-                'more noise': noise(1024), 'only a pax header': pax[:-512],
-                'another pax header': pax[:600] + b'x' + pax[601:]}.items():
+                'a wrong checksum': file()[:148] + b'000000\0 ' + file()[156:], 'padding': file()[:-1] + b'p',
+                'zeros': bytes(512),
+                'more zeros': bytes(1024), 'noise': noise(512), 'more noise': noise(1024),
+                'only a pax header': pax[:-512],
+                'another pax header': pax[:600] + b'x' + pax[601:]}).items():
             for row, size in ((before + bad + after, 9), (before + bad, 6)):
-                with self.subTest(what, size=size):
-                    self.pulled(indexed(row, files=row.count(b'ustar\0') - 1, size=size - 2 * (b'hi' not in bad)), problem)
+                self.refused("is damaged: 'data/train' violates the format|holds the (unsafe name|link .* leads out)",
+                             indexed(row, files=row.count(b'ustar') - 1, size=size - 2 * (b'hi' not in bad)), what)
 
     def test_segments(self):
         data, train, x = entry('data/'), entry('data/train/'), entry('data/train/x', b'hi')
-        root, good, large = ('.', 0, 0, [data]), ('data/train', 1, 2, [train + x]), train + entry('data/train/x', bytes(4096))
+        root, good = ('.', 0, 0, [data]), ('data/train', 1, 2, [train + x])
+        large = train + entry('data/train/x', bytes(4096))
         other = train + entry('data/train/A/') + entry('data/train/a/x', b'hi')
-        self.pulled(archive_of(root, good))
+        self.accepted(archive_of(root, good))
         damaged = 'is damaged: a block does not match its checksum or size; '
         astray = "is damaged: '(.|data/train)' violates the format "
         for what, problem, *segments in (
-                ('a partition among the root files', astray, ('.', 1, 2, [data + entry('data/evil/') + entry('data/evil/f', b'hi')]), good),
+                ('a partition among the root files', astray,
+                 ('.', 1, 2, [data + entry('data/evil/') + entry('data/evil/f', b'hi')]), good),
                 ('a file in data among the root files', astray, ('.', 1, 2, [data + entry('data/f', b'hi')]), good),
                 ('an empty block', damaged, ('.', 0, 0, [b'', data]), good),
                 ('an empty block of a partition', damaged, root, ('data/train', 1, 2, [b'', train + x])),
@@ -1464,18 +1473,43 @@ class Hostile(Case):
                 ('a short block in the middle', astray, root, ('data/train', 1, 4096, [large[:2048], large[2048:]])),
                 ('a bomb', damaged, root, ('data/train', 1, 1, [(b'', block(bytes(64 * MIB)))])),
                 ('a receipt', astray, ('.', 1, 2, [entry('.etcetera.json', b'{}') + data]), good)):
-            with self.subTest(what):
-                self.pulled(archive_of(*segments), problem)
+            self.refused(problem, archive_of(*segments), what)
+
+    def test_damaged_blocks(self):
+        file = ''.join('%d ' % number for number in range(9999)).encode()[:30000]
+        payload = entry('data/train/') + entry('data/train/x', file)
+        good, stored, crc, size = deflated(payload), deflated(payload, 0), zlib.crc32(payload), len(payload)
+        mismatch = '.*does not match its checksum or size'
+        for problem, *blocks in (
+                ('is damaged', good[:-1], good[:len(good) // 2], good[:1], stored[:-1], noise(2000)),
+                (mismatch, good + b'\0', good + good, good + struct.pack('<II', crc, size)),
+                (mismatch, (payload, good, crc ^ 1), (payload, good, crc, size + 512),
+                 (payload, good, crc, size - 512)),
+                (mismatch, (b'',), (payload + b'x',), (bytes(MIB + 512),)),
+                # empty, no whole records, larger than a block
+                ('.*', (payload, deflated(payload[::-1]), zlib.crc32(payload[::-1]))),
+                ('.*invalid block type', b'\7' + good), ('.*invalid stored block lengths', b'\1\1\0\1\0x'),
+                ('.*too far back', b'\x4b\x04\xa2' + good)):
+            for what, each in enumerate(blocks):
+                says = each if isinstance(each, tuple) else (payload, each)
+                for os.environ['ETC_LIBDEFLATE'] in '01':
+                    self.refused(problem, indexed((says[0], block(*says)), size=30000), what)
+        for body in (good, stored):
+            for os.environ['ETC_LIBDEFLATE'] in '01':
+                self.accepted(indexed((payload, block(payload, body)), size=30000))
 
     def test_one_flipped_byte(self):
-        root = write(self.tmp / 'ds', {'data/train/a': 'text ' * 3000, 'data/train/n': noise(70000), 'data/test/b': 'b' * 500, 'README.md': 'r'})
+        root = write(self.tmp / 'ds', {'data/train/a': 'text ' * 3000, 'data/train/n': noise(70000),
+                                       'data/test/b': 'b' * 500, 'README.md': 'r'})
         self.share(root, home='pub')
         archive, rng, silent = (self.tmp / 'share/X.tgz').read_bytes(), random.Random(3), 0
-        positions = [rng.randrange(len(archive)) for _ in range(150 * RUNS)] + [rng.randrange(1500) - 1500 for _ in range(100)]
-        for position in list(range(60)) + positions:
+        positions = [rng.randrange(len(archive)) for _ in range(150 * RUNS)]
+        positions += list(range(60)) + [rng.randrange(-1500, 0) for _ in range(100)]
+        for position in positions:
             with self.subTest(position):
                 bad = bytearray(archive)
                 bad[position] ^= 1 << rng.randrange(8)
+                os.environ['ETC_LIBDEFLATE'] = rng.choice('01')
                 write(self.tmp / 'share', {'X.tgz': bytes(bad)})
                 err = self.etc('pull', 'X', status=None)[1]
                 if 'pulled' in err:  # a byte that means nothing, such as the time in a gzip header
@@ -1491,19 +1525,17 @@ class Hostile(Case):
         self.share(small(self.tmp / 'ds'), home='pub')
         archive, remedy = (self.tmp / 'share/X.tgz').read_bytes(), "; 'etc push -f X' from an intact copy repairs it\n"
         for length in list(range(37, len(archive), 37)) + [len(archive) - 1, len(archive) - 34]:
-            with self.subTest(length):
-                self.pulled(archive[:length], 'is damaged: its index is missing' + remedy)
-        self.pulled(b'', 'is damaged or not a .tgz: it ends too early' + remedy)
-        write(self.tmp / 'share', {'X.tgz': archive.replace(archive[40:44], b'abcd', 1)})  # among the root's files
-        self.fails_with('the archive is damaged: a block does not match its checksum or size' + remedy, 'info', '-r', 'X')
+            self.refused('is damaged: its index is missing' + remedy, archive[:length], length)
+        self.refused('is damaged or not a .tgz: it ends too early' + remedy, b'')
+        end = members(archive)[0][1]  # of the block with the root's files
+        write(self.tmp / 'share', {'X.tgz': archive[:end - 8] + b'wrong' + archive[end - 3:]})
+        self.fails_with('is damaged: a block does not match its checksum or size' + remedy, 'info', '-r', 'X')
 
 
 
 # ---------------------------------------------------------------------------------------
 # libdeflate and zlib: all other classes run with the one that is there
 # ---------------------------------------------------------------------------------------
-
-DEFLATERS = {'libdeflate': '1', 'zlib': '0'}
 
 FALSE_LIBRARY = r'''
 #include <stddef.h>
@@ -1515,8 +1547,11 @@ void *libdeflate_alloc_compressor(int level) { return MEMORY ? &it : NULL; }
 void *libdeflate_alloc_decompressor(void) { return MEMORY ? &it : NULL; }
 void libdeflate_free_compressor(void *it) {}
 void libdeflate_free_decompressor(void *it) {}
-size_t libdeflate_deflate_compress(void *c, const void *in, size_t n, void *out, size_t room) { return say("deflates\n"); }
-int libdeflate_deflate_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room, size_t *read, size_t *written) {
+size_t libdeflate_deflate_compress(void *c, const void *in, size_t n, void *out, size_t room) {
+    return say("deflates\n");
+}
+int libdeflate_deflate_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room,
+                                     size_t *read, size_t *written) {
     memset(out, 0, *written = 1024);
     *read = n - 8;
     return say("inflates\n");
@@ -1533,93 +1568,35 @@ unsigned libdeflate_crc32(unsigned crc, const unsigned char *data, size_t n) {
 class Deflate(Case):
     def setUp(self):
         super().setUp()
-        self.use('libdeflate')
+        os.environ['ETC_LIBDEFLATE'] = '1'
         if 'libdeflate' not in self.etc('--version')[0]:
             self.skipTest('libdeflate is not installed, or this is not CPython')
 
-    def use(self, name):
-        os.environ['ETC_LIBDEFLATE'] = DEFLATERS[name]
-
     def test_version(self):
-        for name, pattern in (('libdeflate', 'libdeflate'), ('zlib', r'zlib \d[\w.-]*')):
-            self.use(name)
+        for os.environ['ETC_LIBDEFLATE'], pattern in (('1', 'libdeflate'), ('0', r'zlib \d[\w.-]*')):
             self.assertRegex(self.etc('--version')[0], r'\Aetcetera %s \(Python %s, %s\)\n\Z' % (
                 re.escape(etc.__version__), re.escape(sys.version.split()[0]), pattern))
 
     def test_each_reads_what_the_other_writes(self):
         rng = random.Random(1)
         text = ''.join('line %d says %x\n' % (number, rng.randrange(1 << 20)) for number in range(50000))
-        root = write(self.tmp / 'ds', {'data/padded/%02d' % number: noise(700 + number, number) for number in range(60)})
+        root = write(self.tmp / 'ds', {'data/padded/%02d' % n: noise(700 + n, n) for n in range(60)})
         write(root, {'data/text/a': text, 'data/noise/n': noise(100000), 'data/zeros/z': bytes(MIB), 'README.md': ''})
         self.etc('register', root, 'X')
-        share, sizes = self.tmp / 'share', {'zlib': [], 'libdeflate': []}
+        share, zlib_sizes, sizes = self.tmp / 'share', [], []
         for level in range(10):
-            for writer, reader in (('libdeflate', 'zlib'), ('zlib', 'libdeflate')):
-                self.use(writer)
+            for writer, reader, found in (('0', '1', zlib_sizes), ('1', '0', sizes)):
+                os.environ['ETC_LIBDEFLATE'] = writer
                 etc.push('X', config=self.config(compression_level=level))
-                sizes[writer].append((share / 'X.tgz').stat().st_size)
+                found.append((share / 'X.tgz').stat().st_size)
                 (share / 'X.tgz').replace(share / 'Y.tgz')
-                self.use(reader)
+                os.environ['ETC_LIBDEFLATE'] = reader
                 self.etc('pull', 'Y', home='two')
                 self.assertEqual(tree(self.tmp / 'two/Y'), tree(root), (writer, level))
                 self.etc('purge', 'Y', home='two')
-        stored = sizes['zlib'][0]
-        self.assertEqual(sizes['libdeflate'][0], stored)
-        for ours, others in zip(sizes['libdeflate'][1:], sizes['zlib'][1:]):
-            self.assertLess(ours, min(others, 0.6 * stored))
-
-    def test_zlib_is_spared(self):
-        for function in ('compressobj', 'decompressobj'):
-            self.addCleanup(setattr, zlib, function, getattr(zlib, function))
-            setattr(zlib, function, self.fail)
-        self.share(small(self.tmp / 'ds'))
-        self.etc('pull', 'X', home='two')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
-
-    def told(self, payload, *block_of):
-        """What a pull says of an archive with this block; the same with both."""
-        said = []
-        for name in DEFLATERS:
-            self.use(name)
-            write(self.tmp / 'share', {'X.tgz': indexed((payload, block(payload, *block_of)), size=30000)})
-            err = self.etc('pull', 'X', status=None)[1]
-            if 'pulled' in err:
-                self.etc('purge', 'X')
-                err = ''
-            self.nothing_is_left()
-            said.append(err)
-        self.assertEqual(*said)
-        return said[0]
-
-    def test_damaged_blocks(self):
-        file = ''.join('%d ' % number for number in range(9999)).encode()[:30000]
-        payload = entry('data/train/') + entry('data/train/x', file)
-        good, stored, crc, size = deflated(payload), deflated(payload, 0), zlib.crc32(payload), len(payload)
-        bomb, uneven, trailer = bytes(MIB + 512), payload + b'x', struct.pack('<II', crc, size)
-        mismatch = 'does not match its checksum or size'
-        for what, problem, *block_of in (
-                ('good', '^$', payload, good), ('stored', '^$', payload, stored),
-                ('without its end', 'the archive is damaged', payload, good[:-1]), ('half', 'the archive is damaged', payload, good[:len(good) // 2]),
-                ('a byte', 'the archive is damaged', payload, good[:1]), ('noise', 'the archive is damaged', payload, noise(2000)),
-                ('stored, without its end', 'the archive is damaged', payload, stored[:-1]),
-                ('a byte after the end', mismatch, payload, good + b'\0'), ('another stream', mismatch, payload, good + good),
-                ('the trailer twice', mismatch, payload, good + trailer), ('another checksum', mismatch, payload, good, crc ^ 1),
-                ('a larger size', mismatch, payload, good, crc, size + 512), ('a smaller size', mismatch, payload, good, crc, size - 512),
-                ('no bytes', mismatch, b''), ('half a record', mismatch, uneven), ('more than a block', mismatch, bomb),
-                ('other contents', 'in file:///', payload, deflated(payload[::-1]), zlib.crc32(payload[::-1])),
-                ('a reserved type', 'invalid block type', payload, b'\7' + good),
-                ('a wrong complement', 'invalid stored block lengths', payload, b'\1\1\0\1\0x'),
-                ('a distance before the start', 'too far back', payload, b'\x4b\x04\xa2' + good)):
-            with self.subTest(what):
-                self.assertRegex(self.told(*block_of), problem)
-        rng, silent = random.Random(7), 0
-        for number in range(50 * RUNS):
-            bad = bytearray(good)
-            for _ in range(rng.choice((1, 1, 3))):
-                bad[rng.choice((rng.randrange(len(bad)), rng.randrange(60)))] ^= 1 << rng.randrange(8)
-            with self.subTest(number=number):
-                silent += self.told(payload, bytes(bad)) == ''
-        self.assertLess(silent, 5)
+        self.assertEqual(sizes[0], zlib_sizes[0])
+        for ours, others in zip(sizes[1:], zlib_sizes[1:]):
+            self.assertLess(ours, min(others, 0.6 * sizes[0]))
 
     def beside(self, make, *commands):
         """What commands say, in a Python beside whose standard library make(path) has put a libdeflate."""
@@ -1640,8 +1617,10 @@ class Deflate(Case):
         loaded = Path('/proc/self/maps').read_text()
         real, other = (re.search(r'/.*/%s[.-]\S*' % name, loaded).group() for name in ('libdeflate', 'libc'))
         for make, loads in (
-                (lambda path: path.symlink_to(real), 'libdeflate'), (lambda path: None, 'libdeflate'), (Path.touch, 'zlib'),
-                (Path.mkdir, 'zlib'), (lambda path: path.write_text('text'), 'zlib'), (lambda path: path.symlink_to(other), 'zlib')):
+                (lambda path: path.symlink_to(real), 'libdeflate'), (lambda path: None, 'libdeflate'),
+                (Path.touch, 'zlib'),
+                (Path.mkdir, 'zlib'), (lambda path: path.write_text('text'), 'zlib'),
+                (lambda path: path.symlink_to(other), 'zlib')):
             self.assertIn(loads, self.beside(make, '--version'))
         write(self.tmp, {'libdeflate.so.0': 'text'})
         os.environ['LD_LIBRARY_PATH'] = ':'  # the current directory
@@ -8149,7 +8128,7 @@ sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------
-# Fuzzing: python3 test_etcetera.py fuzz [SECONDS] [TARGET]
+# Fuzzing; for longer: ETC_TEST_RUNS=100 python3 test_etcetera.py Fuzzing
 # ---------------------------------------------------------------------------------------
 
 class Target:
@@ -8167,13 +8146,14 @@ class Target:
 
 
 class ArchiveTarget(Target):
-    """Pulls. The first byte says what the rest is: an archive, a partition for a right index, an index for right blocks."""
+    """Pulls. The first byte says what the rest is: an archive, a partition, or an index."""
 
     def __init__(self, place):
         super().__init__(place)
         self.config = etc.Config((self.here / 'share').as_uri(), self.here / 'home', connections=1)
         train = entry('data/train/')
-        files = (train + entry('data/train/a', b'alpha') + entry('data/train/b/') + entry('data/train/b/' + 'n' * 120, mode=0o755)
+        files = (train + entry('data/train/a', b'alpha') + entry('data/train/b/')
+                 + entry('data/train/b/' + 'n' * 120, mode=0o755)
                  + entry('data/train/l', kind=b'2', link='b/\u00e9') + entry('data/train/m', b'abc'))
         whole = indexed(files, files=4, size=8)
         index, _ = members(whole)[-2:]
@@ -8184,10 +8164,7 @@ class ArchiveTarget(Target):
     def read(self, data):
         kind, data = data[:1], data[1:]
         if kind == b'\1':
-            sizes = [0]
-            with contextlib.suppress(Exception), tarfile.open(fileobj=io.BytesIO(data + bytes(1024)), mode='r:') as tar:
-                sizes = [member.size * member.isreg() for member in tar if not member.isdir()]
-            data = indexed(data, files=len(sizes), size=sum(sizes))
+            data = indexed(data, files=4, size=8)
         elif kind == b'\2':
             data = self.blocks + framed(data, len(self.blocks))
         self.pull(data)
@@ -8200,7 +8177,7 @@ class ArchiveTarget(Target):
             digest = etc.pull('X', force=True, config=self.config).digest
             assert etc.verify('X', config=self.config) == etc.Dataset(self.here / 'home/X').digest == digest
         finally:
-            beside = {os.path.relpath(str(path), str(self.place)) for place in (self.place, self.here, self.here / 'home')
+            beside = {str(path.relative_to(self.place)) for place in (self.place, self.here, self.here / 'home')
                       for path in place.glob('*')}
             assert beside <= {'here', 'here/share', 'here/home', 'here/home/X', 'here/home/.etcetera'}, beside
 
@@ -8210,16 +8187,16 @@ class TgzTarget(ArchiveTarget):
 
     def __init__(self, place):
         super().__init__(place)
-        evil = [entry('../x'), entry('data/x/../../../x'), entry('data/up', kind=b'2', link='../..') + entry('data/up/x'), entry(
-            'data/train/sparse', kind=b'S', _124=b'00000001000\0', _386=b'00000010000\0' + b'00000001000\0', _483=b'00000020000\0')]
-        self.seeds = [b'\1' + entry('data/train/x') + each + bytes(1536) for each in evil]
-        root = write(self.here / 'share', {'data/train/a': 'a', 'data/train/%s/%s' % ('n' * 60, 'm' * 60): '', 'data/train/s': ('->', 'a'),
-                                           'data/train/\u00e9': '', 'meta.json': '{}'})
-        os.link(str(root / 'data/train/a'), str(root / 'data/train/h'))
+        self.seeds = [b'\1' + entry('data/train/x') + evil + bytes(1536) for evil in (
+            entry('../x'), entry('data/x/../../../x'), entry('data/up', kind=b'2', link='../..') + entry('data/up/x'),
+            entry('data/train/sparse', kind=b'S', _386=b'%011o\0%011o\0' % (4096, 512), _483=b'%011o\0' % 8192))]
+        root = write(self.here / 'share', {'data/a': 'a', 'data/%s/%s' % ('n' * 60, 'm' * 60): '',
+                                           'data/s': ('->', 'a'), 'data/\u00e9': ''})
+        os.link(str(root / 'data/a'), str(root / 'data/h'))
         for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
             out = io.BytesIO()
             with tarfile.open(fileobj=out, mode='w', format=form) as tar:
-                tar.add(str(root), '.')
+                tar.add(str(root / 'data'), './data/train')
             self.seeds += [b'\1' + out.getvalue(), b'\0' + gzip.compress(out.getvalue())]
 
     def read(self, data):
@@ -8229,8 +8206,10 @@ class TgzTarget(ArchiveTarget):
 class YamlTarget(Target):
     """The YAML subset."""
 
-    seeds = [b'url: s3://bucket/x # c\npublic: yes\nconnections: 0x10\n', b'---\nhome: "~/\\u00e9\\n"\nregion: \'it\'\'s\'\nurl: ~\n',
-             b'connections: 1_0\nregion: 0b1\nsse: 017\nurl: .5\nhome: 2001-01-01\n', b'\xef\xbb\xbf"region": v\r\nsse: - x\n']
+    seeds = [b'url: s3://bucket/x # c\npublic: yes\nconnections: 0x10\n',
+             b'---\nhome: "~/\\u00e9\\n"\nregion: \'it\'\'s\'\nurl: ~\n',
+             b'connections: 1_0\nregion: 0b1\nsse: 017\nurl: .5\nhome: 2001-01-01\n',
+             b'\xef\xbb\xbf"region": v\r\nsse: - x\n']
 
     def read(self, data):
         agrees_with_yaml(self.here / 'settings', data)
@@ -8240,7 +8219,8 @@ class AnswerTarget(Target):
     """What a web server answers: a line with the status and headers, and the body."""
 
     url, settings = '', {}
-    seeds = [b'200\n<html><body><pre><a href="X.tgz">X</a> <A HREF=/x/Y.tgz><a href="../Z.tgz"><a href="http://h/x/W%2etgz?q#f">',
+    seeds = [b'200\n<html><body><pre><a href="X.tgz">X</a> <A HREF=/x/Y.tgz>'
+             b'<a href="../Z.tgz"><a href="http://h/x/W%2etgz?q#f">',
              b'200\n<!-- <a href="V.tgz"><a href="http://[x/X.tgz">',
              b'200\n<![CDATA[ <a href="X.tgz"> ]]><script><a href="X.tgz"></script><?x ?><a href="&#88;.tgz" href>',
              b'206|ETag:W/"x"|Last-Modified:Mon, 06 May 2024 07:08:09 -0000|Content-Range:bytes 0-4/5\n12345']
@@ -8273,10 +8253,13 @@ class S3Target(AnswerTarget):
 
     url, settings = 's3://bucket/some/prefix', {'aws_access_key_id': 'a', 'aws_secret_access_key': 'b'}
     seeds = [b'200\n' + S3_XML.format('ListBucketResult', (
-                 '<EncodingType>url</EncodingType><IsTruncated>false</IsTruncated><Contents><Key>some/prefix/X+%41.tgz</Key>'
-                 '<LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>&quot;e&quot;</ETag><Size>123</Size></Contents>')).encode(),
+                 '<EncodingType>url</EncodingType><IsTruncated>false</IsTruncated><Contents>'
+                 '<Key>some/prefix/X+%41.tgz</Key>'
+                 '<LastModified>2024-05-06T07:08:09.000Z</LastModified><ETag>&quot;e&quot;</ETag>'
+                 '<Size>123</Size></Contents>')).encode(),
              b'403\n<Error><Code>AccessDenied</Code><Message>about<![CDATA[ <it> ]]>\x1b[31m</Message></Error>',
-             b'200\n<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]><ListBucketResult>&a;</ListBucketResult>', b'200\n' + b'<a>' * 30 + b'</a>' * 30,
+             b'200\n<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]><ListBucketResult>&a;</ListBucketResult>',
+             b'200\n' + b'<a>' * 30 + b'</a>' * 30,
              b'206|ETag:"x"|Last-Modified:Mon, 06 May 2024 07:08:09 GMT|Content-Range:bytes 0-4/5\n12345',
              b'404|x-amz-bucket-region:eu-west-1|ETag:bare\n']
 
@@ -8285,9 +8268,10 @@ class GoogleTarget(AnswerTarget):
     """Google's listings, objects and errors."""
 
     url = 'gs://bucket/some/prefix'
-    seeds = [b'200\n{"kind": "storage#objects", "items": [{"name": "some/prefix/X.tgz", "size": "5", "generation": "17", '
-             b'"updated": "2024-05-06T07:08:09.123Z"}], "nextPageToken": ""}',
-             b'200\n{"name": "some/prefix/X.tgz", "size": 5, "generation": 17}', b'403\n{"error": {"code": 403, "message": "\\u001b[31m no"}}']
+    seeds = [b'200\n{"kind": "storage#objects", "items": [{"name": "some/prefix/X.tgz", "size": "5", '
+             b'"generation": "17", "updated": "2024-05-06T07:08:09.123Z"}], "nextPageToken": ""}',
+             b'200\n{"name": "some/prefix/X.tgz", "size": 5, "generation": 17}',
+             b'403\n{"error": {"code": 403, "message": "\\u001b[31m no"}}']
 
 
 class KeysTarget(S3Target):
@@ -8309,17 +8293,14 @@ class ProfilesTarget(S3Target):
     """Settings and credentials files of AWS."""
 
     settings = {'aws_profile': 'work'}
-    seeds = [b'[default]\naws_access_key_id = a\naws_secret_access_key=b\nregion=eu-west-1\ns3 =\n  addressing_style = path\n',
-             b'# c\n[profile work]\nregion: x ; c\nendpoint_url = http://h:1/\nca_bundle = x\n[default]\naws_session_token=t\n']
+    seeds = [b'[default]\naws_access_key_id = a\naws_secret_access_key=b\nregion=eu-west-1\ns3 =\n'
+             b'  addressing_style = path\n', b'# c\n[profile work]\nregion: x ; c\nendpoint_url = http://h:1/\n'
+             b'ca_bundle = x\n[default]\naws_session_token=t\n']
 
     def read(self, data):
         path = write(self.here, {'settings': data}) / 'settings'
         os.environ.update(AWS_CONFIG_FILE=str(path), AWS_SHARED_CREDENTIALS_FILE=str(path))
         super().read(b'200\n')
-
-
-TARGETS = {'archive': ArchiveTarget, 'tgz': TgzTarget, 'yaml': YamlTarget, 'web': AnswerTarget, 's3': S3Target, 'google': GoogleTarget,
-           'profiles': ProfilesTarget, 'keys': KeysTarget}
 
 
 WORDS = [b'../', b'/', b'\0', b'\n', b'null', b'[' * 99, b'"', b'\xff', b'\xc3\xa9', b'<!', b'&#0;', b': ', b'%00']
@@ -8343,52 +8324,31 @@ def mutated(rng, seeds):
     return data
 
 
-def fuzz(seconds=60.0, target=None):
-    """Feed a target, or each in turn, with ever new inputs."""
-    if target is None:
-        return max(subprocess.call([sys.executable, __file__, 'fuzz', str(seconds / len(TARGETS)), name]) for name in TARGETS)
-    with contextlib.suppress(ImportError, ValueError):
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
-    place = tempfile.mkdtemp(prefix='etc-fuzz-')
-    run, end, count, rng = TARGETS[target](place), time.time() + seconds, 0, random.Random()
-    while time.time() < end:
-        data, begin = mutated(rng, run.seeds), time.time()
-        try:
-            run(data)
-            assert time.time() - begin < 10, 'too slow'
-        except BaseException:
-            print('%s: input %d is kept in crash-%s' % (target, count, target))
-            Path('crash-' + target).write_bytes(data)
-            raise
-        count += 1
-    remove(place)
-    print('%s: %d inputs, nothing found' % (target, count))
-    return 0
-
-
 class Fuzzing(Case):
     def test_targets(self):
-        for name, inputs in zip(TARGETS, (100, 60, 1000, 150, 150, 150, 150, 150)):
-            run = TARGETS[name](self.tmp / name)
+        for target, inputs in ((ArchiveTarget, 100), (TgzTarget, 60), (YamlTarget, 1000), (AnswerTarget, 150),
+                               (S3Target, 150),
+                               (GoogleTarget, 150), (ProfilesTarget, 150), (KeysTarget, 150)):
+            run = target(self.tmp / target.__name__)
             for seed in run.seeds:
                 run(seed)
             for number in range(inputs * RUNS):
-                with self.subTest(target=name, number=number):
-                    run(mutated(random.Random('%s %d' % (name, number)), run.seeds))
+                with self.subTest(target=target.__name__, number=number):
+                    run(mutated(random.Random('%s %d' % (target.__name__, number)), run.seeds))
 
 
 def all_classes():
     """Run all classes, each in a process of its own, one more at a time than there are cores, as many wait much."""
     def run(name):
         begin = time.time()
-        command = [sys.executable] + ['-W' + option for option in sys.warnoptions] + [__file__, name]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        out = process.communicate()[0].decode('utf-8', 'replace')
-        ran, skipped = (int((re.findall(pattern, out) or ['0'])[-1]) for pattern in (r'\nRan (\d+) test', r'skipped=(\d+)'))
+        command = [sys.executable, *['-W' + option for option in sys.warnoptions], __file__, name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        out = done.stdout.decode('utf-8', 'replace')
+        ran, skipped = (int((re.findall(pattern, out) or ['0'])[-1])
+                        for pattern in (r'\nRan (\d+) test', r'skipped=(\d+)'))
         print('%-22s %4d tests, %2d skipped %6.1f s%s' % (
-            name, ran, skipped, time.time() - begin, '\n' + out if process.returncode else ''), flush=True)
-        return process.returncode, ran, skipped
+            name, ran, skipped, time.time() - begin, '\n' + out if done.returncode else ''), flush=True)
+        return done.returncode, ran, skipped
     begin, names = time.time(), unittest.defaultTestLoader.getTestCaseNames
     classes = [name for name, cls in globals().items()
                if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and names(cls)]
@@ -8400,8 +8360,6 @@ def all_classes():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['fuzz']:
-        sys.exit(fuzz(*[float(word) for word in sys.argv[2:3]], *sys.argv[3:]))
     if len(sys.argv) == 1:
         sys.exit(all_classes())
     done = unittest.main(exit=False).result
