@@ -651,6 +651,8 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
     result, error = outcome[0]
     if error:
         raise error
+    job.moved = job.total
+    job.produced = 0
     job.report(progress)
     return result  # type: ignore[no-any-return]
 
@@ -5884,14 +5886,15 @@ def _describe_local(home: _Home, name: str, job: Optional[_Job] = None) -> _Row:
 def _describe_remote(archive: _Archive) -> _Row:
     obj = archive.obj
     when = _utc(obj.modified) or None if obj.modified else None
-    return _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when)
+    return _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
+                    readme=None)
 
 
 def _read_root_files(job: _Job, archive: _Archive) -> _Row:
     """meta and readme of a remote dataset."""
     root_files = archive.segments[:1]
     if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
-        return {'meta': None, 'readme': None}
+        return {}
     import tempfile
     with tempfile.TemporaryDirectory() as scratch:
         install = _Install(_Home(Path(scratch)), archive.name, False, Path(scratch))  # which is never committed
@@ -5934,30 +5937,26 @@ def diff(
     `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors.
     """
     config = config or Config.load()
-    home = _Home(config.home)
     remotes = (remote, remote) if isinstance(remote, bool) else remote
-    sides = [(side, *_parse_name(name), is_remote) for side, name, is_remote in zip('ab', (a, b), remotes)]
 
     def work(job: _Job) -> _Row:
-        for _, name, _, is_remote in sides:
-            if not is_remote:
-                _check_installed(home, name)
-        found: _Row = {'equal': None, 'a': None, 'b': None}
-        known: Dict[str, Dict[str, _Segment]] = {}
-        for side, name, pin, is_remote in sorted(sides, key=lambda item: not item[3]):  # first what takes no time
-            segments = _remote_segments(job, config, name) if is_remote else _local_segments(job, home, name)
-            known[side] = {segment.path: segment for segment in segments}
+        found: _Row = {'equal': None}
+        known: List[Dict[str, _Segment]] = []
+        for side, name, is_remote in zip('ab', (a, b), remotes):
+            name, pin = _parse_name(name)
+            segments = (_stored_segments if is_remote else _local_segments)(job, config, name)
+            known.append({segment.path: segment for segment in segments})
             found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
             _check_pin(name, pin, found[side]['digest'])
-        paths = sorted({**known['a'], **known['b']}, key=_segment_order)
-        found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path)) for path in paths}
+        paths = sorted({**known[0], **known[1]}, key=_segment_order)
+        found['segments'] = {path: _contrast(*[segments.get(path) for segments in known]) for path in paths}
         found['equal'] = all(row['status'] == 'same' for row in found['segments'].values())
         return found
 
     return _perform(progress, work)
 
 
-def _remote_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
+def _stored_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
     with _open_remote(config, job) as store:
         archive = _find(store, name)
     if not archive.segments:
@@ -5966,8 +5965,10 @@ def _remote_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]
     return archive.segments
 
 
-def _local_segments(job: _Job, home: _Home, name: str) -> Sequence[_Segment]:
+def _local_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
     """Of the whole dataset, from its receipt; otherwise from the files."""
+    home = _Home(config.home)
+    _check_installed(home, name)
     _, receipt = home.open(name)
     return receipt.segments if receipt else _digest_segments(job, home.path(name))
 
@@ -6359,9 +6360,6 @@ def _purge_remote(name: str, config: Config, confirm: Optional[Callable[[str], N
 _README_LINES = 20  # that `etc info` shows
 _METER_TIME = 2.0  # seconds after which there is enough to tell how long the rest will take
 
-_Found = Dict[str, Any]  # what info(), diff() and _list() tell
-
-
 # Output
 
 def _print(*lines: str) -> None:
@@ -6393,7 +6391,7 @@ def _ago(when: Optional[str]) -> str:
     return 'just now'
 
 
-def _amount(counted: Optional[_Found]) -> str:
+def _amount(counted: Optional[_Row]) -> str:
     return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}" if counted else '-'
 
 
@@ -6406,7 +6404,7 @@ def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
         _print('  '.join(map(str.ljust, row, widths)).rstrip())
 
 
-def _print_list(summaries: Sequence[_Found]) -> None:
+def _print_list(summaries: Sequence[_Row]) -> None:
     """On a terminal with only so much of the digests as tells them apart."""
     length = 19 if _is_terminal(sys.stdout) else None
     rows: List[Sequence[str]] = []
@@ -6418,13 +6416,13 @@ def _print_list(summaries: Sequence[_Found]) -> None:
     _print_table('NAME     SIZE  FILES  WHEN  DIGEST', rows)
 
 
-def _print_diff(found: _Found) -> None:
+def _print_diff(found: _Row) -> None:
     a, b = ('-r ' * found[side]['remote'] + found[side]['name'] for side in 'ab')
     _print_table(f'STATUS  {a}  {b}  PATH', [(row['status'], _amount(row['a']), _amount(row['b']), path)
                                              for path, row in found['segments'].items()])
 
 
-def _print_info(summary: _Found) -> None:
+def _print_info(summary: _Row) -> None:
     _print(f"name        {summary['name']}",
            f"digest      {summary['digest'] or '- (packed by another tool; pull it to learn more)'}")
     if summary['files'] is not None:
@@ -6458,6 +6456,8 @@ def _meter(what: str) -> _Progress:
     marks: Any = collections.deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
 
     def show(done: int, total: int) -> None:
+        if done == total:  # and the next line tells of the end
+            return
         now = time.monotonic()
         if marks and done < marks[-1][1]:  # the next piece begins
             marks.clear()
