@@ -34,7 +34,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Messages        what is shown to people, and how secrets are kept out of it
     Errors          what is raised, and how errors of the system become errors of etcetera
     Settings        ~/.etc.yaml and Config
-    Threads         parallel work, its progress, and signals meanwhile
+    Jobs            work in threads, its progress, and signals meanwhile
     Contents        a directory as canonical tar bytes, and its digest
     Datasets        Dataset: a directory with partitions
     Deflate         one block in and out of it, as fast as this machine can
@@ -43,25 +43,28 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     HTTP            one client: connections, proxies, TLS, retries
     AWS             credentials and request signatures
     Google          credentials
-    Remotes         file://, s3://, gs://, https://: list, stat, read, write, remove
+    Remotes         file://, s3://, gs://, https://: list, find, read, write, remove
     Home            the local store: receipts, and installing atomically
     Stored archives an archive in a remote: its index, extracting it, and writing it
     API             what `import etcetera` offers
     Command line    the command `etc`
 
+Who uses only S3 can skip Google, and in Remotes the parts gs:// and http(s)://; who uses only a shared directory can
+skip HTTP, AWS, Google, and in Remotes all but file://.
+
 AUDIT MAP. What this file touches, and when.
 
-Hosts. Importing contacts none. Commands that need a remote, and shell completion of remote names, contact:
+Hosts. Importing contacts none. Commands that need a remote contact:
     - the host in `url` or `endpoint_url`, in AWS's variables or profile ($AWS_ENDPOINT_URL, ...) or in
       $STORAGE_EMULATOR_HOST; for s3:// without an endpoint, hosts below amazonaws.com or the domain of another AWS
       partition; for gs://, storage.googleapis.com, and the host that it names for an upload (it gets the data, no
       credentials);
     - for http(s):// URLs, any host that the server redirects to; no credentials are sent, and redirects from https://
       to http:// are refused;
-    - for AWS credentials, if the profile or AWS's variables ask for them: the sts, portal.sso and oidc hosts of AWS,
-      or endpoints that are set for them; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if
-      no keys are found anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
-    - for Google credentials: the URLs in the credentials file, by default oauth2.googleapis.com; without a file, the
+    - for AWS credentials, if the profile or AWS's variables ask for them: the sts host of AWS, or an endpoint that is
+      set for it; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if no keys are found
+      anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
+    - for Google credentials: the URL in the credentials file, by default oauth2.googleapis.com; without a file, the
       metadata service of the machine (metadata.google.internal, or $GCE_METADATA_HOST);
     - a proxy that the environment or the system names. Requests to a container's or machine's credential service never
       go through a proxy.
@@ -70,9 +73,8 @@ CLOUDSDK_CONFIG, NO_GCE_CHECK): ETC_URL, ETC_HOME, ETC_CONFIG, ETC_LIBDEFLATE, H
 reads (TMPDIR, http_proxy and the like, SSL_CERT_FILE, SSLKEYLOGFILE, ...).
 Files. It reads:
     - ~/.etc.yaml (else ~/.etc.toml), or the file that --config or $ETC_CONFIG names;
-    - ~/.aws/config, ~/.aws/credentials, ~/.aws/sso/cache/*.json, and token files that AWS's variables or profiles
-      name;
-    - Google's application_default_credentials.json, or the file that is configured, and token files that it names;
+    - ~/.aws/config, ~/.aws/credentials, and token files that AWS's variables or profiles name;
+    - Google's application_default_credentials.json, or the file that is configured;
     - the `ca_bundle`; /etc/machine-id and /proc/self/ns/pid, to tell apart hosts and containers that share a store;
     - what is installed, where a pull wants the same contents;
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
@@ -80,21 +82,19 @@ Files. It reads:
   It writes below the local store (~/.etc by default), and besides:
     - a `file://` remote, where `purge -r` removes an archive, and a push what killed commands left behind a day ago or
       more;
-    - a temporary file, if a web server does not support range requests; a temporary directory for `etc info -r`;
-    - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do.
-  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names.
-  In S3 and shared directories, a push reads other archives there, and lets the storage copy what it shares with them;
-  if what was copied proves damaged, it deletes the new archive.
+    - a temporary directory, for `etc info -r`, and if a web server does not support range requests.
+  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names. In
+  S3, a push reads other archives in the bucket, and lets the storage copy what it shares with them; if the storage
+  copies something else, the new archive is deleted again.
   `purge -r` reads an answer from the terminal.
-Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
-that the console understands escape sequences.
-Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, all three where no lock is held.
-Signal 0 tests whether a process lives.
-Optional libraries: botocore (MFA, `aws login`) and google-auth (credential types that need more than the standard
-library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/cli/cache) and
-programs of their own.
-ctypes: syncfs and renameat2 of Linux's libc and renamex_np of macOS's, to flush and to swap directories; and
-libdeflate, if it is beside Python's standard library or among the system's libraries, unless ETC_LIBDEFLATE is 0.
+Programs: the `credential_process` of an AWS profile, without a shell; for credentials that need more than the standard
+library, `aws` or `gcloud`; on Windows, cmd.exe with an empty command, so that the console understands escape sequences.
+Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does. Signal 0 tests whether a process lives.
+Optional libraries: botocore (SSO, `aws login`, MFA) and google-auth (credential types that need more than the standard
+library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/sso, ~/.aws/cli)
+and programs of their own. argcomplete is imported if a shell asks it for completions.
+ctypes: syncfs of Linux's libc, to flush what was installed; and libdeflate, if it is beside Python's standard library
+or among the system's libraries, unless ETC_LIBDEFLATE is 0.
 TLS: certificates and names are always verified. With `ca_bundle` (for s3:// also $AWS_CA_BUNDLE and the profile's),
 that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, since many private CAs leave out
 extensions that it demands.
