@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 # etcetera: share immutable datasets through cloud storage, with one file.
 #
 # Copyright (c) 2026 the etcetera maintainers
@@ -141,7 +142,7 @@ from typing import (
 )
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
-__version__ = '1.0.0'
+__version__ = '1.1.0'
 __all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull', 'purge', 'push', 'register',
            'verify', 'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
            'UnknownPartition']
