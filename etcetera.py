@@ -6061,6 +6061,8 @@ def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config)
             if is_same and not force and not (receipt and receipt.missing(segment.path for segment in wanted)):
                 if pin:
                     _check_pin(name, pin, _digest_of(job, local, receipt))
+                if not receipt and (home.inner / 'receipts').exists() and not local.root.is_symlink():
+                    archive.receipt(archive.segments).write(local.root)  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
             if is_same:
