@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 # etcetera: share immutable datasets through cloud storage, with one file.
 #
 # Copyright (c) 2026 the etcetera maintainers
@@ -34,7 +35,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Messages        what is shown to people, and how secrets are kept out of it
     Errors          what is raised, and how errors of the system become errors of etcetera
     Settings        ~/.etc.yaml and Config
-    Threads         parallel work, its progress, and signals meanwhile
+    Jobs            work in threads, its progress, and signals meanwhile
     Contents        a directory as canonical tar bytes, and its digest
     Datasets        Dataset: a directory with partitions
     Deflate         one block in and out of it, as fast as this machine can
@@ -43,25 +44,28 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     HTTP            one client: connections, proxies, TLS, retries
     AWS             credentials and request signatures
     Google          credentials
-    Remotes         file://, s3://, gs://, https://: list, stat, read, write, remove
+    Remotes         file://, s3://, gs://, https://: list, find, read, write, remove
     Home            the local store: receipts, and installing atomically
     Stored archives an archive in a remote: its index, extracting it, and writing it
     API             what `import etcetera` offers
     Command line    the command `etc`
 
+Who uses only S3 can skip Google, and in Remotes the parts gs:// and http(s)://; who uses only a shared directory can
+skip HTTP, AWS, Google, and in Remotes all but file://.
+
 AUDIT MAP. What this file touches, and when.
 
-Hosts. Importing contacts none. Commands that need a remote, and shell completion of remote names, contact:
+Hosts. Importing contacts none. Commands that need a remote contact:
     - the host in `url` or `endpoint_url`, in AWS's variables or profile ($AWS_ENDPOINT_URL, ...) or in
       $STORAGE_EMULATOR_HOST; for s3:// without an endpoint, hosts below amazonaws.com or the domain of another AWS
       partition; for gs://, storage.googleapis.com, and the host that it names for an upload (it gets the data, no
       credentials);
     - for http(s):// URLs, any host that the server redirects to; no credentials are sent, and redirects from https://
       to http:// are refused;
-    - for AWS credentials, if the profile or AWS's variables ask for them: the sts, portal.sso and oidc hosts of AWS,
-      or endpoints that are set for them; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if
-      no keys are found anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
-    - for Google credentials: the URLs in the credentials file, by default oauth2.googleapis.com; without a file, the
+    - for AWS credentials, if the profile or AWS's variables ask for them: the sts host of AWS, or an endpoint that is
+      set for it; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if no keys are found
+      anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
+    - for Google credentials: the URL in the credentials file, by default oauth2.googleapis.com; without a file, the
       metadata service of the machine (metadata.google.internal, or $GCE_METADATA_HOST);
     - a proxy that the environment or the system names. Requests to a container's or machine's credential service never
       go through a proxy.
@@ -70,9 +74,8 @@ CLOUDSDK_CONFIG, NO_GCE_CHECK): ETC_URL, ETC_HOME, ETC_CONFIG, ETC_LIBDEFLATE, H
 reads (TMPDIR, http_proxy and the like, SSL_CERT_FILE, SSLKEYLOGFILE, ...).
 Files. It reads:
     - ~/.etc.yaml (else ~/.etc.toml), or the file that --config or $ETC_CONFIG names;
-    - ~/.aws/config, ~/.aws/credentials, ~/.aws/sso/cache/*.json, and token files that AWS's variables or profiles
-      name;
-    - Google's application_default_credentials.json, or the file that is configured, and token files that it names;
+    - ~/.aws/config, ~/.aws/credentials, and token files that AWS's variables or profiles name;
+    - Google's application_default_credentials.json, or the file that is configured;
     - the `ca_bundle`; /etc/machine-id and /proc/self/ns/pid, to tell apart hosts and containers that share a store;
     - what is installed, where a pull wants the same contents;
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
@@ -80,21 +83,19 @@ Files. It reads:
   It writes below the local store (~/.etc by default), and besides:
     - a `file://` remote, where `purge -r` removes an archive, and a push what killed commands left behind a day ago or
       more;
-    - a temporary file, if a web server does not support range requests; a temporary directory for `etc info -r`;
-    - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do.
-  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names.
-  In S3 and shared directories, a push reads other archives there, and lets the storage copy what it shares with them;
-  if what was copied proves damaged, it deletes the new archive.
+    - a temporary directory, for `etc info -r`, and if a web server does not support range requests.
+  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names. In
+  S3, a push reads other archives in the bucket, and lets the storage copy what it shares with them; if the storage
+  copies something else, the new archive is deleted again.
   `purge -r` reads an answer from the terminal.
-Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
-that the console understands escape sequences.
-Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, all three where no lock is held.
-Signal 0 tests whether a process lives.
-Optional libraries: botocore (MFA, `aws login`) and google-auth (credential types that need more than the standard
-library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/cli/cache) and
-programs of their own.
-ctypes: syncfs and renameat2 of Linux's libc and renamex_np of macOS's, to flush and to swap directories; and
-libdeflate, if it is beside Python's standard library or among the system's libraries, unless ETC_LIBDEFLATE is 0.
+Programs: the `credential_process` of an AWS profile, without a shell; for credentials that need more than the standard
+library, `aws` or `gcloud`; on Windows, cmd.exe with an empty command, so that the console understands escape sequences.
+Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does. Signal 0 tests whether a process lives.
+Optional libraries: botocore (SSO, `aws login`, MFA) and google-auth (credential types that need more than the standard
+library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/sso, ~/.aws/cli)
+and programs of their own. argcomplete is imported if a shell asks it for completions.
+ctypes: syncfs of Linux's libc, to flush what was installed; and libdeflate, if it is beside Python's standard library
+or among the system's libraries, unless ETC_LIBDEFLATE is 0.
 TLS: certificates and names are always verified. With `ca_bundle` (for s3:// also $AWS_CA_BUNDLE and the profile's),
 that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, since many private CAs leave out
 extensions that it demands.
@@ -141,7 +142,7 @@ from typing import (
 )
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
-__version__ = '1.0.0'
+__version__ = '1.1.0'
 __all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull', 'purge', 'push', 'register',
            'verify', 'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
            'UnknownPartition']
@@ -651,6 +652,8 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
     result, error = outcome[0]
     if error:
         raise error
+    job.moved = job.total
+    job.produced = 0
     job.report(progress)
     return result  # type: ignore[no-any-return]
 
@@ -5884,14 +5887,15 @@ def _describe_local(home: _Home, name: str, job: Optional[_Job] = None) -> _Row:
 def _describe_remote(archive: _Archive) -> _Row:
     obj = archive.obj
     when = _utc(obj.modified) or None if obj.modified else None
-    return _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when)
+    return _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
+                    readme=None)
 
 
 def _read_root_files(job: _Job, archive: _Archive) -> _Row:
     """meta and readme of a remote dataset."""
     root_files = archive.segments[:1]
     if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
-        return {'meta': None, 'readme': None}
+        return {}
     import tempfile
     with tempfile.TemporaryDirectory() as scratch:
         install = _Install(_Home(Path(scratch)), archive.name, False, Path(scratch))  # which is never committed
@@ -5934,30 +5938,26 @@ def diff(
     `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors.
     """
     config = config or Config.load()
-    home = _Home(config.home)
     remotes = (remote, remote) if isinstance(remote, bool) else remote
-    sides = [(side, *_parse_name(name), is_remote) for side, name, is_remote in zip('ab', (a, b), remotes)]
 
     def work(job: _Job) -> _Row:
-        for _, name, _, is_remote in sides:
-            if not is_remote:
-                _check_installed(home, name)
-        found: _Row = {'equal': None, 'a': None, 'b': None}
-        known: Dict[str, Dict[str, _Segment]] = {}
-        for side, name, pin, is_remote in sorted(sides, key=lambda item: not item[3]):  # first what takes no time
-            segments = _remote_segments(job, config, name) if is_remote else _local_segments(job, home, name)
-            known[side] = {segment.path: segment for segment in segments}
+        found: _Row = {'equal': None}
+        known: List[Dict[str, _Segment]] = []
+        for side, name, is_remote in zip('ab', (a, b), remotes):
+            name, pin = _parse_name(name)
+            segments = (_stored_segments if is_remote else _local_segments)(job, config, name)
+            known.append({segment.path: segment for segment in segments})
             found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
             _check_pin(name, pin, found[side]['digest'])
-        paths = sorted({**known['a'], **known['b']}, key=_segment_order)
-        found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path)) for path in paths}
+        paths = sorted({**known[0], **known[1]}, key=_segment_order)
+        found['segments'] = {path: _contrast(*[segments.get(path) for segments in known]) for path in paths}
         found['equal'] = all(row['status'] == 'same' for row in found['segments'].values())
         return found
 
     return _perform(progress, work)
 
 
-def _remote_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
+def _stored_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
     with _open_remote(config, job) as store:
         archive = _find(store, name)
     if not archive.segments:
@@ -5966,8 +5966,10 @@ def _remote_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]
     return archive.segments
 
 
-def _local_segments(job: _Job, home: _Home, name: str) -> Sequence[_Segment]:
+def _local_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
     """Of the whole dataset, from its receipt; otherwise from the files."""
+    home = _Home(config.home)
+    _check_installed(home, name)
     _, receipt = home.open(name)
     return receipt.segments if receipt else _digest_segments(job, home.path(name))
 
@@ -6059,6 +6061,8 @@ def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config)
             if is_same and not force and not (receipt and receipt.missing(segment.path for segment in wanted)):
                 if pin:
                     _check_pin(name, pin, _digest_of(job, local, receipt))
+                if not receipt and (home.inner / 'receipts').exists() and not local.root.is_symlink():
+                    archive.receipt(archive.segments).write(local.root)  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
             if is_same:
@@ -6359,9 +6363,6 @@ def _purge_remote(name: str, config: Config, confirm: Optional[Callable[[str], N
 _README_LINES = 20  # that `etc info` shows
 _METER_TIME = 2.0  # seconds after which there is enough to tell how long the rest will take
 
-_Found = Dict[str, Any]  # what info(), diff() and _list() tell
-
-
 # Output
 
 def _print(*lines: str) -> None:
@@ -6393,7 +6394,7 @@ def _ago(when: Optional[str]) -> str:
     return 'just now'
 
 
-def _amount(counted: Optional[_Found]) -> str:
+def _amount(counted: Optional[_Row]) -> str:
     return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}" if counted else '-'
 
 
@@ -6406,7 +6407,7 @@ def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
         _print('  '.join(map(str.ljust, row, widths)).rstrip())
 
 
-def _print_list(summaries: Sequence[_Found]) -> None:
+def _print_list(summaries: Sequence[_Row]) -> None:
     """On a terminal with only so much of the digests as tells them apart."""
     length = 19 if _is_terminal(sys.stdout) else None
     rows: List[Sequence[str]] = []
@@ -6418,13 +6419,13 @@ def _print_list(summaries: Sequence[_Found]) -> None:
     _print_table('NAME     SIZE  FILES  WHEN  DIGEST', rows)
 
 
-def _print_diff(found: _Found) -> None:
+def _print_diff(found: _Row) -> None:
     a, b = ('-r ' * found[side]['remote'] + found[side]['name'] for side in 'ab')
     _print_table(f'STATUS  {a}  {b}  PATH', [(row['status'], _amount(row['a']), _amount(row['b']), path)
                                              for path, row in found['segments'].items()])
 
 
-def _print_info(summary: _Found) -> None:
+def _print_info(summary: _Row) -> None:
     _print(f"name        {summary['name']}",
            f"digest      {summary['digest'] or '- (packed by another tool; pull it to learn more)'}")
     if summary['files'] is not None:
@@ -6458,6 +6459,8 @@ def _meter(what: str) -> _Progress:
     marks: Any = collections.deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
 
     def show(done: int, total: int) -> None:
+        if done == total:  # and the next line tells of the end
+            return
         now = time.monotonic()
         if marks and done < marks[-1][1]:  # the next piece begins
             marks.clear()
