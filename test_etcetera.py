@@ -812,6 +812,7 @@ class Datasets(Case):
         self.assertEqual(more, dict(found, meta={'classes': 10}, readme='# Small\n'))
         self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
         self.assertIn(found['digest'], self.etc('ls', '-l')[0])
+        self.assertIn(b'Traceback', self.spawn('-v', 'info', 'Nope').communicate()[1])
         for path in (self.tmp / 'home').rglob('Small/**'):
             path.chmod(0o555)
         self.assertEqual(self.etc('purge', 'Nope', 'Small', 'Nada', status=1)[1].count('etc: no local dataset'), 2)
@@ -830,12 +831,6 @@ class Datasets(Case):
         self.assertNotIn('data/test', err)
         self.fails_with("the files of 'Small': expected digest %s, found" % digest, 'push', 'Small')
         self.assertEqual(tree(self.tmp / 'share'), {})
-
-    def test_usage(self):
-        self.etc(status=2)
-        self.etc('-q', 'create', 'X')
-        self.assertEqual(self.etc('-q', 'verify', 'X')[1], '')
-        self.assertIn(b'Traceback', self.spawn('-v', 'info', 'Nope').communicate()[1])
 
 
 # ---------------------------------------------------------------------------------------
@@ -1107,7 +1102,25 @@ class Format(Case):
         self.check_pull(tree(root))
 
 
-class Foreign(Case):
+class Pulls(Case):
+    """Pulls of archives that are put into the share by hand."""
+
+    def offer(self, archive):
+        write(self.tmp / 'share', {'X.tgz': archive})
+
+    def accepted(self, archive):
+        self.offer(archive)
+        for command in ('pull', 'verify', 'purge'):
+            self.etc(command, 'X')
+
+    def refused(self, problem, archive, what=''):
+        self.offer(archive)
+        with self.subTest(what, problem=problem):
+            self.assertRegex(self.etc('pull', 'X', status=1)[1], "^etc: 'X' in file:///.*: the archive (%s)" % problem)
+            self.nothing_is_left()
+
+
+class Foreign(Pulls):
     """Archives that other tools made."""
 
     def check(self, root):
@@ -1119,7 +1132,7 @@ class Foreign(Case):
         self.etc('purge', 'X')
 
     def tar(self, *entries):
-        write(self.tmp / 'share', {'X.tgz': gzip.compress(b''.join(entries), 1)})
+        self.offer(gzip.compress(b''.join(entries), 1))
 
     def train(self, *entries):
         """Pull X, of these entries; returns the files of its partition train."""
@@ -1129,12 +1142,8 @@ class Foreign(Case):
         self.etc('purge', 'X')
         return names
 
-    def refused(self, message, tar, what=''):
-        self.tar(tar)
-        with self.subTest(what, message=message):
-            err = self.etc('pull', 'X', status=1)[1]
-            self.assertRegex(err, "^etc: 'X' in file:///.*: the archive is damaged or not a .tgz: .*(%s)" % message)
-            self.nothing_is_left()
+    def breaks(self, message, tar, what=''):
+        self.refused('is damaged or not a .tgz: .*(%s)' % message, gzip.compress(tar, 1), what)
 
     def pack(self, path, name='.'):
         with tarfile.open(str(write(self.tmp / 'share', {'.': None}) / 'X.tgz'), 'w:gz') as tar:
@@ -1162,8 +1171,7 @@ class Foreign(Case):
     def test_members_and_missing_directories(self):
         root = small(self.tmp / 'ds')
         raw = canonical(root, [name for name, content in tree(root).items() if content])
-        archive = gzip.compress(raw[:1000]) + gzip.compress(raw[1000:] + bytes(1024)) + bytes(512)
-        write(self.tmp / 'share', {'X.tgz': archive})
+        self.offer(gzip.compress(raw[:1000]) + gzip.compress(raw[1000:] + bytes(1024)) + bytes(512))
         self.check(root)
 
     def test_tar_that_breaks_off(self):
@@ -1174,9 +1182,9 @@ class Foreign(Case):
         hole = entry('data/train/s', kind=b'S', _124=b'%011o\0' % 2048, _386=b'%011o\0%011o\0' % (0, 2048),
                      _483=b'%011o\0' % 4096)
         for cut in list(range(0, len(whole), 500)) + [512, 1536, len(whole)]:
-            self.refused('ends too early', whole[:cut], cut)
+            self.breaks('ends too early', whole[:cut], cut)
         for rest in (pax[:520], pax[:1024], name[:600], name, more, more + bytes(100), hole + bytes(600)):
-            self.refused('ends too early', whole + rest, rest)
+            self.breaks('ends too early', whole + rest, rest)
         checksum, subsequent = 'bad checksum|invalid header|subsequent header', 'end of file header|subsequent header'
         for what, message, tar in (
                 ('an end after a pax header', subsequent, whole + pax[:-512]),
@@ -1186,7 +1194,7 @@ class Foreign(Case):
                 ('a broken header after a pax header', checksum, pax[:-512] + b'?' + whole[1:]),
                 ('text', checksum, b'<html>' * 1000),
                 ('two archives', 'another archive follows its end', whole + bytes(1024) + whole)):
-            self.refused(message, tar + bytes(1024), what)
+            self.breaks(message, tar + bytes(1024), what)
         for end in (0, 512, 10240):  # and two blocks of zeros
             self.assertEqual(self.train(whole, pax, sparse, bytes(end)), ['a', 'b', 'c', 'l' * 120, 's'])
 
@@ -1197,8 +1205,8 @@ class Foreign(Case):
             for records in (b' a=b\n', b'x a=b\n', b'0 X=1\n', b'4 a=b\n', b'99 a=b\n', b'6 abc\n', b'5 =b\n',
                             b'6 a=bc', b'junk',
                             good + b'junk', good + b'\0' + good, b'-6 a=b\n', b'9' * 30 + b' a=b\n'):
-                self.refused('pax', entry('pax', records, kind) + ok, (kind, records))
-            self.refused('pax|invalid|subsequent', name + entry('pax', b'0 X=1\n', kind) + ok, kind)
+                self.breaks('pax', entry('pax', records, kind) + ok, (kind, records))
+            self.breaks('pax|invalid|subsequent', name + entry('pax', b'0 X=1\n', kind) + ok, kind)
             self.assertEqual(self.train(entry('pax', good * 2, kind), ok), ['a'])
 
     def test_absurd_sizes(self):
@@ -1206,7 +1214,7 @@ class Foreign(Case):
         headers = '(its global headers|(the )?headers( of one entry)?) take more than 4194304 bytes'
         wrong = 'backward|headers of one entry|ends too early|bad checksum|invalid|subsequent|end of file'
         for kind, size in itertools.product((b'L', b'K', b'x', b'g', b'X'), (b'%011o\0' % (700 * MIB), huge)):
-            self.refused(headers, entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), (kind, size))
+            self.breaks(headers, entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), (kind, size))
         numbers = entry('pax', b'22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=9\n', b'x')
         for what, tar, message in (
                 ('many records', b''.join(entry('pax', b'1000011 %08d=%s\n' % (number, b'v' * 999993), b'g')
@@ -1215,7 +1223,7 @@ class Foreign(Case):
                 ('a sparse map', numbers + entry('data/train/s', b'9999999\n' + b'0\n' * 4 * MIB), headers),
                 ('a negative file', ok + entry('data/train/n', _124=negative), wrong),
                 ('a negative name', ok + entry('data/train/n', kind=b'L', _124=negative), wrong)):
-            self.refused(message, tar + ok + bytes(1024), what)
+            self.breaks(message, tar + ok + bytes(1024), what)
         self.tar(entry('././@LongLink', b't' * 5000 + b'\0', b'K'), entry('data/train/l', kind=b'2'), ok, bytes(1024))
         err = self.etc('pull', 'X', status=1)[1]
         self.assertIn('leads out of the dataset or nowhere', err)
@@ -1261,9 +1269,7 @@ class Foreign(Case):
     def test_not_an_archive(self):
         for content, problem in ((b'', 'it ends too early'), (b'hello', r'Not a gzipped file \(b.he.\)'),
                                  (b'\x1f\x8b', 'Compressed file ended before'), (noise(1000), 'Not a gzipped file')):
-            with self.subTest(problem):
-                write(self.tmp / 'share', {'X.tgz': content})
-                self.assertRegex(self.etc('pull', 'X', status=1)[1], 'the archive is damaged or not a .tgz: ' + problem)
+            self.refused('is damaged or not a .tgz: ' + problem, content)
         self.pack(SCRIPT, 'X/data/train')
         self.fails_with("needs a directory 'data'", 'pull', 'X')
         root = small(self.tmp / 'ds')
@@ -1294,7 +1300,7 @@ class ForeignBrokenOff(S3Case):
                 self.nothing_is_left()
 
 
-class Hostile(Case):
+class Hostile(Pulls):
     def outside(self):
         """What lies beside the local store, where nothing may change."""
         return {name: content for name, content in tree(self.tmp).items() if not name.startswith(('home', 'settings'))}
@@ -1382,17 +1388,6 @@ class Hostile(Case):
         getattr(os, 'mkfifo', os.mkdir)(str(root / 'meta.json'))
         self.fails_with('meta.json is not JSON: it is not a file', 'push', 'X')
 
-    def accepted(self, archive):
-        write(self.tmp / 'share', {'X.tgz': archive})
-        for command in ('pull', 'verify', 'purge'):
-            self.etc(command, 'X')
-
-    def refused(self, problem, archive, what=''):
-        write(self.tmp / 'share', {'X.tgz': archive})
-        with self.subTest(what, problem=problem):
-            self.assertRegex(self.etc('pull', 'X', status=1)[1], "^etc: 'X' in file:///.*: the archive (%s)" % problem)
-            self.nothing_is_left()
-
     def test_indexes(self):
         blocks, unreadable = block(bytes(1024)), 'is damaged: its index is unreadable; '
         for text in (b'[' + b'[],' * 4000000 + b'1]', b'{"etcetera":' + b'1' * 1000000 + b'}', b'[' * 100000,
@@ -1418,36 +1413,29 @@ class Hostile(Case):
         for good, size in ((b'', 7), (file(mode=0o755), 9), (file('c') + file('d'), 11), (file(data=bytes(512)), 519),
                            (link('a'), 7)):
             self.accepted(indexed(before + good + after, files=4 + good.count(b'ustar'), size=size))
-        pax, bytes_of = file('p' * 200, b''), {}
-        for at in set(range(0, 512, 5)) - {150, 155}:  # which are of the checksum
-            bytes_of['byte %d' % at] = file(**{'_%d' % at: bytes([file()[at] ^ 1])})
-        for what, bad in dict(bytes_of, **{
-                'private': file(mode=0o600), 'setuid': file(mode=0o4755), 'twice': file('b'), 'not sorted': file('am'),
-                'below no directory': file('m/n'), 'another partition': entry('data/test/m'),
-                'among the root files': entry('m'),
-                'absolute': entry('/data/train/m'), '..': file('..'), 'after ..': file('../m'),
-                'an empty component': file('/m'),
-                '.': file('./m'), 'too deep': file('d/' * 300 + 'x'), 'no name': file(_11=b'\0'),
-                'NUL': file('mmm', _12=b'\0'),
-                'not ASCII': file('mmm', _12='\u00e9'.encode()), 'a file with a slash': file('d/', kind=b'0'),
-                'a directory without slash': file(data=b'', kind=b'5', _12=b'\0'), 'a device': file(kind=b'3'),
-                'a pipe': file(kind=b'6'),
-                'a hard link': file(data=b'', kind=b'1', link='data/train/a'), 'an old file': file(_156=b'\0'),
-                'GNU': file(_257=b'ustar  '),
-                'more than the index tells': file(data=b'hello'), 'beyond the block': file(_124=b'00000010002'),
-                'a negative size': file(_124=b'-0000000002'), 'a size with spaces': file(_124=b'         2\0 '),
-                'a size with _': file(_124=b'0000000_002'), 'a size with 9': file(_124=b'00000000009'),
-                'a target': file(link='a'),
-                'a link to nothing': link('gone'), 'a link out of the dataset': link('../../../victim'),
-                'an absolute link': link('/etc/passwd'), 'a link to data': link('../../data'),
-                'a link with a detour': link('./a'),
-                'a longer detour': link('b/../a'), 'NUL in a link': link('a\0b'),
-                'a chain of links': b''.join(link('m%02d' % n, 'm%02d' % (n + 1)) for n in range(50)) + file('m50'),
-                'a wrong checksum': file()[:148] + b'000000\0 ' + file()[156:], 'padding': file()[:-1] + b'p',
-                'zeros': bytes(512),
-                'more zeros': bytes(1024), 'noise': noise(512), 'more noise': noise(1024),
-                'only a pax header': pax[:-512],
-                'another pax header': pax[:600] + b'x' + pax[601:]}).items():
+        pax = file('p' * 200, b'')
+        cases = {
+            'setuid': file(mode=0o4755), 'twice': file('b'), 'not sorted': file('am'),
+            'below no directory': file('m/n'), 'another partition': entry('data/test/m'),
+            'among the root files': entry('m'), 'absolute': entry('/data/train/m'), '..': file('..'),
+            'after ..': file('../m'), 'an empty component': file('/m'), '.': file('./m'),
+            'too deep': file('d/' * 300 + 'x'), 'no name': file(_11=b'\0'), 'NUL': file('mmm', _12=b'\0'),
+            'not ASCII': file('mmm', _12='\u00e9'.encode()), 'a file with a slash': file('d/', kind=b'0'),
+            'a directory without slash': file(data=b'', kind=b'5', _12=b'\0'), 'a device': file(kind=b'3'),
+            'a hard link': file(data=b'', kind=b'1', link='data/train/a'), 'an old file': file(_156=b'\0'),
+            'more than the index tells': file(data=b'hello'), 'beyond the block': file(_124=b'00000010002'),
+            'a negative size': file(_124=b'-0000000002'), 'a size with spaces': file(_124=b'         2\0 '),
+            'a size with _': file(_124=b'0000000_002'), 'a target': file(link='a'), 'a link to nothing': link('gone'),
+            'a link out of the dataset': link('../../../victim'), 'an absolute link': link('/etc/passwd'),
+            'a link to data': link('../../data'), 'a link with a detour': link('./a'),
+            'a longer detour': link('b/../a'), 'NUL in a link': link('a\0b'),
+            'a chain of links': b''.join(link('m%02d' % n, 'm%02d' % (n + 1)) for n in range(50)) + file('m50'),
+            'a wrong checksum': file()[:148] + b'000000\0 ' + file()[156:], 'padding': file()[:-1] + b'p',
+            'zeros': bytes(512), 'noise': noise(512), 'only a pax header': pax[:-512],
+            'another pax header': pax[:600] + b'x' + pax[601:]}
+        for at in set(range(1, 512, 9)) - {154}:  # which is of the checksum
+            cases['byte %d' % at] = file(**{'_%d' % at: bytes([file()[at] ^ 1])})
+        for what, bad in cases.items():
             for row, size in ((before + bad + after, 9), (before + bad, 6)):
                 self.refused("is damaged: 'data/train' violates the format|holds the (unsafe name|link .* leads out)",
                              indexed(row, files=row.count(b'ustar') - 1, size=size - 2 * (b'hi' not in bad)), what)
@@ -1510,7 +1498,7 @@ class Hostile(Case):
                 bad = bytearray(archive)
                 bad[position] ^= 1 << rng.randrange(8)
                 os.environ['ETC_LIBDEFLATE'] = rng.choice('01')
-                write(self.tmp / 'share', {'X.tgz': bytes(bad)})
+                self.offer(bytes(bad))
                 err = self.etc('pull', 'X', status=None)[1]
                 if 'pulled' in err:  # a byte that means nothing, such as the time in a gzip header
                     silent += 1
@@ -1528,7 +1516,7 @@ class Hostile(Case):
             self.refused('is damaged: its index is missing' + remedy, archive[:length], length)
         self.refused('is damaged or not a .tgz: it ends too early' + remedy, b'')
         end = members(archive)[0][1]  # of the block with the root's files
-        write(self.tmp / 'share', {'X.tgz': archive[:end - 8] + b'wrong' + archive[end - 3:]})
+        self.offer(archive[:end - 8] + b'wrong' + archive[end - 3:])
         self.fails_with('is damaged: a block does not match its checksum or size' + remedy, 'info', '-r', 'X')
 
 
@@ -8109,20 +8097,17 @@ def all_classes():
         begin = time.time()
         command = [sys.executable, *['-W' + option for option in sys.warnoptions], __file__, name]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        out = done.stdout.decode('utf-8', 'replace')
-        ran, skipped = (int((re.findall(pattern, out) or ['0'])[-1])
-                        for pattern in (r'\nRan (\d+) test', r'skipped=(\d+)'))
-        print('%-22s %4d tests, %2d skipped %6.1f s%s' % (
-            name, ran, skipped, time.time() - begin, '\n' + out if done.returncode else ''), flush=True)
-        return done.returncode, ran, skipped
+        out = done.stdout.decode('utf-8', 'replace').strip()
+        print('%-22s %6.1f s  %s' % (name, time.time() - begin, out if done.returncode else out.split('\n')[-1]),
+              flush=True)
+        return done.returncode
     begin, names = time.time(), unittest.defaultTestLoader.getTestCaseNames
     classes = [name for name, cls in globals().items()
                if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and names(cls)]
     with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
-        codes, ran, skipped = map(list, zip(*pool.map(run, classes[::-1])))
-    verdict = 'FAILED' if any(codes) else 'OK'
-    print('Ran %d tests in %.1fs\n\n%s (skipped=%d)' % (sum(ran), time.time() - begin, verdict, sum(skipped)))
-    return int(any(codes))
+        failed = any(list(pool.map(run, classes[::-1])))
+    print('%s in %.1f s' % ('FAILED' if failed else 'OK', time.time() - begin))
+    return int(failed)
 
 
 if __name__ == '__main__':
