@@ -5942,15 +5942,16 @@ def diff(
 
     def work(job: _Job) -> _Row:
         found: _Row = {'equal': None}
-        known: List[Dict[str, _Segment]] = []
-        for side, name, is_remote in zip('ab', (a, b), remotes):
+        known: Dict[str, Dict[str, _Segment]] = {}
+        sides = zip('ab', (a, b), remotes)
+        for side, name, is_remote in sorted(sides, key=lambda item: not item[2]):  # first what takes no time
             name, pin = _parse_name(name)
             segments = (_stored_segments if is_remote else _local_segments)(job, config, name)
-            known.append({segment.path: segment for segment in segments})
+            known[side] = {segment.path: segment for segment in segments}
             found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
             _check_pin(name, pin, found[side]['digest'])
-        paths = sorted({**known[0], **known[1]}, key=_segment_order)
-        found['segments'] = {path: _contrast(*[segments.get(path) for segments in known]) for path in paths}
+        paths = sorted({**known['a'], **known['b']}, key=_segment_order)
+        found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path)) for path in paths}
         found['equal'] = all(row['status'] == 'same' for row in found['segments'].values())
         return found
 
@@ -6705,8 +6706,9 @@ def _run(argv: Sequence[str]) -> int:
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
     places = usage.partition(' [-')[0].split()
-    if len(words) < sum(place[0] != '[' for place in places):
-        _fail(prog, f"'{prog}' needs {' '.join(places).rstrip('.')}")
+    needed = [place.rstrip('.') for place in places if place[0] != '[']
+    if len(words) < len(needed):
+        _fail(prog, f"'{prog}' needs {' '.join(needed)}")
     if len(words) > len(places) and '...' not in usage:
         _fail(prog, f"'{prog}' takes no '{words[-1]}'")
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
