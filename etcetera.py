@@ -110,7 +110,6 @@ import functools
 import itertools
 import json
 import marshal
-import math
 import operator
 import os
 import posixpath
@@ -2532,7 +2531,7 @@ class _Http:
         self.direct = direct
         self.timeout = timeout
         self.tries = _TRIES + _MORE_TRIES  # of any request, at most
-        self.idle: Dict[str, List[Any]] = collections.defaultdict(list)  # by site: since when, and the connection
+        self.idle: Dict[str, List[Any]] = collections.defaultdict(list)  # kept connections, by site
         self.busy: Set[Any] = set()  # connections that are in use
         self.most = 256.0  # requests that may be made at once
         self.successes = 0
@@ -2554,7 +2553,7 @@ class _Http:
         """Close the kept connections."""
         for idle in self.idle.values():
             while idle:
-                idle.pop()[1].close()
+                idle.pop().close()
 
     @contextlib.contextmanager
     def briefly(self) -> Iterator[None]:
@@ -2617,7 +2616,7 @@ class _Http:
             self.job.sleep(_backoff(failures) + delay)
 
     def is_overloaded(self, reply: _Reply, verdict: str) -> bool:
-        """Whether a site refuses so many requests at once; makes fewer of them from then on, and more if it does not."""
+        """Whether a site refuses so many requests at once. Fewer are made from then on, and more as they succeed."""
         if verdict == 'later' and reply.status in _OVERLOAD:
             self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
             return True
@@ -2632,10 +2631,7 @@ class _Http:
         interruptions = self.interruptions
         while len(self.busy) >= self.most:
             self.job.sleep(_TICK)
-        site = _site(request.url)
-        connection = self.kept_connection(site)
-        is_kept = connection is not None
-        connection = connection or self.new_connection(site)
+        connection = self.connection(_site(request.url))
         connection.moved = 0  # bytes that have been counted
         self.busy.add(connection)
         is_reusable = is_success = False
@@ -2647,7 +2643,7 @@ class _Http:
             is_success = response.status < 400
             return _Reply(response.status, response.headers, body)
         except (ConnectionError, http.client.BadStatusLine):
-            if not is_kept or interruptions != self.interruptions:
+            if not connection.idle_since or interruptions != self.interruptions:
                 raise
         except OSError:  # a time-out: whatever has forgotten this connection has forgotten the others, too
             self.close()
@@ -2655,22 +2651,23 @@ class _Http:
         finally:
             self.busy.discard(connection)
             if is_reusable:
-                self.idle[site].append((time.monotonic(), connection))
+                connection.idle_since = time.monotonic()
+                self.idle[connection.site].append(connection)
             else:
                 connection.close()
             if not is_success:
                 self.job.add(-connection.moved)
         return self.attempt(request, patience, limit, into)
 
-    def kept_connection(self, site: str) -> Any:
-        """A connection that has been used before; None if there is none."""
+    def connection(self, site: str) -> Any:
+        """A kept connection, or a new one."""
         with contextlib.suppress(IndexError):
             while True:
-                since, connection = self.idle[site].pop()
-                if time.monotonic() - since < _IDLE:
+                connection = self.idle[site].pop()
+                if time.monotonic() - connection.idle_since < _IDLE:
                     return connection
                 connection.close()
-        return None
+        return self.new_connection(site)
 
     def new_connection(self, site: str) -> Any:
         import http.client
@@ -2687,15 +2684,12 @@ class _Http:
         else:
             connection = http.client.HTTPConnection(address, timeout=patience)
         connection.site = site
+        connection.idle_since = 0.0
         connection.base = site if proxy else ''  # a plain request to a proxy names the whole URL
         connection.headers = headers
         connection.auto_open = 0  # only send() connects
         connection.response_class = _final_response()
         return connection
-
-    def count(self, connection: Any, count: int) -> None:
-        connection.moved += count
-        self.job.add(count)
 
     def send(self, connection: Any, request: _Request, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
@@ -2707,7 +2701,8 @@ class _Http:
                 for start in range(0, len(view), _SLICE):
                     piece = view[start:start + _SLICE]
                     yield piece
-                    self.count(connection, len(piece))
+                    connection.moved += len(piece)
+                    self.job.add(len(piece))
 
         _, _, path, query, _ = urlsplit(request.url)
         target = f"{connection.base}{path or '/'}{'?' * bool(query)}{query}"
@@ -2738,7 +2733,8 @@ class _Http:
             for data in iter(lambda: response.read(_SLICE), b''):
                 body.write(data)
                 received += len(data)
-                self.count(connection, len(data))
+                connection.moved += len(data)
+                self.job.add(len(data))
                 if received > limit and not is_file:
                     raise RemoteError(f'{connection.site} answers with more than was asked for',
                                       'a proxy or the endpoint_url is at fault', response.status)
@@ -3605,7 +3601,8 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 64 << 20  # bytes that may be under way at once
+_IN_FLIGHT = 64 << 20  # bytes that may be sent at once
+_AHEAD = 48 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 6 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
@@ -3893,9 +3890,9 @@ def _split_parts(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]
 
 
 def _fit_range(source: _Range, gap: int, longest: int, read: Callable[..., bytes]) -> Tuple[bytes, List[_Range]]:
-    """So much of the start of a range that the part before it, which lacks `gap` bytes, is full; and the rest in ranges.
+    """The first `gap` bytes of a range, which the part before it lacks, and the rest in ranges that can be parts.
 
-    If too little would be left for a part, all of it is read.
+    If too little would be left for a part, all bytes are read.
     """
     start = source.start + gap
     left = source.stop - start
@@ -3942,7 +3939,8 @@ def _read_ahead(
         return data
 
     with _Pool(job, max(1, min(remote.connections, left // _MIN_RANGE))) as pool:
-        for data in _ordered(pool, fetch, ranges(), lambda _: ahead < _IN_FLIGHT):
+        chunks = _ordered(pool, fetch, ranges(), lambda _: ahead < _AHEAD)
+        for data in chunks:
             ahead -= len(data)
             yield data
 
@@ -4001,12 +3999,11 @@ class _FileRemote(_Remote):
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
         objects = []
-        for file in files:
-            if file.endswith('.tgz') and _is_name(file[:-4]):
-                try:
-                    objects.append(self.stat(file[:-4]))
-                except OSError as e:
-                    _say(f'{os.path.join(self.root, file)}: {e.strerror}', _WARNING)
+        for name in [file[:-4] for file in files if file.endswith('.tgz')]:
+            try:
+                objects.append(_is_name(name) and self.stat(name))
+            except OSError as e:
+                _say(f'{self.path(name)}: {e.strerror}', _WARNING)
         return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
@@ -4105,19 +4102,14 @@ class _FileRemote(_Remote):
                 os.rename(path, aside)
             except FileNotFoundError:  # another purge was faster
                 return False
-            if _file_object(obj.name, os.stat(aside)) != obj:
-                self.restore(aside, path)
-                raise self.overtaken_error(obj)
-            os.unlink(aside)
-        return False
-
-    def restore(self, aside: str, path: str) -> None:
-        """Give a file its name back, unless a still newer one has come."""
-        with contextlib.suppress(FileExistsError, FileNotFoundError):
-            self.place(aside, path, exclusive=True)
-            os.unlink(aside)  # if place() has made a link
-        if not os.path.lexists(path):  # place() met what a killed push had left
-            os.rename(aside, path)
+            if _file_object(obj.name, os.stat(aside)) == obj:
+                os.unlink(aside)
+                return False
+            with contextlib.suppress(FileExistsError):  # a still newer one has come
+                self.place(aside, path, exclusive=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(aside)
+            raise self.overtaken_error(obj)
 
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
@@ -4897,9 +4889,6 @@ class _WebRemote(_HttpStore):
         if not is_same or self.version(reply) != obj.version:
             raise self.mismatch_error(obj, reply)
         self.downloads[obj] = directory, copy
-
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        self.check_writable()
 
     def check_writable(self) -> None:
         raise ConfigError(f'{self.url} can only be read',
@@ -6050,6 +6039,7 @@ def push(
         with _open_remote(config, job) as store:
             if not force and _is_stored(job, store, local, receipt):
                 return _digest_of(job, local, receipt)
+            store.check_writable()
             try:
                 segments, copies = _write_archive(job, store, local, expected, not force, config.compression_level)
             except _NameTaken:
