@@ -2289,7 +2289,8 @@ class PurgeSuite:
         self.assertIn("purged 'X'", self.purge())
         self.put('X.tgz', b'first')
         self.at_delete(self.busy, 100)
-        self.assertRegex(self.purge(status=1), r'\Aetc: %s answers 503: [^\n]*\n\Z' % self.url)
+        self.assertRegex(self.purge(status=1), r'\A(etc: DELETE: .* answers 503; trying again\n)?'
+                                               r'etc: %s answers 503: [^\n]*\n\Z' % self.url)
         self.assertEqual(self.stored(), [b'first'])
 
     def test_versions_that_are_kept(self):
@@ -5449,7 +5450,7 @@ sys.exit(etcetera.main(sys.argv[2:]))
                 err = process.communicate(timeout=20)[1].decode()
                 self.assertIn((process.returncode, err), [(0, ''), (130, 'etc: interrupted\n')])
                 ended.append(process.returncode)
-        self.assertGreater(ended.count(130), 5)
+        self.assertIn(130, ended)
         self.assertEqual(self.server.uploads, {})
 
     def test_progress_of_a_single_body(self):
