@@ -4916,7 +4916,7 @@ def _open_remote(config: Config, job: _Job) -> _Remote:
     if not config.url:
         raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
                           'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
-    kinds: Dict[str, Callable[[Config, _Job], _Remote]] = {
+    kinds = {
         'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _WebRemote, 'http': _WebRemote}
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
