@@ -1665,7 +1665,7 @@ def found(case):
 
     All other tests talk to remotes through the public surface.
     """
-    with contextlib.closing(etc._open_remote(case.config())) as remote:
+    with etc._open_remote(case.config(), etc._Job()) as remote:
         obj = remote.stat('X')
         yield (lambda: remote.read(obj, 5, 50)), (lambda: remote.remove(obj))
 
@@ -1765,7 +1765,7 @@ class RemoteSuite:
         two = self.config('two')
         assert_pulls(self, root, 'X@' + old)
         for home in ('two', 'home'):  # what is registered is compared, too
-            self.assertIn('identical', self.etc('pull', 'X', home=home)[1])
+            self.assertIn('installed already', self.etc('pull', 'X', home=home)[1])
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
         self.assertIn('pull -f', self.etc('pull', 'X', home='two', status=1)[1])
@@ -1776,7 +1776,7 @@ class RemoteSuite:
             etc.dataset('X@' + old, auto_install=True, config=two)
         self.assertEqual(self.leftovers('two'), [])
         err = self.etc('pull', 'Nope', 'X', home='three', status=1)[1]
-        self.assertRegex(err, "\\Aetc: no dataset 'Nope' in .*\netc: pulled X: ")
+        self.assertRegex(err, "\\Aetc: no dataset 'Nope' in .*\netc: pulled X to ")
 
     def test_partitions(self):
         root = write(small(self.tmp / 'ds'), {'data/train/large': noise(3 * MIB), 'data/val/v': 'v'})
@@ -1793,7 +1793,7 @@ class RemoteSuite:
             etc.dataset('X', config=two)
         with self.assertRaisesRegex(KeyError, "no partition 'nope' in X; it has: test, train, val"):
             etc.dataset('X', partitions=['nope'], config=two)
-        self.assertIn('identical', call('pull', '-p', 'test', 'X')[1])
+        self.assertIn('installed already', call('pull', '-p', 'test', 'X')[1])
         call('pull', '-p', 'val', 'X')
         self.assertEqual(etc.Dataset(self.tmp / 'two/X').keys(), {'test', 'val'})
         assert_pulls(self, root)
@@ -1864,7 +1864,7 @@ class RemoteSuite:
                       'compare what that installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
         assert_pulls(self, root, home='home', partitions=['test'])
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '2' * 64
-        self.assertIn('identical', self.etc('pull', 'X@' + digest)[1])
+        self.assertIn('installed already', self.etc('pull', 'X@' + digest)[1])
         self.assertIn("'X': expected digest " + wrong, self.etc('pull', '-f', 'X@' + wrong, status=1)[1])
         self.etc('verify', 'X')
         self.assertIn('is in %s already, and identical' % self.url, self.etc('push', 'X')[1])
@@ -2036,7 +2036,8 @@ class FileRemote(RemoteSuite, Case):
             with self.subTest(url):
                 self.assertIn('etc: ' + problem, self.etc('ls', '-r', url=url, status=1)[1])
         nowhere.mkdir()
-        self.assertEqual(self.etc('ls', '-r', url=nowhere.as_uri()), ('', ''))
+        self.assertEqual(self.etc('ls', '-r', url=nowhere.as_uri()),
+                         ('', 'etc: there is no dataset in %s\n' % nowhere.as_uri()))
 
     def test_directories_and_dead_links_are_no_datasets(self):
         write(self.tmp / 'share', {'X.tgz/file': 'x', 'Y.tgz': ('->', 'nowhere')})
@@ -2255,7 +2256,8 @@ class PurgeSuite:
         self.assertIn("purged 'X'", self.purge())
         self.put('X.tgz', b'first')
         self.at_delete(self.busy, 100)
-        self.assertRegex(self.purge(status=1), r'\Aetc: %s answers 503: [^\n]*\n\Z' % self.url)
+        self.assertRegex(self.purge(status=1), r'\A(etc: DELETE: .* answers 503; trying again\n)?'
+                                               r'etc: %s answers 503: [^\n]*\n\Z' % self.url)
         self.assertEqual(self.stored(), [b'first'])
 
     def test_versions_that_are_kept(self):
@@ -3480,7 +3482,7 @@ class Web(WebSuite, Case):
                  'XY'),
                 ('<html><body>\r\n<h1>Index of</h1><hr><pre><a href="../">../</a>\r\n<a href="X.tgz">X.tgz</a> '
                  '1-Jan-2024 9\r\n<a href="./Y.tgz">Y</a>', 'XY'),
-                ('<a href=X.tgz><a name="Z.tgz"><a href="http://[x"><a href><![x[<a href="%s/Y.tgz">' % self.url, 'X'),
+                ('<a href=X.tgz><a name="Z.tgz"><a href="http://[x"><a href><![x[<a href="%s/Y.tgz">' % self.url, 'XY'),
                 ('<a href="X.tgz"><a href="Y%2etgz"><a href="/Y.tgz"><a href="http://else.example/Y.tgz">'
                  '<a href="sub/Y.tgz"><a href="-Y.tgz"><a href="X.tgz?x"><a href="X.tgz">', 'XY'),
                 ('<a href="X.tgz"><a href="&#%s;">' % ('1' * 5000), 'X'), ('<p>Welcome!', '')):
@@ -3608,7 +3610,8 @@ class Rfc9110(S3Case):
                 if is_right:
                     self.round_trip()
                 else:
-                    self.assertIn('range that was asked for', self.etc('pull', 'X', home='three', status=1)[1])
+                    self.assertRegex(self.etc('pull', 'X', home='three', status=1)[1],
+                                     'range that was asked for|does not say how large|was replaced while')
 
     def test_retry_after(self):
         slept = skip_pauses(self)
@@ -5334,19 +5337,21 @@ sys.exit(etcetera.main(sys.argv[2:]))
             with self.subTest(command, count=count):
                 process = self.spawn('-q', *command.split(), python=['-c', program.replace('COUNT', count)])
                 self.addCleanup(process.kill)
-                ended.append((process.communicate(timeout=20)[1], process.returncode))
-                self.assertIn(ended[-1], [(b'', 0), (b'etc: interrupted\n', 130)])
-        self.assertGreater(len([code for _, code in ended if code]), 4)
+                err = process.communicate(timeout=20)[1].decode()
+                self.assertIn((process.returncode, err), [(0, ''), (130, 'etc: interrupted\n')])
+                ended.append(process.returncode)
+        self.assertIn(130, ended)
         self.assertEqual(self.server.uploads, {})
 
     def test_progress_of_a_single_body(self):
         """Progress tells of bytes when they move, not when all of a part or a range has."""
-        told, large, missing = threading.Event(), set(), []
+        told, missing = threading.Event(), []
 
         def slow(handler, left):
-            if left > 32768:
-                large.add(handler)
-            elif handler in large and not told.wait(20):
+            range_asked = re.match(r'bytes=(\d+)-(\d+)', handler.headers.get('Range', 'bytes=0-0'))
+            size = int(handler.headers.get('Content-Length') or 0)
+            size = size or range_asked and int(range_asked.group(2)) - int(range_asked.group(1)) + 1
+            if left <= 32768 and size and size > 200000 and not told.wait(20):
                 missing.append(handler.command)
         self.serve_slowly(4 * MIB, slow)
         for call, home in ((etc.push, 'home'), (etc.pull, 'two')):
