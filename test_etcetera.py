@@ -2607,6 +2607,60 @@ class S3Remote(BucketSuite, S3Case):
         self.assertLessEqual(len(self.parts()), 4)
         self.etc('pull', 'X', home='two')
 
+    def test_stores_that_take_few_parts(self):
+        """Parts grow while they are moderate, and beyond if the store refuses more of them."""
+        stand_in(self, etc, '_FEW_PARTS', 4)
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}), 'X')
+        for moderate, begun in ((64 * MIB, 1), (5 * MIB, 2)):
+            with self.subTest(moderate):
+                stand_in(self, etc, '_LONG_PART', moderate)
+                self.server.log.clear()
+                self.server.fault = lambda handler: re.search('partNumber=([5-9]|1\d)', handler.path) and (
+                    handler.error(400, 'InvalidArgument', message='Part number must be between 1 and 4') or True)
+                self.etc('push', '-f', 'X')
+                self.assertEqual(sum('uploads' in path for path in self.requests('POST')), begun)
+                self.assertEqual(self.server.uploads, {})
+                assert_pulls(self, 'ds', force=True)
+
+    def test_conflicts(self):
+        """Amazon says of both that one may try again."""
+        skip_pauses(self)
+        self.etc('register', small(self.tmp / 'small'), 'X')
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'Y')
+        for code in ('ConditionalRequestConflict', 'OperationAborted'):
+            met = set()
+
+            def fault(handler):
+                kind = handler.command, re.sub('=.*', '', handler.path)
+                if handler.command != 'GET' and kind not in met:
+                    met.add(kind)
+                    return handler.error(409, code) or True
+            with self.subTest(code):
+                self.server.fault = fault
+                self.etc('push', 'X', 'Y')
+                self.etc('purge', '-r', '-f', 'X', 'Y')
+                self.assertEqual(len(met), 6)  # an object, an upload, its parts, its end, and two deletions
+
+    def test_lost_race_on_ceph(self):
+        """It says 200 then, but gives no ETag."""
+        self.publish(9 * MIB, 1)
+        other = dict(self.server.objects)
+        self.server.objects.clear()
+        self.etc('register', '-f', write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB)}), 'X')
+
+        def final(handler):
+            self.server.objects = other
+            handler.answer(200, COMPLETED.replace(b'&quot;', b'') % (b'', b'', b'', b''))
+        self.server.final = final
+        self.assertIn("another 'X' is in", self.etc('push', 'X', status=1)[1])
+
+    def test_overload(self):
+        skip_pauses(self)
+        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.server.fault = lambda handler: handler.error(503, 'SlowDown') or True
+        self.assertIn("the storage is overloaded; try again later, or with 'connections: ",
+                      self.etc('push', 'X', status=1)[1])
+
     def test_parts_are_sent_while_packing_goes_on(self):
         write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(12)})
         self.etc('register', write(self.tmp / 'ds', {'data/train/last': 'x'}), 'X')
@@ -6507,6 +6561,19 @@ class PushReuse(S3Case):
         self.server.copied = None
         self.server.uploads.clear()
         self.pushed('-f', 'New')
+
+    def test_damage_is_not_put_right_over_another_push(self):
+        self.server.copied = lambda data, start, stop: data[start:stop] + b'more'
+
+        def fault(handler):
+            if handler.command == 'DELETE' and 'New' in handler.path and 'uploadId' not in handler.path:
+                deleted.append(1)
+            elif deleted:
+                self.server.objects['some/prefix/New.tgz'] = self.kept
+        deleted = []
+        self.server.fault = fault
+        self.assertIn("another 'New' is in", self.etc('push', '-f', 'New', status=1)[1])
+        self.assertEqual(self.server.objects['some/prefix/New.tgz'], self.kept)
 
     def test_another_push_is_faster(self):
         def overtaking(handler):
