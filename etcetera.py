@@ -3874,6 +3874,14 @@ class _BucketStore(_HttpStore):
         name = key[len(self.prefix):-4]
         return name if key == self.key(name) and _is_name(name) else ''
 
+    def look(self, obj: _Object) -> None:
+        """Before each try of remove(), as a lost answer may have been a yes, and some stores ignore conditions.
+
+        Raises NotFound if it is gone already.
+        """
+        if not self.is_current(obj):
+            raise NotFound
+
     def protocol_error(self, status: int = 0) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as {self.service} does',
                            'check the endpoint_url, and whether a proxy or login page answers in its place', status)
@@ -3990,7 +3998,7 @@ def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], s
 
 
 def _md5() -> Any:
-    """A new MD5 hash, for what stores demand, not for security; None where the interpreter has none (FIPS)."""
+    """A new MD5 hash, to compare with what Google has received, not for security; None where the interpreter has none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
     with contextlib.suppress(ValueError):
@@ -4403,7 +4411,7 @@ class _S3Remote(_BucketStore):
         del first  # or memory would hold it to the end
         key = self.key(name)
         reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
-        upload = _xml_items(reply, 'InitiateMultipartUploadResult').get('UploadId')
+        upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
         query = {'uploadId': upload}
@@ -4495,17 +4503,10 @@ class _S3Remote(_BucketStore):
             raise _Unconfirmed(str(self.protocol_error()))
 
     def remove(self, obj: _Object) -> bool:
-        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html
-
-        It looks before each try: a lost answer may have been a yes, and some stores ignore conditions.
-        """
+        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         key = self.key(obj.name)
         condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
-
-        def look() -> None:
-            if not self.is_current(obj):
-                raise NotFound
-
+        look = functools.partial(self.look, obj)
         try:
             reply = self.request('DELETE', key, accept=[404, 412], condition=condition, before=look)
             if reply.status in (404, 412):
@@ -4576,13 +4577,18 @@ class _GsRemote(_BucketStore):
             body: Sequence[Any] = (),
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
+            before: Callable[[], Any] = bool,
     ) -> _Reply:
-        """Make an authorized request. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        """Make an authorized request. before: is called before each try.
+
+        Raises RemoteError for any answer but 2xx and those in `accept`.
+        """
         api = '/upload/storage/v1' if 'uploadType' in query else '/storage/v1'
         url = f'{self.endpoint}{api}/b/{self.bucket}/o/{_quote(key)}'.rstrip('/') + '?' + _query(query.items())
         authorization: Dict[str, str] = {}
 
         def prepare() -> _Request:
+            before()
             if self.credentials:
                 authorization.update(self.credentials.headers())
             return _Request(method, url, {**headers, **authorization}, body)
@@ -4738,9 +4744,12 @@ class _GsRemote(_BucketStore):
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
         key = self.key(obj.name)
-        reply = self.request('DELETE', key, {'ifGenerationMatch': obj.version}, accept=[404, 412])
-        if reply.status == 412 and self.is_current(obj):
-            raise self.error(reply)
+        look = functools.partial(self.look, obj)
+        with contextlib.suppress(NotFound):
+            reply = self.request('DELETE', key, {'ifGenerationMatch': obj.version}, accept=[404, 412], before=look)
+            if reply.status == 412:
+                look()
+                raise self.error(reply)
         query = {'generation': obj.version, 'fields': 'generation'}
         reply = self.request('GET', key, query, accept=[403, 404])
         return bool(reply.json().get('generation') == obj.version)

@@ -1809,7 +1809,7 @@ class RemoteSuite:
             etc.dataset('X@' + old, auto_install=True, config=two)
         self.assertEqual(self.leftovers('two'), [])
         err = self.etc('pull', 'Nope', 'X', home='three', status=1)[1]
-        self.assertRegex(err, "\\Aetc: no dataset 'Nope' in .*\netc: pulled X: ")
+        self.assertRegex(err, "\\Aetc: no dataset 'Nope' in .*\netc: pulled X to .*: ")
 
     def test_partitions(self):
         root = write(small(self.tmp / 'ds'), {'data/train/large': noise(3 * MIB), 'data/val/v': 'v'})
