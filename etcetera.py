@@ -3998,7 +3998,7 @@ def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], s
 
 
 def _md5() -> Any:
-    """A new MD5 hash, to compare with what Google has received, not for security; None where the interpreter has none (FIPS)."""
+    """A new MD5 hash, to compare with what Google got, not for security; None where there is none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
     with contextlib.suppress(ValueError):
