@@ -3614,7 +3614,7 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
 _UNSUPPORTED = (200, 206, 405, 406, 501)  # of answers to GET of a range from the end that tell nothing
-_PROTECTED = r'(?i)object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
+_PROTECTED = r'object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
 _ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
 _WAIT = "the storage is overloaded; try again later, or with 'connections: 1'"
 
@@ -3837,9 +3837,17 @@ class _BucketStore(_HttpStore):
         name = key[len(self.prefix):-4]
         return name if key == self.key(name) and _is_name(name) else ''
 
-    def protocol_error(self) -> RemoteError:
+    def look(self, obj: _Object) -> None:
+        """Before each try of remove(), as a lost answer may have been a yes, and some stores ignore conditions.
+
+        Raises NotFound if it is gone already.
+        """
+        if not self.is_current(obj):
+            raise NotFound
+
+    def protocol_error(self, status: int = 0) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as {self.service} does',
-                           'check the endpoint_url, and whether a proxy or login page answers in its place')
+                           'check the endpoint_url, and whether a proxy or login page answers in its place', status)
 
     def list(self) -> List[_Object]:
         objects: List[_Object] = []
@@ -3949,7 +3957,7 @@ def _read_ahead(
 
 
 def _md5() -> Any:
-    """A new MD5 hash, for what stores demand, not for security; None where the interpreter has none (FIPS)."""
+    """A new MD5 hash, to compare with what Google got, not for security; None where there is none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
     with contextlib.suppress(ValueError):
@@ -4141,6 +4149,28 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 # s3:// ---------------------------------------------------------------------------------
 
 _COPY_SOURCE = 'x-amz-copy-source'
+_CHECKSUM, _LARGE_PARTS = 'content-md5', 'large parts'  # what _S3Remote.write() may have to learn
+_BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
+_RENEW = 'renew the credentials, which come from {source}'
+_S3_REMEDIES = {  # by the code of an error
+    'NoSuchBucket': 'check the bucket in the url',
+    'InvalidAccessKeyId': 'check the access key; it comes from {source}',
+    'SignatureDoesNotMatch': 'check the secret access key, which comes from {source}, and the region',
+    'RequestTimeTooSkewed': "set this machine's clock",
+    'ExpiredToken': _RENEW,
+    'InvalidToken': _RENEW,
+    'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
+    'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
+    'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
+    'SecondLevelDomainForbidden': _BY_HOST,  # as Alibaba calls it
+    'PathStyleDomainForbidden': _BY_HOST,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
+    'VirtualHostDomainRequired': _BY_HOST,  # Huawei
+    'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
+    'InvalidObjectState': 'it was moved to an archive class; restore it there first',
+}
+_ANONYMOUS = (
+    "no credentials were found in the settings, the environment, the AWS profile '{profile}', or those of a container "
+    "or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or 'aws sso login'")
 
 
 class _S3Remote(_BucketStore):
@@ -4160,10 +4190,10 @@ class _S3Remote(_BucketStore):
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
         # Cloudflare's R2 wants equal parts; Ceph decodes the name of a source twice.
-        self.can_copy = '.r2.cloudflarestorage.com' not in self.endpoint and not (self.endpoint and '%' in self.prefix)
-        self.long_part = _LONG_PART if self.endpoint else 0  # up to which parts grow so that _FEW_PARTS suffice
+        self.can_copy = not (self.endpoint and ('%' in self.prefix or '.r2.cloudflarestorage.com' in self.endpoint))
         self.is_bucket_in_host = self.choose_addressing()
-        self.wants_checksum = False  # as buckets with Object Lock do; see learn()
+        self.learnt: Set[str] = set()  # how the bucket wants objects to be written
+        self.used: Set[str] = set()  # what of it the current write() goes by
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
         self.object_headers = _sendable({
             'Content-Type': 'application/gzip',
@@ -4186,7 +4216,7 @@ class _S3Remote(_BucketStore):
         dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
 
-    def address(self, key: str, query: Mapping[str, str]) -> str:
+    def address(self, key: str, query: _Headers) -> str:
         base = self.endpoint or self.profile.host('s3', self.region)
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
@@ -4199,358 +4229,257 @@ class _S3Remote(_BucketStore):
             self,
             method: str,
             key: str = '',  # '' means the bucket
-            query: Mapping[str, str] = {},  # noqa: B006
-            headers: Mapping[str, str] = {},  # noqa: B006
+            query: _Headers = {},  # noqa: B006
+            headers: _Headers = {},  # noqa: B006
             body: Sequence[Any] = (),
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
+            condition: Dict[str, str] = {},  # noqa: B006
             before: Callable[[], Any] = bool,
     ) -> _Reply:
-        """Make a signed request, retrying while a refusal teaches another region, clock, key or checksum.
+        """Make a signed request, retrying while a refusal teaches another region, clock or key.
 
-        before: is called before each try. Raises RemoteError for any answer but 2xx and those in `accept`.
+        condition: headers, cleared if the store knows no conditions. before: is called before each try.
+        Raises RemoteError for any answer but 2xx and those in `accept`.
         """
         payload = _sha256()
         for chunk in body:
             payload.update(chunk)
-        checksum: Dict[str, str] = {}
+        headers = {**self.headers, **headers}
+        # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+        if _CHECKSUM in self.used and 'uploads' in query:
+            headers['x-amz-checksum-algorithm'] = 'SHA256'
+        elif _CHECKSUM in self.used and method == 'PUT' and body:
+            headers['x-amz-checksum-sha256'] = _base64(payload.digest())
         keys: Optional[_AwsKeys] = None
 
         def prepare() -> _Request:
             nonlocal keys
             before()
             keys = self.credentials.keys()
-            # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-            if self.wants_checksum and 'uploads' in query:
-                checksum['x-amz-checksum-algorithm'] = 'SHA256'
-            elif self.wants_checksum and method == 'PUT' and body:
-                checksum['x-amz-checksum-sha256'] = _base64(payload.digest())
-            request = _Request(method, self.address(key, query), {**self.headers, **headers, **checksum}, body)
+            request = _Request(method, self.address(key, query), {**headers, **condition}, body)
             return self.credentials.sign(request, keys, 's3', self.region, payload.hexdigest())
 
         def judge(reply: _Reply) -> str:
             # Errors may come with status 200:
             # https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
-            is_late = method == 'POST' or _COPY_SOURCE in headers
-            if reply.status < 300 and not is_late:
+            if reply.status < 300 and method != 'POST' and _COPY_SOURCE not in headers:
                 return 'final'
-            code, message, region = _aws_error(reply)
-            if code in _AWS_TRANSIENT or reply.status in _TRANSIENT:
-                return 'later'
-            return 'at once' if code and self.learn(reply, keys) else 'final'
+            verdict = self.credentials.judge(reply)
+            if verdict == 'final' and self.learn(reply, keys):
+                return 'at once'
+            if condition and not self.has_exclusive_write and _knows_no_conditions(reply, method):
+                condition.clear()
+                return 'at once'
+            return verdict
 
         reply = self.http.request(prepare, judge, limit)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
-        raise self.error(reply, method, key)
+        error = self.error(reply, method, key)
+        if _CHECKSUM in error.message.lower():
+            self.write_again(_CHECKSUM, error)
+        raise error
 
     def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> bool:
         """Adjust to the refusal of a request with these keys; return whether another try may help."""
-        code, message, region = _aws_error(reply)
-        before = self.region, self.wants_checksum
+        code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
-        if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
-            self.region = region
-        if reply.status == 400 and 'content-md5' in message.lower():
-            self.wants_checksum = True
-        has_learnt = self.credentials.learn_clock(reply, code) or before != (self.region, self.wants_checksum)
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.credentials.renew(keys)
-            has_learnt = has_learnt or self.credentials.keys() != keys
-        return has_learnt
+            return self.credentials.keys() != keys
+        if reply.status not in (301, 307, 400, 403) or not re.match(_AWS_REGION, region) or region == self.region:
+            return False
+        self.region = region
+        return True
 
     def error(self, reply: _Reply, method: str, key: str) -> RemoteError:
         code, message, _ = _aws_error(reply)
-        return RemoteError(f'{self.url} answers {_status(reply, code, message)}',
-                           self.remedy(reply, code, method, key), reply.status)
-
-    def remedy(self, reply: _Reply, code: str, method: str, key: str) -> str:
         keys = self.credentials.keys()
+        remedy = _WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region'
+        remedy = _S3_REMEDIES.get(code, remedy)
         if not keys and reply.status in (400, 401, 403):
-            return (f"no credentials were found in the settings, the environment, the AWS profile '{self.profile.name}'"
-                    ", or those of a container or this machine; set aws_access_key_id and aws_secret_access_key, or "
-                    "run 'aws configure' or 'aws sso login'")
-        source = keys.source if keys else ''
-        if method == 'DELETE' and re.search(_PROTECTED, ' '.join(_aws_error(reply))):
-            return _ASK_WHO_PROTECTS
-        if code in ('AccessDenied', '') and reply.status in (401, 403):
-            permission = 's3:DeleteObject' if method == 'DELETE' else 's3:PutObject'
-            if method == 'GET':
-                permission = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
-            return f'the credentials, which come from {source}, need {permission} here'
-        by_host = (f"set 'addressing_style = virtual' below 's3 =' of the profile '{self.profile.name}' in "
-                   '~/.aws/config')
-        renew = f'renew the credentials, which come from {source}'
-        return {
-            'NoSuchBucket': 'check the bucket in the url',
-            'InvalidAccessKeyId': f'check the access key; it comes from {source}',
-            'SignatureDoesNotMatch': f'check the secret access key, which comes from {source}, and the region',
-            'RequestTimeTooSkewed': "set this machine's clock",
-            'ExpiredToken': renew,
-            'InvalidToken': renew,
-            'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
-            'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
-            'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
-            'SecondLevelDomainForbidden': by_host,  # as Alibaba calls it
-            'PathStyleDomainForbidden': by_host,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
-            'VirtualHostDomainRequired': by_host,  # Huawei
-            'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
-            'InvalidObjectState': 'it was moved to an archive class; restore it there first',
-        }.get(code) or (_WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region')
+            remedy = _ANONYMOUS
+        elif method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.IGNORECASE):
+            remedy = _ASK_WHO_PROTECTS
+        elif code in ('AccessDenied', '') and reply.status in (401, 403):
+            reading = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
+            permission = {'GET': reading, 'DELETE': 's3:DeleteObject'}.get(method, 's3:PutObject')
+            remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
+        remedy = remedy.format(source=keys and keys.source, profile=self.profile.name)
+        return RemoteError(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
     def list_page(self, token: str) -> Tuple[List[_Object], str]:
         """ListObjectsV2"""
         query = {'list-type': '2', 'prefix': self.prefix, 'delimiter': '/', 'encoding-type': 'url'}
         if token:
             query['continuation-token'] = token
+        objects = []
         try:
             page = _xml(self.request('GET', query=query).page())
-            if page.tag != 'ListBucketResult':
-                raise ValueError
-            objects = [self.listed_object(page, item) for item in page.iter('Contents')]
-            token = page.findtext('NextContinuationToken') if page.findtext('IsTruncated') == 'true' else ''
+            decode = unquote_plus if page.findtext('EncodingType') == 'url' else str
+            for item in page.iter('Contents'):
+                name = self.name_of(decode(item.findtext('Key', '')))
+                modified = _iso_time(item.findtext('LastModified', ''))
+                version = _version(item.findtext('ETag'), modified)
+                objects.append(_Object(name, int(item.findtext('Size', '0')), version, modified))
         except ValueError:
             raise self.protocol_error() from None
-        if token is None:
+        following = page.findtext('NextContinuationToken') if page.findtext('IsTruncated') == 'true' else ''
+        if page.tag != 'ListBucketResult' or following is None:
             raise self.protocol_error()
-        return objects, token
-
-    def listed_object(self, page: Any, item: Any) -> _Object:
-        key = item.findtext('Key') or ''
-        if page.findtext('EncodingType') == 'url':
-            key = unquote_plus(key)
-        modified = _iso_time(item.findtext('LastModified') or '')
-        return _Object(self.name_of(key), int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified),
-                       modified)
+        return objects, following
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. By a GET, which needs no other permission than reading."""
-        key = self.key(name)
-        reply = self.request('GET', key, headers={'Range': 'bytes=0-0'}, accept=_NO_RANGE + (403,), limit=65536)
-        if reply.status in _MISSING:
-            return None
-        is_silent = reply.status < 300 and reply.whole_size() is None
-        if is_silent or reply.status == 416 or _aws_error(reply)[0] == 'InvalidObjectState':  # empty, or archived
-            return next((obj for obj in self.list() if obj.name == name), None)
-        if reply.status >= 300:
-            raise self.error(reply, 'GET', key)
-        return self.describe(name, reply)
+        try:
+            reply = self.get(name, '0-0', 1)
+        except RemoteError as e:
+            if 'InvalidObjectState' not in e.message:
+                raise
+        else:
+            if reply.status in _MISSING:
+                return None
+            if reply.status != 416 and reply.whole_size() is not None:
+                return self.describe(name, reply)
+        # What is empty, or in an archive class, can be listed.
+        return next((obj for obj in self.list() if obj.name == name), None)
 
     def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
         return self.request('GET', self.key(name), headers=self.range_headers(span, version), accept=_NO_RANGE,
                             limit=length + 65536)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        moderate = min(limit // _FEW_PARTS, self.long_part)
-        mib = 1 << 20
-        size = max(_MIN_PART, -(-max(moderate, limit // _MAX_PARTS) // mib + 1) * mib)
+        """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
+        self.used = set(self.learnt)
+        large = limit // _FEW_PARTS + 1
+        if _LARGE_PARTS not in self.used:  # Amazon takes many, others often, so parts only grow while they are moderate
+            large = min(large, _LONG_PART if self.endpoint else 0)
+        size = max(_MIN_PART, limit // _MAX_PARTS + 1, large)
         parts = _split_parts(chunks, size, self.read)
         first: Any = next(parts, [])
-        second = next(parts, None)
-        key = self.key(name)
-        if second is None and isinstance(first, list):
-            self.finish('PUT', name, {}, self.object_headers, first, exclusive)
+        if isinstance(first, list) and sum(map(len, first)) < size:
+            self.finish(name, {}, first, exclusive)
             return
+        parts = itertools.chain([first], parts)
+        del first  # or memory would hold it to the end
+        key = self.key(name)
         reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
-        try:
-            upload = _xml(reply.page()).findtext('UploadId')
-        except ValueError:
-            upload = None
+        upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
-        upload_id = {'uploadId': upload}
-        parts = itertools.chain([first, second] if second else [first], parts)
-        del first, second  # or memory would hold them to the end
+        query = {'uploadId': upload}
         try:
-            manifest, total, sources = self.send_parts(key, upload_id, parts, -(-min(_IN_FLIGHT, limit) // size))
-            for obj in sources:
-                if not self.is_current(obj):
-                    raise self.overtaken_error(obj)
-            etag = self.finish('POST', name, upload_id, {'Content-Type': 'application/xml'}, [manifest], exclusive)
+            connections = min(self.connections, -(-_IN_FLIGHT // size))
+            manifest = self.send_parts(key, query, parts, connections)
+            self.finish(name, query, [manifest], exclusive)
         except BaseException:  # abandoned parts are billed
             with self.http.briefly(), contextlib.suppress(RemoteError):
-                self.request('DELETE', key, upload_id, accept=[404])
+                self.request('DELETE', key, query, accept=[404])
             raise
-        if sources:
-            self.check_copy(name, etag, total)
 
-    def send_parts(
-            self,
-            key: str,
-            upload_id: Dict[str, str],
-            parts: Iterable[Any],
-            connections: int,
-    ) -> Tuple[bytes, int, Set[_Object]]:
-        """Upload parts, several at once.
+    def write_again(self, lesson: str, error: RemoteError) -> None:
+        """Raises _WriteAgain if a write that goes by this lesson may succeed."""
+        if lesson not in self.used:
+            self.learnt.add(lesson)
+            raise _WriteAgain(error.message) from error
 
-        Returns the manifest that completes the upload, the size of the object, and the objects that it copies from.
-        """
+    def send_parts(self, key: str, query: _Headers, parts: Iterable[Any], connections: int) -> bytes:
+        """Upload parts, several at once; return the manifest that completes the upload."""
         import threading
-        from xml.sax.saxutils import escape
-        connections = min(connections, self.connections)
         slots = threading.Semaphore(connections)
-        failed: List[int] = []
-        total = 0
-        sources: Set[_Object] = set()
 
         def numbered() -> Iterator[Tuple[int, Any]]:
-            nonlocal total
-            for number, part in enumerate(parts, 1):
+            for item in enumerate(parts, 1):
                 slots.acquire()  # so that no more parts are in memory than are being sent
-                if failed:
-                    return
-                if isinstance(part, _Range):
-                    sources.add(part.obj)
-                    total += part.stop - part.start
-                else:
-                    total += sum(map(len, part))
-                yield number, part
+                yield item
 
         def send(item: Tuple[int, Any]) -> str:
             number, part = item
             try:
-                etag, checksum = self.send_part(key, dict(upload_id, partNumber=str(number)), part)
-            except BaseException:
-                failed.append(number)
+                return self.send_part(key, dict(query, partNumber=str(number)), part)
+            except RemoteError as e:
+                if number > _FEW_PARTS and 400 <= e.status < 500:
+                    self.write_again(_LARGE_PARTS, e)
                 raise
             finally:
                 slots.release()
-            extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
-            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
 
         with _Pool(self.job, connections) as pool:
-            rows = list(_ordered(pool, send, numbered(), _for_all))
-        return f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode(), total, sources
+            rows = ''.join(_ordered(pool, send, numbered(), _for_all))
+        return f'<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>'.encode()
 
-    def send_part(self, key: str, query: Dict[str, str], part: Any) -> Tuple[str, Optional[str]]:
-        """Send a part of an upload, or let the storage copy it; return its ETag and its SHA-256."""
+    def send_part(self, key: str, query: _Headers, part: Any) -> str:
+        """Send a part of an upload, or let the storage copy it; return its row in the manifest.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
+        """
+        from xml.sax.saxutils import escape
         if isinstance(part, _Range):
-            return self.copy_part(key, query, part)
-        try:
+            source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
+            headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
+            reply = self.request('PUT', key, query, headers)
+            if not self.is_current(part.obj):  # some stores misjudge conditions of the source, or ignore them
+                raise self.overtaken_error(part.obj)
+            found = _xml_items(reply, 'CopyPartResult')
+        else:
             reply = self.request('PUT', key, query, body=part)
-        except RemoteError as e:
-            if int(query['partNumber']) > _FEW_PARTS and self.long_part < 1 << 62 and 400 <= e.status < 500:
-                self.long_part = 1 << 62
-                raise _WriteAgain(e.message) from e
-            raise
-        etag = reply.headers.get('ETag')
+            found = {'ETag': reply.headers.get('ETag'), 'ChecksumSHA256': reply.headers.get('x-amz-checksum-sha256')}
+        etag = found.get('ETag')
+        checksum = found.get('ChecksumSHA256')
         if not etag:
-            raise self.protocol_error()
-        return etag, reply.headers.get('x-amz-checksum-sha256')
+            raise self.protocol_error(reply.status)
+        extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
+        return f"<Part><PartNumber>{query['partNumber']}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>"
 
-    def copy_part(self, key: str, query: Dict[str, str], source: _Range) -> Tuple[str, Optional[str]]:
-        """https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html"""
-        headers = {_COPY_SOURCE: _quote(f'{self.bucket}/{self.key(source.obj.name)}', safe='/'),
-                   f'{_COPY_SOURCE}-range': f'bytes={source.start}-{source.stop - 1}'}
-        if not self.endpoint:  # Swift misjudges the condition, and others ignore it
-            headers[f'{_COPY_SOURCE}-if-match'] = source.obj.version
-        reason = f'{self.url} did not copy a part of an object'
-        try:
-            result = _xml(self.request('PUT', key, query, headers).page())
-            etag = result.findtext('ETag') if result.tag == 'CopyPartResult' else None
-            if etag:
-                return etag, result.findtext('ChecksumSHA256')
-        except ValueError:
-            pass
-        except RemoteError as e:
-            if not e.status:
-                raise
-            reason = e.message
-        self.can_copy = False
-        raise _WriteAgain(reason)
-
-    def check_copy(self, name: str, etag: str, total: int) -> None:
-        """Remove an object that is not as large as what was copied and sent. Raises _WriteAgain."""
-        obj = self.stat(name)
-        if not obj or obj.version != _version(etag, 0):
-            _say(f"'{name}' in {self.url} was replaced meanwhile")
-        elif obj.size != total:
-            self.remove(obj)
-            self.can_copy = False
-            again = _WriteAgain(f'{self.url} does not copy what it is told to')
-            again.is_gone = True
-            raise again
-
-    def finish(
-            self,
-            method: str,
-            name: str,
-            query: Mapping[str, str],
-            headers: Mapping[str, str],
-            body: Sequence[Any],
-            exclusive: bool,
-    ) -> str:
-        """Make the request that lets the object appear, and return its ETag.
+    def finish(self, name: str, query: _Headers, body: Sequence[Any], exclusive: bool) -> None:
+        """Make the request that lets the object appear: CompleteMultipartUpload, or without a query PutObject.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
+        method, headers = ('POST', {'Content-Type': 'application/xml'}) if query else ('PUT', self.object_headers)
         key = self.key(name)
         if exclusive and not self.has_exclusive_write and self.stat(name):
             raise _NameTaken
         condition = {'If-None-Match': '*'} if exclusive else {}
-        reply = self.request(method, key, query, {**headers, **condition}, body, accept=[400, 404, 409, 412, 501])
-        if exclusive and self.knows_no_conditions(reply):
-            reply = self.request(method, key, query, headers, body)
-        code = _aws_error(reply)[0]
+        reply = self.request(method, key, query, headers, body, [404, 409, 412], condition=condition)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
+        code = _aws_error(reply)[0]
         if code == 'NoSuchUpload':  # likewise
-            raise _Unconfirmed(f'{self.error(reply, method, key)}', status=reply.status)
-        if reply.status >= 300 or code:
+            raise _Unconfirmed(str(self.error(reply, method, key)))
+        if code or reply.status >= 300:
             raise self.error(reply, method, key)
-        etag = _written_etag(method, reply)
-        if not etag:
-            raise _Unconfirmed(f'{self.protocol_error()}', status=reply.status)
-        return etag
-
-    def knows_no_conditions(self, reply: _Reply) -> bool:
-        """Whether the answer to a request with a condition may mean that. Amazon's S3 knows them."""
-        codes = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
-        return not self.has_exclusive_write and reply.status in (400, 501) and _aws_error(reply)[0] in codes
+        etag = _xml_items(reply, 'CompleteMultipartUploadResult').get('ETag')
+        if method == 'PUT' and not reply.body.strip():
+            etag = reply.headers.get('ETag')
+        if reply.status != 200 or not etag:
+            raise _Unconfirmed(str(self.protocol_error()))
 
     def remove(self, obj: _Object) -> bool:
-        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html
-
-        It looks before each try: a lost answer may have been a yes, and some stores ignore conditions.
-        """
+        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         key = self.key(obj.name)
-
-        def look() -> None:
-            if not self.is_current(obj):
-                raise NotFound
-
+        condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
+        look = functools.partial(self.look, obj)
         try:
-            condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
-            reply = self.request('DELETE', key, headers=condition, accept=[400, 404, 412, 501], before=look)
-            # OpenStack Swift has another ETag inside for what came in parts, so it always says 412.
-            is_mistaken = reply.status == 412 and not self.has_exclusive_write
-            if is_mistaken or self.knows_no_conditions(reply):
-                reply = self.request('DELETE', key, accept=[404], before=look)
-            elif reply.status in (404, 412):
+            reply = self.request('DELETE', key, accept=[404, 412], condition=condition, before=look)
+            if reply.status in (404, 412):
                 look()
         except NotFound:
             return False
-        if reply.status >= 300 and reply.status != 404:
+        if reply.status == 412:
             raise self.error(reply, 'DELETE', key)
         is_suspended = reply.headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
-        return bool(reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended)
+        return reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended
 
 
-def _written_etag(method: str, reply: _Reply) -> str:
-    """The ETag, if this is how PutObject or CompleteMultipartUpload say that the object is there; otherwise ''.
+def _knows_no_conditions(reply: _Reply, method: str) -> bool:
+    """Whether the answer to a request with a condition may mean that the store knows none.
 
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+    OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
     """
-    if reply.status != 200:
-        return ''
-    if method == 'PUT':
-        return '' if reply.body.strip() else reply.headers.get('ETag') or ''
-    try:
-        result = _xml(reply.page())
-    except ValueError:
-        return ''
-    return (result.findtext('ETag') or '') if result.tag == 'CompleteMultipartUploadResult' else ''
+    is_unknown = _aws_error(reply)[0] in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
+    return reply.status in (400, 501) and is_unknown or reply.status == 412 and method == 'DELETE'
 
 
 def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
@@ -4562,6 +4491,20 @@ def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
 
 
 # gs:// ---------------------------------------------------------------------------------
+
+_GS_LOGIN = ("no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
+             '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
+_GS_REMEDIES = (  # by what an error says: who asked, its status and its message
+    (f'.* 403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+    ('account 40[13]', "check this account's permissions"),
+    ('nobody 40[13]', _GS_LOGIN),
+    ('.* 400 .*uniform bucket-level access',
+     "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
+    ('.* 404', 'check the bucket in the url'),
+    ('.* (429|503)', _WAIT),
+    ('', 'check the url'),
+)
+
 
 class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
@@ -4579,89 +4522,74 @@ class _GsRemote(_BucketStore):
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
-    def address(self, key: str, query: Mapping[str, str], api: str = '/storage/v1') -> str:
-        path = '/' + _quote(key) if key else ''
-        return f'{self.endpoint}{api}/b/{self.bucket}/o{path}?{_query(query.items())}'
-
     def request(
             self,
-            request: _Request,
+            method: str,
+            key: str,  # '' means the bucket
+            query: _Headers,
+            headers: _Headers = {},  # noqa: B006
+            body: Sequence[Any] = (),
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
-            tries: int = _TRIES + _MORE_TRIES,
+            before: Callable[[], Any] = bool,
     ) -> _Reply:
-        """Make an authorized request. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        """Make an authorized request. before: is called before each try.
+
+        Raises RemoteError for any answer but 2xx and those in `accept`.
+        """
+        api = '/upload/storage/v1' if 'uploadType' in query else '/storage/v1'
+        url = f'{self.endpoint}{api}/b/{self.bucket}/o/{_quote(key)}'.rstrip('/') + '?' + _query(query.items())
         authorization: Dict[str, str] = {}
-        refused: List[str] = []
 
         def prepare() -> _Request:
-            # The address of an upload comes from the server, so it may lead elsewhere.
-            if self.credentials and request.url.startswith(self.endpoint + '/'):
+            before()
+            if self.credentials:
                 authorization.update(self.credentials.headers())
-            return request._replace(headers={**request.headers, **authorization})
+            return _Request(method, url, {**headers, **authorization}, body)
 
         def judge(reply: _Reply) -> str:
-            if reply.status == 401 and self.credentials and not refused:
-                refused.append('')
-                return 'at once' if self.credentials.renew(authorization) else 'final'
+            if reply.status == 401 and self.credentials and self.credentials.renew(authorization):
+                return 'at once'
             return _judge(reply)
 
-        reply = self.http.request(prepare, judge, limit, tries)
+        reply = self.http.request(prepare, judge, limit)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
-        raise self.error(reply, bool(authorization))
+        raise self.error(reply, 'account' if authorization else 'nobody')
 
-    def error(self, reply: _Reply, is_authorized: bool) -> RemoteError:
+    def error(self, reply: _Reply, who: str = 'account') -> RemoteError:
         try:
             message = str(reply.json()['error']['message'])
         except (KeyError, TypeError):
             message = reply.page()[:300].decode('utf-8', 'replace')
-        remedy = _WAIT if reply.status in _OVERLOAD else 'check the url'
-        if reply.status == 403 and re.search(_PROTECTED, message):
-            remedy = _ASK_WHO_PROTECTS
-        elif reply.status in (401, 403) and is_authorized:
-            remedy = "check this account's permissions"
-        elif reply.status in (401, 403):
-            remedy = ("no credentials were found: run 'gcloud auth application-default login', or set "
-                      'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
-        elif reply.status == 400 and 'uniform bucket-level access' in message:
-            remedy = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
-        elif reply.status == 404:
-            remedy = 'check the bucket in the url'
+        text = f'{who} {reply.status} {message}'
+        remedy = next(remedy for pattern, remedy in _GS_REMEDIES if re.match(pattern, text, re.I | re.S))
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
 
-    def parse(self, reply: _Reply) -> Dict[str, Any]:
-        answer = reply.json()
-        if not answer and reply.page().strip() != b'{}':
-            raise self.protocol_error()
-        return answer
-
     def list_page(self, token: str) -> Tuple[List[_Object], str]:
-        query = {'prefix': self.prefix, 'delimiter': '/',
-                 'fields': 'kind,items(name,size,generation,updated),nextPageToken'}
+        fields = 'kind,items(name,size,generation,updated),nextPageToken'
+        query = {'prefix': self.prefix, 'delimiter': '/', 'fields': fields}
         if token:
             query['pageToken'] = token
-        page = self.parse(self.request(_Request('GET', self.address('', query))))
-        items = page.get('items') or []
-        token = page.get('nextPageToken') or ''
+        page = self.request('GET', '', query).json()
+        following = page.get('nextPageToken', '')
         is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
-        if not is_listing or not isinstance(items, list) or not isinstance(token, str):
+        if not is_listing or not isinstance(following, str):
             raise self.protocol_error()
-        return [self.parse_object(item) for item in items], token
+        return self.parse(page.get('items') or []), following
 
-    def parse_object(self, item: Any) -> _Object:
+    def parse(self, items: Any) -> List[_Object]:
         try:
-            return _Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
-                           _iso_time(item.get('updated') or ''))
+            return [_Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
+                            _iso_time(item.get('updated', ''))) for item in items]
         except (KeyError, TypeError, ValueError, OverflowError):
             raise self.protocol_error() from None
 
     def stat(self, name: str) -> Optional[_Object]:
-        query = {'fields': 'name,size,generation,updated'}
-        reply = self.request(_Request('GET', self.address(self.key(name), query)), accept=[404])
+        reply = self.request('GET', self.key(name), {'fields': 'name,size,generation,updated'}, accept=[404])
         if reply.status == 404:
             return None
-        obj = self.parse_object(self.parse(reply))
+        obj, = self.parse([reply.json()])
         if obj.name != name:
             raise self.protocol_error()
         return obj
@@ -4674,90 +4602,95 @@ class _GsRemote(_BucketStore):
         if version:
             query.update(generation=version, ifGenerationMatch=version)
         headers = {'Range': f'bytes={span}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
-        return self.request(_Request('GET', self.address(self.key(name), query), headers), _NO_RANGE, length + 65536)
+        return self.request('GET', self.key(name), query, headers, accept=_NO_RANGE, limit=length + 65536)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
+        key = self.key(name)
+        session = self.begin_upload(key, exclusive)
         md5 = _md5()
-        session = self.begin_upload(name, exclusive)
-        answer: Dict[str, Any] = {}
         size = 0
+
+        def parts() -> Iterator[Tuple[int, bytes]]:  # the last one is shorter than the others, perhaps empty
+            nonlocal size
+            for part in _split_parts(chunks, _GS_PART, self.read):
+                data = b''.join(part)
+                yield size, data
+                size += len(data)
+                if md5:
+                    md5.update(data)
+            if size % _GS_PART == 0:
+                yield size, b''
+
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
-                parts = _placed(_split_parts(chunks, _GS_PART, self.read))
-                for part, reply in _ordered(pool, send, parts, lambda n: n < 2):
-                    size += len(part)
-                    if md5:
-                        md5.update(part)
-                    answer = reply.json() if reply else {}
+                *_, answer = _ordered(pool, send, parts(), lambda count: count < 2)
         except BaseException:
             with self.http.briefly(), contextlib.suppress(RemoteError):
-                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
+                self.http.request(lambda: _Request('DELETE', session), tries=1)
             raise
-        if answer.get('name') != self.key(name) or not answer.get('generation'):
-            raise _Unconfirmed(f'{self.protocol_error()}')
+        generation = str(answer.get('generation', ''))
+        if not generation or [answer.get('name'), str(answer.get('size'))] != [key, str(size)]:
+            raise _Unconfirmed(str(self.protocol_error()))
         if md5 and answer.get('md5Hash') not in (None, _base64(md5.digest())):
-            query = {'ifGenerationMatch': str(answer['generation'])}
-            self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
-            raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there", 'push again')
-        if str(answer.get('size')) != str(size):
-            raise _Unconfirmed(f'{self.protocol_error()}')
+            self.request('DELETE', key, {'ifGenerationMatch': generation}, accept=[404])
+            raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
+                          'push again')
 
-    def begin_upload(self, name: str, exclusive: bool) -> str:
-        """The address to which the parts of an upload go."""
-        query = {'uploadType': 'resumable', 'name': self.key(name)}
+    def begin_upload(self, key: str, exclusive: bool) -> str:
+        """The address to which the parts of an upload go. Whoever has it needs no credentials."""
+        query = {'uploadType': 'resumable', 'name': key}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
-        reply = self.request(_Request('POST', self.address('', query, '/upload/storage/v1'), headers,
-                                      [b'{"contentType": "application/gzip"}']), accept=[412])
+        reply = self.request('POST', '', query, headers, [b'{"contentType": "application/gzip"}'], [412])
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
-        is_encrypted = self.endpoint.startswith('https:')
-        if not re.match('https://' if is_encrypted else 'https?://', session):
+        if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
             raise self.protocol_error()
         return session
 
-    def send_part(self, session: str, item: Tuple[int, bytes, bool]) -> Tuple[bytes, Optional[_Reply]]:
-        """Send what the server still lacks of a part until it has all; return the part, and the answer to the last one.
-        """
-        start, part, is_last = item
+    def send_part(self, session: str, item: Tuple[int, bytes]) -> Dict[str, Any]:
+        """Send what the server still lacks of a part until it has all; return what it says after the last one."""
+        start, part = item
         stop = start + len(part)
-        at = start
-        failures = 0  # since the last byte arrived
-        while True:
-            failures += 1
-            body = [memoryview(part)[at - start:]] if at < stop else []
+        is_last = len(part) < _GS_PART
+        at = start  # up to where it has arrived, as far as is known
+        is_known = True
+
+        def prepare() -> _Request:
+            nonlocal is_known
+            body = [memoryview(part)[at - start:]] if is_known and at < stop else []
+            is_known = False
             span = f'{at}-{stop - 1}' if body else '*'
-            headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
-            try:
-                reply = self.request(_Request('PUT', session, headers, body), accept=[308, 412], tries=1)
-            except RemoteError as e:
-                if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
-                    raise
-                self.job.sleep(_backoff(failures))
-                reply = self.request(_Request('PUT', session, {'Content-Range': 'bytes */*'}), accept=[308, 412])
+            return _Request('PUT', session, {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}, body)
+
+        def judge(reply: _Reply) -> str:
+            nonlocal at, is_known
+            if reply.status != 308:
+                return _judge(reply)
+            is_known = True
+            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
+            at = int(received.group(1)) + 1 if received else 0
+            return 'later' if at == before else 'final'
+
+        while at < stop or is_last:
+            before = at
+            reply = self.http.request(prepare, judge)
             if reply.status == 412:
                 raise _NameTaken  # perhaps by ourselves, if an answer was lost
+            if reply.status < 300 and is_last:
+                return reply.json()
             if reply.status != 308:
-                if not is_last:
-                    raise self.protocol_error()
-                return part, reply
-            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
-            arrived = int(received.group(1)) + 1 if received else 0
-            if not at <= arrived <= stop:
-                raise RemoteError(f'{self.url} lost a part of the upload', 'push again')
-            if arrived == stop and not is_last:
-                return part, None
-            if arrived > at:
-                failures = 0
-            elif failures >= _TRIES:
-                raise RemoteError(f'{self.url} takes no more of the upload', 'check the endpoint_url, and push again')
-            at = arrived
+                raise self.error(reply) if reply.status >= 300 else self.protocol_error()
+            if not before < at <= stop:
+                raise RemoteError(f'{self.url} takes no more of the upload',
+                                  'check the endpoint_url, and push again')
+        return {}
 
     def remove(self, obj: _Object) -> bool:
         """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete
@@ -4765,25 +4698,15 @@ class _GsRemote(_BucketStore):
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
         key = self.key(obj.name)
-        query = {'ifGenerationMatch': obj.version}
-        reply = self.request(_Request('DELETE', self.address(key, query)), accept=[404, 412])
-        if reply.status == 412 and self.is_current(obj):
-            raise self.error(reply, True)
+        look = functools.partial(self.look, obj)
+        with contextlib.suppress(NotFound):
+            reply = self.request('DELETE', key, {'ifGenerationMatch': obj.version}, accept=[404, 412], before=look)
+            if reply.status == 412:
+                look()
+                raise self.error(reply)
         query = {'generation': obj.version, 'fields': 'generation'}
-        reply = self.request(_Request('GET', self.address(key, query)), accept=[404])
+        reply = self.request('GET', key, query, accept=[403, 404])
         return bool(reply.json().get('generation') == obj.version)
-
-
-def _placed(parts: Iterable[List[Any]]) -> Iterator[Tuple[int, bytes, bool]]:
-    """The offset and bytes of each part, and whether it is the last. At least one."""
-    start = 0
-    last = b''
-    for part in parts:
-        if last:
-            yield start, last, False
-        start += len(last)
-        last = b''.join(part)
-    yield start, last, True
 
 
 # http(s):// ----------------------------------------------------------------------------
@@ -5587,44 +5510,46 @@ _Copies = Dict[str, Tuple[_Object, _Segment]]  # segments that S3 copies, by pat
 def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Copies:
     """Segments that need not be sent.
 
-    All their files are read, and must hash to what an index says; so must both ends of what is to be copied.
+    All their files are read, and must hash to what an index says; so must both ends of what is to be copied. If the
+    archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
-    if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
-        return {}
+    known = dict(survey.segments)  # with digests as soon as they have been read
+
+    def is_same(segment: _Segment) -> bool:
+        own = known.get(segment.path, _Segment(''))
+        return own.amount() == segment.amount() and own.digest in ('', segment.digest)
 
     def look(obj: _Object) -> Optional[_Archive]:
-        with contextlib.suppress(Error, OSError):
+        with contextlib.suppress(Error):
             return _Archive(remote, obj, remote.read_tail(obj))
         return None
 
     def choose(path: str) -> Optional[Tuple[_Object, _Segment]]:
         for archive, segment in candidates[path]:
             with contextlib.suppress(Error):
-                if segment.digest == digests[path] and archive.read_ends(segment) == read.ends[path]:
+                if is_same(segment) and archive.read_ends(segment) == read.ends[path]:
                     return archive.obj, segment
         return None
 
+    if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
+        return {}
     try:
         objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
     except Error as e:
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name != name, -obj.modified))
+    candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = collections.defaultdict(list)
     with _Pool(job, remote.connections) as pool, remote.http.briefly():
         archives = list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _for_all)))
-        candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = {}
         for archive in archives:
             for segment in archive.segments:
-                own = survey.segments.get(segment.path)
-                if own and own.amount() == segment.amount() and segment.length >= _MIN_PART:
-                    candidates.setdefault(segment.path, []).append((archive, segment))
+                if segment.length >= _MIN_PART and is_same(segment):
+                    candidates[segment.path].append((archive, segment))
         read = _hash(job, survey.listing(candidates))
-        digests = {segment.path: segment.digest for segment in read.segments}
+        known.update((segment.path, segment) for segment in read.segments)
         for archive in archives:
-            is_repair = archive.name == name and all(
-                own and own.amount() == segment.amount() and digests.get(segment.path, segment.digest) == segment.digest
-                for own, segment in ((survey.segments.get(segment.path), segment) for segment in archive.segments))
-            if is_repair:
+            if archive.name == name and len(archive.segments) == len(known) and all(map(is_same, archive.segments)):
                 return {}
         return {path: found for path, found in zip(candidates, _ordered(pool, choose, candidates, _for_all)) if found}
 
@@ -5654,6 +5579,38 @@ def _archive_blocks(
             yield block.result
 
 
+def _is_whole(
+        remote: _Remote,
+        name: str,
+        end: bytes,
+        size: int,
+        exclusive: bool,
+        doubt: Optional[_Unconfirmed],
+) -> bool:
+    """Whether an archive that was just written is right; if not, it is not there any more.
+
+    end, size: what it must have. doubt: raised if it is not there, unless it was to be exclusive, and another one is.
+    """
+    obj = remote.stat(name)
+    is_ours = obj and remote.read(obj, max(0, obj.size - len(end)), obj.size) == end
+    if obj and is_ours and obj.size == size:
+        return True
+    if doubt and obj and exclusive and not is_ours:
+        raise _NameTaken
+    if doubt:
+        raise doubt
+    if not obj or not is_ours:
+        _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
+        return True
+    _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
+    try:
+        remote.remove(obj)
+    except RemoteError as e:
+        raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
+                      f"'etc push -f {name}' replaces it") from None
+    return False
+
+
 def _write_archive(
         job: _Job,
         remote: _Remote,
@@ -5681,23 +5638,28 @@ def _write_archive(
     while True:
         segments = _SegmentList()
         job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
+        doubt: Optional[_Unconfirmed] = None
         try:
             with _Pool(job, _cores()) as pool:
                 remote.write(local.name, archive(pool), survey.limit, exclusive)
         except _WriteAgain as e:
-            _say(f'{e.message}; writing all again', _DEBUG)
-            exclusive = exclusive or e.is_gone
-            copies = copies if remote.can_copy else {}
+            _say(f'{e.message}; writing it again', _DEBUG)
             continue
         except _Unconfirmed as e:
-            found = None
-            with contextlib.suppress(RemoteError, Corrupt):
-                found = _look_up(remote, local.name)
-            if found is None:
-                raise e
-            if found.digest != segments.digest():
-                raise _NameTaken from None
-        return segments.segments, copies
+            doubt = e
+        except RemoteError as e:
+            if not copies or not e.status:
+                raise
+            _say(f'nothing is copied: {e.message}', _DEBUG)
+            copies = {}
+            continue
+        if not copies and not doubt:
+            return segments.segments, copies
+        end = _archive_end(level, segments)
+        if _is_whole(remote, local.name, end, segments.archive_length() + len(end), exclusive, doubt):
+            return segments.segments, copies
+        copies = {}
+        exclusive = True  # as another push may have been faster
 
 
 # ---------------------------------------------------------------------------------------
