@@ -226,8 +226,9 @@ class Case(unittest.TestCase):
         return etc.ls(config=self.config(home))
 
     def leftovers(self, home='home'):
-        inner = self.tmp / home / '.etcetera'
-        return [p for kind in ('staging', 'replaced') if (inner / kind).is_dir() for p in (inner / kind).iterdir()]
+        """The work directories, but for those that only keep a replaced dataset for who still reads it."""
+        return [p for p in (self.tmp / home / '.etcetera').glob('*')
+                if p.name != 'locks' and glob.glob(str(p / '*')) != [str(p / 'gone')]]
 
 
 @contextlib.contextmanager
