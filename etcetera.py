@@ -579,8 +579,8 @@ class _Job:
 
     def begin(self, total: int) -> None:
         """Count anew, up to `total`."""
-        self.total = total  # bytes that progress is to reach
         self.moved = 0  # bytes that have been read, sent or received
+        self.total = total  # bytes that progress is to reach
         self.packed = 0  # bytes of files that a push has packed so far
         self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
 
@@ -595,9 +595,10 @@ class _Job:
         """Raises _Ended."""
         until = time.monotonic() + seconds
         self.add(0)
-        while time.monotonic() < until:
-            time.sleep(min(_TICK, max(0.0, until - time.monotonic())))
+        while seconds > 0:
+            time.sleep(min(_TICK, seconds))
             self.add(0)
+            seconds = until - time.monotonic()
 
     def report(self, progress: _Progress) -> None:
         if progress and self.total:
@@ -633,7 +634,8 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
                 outcome.append((function(job, *args), None))
         except BaseException as e:
             outcome.append((None, e))
-        finished.release()
+        finally:
+            finished.release()
 
     finished.acquire()
     thread = threading.Thread(target=work, daemon=True)
@@ -652,6 +654,7 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
     result, error = outcome[0]
     if error:
         raise error
+    job.moved, job.produced = job.total, 0
     job.report(progress)
     return result  # type: ignore[no-any-return]
 
@@ -690,14 +693,22 @@ class _Pool:
         import threading
         from concurrent.futures import Future
         future: Any = Future()
-        self.tasks.put(functools.partial(self.settle, future, function, item))
-        if len(self.threads) < self.wanted:
-            thread = threading.Thread(target=self.work, daemon=True)
+
+        def task() -> None:
             try:
+                if not self.is_closed:
+                    future.set_result(function(item))
+            except BaseException as e:
+                future.set_exception(e)
+
+        self.tasks.put(task)
+        try:
+            if len(self.threads) < self.wanted:
+                thread = threading.Thread(target=self.work, daemon=True)
                 thread.start()
                 self.threads.append(thread)
-            except (RuntimeError, MemoryError):
-                self.wanted = len(self.threads)
+        except (RuntimeError, MemoryError):
+            self.wanted = len(self.threads)
         if not self.threads:
             self.tasks.get()()
         return future
@@ -706,13 +717,6 @@ class _Pool:
         for task in iter(self.tasks.get, None):
             task()
             del task  # or memory would hold it until the next one comes
-
-    def settle(self, future: Any, function: Callable[[Any], Any], item: Any) -> None:
-        if not self.is_closed:
-            try:
-                future.set_result(function(item))
-            except BaseException as e:
-                future.set_exception(e)
 
 
 def _ordered(
