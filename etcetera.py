@@ -126,6 +126,7 @@ from typing import (
     Callable,
     Container,
     Dict,
+    FrozenSet,
     Generator,
     Iterable,
     Iterator,
@@ -575,14 +576,22 @@ class _Job:
         self.lock = threading.Lock()
         self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
         self.is_ended = False
+        self.wake: Optional[Callable[[], Any]] = None  # the caller, if there is one who listens
+        self.is_heard = False
         self.begin(0)
 
     def begin(self, total: int) -> None:
-        """Count anew, up to `total`."""
-        self.total = total  # bytes that progress is to reach
+        """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
         self.moved = 0  # bytes that have been read, sent or received
+        self.total = total  # bytes that progress is to reach
         self.packed = 0  # bytes of files that a push has packed so far
         self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
+        if self.wake:
+            self.is_heard = False
+            self.wake()
+            while not (self.is_heard or self.is_ended):
+                time.sleep(_TICK / 100)
+            self.add(0)
 
     def add(self, count: int) -> None:
         """Count bytes. Raises _Ended."""
@@ -600,6 +609,7 @@ class _Job:
             self.add(0)
 
     def report(self, progress: _Progress) -> None:
+        self.is_heard = True
         if progress and self.total:
             done = self.moved
             if self.produced:
@@ -624,7 +634,11 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
     import threading
     job = _Job()
     outcome: List[Tuple[Any, Optional[BaseException]]] = []
-    finished = threading.Lock()
+    news = threading.Lock()  # held while there are none
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # there are some already
+            news.release()
 
     def work() -> None:
         try:
@@ -633,21 +647,25 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
                 outcome.append((function(job, *args), None))
         except BaseException as e:
             outcome.append((None, e))
-        finished.release()
+        finally:
+            wake()
 
-    finished.acquire()
+    news.acquire()
     thread = threading.Thread(target=work, daemon=True)
     try:
         try:
+            job.wake = wake if progress else None
             thread.start()
         except (RuntimeError, MemoryError):
+            job.wake = None
             work()
-        while not finished.acquire(timeout=_TICK):
+        while not outcome:
+            news.acquire(timeout=_TICK)
             job.report(progress)
     except BaseException:
         job.end()
         while not outcome and thread.is_alive():
-            finished.acquire(timeout=_TICK)
+            news.acquire(timeout=_TICK)
         raise
     result, error = outcome[0]
     if error:
@@ -692,14 +710,22 @@ class _Pool:
         import threading
         from concurrent.futures import Future
         future: Any = Future()
-        self.tasks.put(functools.partial(self.settle, future, function, item))
-        if len(self.threads) < self.wanted:
-            thread = threading.Thread(target=self.work, daemon=True)
+
+        def task() -> None:
             try:
+                if not self.is_closed:
+                    future.set_result(function(item))
+            except BaseException as e:
+                future.set_exception(e)
+
+        self.tasks.put(task)
+        try:
+            if len(self.threads) < self.wanted:
+                thread = threading.Thread(target=self.work, daemon=True)
                 thread.start()
                 self.threads.append(thread)
-            except (RuntimeError, MemoryError):
-                self.wanted = len(self.threads)
+        except (RuntimeError, MemoryError):
+            self.wanted = len(self.threads)
         if not self.threads:
             self.tasks.get()()
         return future
@@ -708,13 +734,6 @@ class _Pool:
         for task in iter(self.tasks.get, None):
             task()
             del task  # or memory would hold it until the next one comes
-
-    def settle(self, future: Any, function: Callable[[Any], Any], item: Any) -> None:
-        if not self.is_closed:
-            try:
-                future.set_result(function(item))
-            except BaseException as e:
-                future.set_exception(e)
 
 
 def _ordered(
@@ -4888,7 +4907,7 @@ class _Receipt(NamedTuple):
 
     name: str
     segments: Tuple[_Segment, ...]  # of the whole dataset
-    installed: Tuple[str, ...]  # paths of the segments that are here; none while the directory is being removed
+    installed: FrozenSet[str]  # paths of the segments that are here; none while the directory is being removed
     source: str  # URL from which it was pulled or copied
     version: str  # of the object; '' if it was copied
     when: str  # UTC
@@ -4909,13 +4928,12 @@ class _Receipt(NamedTuple):
         return [path for path in paths if path not in self.installed]
 
     def write(self, directory: Path) -> None:
-        text = json.dumps(dict(self._asdict(), digest=self.digest,
-                               segments=[segment.to_json() for segment in self.segments]), indent=1)
-        _remove(directory / _RECEIPT)
-        with open(os.open(directory / _RECEIPT, _CREATE, 0o444), 'w') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        row = dict(self._asdict(), digest=self.digest, installed=sorted(self.installed),
+                   segments=[segment.to_json() for segment in self.segments])
+        sink = _Sink(directory)
+        with open(sink.create_file(_RECEIPT, False), 'w') as file:
+            json.dump(row, file, indent=1)
+        sink.finish(confined=False)
 
     @classmethod
     def read(cls, directory: Path) -> Optional['_Receipt']:
@@ -4925,7 +4943,7 @@ class _Receipt(NamedTuple):
             if directory.is_symlink() or path.is_symlink():
                 return None
             row = _parse_json(path.read_bytes())
-            receipt = cls(row['name'], tuple(map(_Segment.from_json, row['segments'])), tuple(row['installed']),
+            receipt = cls(row['name'], tuple(map(_Segment.from_json, row['segments'])), frozenset(row['installed']),
                           row['source'], row['version'], row['when'])
             texts = [receipt.source, receipt.version, receipt.when, *receipt.installed]
             is_sound = all(isinstance(text, str) for text in texts)
@@ -4940,22 +4958,26 @@ class _Home:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.inner = root / '.etcetera'
+        for work in self.works():
+            with contextlib.suppress(OSError):
+                if os.path.lexists(work / 'old') and not self.is_alive(work):
+                    self.settle(work)
 
     def path(self, name: str) -> Path:
         return self.root / name
 
     def names(self) -> List[str]:
         """The names of the datasets that are here, sorted."""
-        try:
-            found = [path for path in self.root.iterdir() if _is_name(path.name)]
-        except FileNotFoundError:
-            return []
-        return sorted(path.name for path in found if (path.is_symlink() or path.is_dir()) and self.has(path.name))
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(name for name in os.listdir(self.root) if _is_name(name) and self.has(name))
+        return []
 
     def has(self, name: str) -> bool:
-        self.recover(name)
+        path = self.path(name)
         receipt = self.receipt(name)
-        return os.path.lexists(self.path(name)) and (receipt is None or bool(receipt.installed))
+        if receipt:
+            return bool(receipt.installed)
+        return path.is_symlink() or path.is_dir() and os.listdir(path) != []
 
     def receipt(self, name: str) -> Optional[_Receipt]:
         """The receipt of what is installed; None if it was registered or created, or is not here."""
@@ -4970,9 +4992,10 @@ class _Home:
         return self.dataset(name, receipt), receipt
 
     def dataset(self, name: str, receipt: Optional[_Receipt]) -> Dataset:
-        absent = [segment.partition for segment in receipt.segments
-                  if segment.partition and segment.path not in receipt.installed] if receipt else []
-        return Dataset(self.path(name), name, receipt.digest if receipt else None, absent)
+        if not receipt:
+            return Dataset(self.path(name), name)
+        absent = receipt.missing(segment.path for segment in receipt.segments)
+        return Dataset(self.path(name), name, receipt.digest, [path.partition('data/')[2] for path in absent])
 
     # Work under way
 
@@ -5003,14 +5026,17 @@ class _Home:
             install.work.mkdir(parents=True)
             is_kept = False
             try:
+                self.clear(name)
+                if replace:
+                    self.check_movable(name)
                 self.take_over(install)
                 self.sweep(name)
                 yield install
-            except (RemoteError, _Ended):
-                is_kept = any(map(os.path.exists, [install.journal, install.earlier / 'journal']))
+            except BaseException as e:
+                is_kept = isinstance(e, RemoteError) or not isinstance(e, Exception)
                 raise
             finally:
-                if is_kept or os.path.lexists(install.gone):
+                if is_kept and _resumable(install.work) or os.path.lexists(install.work / 'gone'):
                     os.utime(install.work)
                     os.rename(install.work, self.work_path(name, pid=0))
                 else:
@@ -5023,35 +5049,30 @@ class _Home:
         _own_names.add(path.name)
         return path
 
-    def works(self, name: str = '') -> List[Path]:
+    def works(self, name: str = '*') -> List[Path]:
         """What processes work on, or were working on when they died: all, or for one name."""
-        try:
-            return [path for path in self.inner.iterdir() if re.match(f'{re.escape(name) or "[^@]+"}@', path.name)]
-        except FileNotFoundError:
-            return []
+        return list(self.inner.glob(f'{name}@*@[0-9]*@*'))
 
     def is_alive(self, work: Path) -> bool:
         """Whether the process that made this may still be at work."""
-        _, host, pid, _ = (work.name.split('@') + [''] * 3)[:4]
+        host, pid = work.name.split('@')[1:3]
         if pid == '0':
             return False
-        if os.name != 'posix' or host != _host() or not pid.isdigit():
+        if os.name != 'posix' or host != _host():
             return _age(work) < _STALE
         if int(pid) == os.getpid():  # in a container, another process may have had this number before
             return work.name in _own_names
         try:
             os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            pass
+        except OSError as e:
+            return e.errno != errno.ESRCH
         return True
 
     def take_over(self, install: '_Install') -> None:
         """Take what dead processes have left of an install of this name."""
         with contextlib.suppress(OSError):  # another process was faster
-            dead = [work for work in self.works(install.name) if not work.is_symlink() and not self.is_alive(work)]
-            places = [place for work in dead for place in (work, work / 'earlier') if (place / 'journal').exists()]
+            dead = [work for work in self.works(install.name) if not self.is_alive(work)]
+            places = [place for work in dead for place in _resumable(work)]
             if places:
                 os.rename(max(places, key=lambda place: (place / 'journal').stat().st_size), install.earlier)
 
@@ -5059,46 +5080,30 @@ class _Home:
         """Remove what dead processes left behind; but keep what pulls of other datasets may still resume."""
         for work in self.works():
             with contextlib.suppress(OSError):
-                is_other = not work.name.startswith(name + '@')
-                is_resumable = is_other and (work / 'journal').exists() and _age(work) < _RESUMABLE
-                is_being_read = os.path.lexists(work / 'gone') and _age(work) < _GRACE
-                if not (is_resumable or is_being_read or os.path.lexists(work / 'old') or self.is_alive(work)):
+                is_resumable = not work.name.startswith(name + '@') and _resumable(work)
+                keep = _GRACE if os.path.lexists(work / 'gone') else _RESUMABLE if is_resumable else 0
+                if _age(work) >= keep and not os.path.lexists(work / 'old') and not self.is_alive(work):
                     own = self.work_path(name)
                     os.rename(work, own)  # if its owner lives after all, it must not install it
                     _remove(own)
 
-    def recover(self, name: str) -> None:
-        """Finish a replacement whose process was killed: put the old dataset back if there is no new one."""
-        for work in self.works(name):
-            with contextlib.suppress(OSError):
-                if os.path.lexists(work / 'old') and not self.is_alive(work):
-                    os.rename(work / 'old', work / 'gone' if os.path.lexists(self.path(name)) else self.path(name))
-
     @contextlib.contextmanager
     def lock(self, job: _Job, name: str) -> Iterator[None]:
         """Let one process at a time work on `name`, if the system can. It only saves work."""
-        file: Any = None
-        with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
-            import fcntl
-            (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
-            file = open(self.inner / 'locks' / name, 'ab')
-        is_waiting = False
-        try:
-            while file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a blocking call would stop green threads
-                    break
-                except OSError as e:
-                    if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        path = self.inner / 'locks' / name
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
+                import fcntl
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, 'ab'))
+                for attempt in itertools.count():
+                    with contextlib.suppress(BlockingIOError, PermissionError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as waiting would stop green threads
                         break
-                if not is_waiting:
-                    _say(f"waiting for another process that works on '{name}'")
-                is_waiting = True
-                job.sleep(_TICK)
+                    if not attempt:
+                        _say(f"waiting for another process that works on '{name}'")
+                    job.sleep(_TICK)
             yield
-        finally:
-            if file:
-                file.close()
 
     # Putting datasets in place
 
@@ -5107,58 +5112,79 @@ class _Home:
         target = self.path(install.name)
         _flush(install.root)
         _remove(install.journal)  # from here on, nobody may go on with it
-        if install.replace:
-            _make_movable(target)
+        _remove(install.earlier)
         while True:
-            _remove(install.old)  # which another process has replaced meanwhile
             if install.replace:
                 with contextlib.suppress(FileNotFoundError):
-                    self.set_aside(target, install.old)
+                    os.rename(target, install.work / 'old')
             try:
-                if os.path.lexists(target):
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-                os.rename(install.root, target)
-                break
+                if not os.path.lexists(target):
+                    os.rename(install.root, target)
+                    return
             except OSError:
                 if not os.path.lexists(target):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(install.old, target)
                     raise
-                if not install.replace:
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(install.old, install.gone)
+            finally:
+                self.settle(install.work)
+            if not install.replace:
+                raise FileExistsError
 
-    def set_aside(self, path: Path, aside: Path) -> None:
+    def settle(self, work: Path) -> None:
+        """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
+        target = self.path(work.name.split('@')[0])
+        old, gone = work / 'old', work / 'gone'
+        if not os.path.lexists(old):
+            return
+        if not os.path.lexists(target):
+            os.rename(old, target)
+        elif os.path.lexists(gone):
+            _remove(old)
+        else:
+            os.rename(old, gone)
+
+    def check_movable(self, name: str) -> None:
+        """Raises Error if a dataset cannot be renamed. What is tried has no effect: the other directory is not empty."""
+        path = self.path(name)
+        _make_movable(path)
         try:
-            os.rename(path, aside)
+            os.rename(path, self.inner)
         except OSError as e:
-            if e.errno != errno.EXDEV:
-                raise
-            raise Error(f'{path} is part of a container image, whose directories cannot be renamed',
-                        f"run 'etc purge {path.name}' first") from None
+            if e.errno == errno.EXDEV:
+                raise Error(f'{path} is part of a container image, whose directories cannot be renamed',
+                            f"run 'etc purge {name}' first") from None
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        gone = self.work_path(name)
-        gone.parent.mkdir(parents=True, exist_ok=True)
+        work = self.work_path(name)
+        work.mkdir(parents=True)
         _make_movable(path)
         try:
-            os.rename(path, gone)
+            os.rename(path, work / 'new')
         except OSError as e:
             if e.errno != errno.EXDEV:
+                _remove(work)
                 raise
-            # As above; so first of all it stops counting as a dataset.
-            (self.receipt(name) or _Receipt(name, (), (), '', '', ''))._replace(installed=()).write(path)
+            # It is part of a container image; so first of all it stops counting as a dataset.
+            receipt = self.receipt(name) or _Receipt(name, (), frozenset(), '', '', '')
+            receipt._replace(installed=frozenset()).write(work)
+            _flush(work)
+            os.rename(work / _RECEIPT, path / _RECEIPT)
+            self.clear(name)
+        _remove(work)
+        for other in self.works(name):  # or it would be put back
+            if not self.is_alive(other):
+                _remove(other)
+        self.sweep(name)
+
+    def clear(self, name: str) -> None:
+        """Remove a directory that no longer counts as a dataset; last its receipt, which says so."""
+        path = self.path(name)
+        if path.is_dir() and not self.has(name):
             for item in os.listdir(path):
                 if item != _RECEIPT:
                     _remove(path / item)
-            _remove(path)
-        _remove(gone)
-        for work in self.works(name):  # or recover() would put it back
-            if not self.is_alive(work):
-                _remove(work)
-        self.sweep(name)
+            if os.listdir(path) in ([], [_RECEIPT]):
+                _remove(path)
 
     def keeps_x_bits(self) -> bool:
         """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
@@ -5184,20 +5210,18 @@ class _Install:
         self.root = work / 'new'  # to be filled
         self.journal = work / 'journal'
         self.earlier = work / 'earlier'  # what an interrupted install has left
-        self.old = work / 'old'
-        self.gone = work / 'gone'
 
-    def reuse(self, job: _Job, wanted: Iterable[_Segment]) -> Set[str]:
+    def reuse(self, job: _Job, wanted: Sequence[_Segment]) -> Set[str]:
         """Link the wanted segments that any installed dataset has, and return their paths."""
-        lacking = {segment.path: segment for segment in wanted}
+        lacking = {segment.path: segment.digest for segment in wanted}
         reused: Set[str] = set()
         for name in sorted(self.home.names(), key=lambda name: name != self.name):
             receipt = self.home.receipt(name)
-            here = {segment.path: segment.digest for segment in receipt.here()} if receipt else {}
-            same = {path: segment for path, segment in lacking.items() if here.get(path) == segment.digest}
-            linked = self.link(job, name, same) if same else set()
-            reused |= linked
-            lacking = {path: segment for path, segment in lacking.items() if path not in linked}
+            here = receipt.here() if receipt else []
+            same = {segment.path: segment for segment in here if segment.digest == lacking.get(segment.path)}
+            for path in self.link(job, name, same) if same else ():
+                reused.add(path)
+                del lacking[path]
         return reused
 
     def link(self, job: _Job, name: str, promised: Mapping[str, _Segment]) -> Set[str]:
@@ -5213,12 +5237,11 @@ class _Install:
             found = _hash(job, _segments(self.root, promised)).segments  # of what nobody can exchange any more
             linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
         for path in promised.keys() - linked:
-            if path != '.':
-                _remove(Path(_join(self.root, path)))
-                continue
-            for item in self.root.iterdir():
-                if item.is_symlink() or not item.is_dir():
-                    item.unlink()
+            litter = [self.root / path]
+            if path == '.':
+                litter = [item for item in self.root.iterdir() if item.is_symlink() or item.is_file()]
+            for item in litter:
+                _remove(item)
         return linked
 
     def link_entry(self, entry: _Entry) -> None:
@@ -5242,21 +5265,25 @@ class _Install:
             self.home.put(self)
             return True
         except FileExistsError:
-            if receipt and self.home.open(self.name)[0].digest == receipt.digest:
-                return False
-            raise _taken_error(self.name) from None
+            other = self.home.receipt(self.name)
+            if not receipt or not other or other.digest != receipt.digest or other.missing(receipt.installed):
+                raise _taken_error(self.name) from None
+            return False
 
 
 def _taken_error(name: str, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
     return Exists(f"another '{name}' is installed already", remedy)
 
 
+def _resumable(work: Path) -> List[Path]:
+    """The interrupted pulls in a directory of work."""
+    return [place for place in (work, work / 'earlier') if (place / 'journal').exists()]
+
+
 def _age(work: Path) -> float:
     """Seconds since a sign of life."""
-    newest = os.lstat(work).st_mtime
-    with contextlib.suppress(OSError):
-        newest = max(newest, os.lstat(work / 'new').st_mtime)
-    return time.time() - newest
+    signs = [path.stat().st_mtime for path in (work, work / 'new') if path.exists()]
+    return time.time() - max(signs, default=0)
 
 
 @functools.lru_cache(maxsize=None)
@@ -5290,7 +5317,7 @@ def _flush(directory: Path) -> None:
         os.close(file)
 
 
-def _make_movable(path: Path) -> None:
+def _make_movable(path: _Path) -> None:
     """Let a read-only directory be renamed, which otherwise only root can."""
     with contextlib.suppress(OSError):
         if not os.path.islink(path):
@@ -5305,14 +5332,11 @@ def _remove(path: Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
     except OSError:  # read-only directories, or on Windows files
         _make_movable(path)
         for top, directories, files in os.walk(path):
             for name in directories + (files if os.name == 'nt' else []):
-                if not os.path.islink(os.path.join(top, name)):
-                    os.chmod(os.path.join(top, name), 0o700)
+                _make_movable(os.path.join(top, name))
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -5495,8 +5519,8 @@ def _new_receipt(
         source: str,
         version: str,
 ) -> _Receipt:
-    paths = sorted(segment.path for segment in installed)
-    return _Receipt(name, tuple(segments), tuple(paths), source, version, _utc(time.time()))
+    paths = frozenset(segment.path for segment in installed)
+    return _Receipt(name, tuple(segments), paths, source, version, _utc(time.time()))
 
 
 # Pushing
@@ -5961,8 +5985,7 @@ def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config)
             new = archive.receipt(wanted)
             is_new = install.commit(new)
         old = f'; it replaces {receipt.digest}' if receipt and receipt.digest != new.digest else ''
-        place = home.path(name)
-        _say(f'pulled {name} to {place}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
+        _say(f'pulled {name}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
         _say(f'{name}@{archive.digest}', _DEBUG)
         return home.dataset(name, new)
 
@@ -6204,10 +6227,11 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
     bare, pin = _parse_name(name)
 
     def work(job: _Job) -> None:
-        _check_installed(home, bare, "'etc ls' lists what there is")
-        if pin:
-            _check_pin(bare, pin, _digest_of(job, *home.open(bare)))
-        with home.changes():
+        with home.changes(), home.lock(job, bare):
+            home.clear(bare)
+            _check_installed(home, bare, "'etc ls' lists what there is")
+            if pin:
+                _check_pin(bare, pin, _digest_of(job, *home.open(bare)))
             home.remove(bare)
 
     _perform(None, work)

@@ -5720,6 +5720,29 @@ print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).
         self.assertEqual(pull.result().digest, etc.Dataset(self.root).digest)
         self.assertTrue(all(operation & fcntl.LOCK_NB for operation in asked))
 
+    def test_as_python_ends(self):
+        """In a thread that outlives the main one, and at exit."""
+        self.publish(MIB)
+        code, out = run_python("""
+import atexit, sys, threading, time
+import etcetera as etc
+def get(home, seconds):
+    time.sleep(seconds)
+    config = etc.Config(sys.argv[1], home=sys.argv[2] + home, **%r)
+    print(home, *etc.dataset('X', auto_install=True, config=config), flush=True)
+threading.Thread(target=get, args=('late', 0.5)).start()
+atexit.register(get, 'exit', 0)
+""" % self.settings, self.url, str(self.tmp) + os.sep)
+        self.assertEqual((code, out.split()), (0, ['late', 'train', 'exit', 'train']), out)
+        for home in 'late', 'exit':
+            self.check(home)
+
+    def test_home_that_is_a_file(self):
+        self.publish(MIB)
+        write(self.tmp, {'file': 'x'})
+        err = self.etc('pull', 'X', home='file/home', status=1)[1]
+        self.assertIn(('Not a directory: ' if os.name == 'posix' else '') + str(self.tmp / 'file'), err)
+
 
 @unittest.skipIf(os.name == 'nt', 'no signals to send')
 class Resume(Installing):
