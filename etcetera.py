@@ -660,8 +660,8 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
             job.wake = None
             work()
         while not outcome:
-            news.acquire(timeout=_TICK)
             job.report(progress)
+            news.acquire(timeout=_TICK)
     except BaseException:
         job.end()
         while not outcome and thread.is_alive():
