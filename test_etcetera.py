@@ -3951,14 +3951,6 @@ class GcpEmulator(BucketPeer, Case):
         return self.blob(name).download_as_bytes(raw_download=True)
 
 
-def patch(case, thing, name, value):
-    """Put another value there until the test ends; returns the old one."""
-    old = getattr(thing, name)
-    case.addCleanup(setattr, thing, name, old)
-    setattr(thing, name, value)
-    return old
-
-
 def misbehave(handler, how):
     """Answer with a status, a page, or not at all."""
     if how == 'silence':
@@ -4129,7 +4121,7 @@ class AwsCase(S3Case):
 
     def shift(self, seconds):
         """Let time pass."""
-        now = patch(self, time, 'time', lambda: now() + seconds)
+        now = stand_in(self, time, 'time', lambda: now() + seconds)
 
     def rotate(self, seconds):
         """Let time pass, after which the services give out other keys."""
@@ -4236,8 +4228,8 @@ class AwsCredentialsOracle(AwsCredentials):
 
         def connect(address, *args, **kwargs):
             raise Reached(address[0])
-        patch(self, socket, 'create_connection', connect)
-        patch(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
+        stand_in(self, socket, 'create_connection', connect)
+        stand_in(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
         del os.environ['AWS_ENDPOINT_URL']
         session = botocore.session.Session()
         loader = session.get_component('data_loader')
@@ -4379,7 +4371,7 @@ class AwsLife(AwsCase):
             stamp = calendar.timegm(time.strptime(handler.headers['x-amz-date'], '%Y%m%dT%H%M%SZ'))
             return abs(stamp - now()) > 300 and (handler.error(403, 'SignatureDoesNotMatch') or True)
         self.server.fault = self.aws.fault = fault
-        patch(self, Handler, 'date_time_string', lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True))
+        stand_in(self, Handler, 'date_time_string', lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True))
         self.shift(5 * 3600)
         self.expect('dev-by-STATIC-B', DEV, BASE)
         self.assertEqual((len(self.aws.log), len(self.server.log)), (2, 1))
@@ -4452,7 +4444,7 @@ class AwsRenewal(AwsCase):
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
     def test_what_is_transient(self):
-        patch(self, etc, '_backoff', lambda failures: 0)
+        stand_in(self, random, 'uniform', lambda low, high: 0)  # no pauses
         for status, code, akid, env in ((400, 'Throttling', 'WEB-pod', self.web_identity()),
                                         (400, 'RequestLimitExceeded', 'WEB-pod', self.web_identity()),
                                         (400, 'IDPCommunicationError', 'WEB-pod', self.web_identity()),
@@ -4617,10 +4609,10 @@ class Signature(S3Case):
         """Signatures are right for odd keys, of odd hosts and with all kinds of headers."""
         import ssl
         # all hosts are the test's server, which speaks plain HTTP
-        connect = patch(self, socket, 'create_connection', lambda address, *args, **kwargs: connect(
+        connect = stand_in(self, socket, 'create_connection', lambda address, *args, **kwargs: connect(
             self.server.server_address, *args, **kwargs))
-        patch(self, http.client, 'HTTPSConnection', Plain)
-        patch(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
+        stand_in(self, http.client, 'HTTPSConnection', Plain)
+        stand_in(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
         self.url = "s3://bucket/a b+~\u00e9//.=&%$'%41(*:@Z-_\u65e5"
         self.settings.update(region='eu-west-3', aws_session_token='to/ken+=', public=True, storage_class='STANDARD_IA',
                              request_payer='requester')
@@ -4771,7 +4763,7 @@ class Faults:
         self.requests, self.hits, self.is_armed, self.mutex = [], [], False, threading.RLock()
         self.rng = random.Random()
         for name in ('_TIMEOUT', '_READ_TIMEOUT'):
-            patch(self, etc, name, 60)
+            stand_in(self, etc, name, 60)
 
     def patience(self, seconds):
         """Let a connection count as broken after so much silence."""
@@ -4805,7 +4797,7 @@ class Faults:
         part = {name: content for name, content in whole.items() if not name.startswith('data/train')}
         return (self.tmp / 'made' / version / 'X.tgz').read_bytes(), whole, part
 
-    def works(self, words, home):
+    def succeeds(self, words, home):
         self.assertEqual(self.etc('-q', *words.split(), home=home), ('', ''))
 
     def prepare(self, op, home):
@@ -4862,7 +4854,7 @@ class Faults:
         def prepare(op, home):
             if op[4]:
                 self.reset(one)
-                self.works(op[4], home)
+                self.succeeds(op[4], home)
             self.reset(op[1], conditions=self.rng.random() < .5)  # some stores know none
             return home
 
@@ -4876,10 +4868,10 @@ class Faults:
             found = tree(self.tmp / home / 'X') if os.path.lexists(str(self.tmp / home / 'X')) else None
             self.assertTrue(found in possible, (err, sorted(found or {})))
             if found:
-                self.works('verify X', home)
+                self.succeeds('verify X', home)
             if err:
                 self.reset(two)
-                self.works('pull -f X', home)
+                self.succeeds('pull -f X', home)
                 self.assertTrue(tree(self.tmp / home / 'X') == tree_two)
             self.assertEqual(self.leftovers(home), [])
             remove(self.tmp / home)
@@ -4898,7 +4890,7 @@ class Faults:
             others = {'replaced': [self.new], 'moved': [None]}.get(self.kind, [])
             self.assertTrue(self.remote() in ([before, target] + others if err else [target]), err)
             if err:
-                self.works('push -f X', home)
+                self.succeeds('push -f X', home)
                 self.assertTrue(self.remote() == target)
         self.strike(self.push_kinds, ops, check, [one, None])
 
@@ -4924,7 +4916,7 @@ class HttpFaults(Faults):
         self.other = Server(Recorder)
         self.addCleanup(self.other.stop)
         self.kinds = self.push_kinds = self.MENDED + self.ENDED
-        patch(self, etc, '_backoff', self.pause)
+        stand_in(self, random, 'uniform', self.pause)  # by which pauses are multiplied
 
     @staticmethod
     def applies(kind, request):
@@ -4935,7 +4927,7 @@ class HttpFaults(Faults):
             return method != 'HEAD'
         return kind != '200 InternalError' or method == 'POST' and 'uploadId' in path
 
-    def pause(self, failures):
+    def pause(self, low, high):
         """The client pauses between two tries, here for no time. A server that refuses connections is back after two."""
         with self.server.lock:
             self.pauses += 1
@@ -5027,18 +5019,6 @@ class GsFaults(HttpFaults, GoogleCase):
     class handler(Flaky, GsHandler):
         def error(self, status, code, headers=()):
             self.answer(status, json.dumps({'error': {'code': status, 'message': code}}).encode() if code else b'', headers)
-
-        def session(self, body):
-            """As Google's, it answers for an upload that is complete with what it became."""
-            server, upload = self.server, self.query['upload_id']
-            if self.command == 'PUT' and upload in server.finished:
-                return self.json(self.resource(server.finished[upload]))
-            name = server.uploads.get(upload, [{}])[0].get('name')
-            try:
-                super().session(body)
-            finally:
-                if self.command == 'PUT' and upload not in server.uploads and name in server.objects:
-                    server.finished[upload] = name
     tries_of_delete = 1
 
     def setUp(self):
@@ -5060,7 +5040,7 @@ class FileFaults(Faults, Case):
         self.archive, self.undo = self.tmp / 'share/X.tgz', []
         for module in (builtins, os):
             opened = getattr(module, 'open')
-            patch(self, module, 'open', lambda path, *args, opened=opened, **kwargs: (
+            stand_in(self, module, 'open', lambda path, *args, opened=opened, **kwargs: (
                 self.commit(str(path)), opened(path, *args, **kwargs))[1])
 
     @staticmethod
@@ -5157,7 +5137,7 @@ class Links(S3Case):
 
     def test_slow_uplink(self):
         """A link on which a block takes longer than the time-out, but is never silent for so long."""
-        patch(self, etc, '_TIMEOUT', 1.2)
+        stand_in(self, etc, '_TIMEOUT', 1.2)
         self.serve_slowly(2 * MIB, lambda handler, left: time.sleep(0.04 * (handler.command == 'PUT')))
         self.etc('push', 'X')
         self.assertEqual(len(self.requests('PUT')), 1)
@@ -5189,7 +5169,7 @@ class Links(S3Case):
     def test_silence(self):
         """A connection that says nothing is given up early, if the request only reads."""
         self.share(small(self.tmp / 'ds'))
-        patch(self, etc, '_READ_TIMEOUT', 0.5)
+        stand_in(self, etc, '_READ_TIMEOUT', 0.5)
         left, begin = [1], time.monotonic()
         self.server.fault = lambda handler: left and left.pop() and misbehave(handler, 'silence')
         self.etc('pull', 'X', home='two')
@@ -5197,24 +5177,24 @@ class Links(S3Case):
 
     def test_server_that_restarts(self):
         """A server that has answered before is waited for, at least 15 seconds."""
-        pauses = []
+        slept = []
 
-        def pause(failures):
-            pauses.append(backoff(failures))
-            if sum(pauses) > 15:
+        def sleep(seconds):
+            slept.append(seconds)
+            if sum(slept) > 15:
                 self.server.reopen()
-            return 0
 
         def fault(handler):
-            if handler.command == 'PUT' and not pauses:
+            if handler.command == 'PUT' and not slept:
                 handler.close_connection = True
                 handler.server.shut()
                 return True
-        backoff = patch(self, etc, '_backoff', pause)
         self.serve(ClosingServer(S3Handler))
         self.server.fault = fault
+        now = stand_in(self, time, 'monotonic', lambda: now() + sum(slept))
+        stand_in(self, time, 'sleep', sleep)
         self.share(small(self.tmp / 'ds'))
-        self.assertGreater(sum(pauses), 15)
+        self.assertGreater(sum(slept), 15)
 
     def test_requests(self):
         """How many requests the commands make at most."""
