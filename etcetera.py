@@ -111,7 +111,6 @@ import functools
 import itertools
 import json
 import marshal
-import math
 import operator
 import os
 import posixpath
@@ -150,6 +149,7 @@ __all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull
 _Path = Union[str, 'os.PathLike[str]']
 _Names = Optional[Sequence[str]]
 _Row = Dict[str, Any]
+_Headers = Mapping[str, str]
 
 
 # ---------------------------------------------------------------------------------------
@@ -593,10 +593,10 @@ class _Job:
 
     def sleep(self, seconds: float) -> None:
         """Raises _Ended."""
-        until = time.monotonic() + seconds
         self.add(0)
-        while time.monotonic() < until:
-            time.sleep(min(_TICK, max(0.0, until - time.monotonic())))
+        while seconds > 0:
+            time.sleep(min(_TICK, seconds))
+            seconds -= _TICK
             self.add(0)
 
     def report(self, progress: _Progress) -> None:
@@ -2458,7 +2458,7 @@ class _Request(NamedTuple):
 
     method: str
     url: str  # percent-encoded, as it is sent
-    headers: Mapping[str, str] = {}
+    headers: _Headers = {}
     body: Sequence[Any] = ()  # of bytes
 
 
@@ -2467,23 +2467,20 @@ class _Reply(NamedTuple):
 
     status: int
     headers: Any  # an email.message.Message, which finds names in any case
-    body: Any  # bytes, as they came
+    body: bytes
 
     def page(self) -> bytes:
         """The body, inflated if a proxy has compressed it, although it was asked not to. Not for objects."""
-        body = bytes(self.body)
-        if self.headers.get('Content-Encoding', 'identity').lower() == 'identity':
-            return body
         gzip_or_zlib = zlib.MAX_WBITS | 32
         try:
-            return zlib.decompressobj(gzip_or_zlib).decompress(body, _REPLY_LIMIT)
+            return zlib.decompressobj(gzip_or_zlib).decompress(self.body, _REPLY_LIMIT)
         except zlib.error:
-            return body
+            return self.body
 
-    def json(self) -> Dict[str, Any]:
+    def json(self) -> _Row:
         """The JSON object in the body; {} if there is none."""
         try:
-            answer = json.loads(self.page().decode('utf-8'))
+            answer = json.loads(self.page().decode('utf-8-sig'))
         except (ValueError, RecursionError):
             return {}
         return answer if isinstance(answer, dict) else {}
@@ -2491,27 +2488,23 @@ class _Reply(NamedTuple):
     def requested_delay(self) -> float:
         """The seconds for which the server asks to be left alone, within reason; or 0 (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
-        if re.match(r'[0-9]{1,9}\Z', text):
-            delay = float(text)
-        else:
-            delay = _http_time(text) - (_http_time(self.headers.get('Date') or '') or time.time())
-        return min(max(delay, 0.0), _RETRY_AFTER)
+        if text.isdecimal():
+            return min(float(text), _RETRY_AFTER)
+        now = _http_time(self.headers.get('Date')) or time.time()
+        return min(max(_http_time(text) - now, 0.0), _RETRY_AFTER)
 
-    def content_range(self) -> Tuple[Optional[int], Optional[int], Optional[int]]:
-        """First byte, byte after the last, and size of the whole; None for what it does not say (RFC 9110, 14.4)."""
-        pattern = r'bytes (?:(\d{1,19})-(\d{1,19})|\*)/(?:(\d{1,19})|\*)\Z'
-        match = re.match(pattern, self.headers.get('Content-Range') or '', re.ASCII | re.IGNORECASE)
-        if not match:
-            return None, None, None
-        first, last, size = [None if digits is None else int(digits) for digits in match.groups()]
-        return first, None if last is None else last + 1, size
+    def has_range(self, start: int, stop: int, size: int) -> bool:
+        """Whether it tells of this range of something so large, or of unknown size (RFC 9110, 14.4)."""
+        told = (self.headers.get('Content-Range') or '').lower()
+        return told in (f'bytes {start}-{stop - 1}/{size}', f'bytes {start}-{stop - 1}/*')
 
     def whole_size(self) -> Optional[int]:
         """The size of an object, from an answer to HEAD or to GET of a range; None if it does not say."""
-        if 'Content-Range' in self.headers or self.status not in (200, 204):
-            return self.content_range()[2]
-        length = self.headers.get('Content-Length') or ''
-        return int(length) if re.match(r'[0-9]{1,19}\Z', length) else None
+        told = self.headers.get('Content-Range')
+        if told is None and self.status in (200, 204):
+            told = f"/{self.headers.get('Content-Length')}"
+        match = re.search(r'/([0-9]{1,19})\Z', told or '')
+        return int(match.group(1)) if match else None
 
 
 def _judge(reply: _Reply) -> str:
@@ -2519,9 +2512,10 @@ def _judge(reply: _Reply) -> str:
     return 'later' if reply.status in _TRANSIENT else 'final'
 
 
-class _Proxy(NamedTuple):
-    address: str  # host:port
-    headers: Dict[str, str]  # that it wants to see
+def _backoff(failures: int) -> float:
+    """Seconds to wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ..."""
+    import random
+    return random.uniform(0.75, 1) * min(8.0, 0.25 * 2.0 ** max(failures, 1))
 
 
 class _Http:
@@ -2534,13 +2528,13 @@ class _Http:
             direct: bool = False,
             timeout: float = _TIMEOUT,
     ) -> None:
-        """direct: without any proxy. timeout: seconds of silence."""
+        """direct: without any proxy. timeout: seconds of silence, at most."""
         self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
         self.timeout = timeout
         self.tries = _TRIES + _MORE_TRIES  # of any request, at most
-        self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # by scheme and host: (when, which)
+        self.idle: Dict[str, List[Any]] = collections.defaultdict(list)  # kept connections, by site
         self.busy: Set[Any] = set()  # connections that are in use
         self.most = 256.0  # requests that may be made at once
         self.successes = 0
@@ -2562,7 +2556,7 @@ class _Http:
         """Close the kept connections."""
         for idle in self.idle.values():
             while idle:
-                idle.pop()[1].close()
+                idle.pop().close()
 
     @contextlib.contextmanager
     def briefly(self) -> Iterator[None]:
@@ -2584,7 +2578,7 @@ class _Http:
             judge: Callable[[_Reply], str] = _judge,
             limit: int = _REPLY_LIMIT,
             tries: int = _TRIES + _MORE_TRIES,
-            into: Optional[Any] = None,
+            into: Any = None,
     ) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
@@ -2593,193 +2587,171 @@ class _Http:
         """
         import http.client
         interruptions = self.interruptions
-        attempt = 0
+        failures = 0
         while True:
-            attempt += 1
             request = prepare()
-            if not _is_address(request.url):
-                raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
-                                  'https://host[:port][/path]; a user or password cannot be in it')
-            site = _site(request.url)
+            site = _check_address(request.url)
             most = min(self.tries, tries, _TRIES + _MORE_TRIES * (site in self.answered))
-            patience = _READ_TIMEOUT if attempt == 1 and request.method in ('GET', 'HEAD') else _TIMEOUT
+            is_first_read = not failures and request.method in ('GET', 'HEAD')
+            patience = min(self.timeout, _READ_TIMEOUT if is_first_read else _TIMEOUT)
             successes = self.successes
-            sent: List[int] = []
+            failures += 1
             delay = 0.0
             try:
-                reply = self.attempt(request, min(self.timeout, patience), sent, limit, into)
-            except UnicodeError:  # of the codec idna
-                raise ConfigError(f'{site} or the proxy for it has an invalid host name',
-                                  'check the url, the endpoint_url and the proxy') from None
-            except (OSError, http.client.HTTPException) as e:
-                self.job.add(-sum(sent))
-                is_final = interruptions != self.interruptions or 'CERTIFICATE_VERIFY_FAILED' in str(e)
-                if is_final or attempt >= most:
-                    raise _unreachable_error(request.url, e) from None
-                problem: object = getattr(e, 'strerror', None) or e or type(e).__name__
+                reply = self.attempt(request, patience, limit, into)
+            except (OSError, UnicodeError, http.client.HTTPException) as e:
+                error = _unreachable_error(site, e)
+                if failures >= most or interruptions != self.interruptions:
+                    raise error from None
+                problem = error.message
             else:
                 self.answered.add(site)
                 verdict = judge(reply)
-                if reply.status in _OVERLOAD and verdict == 'later':
-                    self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
-                    attempt -= self.successes != successes
-                elif verdict == 'final':
-                    self.successes += 1
-                    self.most += 1 / self.most
-                if verdict == 'final' or attempt >= most:
+                if self.is_overloaded(reply, verdict) and successes != self.successes:
+                    failures -= 1
+                if verdict == 'final' or failures >= most:
                     return reply
-                self.job.add(-sum(sent))
                 if verdict == 'at once':
                     continue
-                problem = reply.status
+                problem = f'{site} answers {reply.status}'
                 delay = min(reply.requested_delay(), self.timeout)
-            _say(f'{request.method} {site}: {problem}; trying again', _INFO if attempt == 2 else _DEBUG)
-            self.pause(attempt, delay)
+            _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
+            self.job.sleep(_backoff(failures) + delay)
 
-    def pause(self, failures: int, delay: float = 0.0) -> None:
-        """Wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ... seconds, and so many longer."""
-        import random
-        self.job.sleep(random.uniform(0.75, 1) * min(8.0, 0.25 * 2.0 ** max(failures, 1)) + delay)
+    def is_overloaded(self, reply: _Reply, verdict: str) -> bool:
+        """Whether a site refuses so many requests at once. Fewer are made from then on, and more as they succeed."""
+        if verdict == 'later' and reply.status in _OVERLOAD:
+            self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
+            return True
+        if verdict == 'final':
+            self.successes += 1
+            self.most += 1 / self.most
+        return False
 
-    def attempt(
-            self,
-            request: _Request,
-            patience: float,
-            sent: List[int],
-            limit: int,
-            into: Optional[Any],
-    ) -> _Reply:
-        scheme, netloc, path, query, _ = urlsplit(request.url)
-        target = (path or '/') + ('?' + query if query else '')
-        headers = _complete_headers(request)
-        proxy = self.find_proxy(scheme, netloc)
-        if proxy and scheme == 'http':  # a plain request to a proxy names the whole URL
-            target = request.url
-            headers.update(proxy.headers)
-        while len(self.busy) >= self.most:
-            self.job.sleep(_TICK)
-        connection, is_kept = self.connection(scheme, netloc, proxy)
-        self.busy.add(connection)
-        self.job.add(0)  # an interruption may have come before the connection was among the busy ones
-        is_reusable = False
-        try:
-            request = request._replace(url=target, headers=headers)
-            response = self.ask(connection, is_kept, request, patience, sent)
-            with contextlib.closing(response):  # or it would keep the socket open
-                body = self.receive(response, limit, into)
-                is_reusable = response.isclosed() and not response.will_close
-            if len(body) > limit:
-                raise RemoteError(f'{scheme}://{netloc} answers with more than was asked for',
-                                  'a proxy or the endpoint_url is at fault', response.status)
-            return _Reply(response.status, response.headers, body)
-        finally:
-            self.busy.discard(connection)
-            if is_reusable:
-                self.idle[scheme, netloc].append((time.monotonic(), connection))
-            else:
-                connection.close()
-
-    def find_proxy(self, scheme: str, netloc: str) -> Optional[_Proxy]:
-        import urllib.request
-        url = None if self.direct else urllib.request.getproxies().get(scheme)
-        if not url or urllib.request.proxy_bypass(netloc):
-            return None
-        return _parse_proxy(url, scheme)
-
-    def connection(self, scheme: str, netloc: str, proxy: Optional[_Proxy]) -> Tuple[Any, bool]:
-        """A connection, and whether it has been used before."""
-        import http.client
-        with contextlib.suppress(IndexError):
-            while True:
-                since, connection = self.idle[scheme, netloc].pop()
-                if time.monotonic() - since < _IDLE:
-                    return connection, True
-                connection.close()
-        address = proxy.address if proxy else netloc
-        patience = min(self.timeout, _CONNECT)
-        if scheme == 'https':
-            if self.tls is None:
-                self.tls = _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)
-            if proxy:
-                connection.set_tunnel(netloc, headers=proxy.headers)
-        else:
-            connection = http.client.HTTPConnection(address, timeout=patience)
-        connection.auto_open = 0  # only send() connects
-        connection.response_class = _final_response()
-        return connection, False
-
-    def ask(self, connection: Any, is_kept: bool, request: _Request, patience: float, sent: List[int]) -> Any:
-        """Send a request, and return the response, whose body is still to be read."""
+    def attempt(self, request: _Request, patience: float, limit: int, into: Any) -> _Reply:
+        """Make a request once, or again over a new connection if the server has closed a kept one."""
         import http.client
         interruptions = self.interruptions
+        while len(self.busy) >= self.most:
+            self.job.sleep(_TICK)
+        connection = self.connection(_site(request.url))
+        connection.moved = 0  # bytes that have been counted
+        self.busy.add(connection)
+        is_reusable = is_success = False
         try:
-            return self.send(connection, request, patience, sent)
+            response = self.send(connection, request, patience)
+            with contextlib.closing(response):  # or it would keep the socket open
+                body = self.receive(connection, response, limit, into)
+                is_reusable = response.isclosed() and not response.will_close
+            is_success = response.status < 400
+            return _Reply(response.status, response.headers, body)
         except (ConnectionError, http.client.BadStatusLine):
-            if not is_kept or interruptions != self.interruptions:
+            if not connection.idle_since or interruptions != self.interruptions:
                 raise
-            connection.close()  # the server had closed the kept connection meanwhile
-            self.job.add(-sum(sent))
-            sent.clear()
-            return self.send(connection, request, patience, sent)
         except OSError:  # a time-out: whatever has forgotten this connection has forgotten the others, too
             self.close()
             raise
+        finally:
+            self.busy.discard(connection)
+            if is_reusable:
+                connection.idle_since = time.monotonic()
+                self.idle[connection.site].append(connection)
+            else:
+                connection.close()
+            if not is_success:
+                self.job.add(-connection.moved)
+        return self.attempt(request, patience, limit, into)
 
-    def send(self, connection: Any, request: _Request, patience: float, sent: List[int]) -> Any:
+    def connection(self, site: str) -> Any:
+        """A kept connection, or a new one."""
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = self.idle[site].pop()
+                if time.monotonic() - connection.idle_since < _IDLE:
+                    return connection
+                connection.close()
+        return self.new_connection(site)
+
+    def new_connection(self, site: str) -> Any:
+        import http.client
+        scheme, _, host = site.partition('://')
+        proxy, headers = ('', {}) if self.direct else _find_proxy(scheme, host)
+        address = proxy or host
+        patience = min(self.timeout, _CONNECT)
+        if scheme == 'https':
+            self.tls = self.tls or _tls(self.ca_bundle)
+            connection: Any = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)
+            if proxy:
+                connection.set_tunnel(host, headers=headers)
+                proxy, headers = '', {}
+        else:
+            connection = http.client.HTTPConnection(address, timeout=patience)
+        connection.site = site
+        connection.idle_since = 0.0
+        connection.base = site if proxy else ''  # a plain request to a proxy names the whole URL
+        connection.headers = headers
+        connection.auto_open = 0  # only send() connects
+        connection.response_class = _final_response()
+        return connection
+
+    def send(self, connection: Any, request: _Request, patience: float) -> Any:
+        """Send a request, and return the response, whose body is still to be read."""
         import socket
 
         def slices() -> Iterator[Any]:  # as the time-out of a socket applies to each
             for chunk in request.body:
                 view = memoryview(chunk)
                 for start in range(0, len(view), _SLICE):
-                    yield view[start:start + _SLICE]
-                    sent.append(min(_SLICE, len(view) - start))
-                    self.job.add(sent[-1])
+                    piece = view[start:start + _SLICE]
+                    yield piece
+                    connection.moved += len(piece)
+                    self.job.add(len(piece))
 
+        _, _, path, query, _ = urlsplit(request.url)
+        target = f"{connection.base}{path or '/'}{'?' * bool(query)}{query}"
+        headers = {**_complete_headers(request), **connection.headers}
+        self.job.add(0)  # an interruption may have come before the connection was among the busy ones
         if not connection.sock:
             connection.connect()
-            if _NOTSENT_LOWAT:
-                with contextlib.suppress(OSError):
-                    connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _SLICE)
+            with contextlib.suppress(OSError, TypeError):
+                connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _SLICE)
         connection.sock.settimeout(patience)
-        self.job.add(0)  # an interruption may have come before the socket was there
+        self.job.add(0)  # or before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(request.method, request.url, slices() if request.body else None, request.headers)
+            connection.request(request.method, target, slices() if request.body else None, headers)
         return connection.getresponse()
 
-    def receive(self, response: Any, limit: int, into: Optional[Any]) -> Any:
-        """The body of a response; more bytes than `limit` if it is too long."""
+    def receive(self, connection: Any, response: Any, limit: int, into: Any) -> bytes:
+        """The body of a response; of a range, what has come if the connection breaks. With `into`, it goes there."""
         import http.client
-        if into and response.status == 200:
-            _save(response, into)
-            return b''
-        if response.length is None or response.length > limit:
-            return response.read(limit + 1)
-        if not response.length or 'Content-Range' not in response.headers:
-            return response.read()
+        import io
         interruptions = self.interruptions
-        data = bytearray(response.length)
+        is_file = into and response.status == 200
+        body = into if is_file else io.BytesIO()
+        body.seek(0)
+        body.truncate()
         received = 0
         try:
-            while received < len(data):
-                count = response.readinto(memoryview(data)[received:received + _SLICE])
-                if not count:
-                    raise http.client.IncompleteRead(b'', len(data) - received)
-                received += count
-                self.job.add(count)
+            for data in iter(lambda: response.read(_SLICE), b''):
+                body.write(data)
+                received += len(data)
+                connection.moved += len(data)
+                self.job.add(len(data))
+                if received > limit and not is_file:
+                    raise RemoteError(f'{connection.site} answers with more than was asked for',
+                                      'a proxy or the endpoint_url is at fault', response.status)
+            if response.length:
+                raise http.client.IncompleteRead(b'', response.length)
         except (OSError, http.client.HTTPException):
-            if received < _SLICE or interruptions != self.interruptions:
-                self.job.add(-received)
+            if received < _SLICE or interruptions != self.interruptions or 'Content-Range' not in response.headers:
                 raise
-        return data if received == len(data) else data[:received]  # the caller asks for the rest
+        return b'' if is_file else body.getvalue()
 
 
 def _complete_headers(request: _Request) -> Dict[str, str]:
     """The headers of a request, with those that all requests have."""
-    headers = {'Accept-Encoding': 'identity'}
-    headers.update(request.headers)
+    headers = {'Accept-Encoding': 'identity', **request.headers}
     if request.body or request.method in ('PUT', 'POST'):
         headers['Content-Length'] = str(sum(map(len, request.body)))
     for name, value in headers.items():
@@ -2789,48 +2761,40 @@ def _complete_headers(request: _Request) -> Dict[str, str]:
     return headers
 
 
-def _save(response: Any, file: Any) -> None:
-    """Write the body of a response to a file."""
-    import http.client
-    file.seek(0)
-    file.truncate()
-    for data in iter(lambda: response.read(_SLICE), b''):
-        try:
-            file.write(data)
-        except OSError as e:
-            raise Error(f'cannot keep a download in a temporary file: {e.strerror}',
-                        'set $TMPDIR to a directory with more room') from None
-    if response.length:
-        raise http.client.IncompleteRead(b'', response.length)
-
-
-def _unreachable_error(url: str, e: Exception) -> RemoteError:
+def _unreachable_error(site: str, e: Exception) -> RemoteError:
+    """The error after the last try. What no other try can mend is raised at once."""
+    if isinstance(e, UnicodeError):  # of the codec idna
+        raise ConfigError(f'{site} or the proxy for it has an invalid host name',
+                          'check the url, the endpoint_url and the proxy') from None
     if 'CERTIFICATE_VERIFY_FAILED' in str(e):
-        reason = getattr(e, 'verify_message', '')  # from Python 3.7 on
-        detail = f' ({reason})' if reason else ''
-        return RemoteError(f'{_site(url)} presented a certificate that is not trusted{detail}',
-                           "if a private CA signed it, set 'ca_bundle' to the file with its certificate")
+        reason = getattr(e, 'verify_message', 'by the CAs that are known here')  # from Python 3.7 on
+        raise RemoteError(f'{site} presented a certificate that is not trusted ({reason})',
+                          "if a private CA signed it, set 'ca_bundle' to the file with its certificate") from None
     reason = getattr(e, 'strerror', None) or e or type(e).__name__
-    return RemoteError(f'cannot reach {_site(url)}: {reason}', 'check the network, the proxy settings and the URL')
+    if getattr(e, 'errno', 0) in _FULL:
+        raise Error(f'cannot keep a download: {reason}', 'set $TMPDIR to a directory with more room') from None
+    return RemoteError(f'cannot reach {site}: {reason}', 'check the network, the proxy settings and the URL')
 
 
-def _parse_proxy(url: str, scheme: str) -> _Proxy:
-    """The proxy that a variable or the system names for `scheme`."""
+def _find_proxy(scheme: str, host: str) -> Tuple[str, Dict[str, str]]:
+    """The proxy for a host, and the headers that it wants to see; '' if there is none."""
     import urllib.request
+    url = urllib.request.getproxies().get(scheme, '').strip()
+    if not url or urllib.request.proxy_bypass(host):
+        return '', {}
     pattern = r'(?:([^/?#@]*)://)?(?:(.*)@)?([^/?#@:\[\]\s]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z'
-    match = re.match(pattern, url.strip(), re.ASCII)
-    kind, user, host, port = match.groups() if match else ('none', None, '', None)
-    if kind == 'https' and os.name == 'nt' and not urllib.request.getproxies_environment():
-        kind = 'http'  # up to Python 3.9 those of the registry are called so: https://bugs.python.org/issue42627
-    if (kind or 'http').lower() != 'http' or int(port or 0) > 65535:
+    match = re.match(pattern, url, re.ASCII)
+    kind, user, address, port = match.groups() if match else ('none', '', '', '')
+    # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
+    known = ('http', 'https') if os.name == 'nt' else ('http',)
+    if (kind or 'http').lower() not in known or int(port or 0) > 65535:
         raise ConfigError(f'{scheme}_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks '
                           'neither SOCKS nor TLS to a proxy', 'change it, or exempt this host with no_proxy')
     headers = {}
     if user:
-        name, _, password = user.partition(':')
-        credentials = f'{unquote(name)}:{unquote(password)}'.encode('utf-8', 'surrogateescape')
-        headers['Proxy-Authorization'] = 'Basic ' + _base64(credentials)
-    return _Proxy(f'{host}:{port or 80}', headers)
+        credentials = ':'.join(map(unquote, user.partition(':')[::2]))
+        headers['Proxy-Authorization'] = 'Basic ' + _base64(credentials.encode('utf-8', 'surrogateescape'))
+    return f'{address}:{port or 80}', headers
 
 
 @functools.lru_cache(maxsize=None)
@@ -2854,11 +2818,10 @@ def _final_response() -> Any:
 def _tls(ca_bundle: Optional[str]) -> Any:
     try:
         import ssl
+        context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except ImportError:
         raise ConfigError('this Python has no ssl module, so it cannot use https://',
                           'use another Python, or a url that needs none') from None
-    try:
-        context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except OSError as e:
         raise ConfigError(f'cannot use the CA bundle: {e.strerror or e}',
                           'check ca_bundle and $AWS_CA_BUNDLE') from None
@@ -2867,24 +2830,23 @@ def _tls(ca_bundle: Optional[str]) -> Any:
     return context
 
 
-def _is_address(url: str) -> bool:
-    """Whether a request can be sent there."""
-    from ipaddress import ip_address
-    if not re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII):
-        return False
-    try:
-        parts = urlsplit(url)
-        if '[' in parts.netloc:
-            ip_address(parts.hostname or '')  # urlsplit() checks it only from Python 3.11 on
-        return parts.port != 0
-    except ValueError:  # brackets around what is no IPv6 address, or a port beyond 65535
-        return False
-
-
 def _site(url: str) -> str:
     """What may be shown of the address of a request, whose path and query may hold keys."""
     scheme, netloc = urlsplit(url)[:2]
     return f'{scheme}://{netloc}'
+
+
+def _check_address(url: str) -> str:
+    """The site of a URL. Raises RemoteError if no request can be sent there."""
+    from ipaddress import ip_address
+    with contextlib.suppress(ValueError):  # of what is no IPv6 address, or a port beyond 65535
+        parts = urlsplit(url)
+        if '[' in parts.netloc:
+            ip_address(parts.hostname or '')  # urlsplit() checks it only from Python 3.11 on
+        if re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII) and parts.port != 0:
+            return _site(url)
+    raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
+                      'https://host[:port][/path]; a user or password cannot be in it')
 
 
 def _check_endpoint(url: str) -> str:
@@ -2925,7 +2887,7 @@ def _xml(body: bytes) -> Any:
     return root
 
 
-def _http_time(text: str) -> float:
+def _http_time(text: Any) -> float:
     """Unix time of a date in a header; 0 if it is none."""
     from email.utils import parsedate_to_datetime
     try:
@@ -2936,14 +2898,11 @@ def _http_time(text: str) -> float:
 
 def _iso_time(text: str) -> float:
     """Unix time of an ISO 8601 time, which is UTC unless it has an offset; 0 if it is none."""
-    from calendar import timegm
-    offset = re.match(r'[.0-9]*([+-])(\d\d):?(\d\d)\Z', text[19:])
-    minutes = 0
-    if offset:
-        sign, hours, rest = offset.groups()
-        minutes = int(sign + hours) * 60 + int(sign + rest)
+    from datetime import datetime
+    offset = re.search(r'([+-]\d\d):?(\d\d)\Z', text[19:])
+    zone = ''.join(offset.groups()) if offset else '+0000'
     try:
-        return float(timegm(time.strptime(text[:19], '%Y-%m-%dT%H:%M:%S'))) - 60 * minutes
+        return datetime.strptime(text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
     except ValueError:
         return 0.0
 
@@ -3645,7 +3604,8 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 64 << 20  # bytes that may be under way at once
+_IN_FLIGHT = 64 << 20  # bytes that may be sent at once
+_AHEAD = 40 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 6 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
@@ -3653,8 +3613,8 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 
 _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
-_UNSUPPORTED = (200, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
-_PROTECTED = r'(?i)object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
+_UNSUPPORTED = (200, 206, 405, 406, 501)  # of answers to GET of a range from the end that tell nothing
+_PROTECTED = r'object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
 _ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
 _WAIT = "the storage is overloaded; try again later, or with 'connections: 1'"
 
@@ -3677,6 +3637,7 @@ class _Range(NamedTuple):
 
 
 _Chunk = Union[bytes, _Range]
+_Extent = Tuple[int, int]  # where bytes start and stop
 
 
 class _NameTaken(Exception):
@@ -3788,29 +3749,30 @@ class _HttpStore(_Remote):
         """As above: in one request, where the server knows ranges that count from the end (RFC 9110, 14.1.2)."""
         try:
             reply = self.get(name, f'-{_TAIL}', _TAIL)
+            if reply.status in _MISSING:
+                return None, b''
+            if reply.status < 300:
+                obj = self.describe(name, reply)
+                start = max(0, obj.size - _TAIL)
+                tail = self.range_body(obj, reply, start, obj.size)
+                return obj, tail + self.read(obj, start + len(tail), obj.size)
         except RemoteError as e:
             if e.status not in _UNSUPPORTED:
                 raise
-            return super().find(name)
-        if reply.status in _MISSING:
-            return None, b''
-        first, after, size = reply.content_range()
-        if size is not None and reply.status in (200, 206) and self.version(reply):
-            is_tail = (first, after) == (max(0, size - _TAIL), size)
-            if is_tail and len(reply.body) == min(size, _TAIL):
-                return self.describe(name, reply), bytes(reply.body)
         return super().find(name)
 
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
         size = reply.whole_size()
-        if size is None:
-            raise RemoteError(f"{self.url} does not say how large '{name}' is", 'check the url', reply.status)
-        return _Object(name, size, self.version(reply), _http_time(reply.headers.get('Last-Modified') or ''))
+        version = self.version(reply)
+        if size is None or not version:
+            raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
+                              reply.status)
+        return _Object(name, size, version, _http_time(reply.headers.get('Last-Modified')))
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
-        return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified') or ''))
+        return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified')))
 
     def range_headers(self, span: str, version: str) -> Dict[str, str]:
         """The headers that ask for a range of a version (RFC 9110, 13.1.1: only a strong ETag will do)."""
@@ -3822,37 +3784,35 @@ class _HttpStore(_Remote):
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. Where the connection breaks, it goes on from there."""
         data = b''
-        while start + len(data) < stop:
-            at = start + len(data)
-            reply = self.get(obj.name, f'{at}-{stop - 1}', stop - at, obj.version)
-            self.check_version(obj, reply)
-            part = self.range_body(obj, reply, at, stop)
+        while start < stop:
+            reply = self.get(obj.name, f'{start}-{stop - 1}', stop - start, obj.version)
+            part = self.range_body(obj, reply, start, stop)
             data = data + part if data else part
+            start += len(part)
         return data
 
-    def check_version(self, obj: _Object, reply: _Reply) -> None:
-        """RemoteError unless the answer is of this very version. Some stores ignore If-Match, so compare, too."""
-        if reply.status not in _NO_RANGE and self.version(reply) in (obj.version, ''):
-            return
+    def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
+        """The body, if it is this range of this very version, or its start, if the connection broke.
+
+        Some stores ignore If-Match, and `rclone serve s3` answers 200 instead of 206.
+        """
+        if reply.status in _NO_RANGE or self.version(reply) not in (obj.version, ''):
+            raise self.mismatch_error(obj, reply)
+        is_whole = len(reply.body) == stop - start
+        is_start = reply.body and reply.headers.get('Content-Length') == str(stop - start)
+        if not reply.has_range(start, stop, obj.size) or not (is_whole or is_start):
+            raise RemoteError(f'{self.url} does not answer with the range that was asked for',
+                              'a proxy or the endpoint_url is at fault', reply.status)
+        return reply.body
+
+    def mismatch_error(self, obj: _Object, reply: _Reply) -> RemoteError:
+        """About an answer that is not of this very version."""
         is_encoded = reply.headers.get('Content-Encoding', 'identity') != 'identity'
         # What is compressed on the way has no ranges; some servers call each .tgz encoded, too.
         if reply.status == 200 and is_encoded and 'Content-Range' not in reply.headers:
-            raise RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
-                              'ask who runs it', reply.status)
-        raise self.replaced_error(obj)
-
-    def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
-        """The body, if it is the very range that was asked for, or its start, if the connection broke."""
-        length = stop - start
-        first, after, whole = reply.content_range()
-        is_right = (first, after) == (start, stop) and whole in (obj.size, None)
-        is_complete = len(reply.body) == length
-        is_start = 0 < len(reply.body) < length and reply.headers.get('Content-Length') == str(length)
-        # `rclone serve s3` answers 200 instead of 206, but gives the range.
-        if reply.status not in (200, 206) or not is_right or not (is_complete or is_start):
-            raise RemoteError(f'{self.url} does not answer with the range that was asked for',
-                              'a proxy or the endpoint_url is at fault', reply.status)
-        return reply.body  # type: ignore[no-any-return]
+            return RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
+                               'ask who runs it', reply.status)
+        return self.replaced_error(obj)
 
 
 class _BucketStore(_HttpStore):
@@ -3877,21 +3837,29 @@ class _BucketStore(_HttpStore):
         name = key[len(self.prefix):-4]
         return name if key == self.key(name) and _is_name(name) else ''
 
-    def protocol_error(self) -> RemoteError:
+    def look(self, obj: _Object) -> None:
+        """Before each try of remove(), as a lost answer may have been a yes, and some stores ignore conditions.
+
+        Raises NotFound if it is gone already.
+        """
+        if not self.is_current(obj):
+            raise NotFound
+
+    def protocol_error(self, status: int = 0) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as {self.service} does',
-                           'check the endpoint_url, and whether a proxy or login page answers in its place')
+                           'check the endpoint_url, and whether a proxy or login page answers in its place', status)
 
     def list(self) -> List[_Object]:
         objects: List[_Object] = []
-        token = ''
-        seen: Set[str] = set()
-        while token not in seen:
-            seen.add(token)
-            page, token = self.list_page(token)
+        tokens = ['']
+        while True:
+            page, token = self.list_page(tokens[-1])
             objects += [obj for obj in page if obj.name]
             if not token:
                 return objects
-        raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
+            if token in tokens:
+                raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
+            tokens.append(token)
 
     def list_page(self, token: str) -> Tuple[List[_Object], str]:
         """Some objects, those that are no archives without a name, and the token of the next page, if there is one."""
@@ -3906,17 +3874,17 @@ def _version(etag: Optional[str], modified: float) -> str:
     return f'"{bare}"'
 
 
-def _split_parts(chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
+def _split_parts(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]) -> Iterator[Any]:
     """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
 
-    A part is a list of bytes. Ranges are parts of their own; what precedes them must fill its parts.
+    A part is a list of bytes. Ranges are parts of their own.
     """
     part: List[Any] = []
     left = size
     for chunk in chunks:
+        ranges: List[_Range] = []
         if isinstance(chunk, _Range):
-            yield chunk
-            continue
+            chunk, ranges = _fit_range(chunk, left % size, max(size, _LONG_PART), read)
         rest = memoryview(chunk)
         while len(rest) >= left:
             part.append(rest[:left])
@@ -3927,36 +3895,31 @@ def _split_parts(chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
         if rest:
             part.append(rest)
             left -= len(rest)
+        yield from ranges
     if part:
         yield part
 
 
-def _fit_ranges(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]) -> Iterator[_Chunk]:
-    """The same bytes, with ranges that can be parts of an upload whose parts must have `size` bytes.
+def _fit_range(source: _Range, gap: int, longest: int, read: Callable[..., bytes]) -> Tuple[bytes, List[_Range]]:
+    """The first `gap` bytes of a range, which the part before it lacks, and the rest in ranges that can be parts.
 
-    So much of the start of a range is read that the part before it is full, and all of a range that is too short.
+    If too little would be left for a part, all bytes are read.
     """
-    pending = 0  # bytes of the part that is not full yet
-    for chunk in chunks:
-        if isinstance(chunk, _Range):
-            start = chunk.start + -pending % size
-            if chunk.stop - start < _MIN_PART:
-                start = chunk.stop
-            data = read(chunk.obj, chunk.start, start) if start > chunk.start else b''
-            step = max(_LONG_PART, size)
-            ranges = [chunk._replace(start=at, stop=min(at + step, chunk.stop)) for at in range(start, chunk.stop, step)]
-            if len(ranges) > 1 and ranges[-1].stop - ranges[-1].start < _MIN_PART:
-                ranges[-2:] = [ranges[-2]._replace(stop=chunk.stop)]
-            yield data
-            yield from ranges
-            pending = 0 if ranges else (pending + len(data)) % size
-        else:
-            yield chunk
-            pending = (pending + len(chunk)) % size
+    start = source.start + gap
+    left = source.stop - start
+    if left < _MIN_PART:
+        return read(source.obj, source.start, source.stop), []
+    step = left // (left // longest + 1) + 1
+    ranges = [source._replace(start=at, stop=min(at + step, source.stop)) for at in range(start, source.stop, step)]
+    return read(source.obj, source.start, start), ranges
 
 
-def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], spans: Sequence[Tuple[int, int]]
-                ) -> Generator[bytes, None, None]:
+def _read_ahead(
+        job: _Job,
+        remote: _Remote,
+        read: Callable[[int, int], bytes],
+        spans: Sequence[_Extent],
+) -> Generator[bytes, None, None]:
     """The bytes of some spans of an object, in order, read over several connections at once.
 
     Ranges begin short and grow while they come fast, so a fast link needs few connections. On a slow one, long ranges
@@ -3966,7 +3929,7 @@ def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], s
     length = _MIN_RANGE  # of the next range
     ahead = 0  # bytes that are being read or wait to be yielded
 
-    def ranges() -> Iterator[Tuple[int, int]]:
+    def ranges() -> Iterator[_Extent]:
         nonlocal left, ahead
         for start, end in spans:
             while start < end:
@@ -3977,7 +3940,7 @@ def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], s
                 yield start, stop
                 start = stop
 
-    def fetch(span: Tuple[int, int]) -> bytes:
+    def fetch(span: _Extent) -> bytes:
         nonlocal length
         begin = time.monotonic()
         data = read(*span)
@@ -3987,13 +3950,14 @@ def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], s
         return data
 
     with _Pool(job, max(1, min(remote.connections, left // _MIN_RANGE))) as pool:
-        for data in _ordered(pool, fetch, ranges(), lambda _: ahead < _IN_FLIGHT):
+        chunks = _ordered(pool, fetch, ranges(), lambda _: ahead < _AHEAD)
+        for data in chunks:
             ahead -= len(data)
             yield data
 
 
 def _md5() -> Any:
-    """A new MD5 hash, for what stores demand, not for security; None where the interpreter has none (FIPS)."""
+    """A new MD5 hash, to compare with what Google got, not for security; None where there is none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
     with contextlib.suppress(ValueError):
@@ -4029,18 +3993,28 @@ class _FileRemote(_Remote):
         """A new path for a file that is not, or no longer, to be seen; sweep() knows its form."""
         return os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
 
+    @contextlib.contextmanager
+    def refusals(self, deed: str, remedy: str) -> Iterator[None]:
+        """Say what could not be done, and who can help."""
+        try:
+            yield
+        except OSError as e:
+            if e.errno not in _DENIED + _FULL:
+                raise
+            remedy = remedy if e.errno in _DENIED else 'free some space there'
+            raise RemoteError(f'cannot {deed} {_existing_part(self.root)}: {e.strerror}', remedy) from None
+
     def list(self) -> List[_Object]:
         try:
             files = os.listdir(self.root)
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
         objects = []
-        for file in files:
-            if file.endswith('.tgz') and _is_name(file[:-4]):
-                try:
-                    objects.append(self.stat(file[:-4]))
-                except OSError as e:
-                    _say(f'{os.path.join(self.root, file)}: {e.strerror}', _WARNING)
+        for name in [file[:-4] for file in files if file.endswith('.tgz')]:
+            try:
+                objects.append(_is_name(name) and self.stat(name))
+            except OSError as e:
+                _say(f'{self.path(name)}: {e.strerror}', _WARNING)
         return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
@@ -4051,68 +4025,61 @@ class _FileRemote(_Remote):
         return _file_object(name, status) if stat.S_ISREG(status.st_mode) else None
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        try:
-            with open(self.path(obj.name), 'rb', buffering=0) as file:
-                found = [_file_object(obj.name, os.fstat(file.fileno()))]
-                file.seek(start)
-                data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
-                found.append(_file_object(obj.name, os.fstat(file.fileno())))  # as some tools write into files
-        except FileNotFoundError:
-            raise self.replaced_error(obj) from None
-        except PermissionError as e:
-            raise RemoteError(f"cannot read '{obj.name}' in {self.root}: {e.strerror}",
-                              'ask who pushed it to let you read it') from None
-        if found != [obj, obj] or len(data) != stop - start:
+        """As above. A tool that writes into the file meanwhile changes its time."""
+        with self.refusals(f"read '{obj.name}' in", 'ask who pushed it to let you read it'):
+            try:
+                with open(self.path(obj.name), 'rb') as file:
+                    file.seek(start)
+                    data = file.read(stop - start)
+                    found = _file_object(obj.name, os.fstat(file.fileno()))
+            except FileNotFoundError:
+                found = None
+        if found != obj or len(data) != stop - start:
             raise self.replaced_error(obj)
         self.job.add(len(data))
         return data
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        path = self.path(name)
+        def packed() -> Iterator[Any]:
+            with _system_errors():  # of the dataset's files
+                yield from chunks
+
         new = self.hidden_path(name)
+        remedy = "ask the file's owner to replace it, or the directory's owner for write access"
         try:
-            self.make_root()
-            self.sweep()
-            with open(new, 'xb', buffering=0) as file:
-                for chunk in chunks:
-                    _write(file.fileno(), chunk)
-                    self.job.add(len(chunk))
-                os.fsync(file.fileno())
-            self.set_mode(new, name)
-            self.place(new, path, exclusive)
+            with self.refusals(f"write '{name}' to", remedy):
+                self.make_directory(self.root)
+                self.sweep()
+                with open(new, 'xb', buffering=0) as file:
+                    for chunk in packed():
+                        _write(file.fileno(), chunk)
+                        self.job.add(len(chunk))
+                    os.fsync(file.fileno())
+                self.set_mode(new, name)
+                self.place(new, self.path(name), exclusive)
         except FileExistsError:
             raise _NameTaken from None
-        except OSError as e:
-            if e.errno in _FULL:
-                remedy = 'free some space there'
-            elif e.errno in _DENIED and (e.filename in (new, path) or self.root.startswith(e.filename or ' ')):
-                remedy = "ask the file's owner to replace it, or the directory's owner for write access"
-            else:
-                raise  # about a file of the dataset
-            raise RemoteError(f"cannot write '{name}' to {_existing_part(self.root)}: {e.strerror}", remedy) from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
 
-    def make_root(self) -> None:
-        missing = []
-        path = self.root
-        while path != os.path.dirname(path) and not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        os.makedirs(self.root, exist_ok=True)
+    def make_directory(self, path: str) -> None:
+        if not os.path.isdir(path):
+            self.make_directory(os.path.dirname(path))
+            with contextlib.suppress(FileExistsError):  # another push was faster
+                os.mkdir(path)
+                self.publish(path, 0o555)
+
+    def publish(self, path: str, bits: int) -> None:
         if self.is_public:
             with contextlib.suppress(OSError):
-                for path in missing:
-                    os.chmod(path, os.stat(path).st_mode | 0o555)
+                os.chmod(path, os.stat(path).st_mode | bits)
 
     def set_mode(self, path: str, name: str) -> None:
         """Let everyone read a file that is to be public; warn if another is not for all who can list the directory."""
-        mode = os.stat(path).st_mode
-        if self.is_public:
-            with contextlib.suppress(OSError):
-                os.chmod(path, mode | 0o444)
-        elif os.name == 'posix' and os.stat(self.root).st_mode & ~mode & 0o044:
+        self.publish(path, 0o444)
+        lacking = os.stat(self.root).st_mode & ~os.stat(path).st_mode & 0o044
+        if lacking and os.name == 'posix' and not self.is_public:
             _say(f"some users who can list {self.root} cannot read '{name}'; set 'public: true', or change your umask",
                  _WARNING)
 
@@ -4121,47 +4088,39 @@ class _FileRemote(_Remote):
         if not exclusive:
             os.replace(new, path)
             return
-        if os.name == 'nt':
-            os.rename(new, path)  # fails on Windows if the name is taken
-            return
-        try:
+        with contextlib.suppress(OSError):
             os.link(new, path)
             return
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links on this file system: whoever makes the file below may go on
-            claim = os.path.join(self.root, f'.{os.path.basename(path)}.claim')
+        # The name is taken, or there are no hard links here: then whoever makes this file may go on.
+        claim = os.path.join(self.root, f'.{os.path.basename(path)}.claim')
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
         try:
             if os.path.lexists(path):
-                raise FileExistsError from None
+                raise FileExistsError
             os.rename(new, path)
         finally:
             os.unlink(claim)
 
     def remove(self, obj: _Object) -> bool:
         """As above. Only a file that nobody else can replace is sure to be this version, so it is set aside first."""
+        path = self.path(obj.name)
         aside = self.hidden_path(obj.name)
-        try:
-            if not self.is_current(obj):
+        remedy = "ask the file's owner to remove it, or the directory's owner for write access"
+        with self.refusals(f"remove '{obj.name}' from", remedy):
+            try:
+                if not self.is_current(obj):
+                    return False
+                os.rename(path, aside)
+            except FileNotFoundError:  # another purge was faster
                 return False
-            os.rename(self.path(obj.name), aside)
             if _file_object(obj.name, os.stat(aside)) == obj:
                 os.unlink(aside)
                 return False
-            with contextlib.suppress(FileExistsError, FileNotFoundError):
-                self.place(aside, self.path(obj.name), exclusive=True)  # unless a still newer one has come
-                os.unlink(aside)  # if place() has made a link
-            if not os.path.lexists(self.path(obj.name)):  # place() met what a killed push had left
-                os.rename(aside, self.path(obj.name))
+            with contextlib.suppress(FileExistsError):  # a still newer one has come
+                self.place(aside, path, exclusive=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(aside)
             raise self.overtaken_error(obj)
-        except FileNotFoundError:  # another process has removed it
-            return False
-        except OSError as e:
-            if e.errno not in _DENIED:
-                raise
-            remedy = "ask the file's owner to remove it, or the directory's owner for write access"
-            raise RemoteError(f"cannot remove '{obj.name}' from {self.root}: {e.strerror}", remedy) from None
 
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
@@ -4190,6 +4149,28 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 # s3:// ---------------------------------------------------------------------------------
 
 _COPY_SOURCE = 'x-amz-copy-source'
+_CHECKSUM, _LARGE_PARTS = 'content-md5', 'large parts'  # what _S3Remote.write() may have to learn
+_BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
+_RENEW = 'renew the credentials, which come from {source}'
+_S3_REMEDIES = {  # by the code of an error
+    'NoSuchBucket': 'check the bucket in the url',
+    'InvalidAccessKeyId': 'check the access key; it comes from {source}',
+    'SignatureDoesNotMatch': 'check the secret access key, which comes from {source}, and the region',
+    'RequestTimeTooSkewed': "set this machine's clock",
+    'ExpiredToken': _RENEW,
+    'InvalidToken': _RENEW,
+    'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
+    'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
+    'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
+    'SecondLevelDomainForbidden': _BY_HOST,  # as Alibaba calls it
+    'PathStyleDomainForbidden': _BY_HOST,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
+    'VirtualHostDomainRequired': _BY_HOST,  # Huawei
+    'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
+    'InvalidObjectState': 'it was moved to an archive class; restore it there first',
+}
+_ANONYMOUS = (
+    "no credentials were found in the settings, the environment, the AWS profile '{profile}', or those of a container "
+    "or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or 'aws sso login'")
 
 
 class _S3Remote(_BucketStore):
@@ -4209,10 +4190,10 @@ class _S3Remote(_BucketStore):
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
         # Cloudflare's R2 wants equal parts; Ceph decodes the name of a source twice.
-        self.can_copy = '.r2.cloudflarestorage.com' not in self.endpoint and not (self.endpoint and '%' in self.prefix)
-        self.long_part = _LONG_PART if self.endpoint else 0  # up to which parts grow so that _FEW_PARTS suffice
+        self.can_copy = not (self.endpoint and ('%' in self.prefix or '.r2.cloudflarestorage.com' in self.endpoint))
         self.is_bucket_in_host = self.choose_addressing()
-        self.wants_checksum = False  # as buckets with Object Lock do; see learn()
+        self.learnt: Set[str] = set()  # how the bucket wants objects to be written
+        self.used: Set[str] = set()  # what of it the current write() goes by
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
         self.object_headers = _sendable({
             'Content-Type': 'application/gzip',
@@ -4235,7 +4216,7 @@ class _S3Remote(_BucketStore):
         dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
 
-    def address(self, key: str, query: Mapping[str, str]) -> str:
+    def address(self, key: str, query: _Headers) -> str:
         base = self.endpoint or self.profile.host('s3', self.region)
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
@@ -4248,357 +4229,257 @@ class _S3Remote(_BucketStore):
             self,
             method: str,
             key: str = '',  # '' means the bucket
-            query: Mapping[str, str] = {},  # noqa: B006
-            headers: Mapping[str, str] = {},  # noqa: B006
+            query: _Headers = {},  # noqa: B006
+            headers: _Headers = {},  # noqa: B006
             body: Sequence[Any] = (),
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
+            condition: Dict[str, str] = {},  # noqa: B006
             before: Callable[[], Any] = bool,
     ) -> _Reply:
-        """Make a signed request, retrying while a refusal teaches another region, clock, key or checksum.
+        """Make a signed request, retrying while a refusal teaches another region, clock or key.
 
-        before: is called before each try. Raises RemoteError for any answer but 2xx and those in `accept`.
+        condition: headers, cleared if the store knows no conditions. before: is called before each try.
+        Raises RemoteError for any answer but 2xx and those in `accept`.
         """
         payload = _sha256()
         for chunk in body:
             payload.update(chunk)
-        checksum: Dict[str, str] = {}
+        headers = {**self.headers, **headers}
+        # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+        if _CHECKSUM in self.used and 'uploads' in query:
+            headers['x-amz-checksum-algorithm'] = 'SHA256'
+        elif _CHECKSUM in self.used and method == 'PUT' and body:
+            headers['x-amz-checksum-sha256'] = _base64(payload.digest())
         keys: Optional[_AwsKeys] = None
 
         def prepare() -> _Request:
             nonlocal keys
             before()
             keys = self.credentials.keys()
-            # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-            if self.wants_checksum and 'uploads' in query:
-                checksum['x-amz-checksum-algorithm'] = 'SHA256'
-            elif self.wants_checksum and method == 'PUT' and body:
-                checksum['x-amz-checksum-sha256'] = _base64(payload.digest())
-            request = _Request(method, self.address(key, query), {**self.headers, **headers, **checksum}, body)
+            request = _Request(method, self.address(key, query), {**headers, **condition}, body)
             return self.credentials.sign(request, keys, 's3', self.region, payload.hexdigest())
 
         def judge(reply: _Reply) -> str:
             # Errors may come with status 200:
             # https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
-            is_late = method == 'POST' or _COPY_SOURCE in headers
-            if reply.status < 300 and not is_late:
+            if reply.status < 300 and method != 'POST' and _COPY_SOURCE not in headers:
                 return 'final'
-            code, message, region = _aws_error(reply)
-            if code in _AWS_TRANSIENT or reply.status in _TRANSIENT:
-                return 'later'
-            return 'at once' if code and self.learn(reply, keys) else 'final'
+            verdict = self.credentials.judge(reply)
+            if verdict == 'final' and self.learn(reply, keys):
+                return 'at once'
+            if condition and not self.has_exclusive_write and _knows_no_conditions(reply, method):
+                condition.clear()
+                return 'at once'
+            return verdict
 
         reply = self.http.request(prepare, judge, limit)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
-        raise self.error(reply, method, key)
+        error = self.error(reply, method, key)
+        if _CHECKSUM in error.message.lower():
+            self.write_again(_CHECKSUM, error)
+        raise error
 
     def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> bool:
         """Adjust to the refusal of a request with these keys; return whether another try may help."""
-        code, message, region = _aws_error(reply)
-        before = self.region, self.wants_checksum
+        code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
-        if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
-            self.region = region
-        if reply.status == 400 and 'content-md5' in message.lower():
-            self.wants_checksum = True
-        has_learnt = self.credentials.learn_clock(reply, code) or before != (self.region, self.wants_checksum)
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.credentials.renew(keys)
-            has_learnt = has_learnt or self.credentials.keys() != keys
-        return has_learnt
+            return self.credentials.keys() != keys
+        if reply.status not in (301, 307, 400, 403) or not re.match(_AWS_REGION, region) or region == self.region:
+            return False
+        self.region = region
+        return True
 
     def error(self, reply: _Reply, method: str, key: str) -> RemoteError:
         code, message, _ = _aws_error(reply)
-        return RemoteError(f'{self.url} answers {_status(reply, code, message)}',
-                           self.remedy(reply, code, method, key), reply.status)
-
-    def remedy(self, reply: _Reply, code: str, method: str, key: str) -> str:
         keys = self.credentials.keys()
+        remedy = _WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region'
+        remedy = _S3_REMEDIES.get(code, remedy)
         if not keys and reply.status in (400, 401, 403):
-            return (f"no credentials were found in the settings, the environment, the AWS profile '{self.profile.name}'"
-                    ", or those of a container or this machine; set aws_access_key_id and aws_secret_access_key, or "
-                    "run 'aws configure' or 'aws sso login'")
-        source = keys.source if keys else ''
-        if method == 'DELETE' and re.search(_PROTECTED, ' '.join(_aws_error(reply))):
-            return _ASK_WHO_PROTECTS
-        if code in ('AccessDenied', '') and reply.status in (401, 403):
-            permission = 's3:DeleteObject' if method == 'DELETE' else 's3:PutObject'
-            if method == 'GET':
-                permission = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
-            return f'the credentials, which come from {source}, need {permission} here'
-        by_host = (f"set 'addressing_style = virtual' below 's3 =' of the profile '{self.profile.name}' in "
-                   '~/.aws/config')
-        renew = f'renew the credentials, which come from {source}'
-        return {
-            'NoSuchBucket': 'check the bucket in the url',
-            'InvalidAccessKeyId': f'check the access key; it comes from {source}',
-            'SignatureDoesNotMatch': f'check the secret access key, which comes from {source}, and the region',
-            'RequestTimeTooSkewed': "set this machine's clock",
-            'ExpiredToken': renew,
-            'InvalidToken': renew,
-            'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
-            'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
-            'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
-            'SecondLevelDomainForbidden': by_host,  # as Alibaba calls it
-            'PathStyleDomainForbidden': by_host,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
-            'VirtualHostDomainRequired': by_host,  # Huawei
-            'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
-            'InvalidObjectState': 'it was moved to an archive class; restore it there first',
-        }.get(code) or (_WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region')
+            remedy = _ANONYMOUS
+        elif method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.IGNORECASE):
+            remedy = _ASK_WHO_PROTECTS
+        elif code in ('AccessDenied', '') and reply.status in (401, 403):
+            reading = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
+            permission = {'GET': reading, 'DELETE': 's3:DeleteObject'}.get(method, 's3:PutObject')
+            remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
+        remedy = remedy.format(source=keys and keys.source, profile=self.profile.name)
+        return RemoteError(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
     def list_page(self, token: str) -> Tuple[List[_Object], str]:
         """ListObjectsV2"""
         query = {'list-type': '2', 'prefix': self.prefix, 'delimiter': '/', 'encoding-type': 'url'}
         if token:
             query['continuation-token'] = token
+        objects = []
         try:
             page = _xml(self.request('GET', query=query).page())
-            if page.tag != 'ListBucketResult':
-                raise ValueError
-            objects = [self.listed_object(page, item) for item in page.iter('Contents')]
-            token = page.findtext('NextContinuationToken') if page.findtext('IsTruncated') == 'true' else ''
+            decode = unquote_plus if page.findtext('EncodingType') == 'url' else str
+            for item in page.iter('Contents'):
+                name = self.name_of(decode(item.findtext('Key', '')))
+                modified = _iso_time(item.findtext('LastModified', ''))
+                version = _version(item.findtext('ETag'), modified)
+                objects.append(_Object(name, int(item.findtext('Size', '0')), version, modified))
         except ValueError:
             raise self.protocol_error() from None
-        if token is None:
+        following = page.findtext('NextContinuationToken') if page.findtext('IsTruncated') == 'true' else ''
+        if page.tag != 'ListBucketResult' or following is None:
             raise self.protocol_error()
-        return objects, token
-
-    def listed_object(self, page: Any, item: Any) -> _Object:
-        key = item.findtext('Key') or ''
-        if page.findtext('EncodingType') == 'url':
-            key = unquote_plus(key)
-        modified = _iso_time(item.findtext('LastModified') or '')
-        return _Object(self.name_of(key), int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified),
-                       modified)
+        return objects, following
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. By a GET, which needs no other permission than reading."""
-        key = self.key(name)
-        reply = self.request('GET', key, headers={'Range': 'bytes=0-0'}, accept=_NO_RANGE + (403,), limit=65536)
-        if reply.status in _MISSING:
-            return None
-        if reply.status == 416 or _aws_error(reply)[0] == 'InvalidObjectState':  # empty, or in an archive class
-            return next((obj for obj in self.list() if obj.name == name), None)
-        if reply.status >= 300:
-            raise self.error(reply, 'GET', key)
-        return self.describe(name, reply)
+        try:
+            reply = self.get(name, '0-0', 1)
+        except RemoteError as e:
+            if 'InvalidObjectState' not in e.message:
+                raise
+        else:
+            if reply.status in _MISSING:
+                return None
+            if reply.status != 416 and reply.whole_size() is not None:
+                return self.describe(name, reply)
+        # What is empty, or in an archive class, can be listed.
+        return next((obj for obj in self.list() if obj.name == name), None)
 
     def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
         return self.request('GET', self.key(name), headers=self.range_headers(span, version), accept=_NO_RANGE,
                             limit=length + 65536)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        moderate = min(limit // _FEW_PARTS, self.long_part)
-        mib = 1 << 20
-        size = max(_MIN_PART, -(-max(moderate, limit // _MAX_PARTS) // mib + 1) * mib)
-        parts = _split_parts(_fit_ranges(chunks, size, self.read), size)
+        """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
+        self.used = set(self.learnt)
+        large = limit // _FEW_PARTS + 1
+        if _LARGE_PARTS not in self.used:  # Amazon takes many, others often, so parts only grow while they are moderate
+            large = min(large, _LONG_PART if self.endpoint else 0)
+        size = max(_MIN_PART, limit // _MAX_PARTS + 1, large)
+        parts = _split_parts(chunks, size, self.read)
         first: Any = next(parts, [])
-        second = next(parts, None)
-        key = self.key(name)
-        if second is None and isinstance(first, list):
-            self.finish('PUT', name, {}, self.object_headers, first, exclusive)
+        if isinstance(first, list) and sum(map(len, first)) < size:
+            self.finish(name, {}, first, exclusive)
             return
+        parts = itertools.chain([first], parts)
+        del first  # or memory would hold it to the end
+        key = self.key(name)
         reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
-        try:
-            upload = _xml(reply.page()).findtext('UploadId')
-        except ValueError:
-            upload = None
+        upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
-        upload_id = {'uploadId': upload}
-        parts = itertools.chain([first, second] if second else [first], parts)
-        del first, second  # or memory would hold them to the end
+        query = {'uploadId': upload}
         try:
-            manifest, total, sources = self.send_parts(key, upload_id, parts, -(-min(_IN_FLIGHT, limit) // size))
-            for obj in sources:
-                if not self.is_current(obj):
-                    raise self.overtaken_error(obj)
-            etag = self.finish('POST', name, upload_id, {'Content-Type': 'application/xml'}, [manifest], exclusive)
+            connections = min(self.connections, -(-_IN_FLIGHT // size))
+            manifest = self.send_parts(key, query, parts, connections)
+            self.finish(name, query, [manifest], exclusive)
         except BaseException:  # abandoned parts are billed
             with self.http.briefly(), contextlib.suppress(RemoteError):
-                self.request('DELETE', key, upload_id, accept=[404])
+                self.request('DELETE', key, query, accept=[404])
             raise
-        if sources:
-            self.check_copy(name, etag, total)
 
-    def send_parts(
-            self,
-            key: str,
-            upload_id: Dict[str, str],
-            parts: Iterable[Any],
-            connections: int,
-    ) -> Tuple[bytes, int, Set[_Object]]:
-        """Upload parts, several at once.
+    def write_again(self, lesson: str, error: RemoteError) -> None:
+        """Raises _WriteAgain if a write that goes by this lesson may succeed."""
+        if lesson not in self.used:
+            self.learnt.add(lesson)
+            raise _WriteAgain(error.message) from error
 
-        Returns the manifest that completes the upload, the size of the object, and the objects that it copies from.
-        """
+    def send_parts(self, key: str, query: _Headers, parts: Iterable[Any], connections: int) -> bytes:
+        """Upload parts, several at once; return the manifest that completes the upload."""
         import threading
-        from xml.sax.saxutils import escape
-        connections = min(connections, self.connections)
         slots = threading.Semaphore(connections)
-        failed: List[int] = []
-        total = 0
-        sources: Set[_Object] = set()
 
         def numbered() -> Iterator[Tuple[int, Any]]:
-            nonlocal total
-            for number, part in enumerate(parts, 1):
+            for item in enumerate(parts, 1):
                 slots.acquire()  # so that no more parts are in memory than are being sent
-                if failed:
-                    return
-                if isinstance(part, _Range):
-                    sources.add(part.obj)
-                    total += part.stop - part.start
-                else:
-                    total += sum(map(len, part))
-                yield number, part
+                yield item
 
         def send(item: Tuple[int, Any]) -> str:
             number, part = item
             try:
-                etag, checksum = self.send_part(key, dict(upload_id, partNumber=str(number)), part)
-            except BaseException:
-                failed.append(number)
+                return self.send_part(key, dict(query, partNumber=str(number)), part)
+            except RemoteError as e:
+                if number > _FEW_PARTS and 400 <= e.status < 500:
+                    self.write_again(_LARGE_PARTS, e)
                 raise
             finally:
                 slots.release()
-            extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
-            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
 
         with _Pool(self.job, connections) as pool:
-            rows = list(_ordered(pool, send, numbered(), _for_all))
-        return f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode(), total, sources
+            rows = ''.join(_ordered(pool, send, numbered(), _for_all))
+        return f'<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>'.encode()
 
-    def send_part(self, key: str, query: Dict[str, str], part: Any) -> Tuple[str, Optional[str]]:
-        """Send a part of an upload, or let the storage copy it; return its ETag and its SHA-256."""
+    def send_part(self, key: str, query: _Headers, part: Any) -> str:
+        """Send a part of an upload, or let the storage copy it; return its row in the manifest.
+
+        https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
+        """
+        from xml.sax.saxutils import escape
         if isinstance(part, _Range):
-            return self.copy_part(key, query, part)
-        try:
+            source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
+            headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
+            reply = self.request('PUT', key, query, headers)
+            if not self.is_current(part.obj):  # some stores misjudge conditions of the source, or ignore them
+                raise self.overtaken_error(part.obj)
+            found = _xml_items(reply, 'CopyPartResult')
+        else:
             reply = self.request('PUT', key, query, body=part)
-        except RemoteError as e:
-            if int(query['partNumber']) > _FEW_PARTS and self.long_part < 1 << 62 and 400 <= e.status < 500:
-                self.long_part = 1 << 62
-                raise _WriteAgain(e.message) from e
-            raise
-        etag = reply.headers.get('ETag')
+            found = {'ETag': reply.headers.get('ETag'), 'ChecksumSHA256': reply.headers.get('x-amz-checksum-sha256')}
+        etag = found.get('ETag')
+        checksum = found.get('ChecksumSHA256')
         if not etag:
-            raise self.protocol_error()
-        return etag, reply.headers.get('x-amz-checksum-sha256')
+            raise self.protocol_error(reply.status)
+        extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
+        return f"<Part><PartNumber>{query['partNumber']}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>"
 
-    def copy_part(self, key: str, query: Dict[str, str], source: _Range) -> Tuple[str, Optional[str]]:
-        """https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html"""
-        headers = {_COPY_SOURCE: _quote(f'{self.bucket}/{self.key(source.obj.name)}', safe='/'),
-                   f'{_COPY_SOURCE}-range': f'bytes={source.start}-{source.stop - 1}'}
-        if not self.endpoint:  # Swift misjudges the condition, and others ignore it
-            headers[f'{_COPY_SOURCE}-if-match'] = source.obj.version
-        reason = f'{self.url} did not copy a part of an object'
-        try:
-            result = _xml(self.request('PUT', key, query, headers).page())
-            etag = result.findtext('ETag') if result.tag == 'CopyPartResult' else None
-            if etag:
-                return etag, result.findtext('ChecksumSHA256')
-        except ValueError:
-            pass
-        except RemoteError as e:
-            if not e.status:
-                raise
-            reason = e.message
-        self.can_copy = False
-        raise _WriteAgain(reason)
-
-    def check_copy(self, name: str, etag: str, total: int) -> None:
-        """Remove an object that is not as large as what was copied and sent. Raises _WriteAgain."""
-        obj = self.stat(name)
-        if not obj or obj.version != _version(etag, 0):
-            _say(f"'{name}' in {self.url} was replaced meanwhile")
-        elif obj.size != total:
-            self.remove(obj)
-            self.can_copy = False
-            again = _WriteAgain(f'{self.url} does not copy what it is told to')
-            again.is_gone = True
-            raise again
-
-    def finish(
-            self,
-            method: str,
-            name: str,
-            query: Mapping[str, str],
-            headers: Mapping[str, str],
-            body: Sequence[Any],
-            exclusive: bool,
-    ) -> str:
-        """Make the request that lets the object appear, and return its ETag.
+    def finish(self, name: str, query: _Headers, body: Sequence[Any], exclusive: bool) -> None:
+        """Make the request that lets the object appear: CompleteMultipartUpload, or without a query PutObject.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
+        method, headers = ('POST', {'Content-Type': 'application/xml'}) if query else ('PUT', self.object_headers)
         key = self.key(name)
         if exclusive and not self.has_exclusive_write and self.stat(name):
             raise _NameTaken
         condition = {'If-None-Match': '*'} if exclusive else {}
-        reply = self.request(method, key, query, {**headers, **condition}, body, accept=[400, 404, 409, 412, 501])
-        if exclusive and self.knows_no_conditions(reply):
-            reply = self.request(method, key, query, headers, body)
-        code = _aws_error(reply)[0]
+        reply = self.request(method, key, query, headers, body, [404, 409, 412], condition=condition)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
+        code = _aws_error(reply)[0]
         if code == 'NoSuchUpload':  # likewise
-            raise _Unconfirmed(f'{self.error(reply, method, key)}', status=reply.status)
-        if reply.status >= 300 or code:
+            raise _Unconfirmed(str(self.error(reply, method, key)))
+        if code or reply.status >= 300:
             raise self.error(reply, method, key)
-        etag = _written_etag(method, reply)
-        if not etag:
-            raise _Unconfirmed(f'{self.protocol_error()}', status=reply.status)
-        return etag
-
-    def knows_no_conditions(self, reply: _Reply) -> bool:
-        """Whether the answer to a request with a condition may mean that. Amazon's S3 knows them."""
-        codes = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
-        return not self.has_exclusive_write and reply.status in (400, 501) and _aws_error(reply)[0] in codes
+        etag = _xml_items(reply, 'CompleteMultipartUploadResult').get('ETag')
+        if method == 'PUT' and not reply.body.strip():
+            etag = reply.headers.get('ETag')
+        if reply.status != 200 or not etag:
+            raise _Unconfirmed(str(self.protocol_error()))
 
     def remove(self, obj: _Object) -> bool:
-        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html
-
-        It looks before each try: a lost answer may have been a yes, and some stores ignore conditions.
-        """
+        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         key = self.key(obj.name)
-
-        def look() -> None:
-            if not self.is_current(obj):
-                raise NotFound
-
+        condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
+        look = functools.partial(self.look, obj)
         try:
-            condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
-            reply = self.request('DELETE', key, headers=condition, accept=[400, 404, 412, 501], before=look)
-            # OpenStack Swift has another ETag inside for what came in parts, so it always says 412.
-            is_mistaken = reply.status == 412 and not self.has_exclusive_write
-            if is_mistaken or self.knows_no_conditions(reply):
-                reply = self.request('DELETE', key, accept=[404], before=look)
-            elif reply.status in (404, 412):
+            reply = self.request('DELETE', key, accept=[404, 412], condition=condition, before=look)
+            if reply.status in (404, 412):
                 look()
         except NotFound:
             return False
-        if reply.status >= 300 and reply.status != 404:
+        if reply.status == 412:
             raise self.error(reply, 'DELETE', key)
         is_suspended = reply.headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
-        return bool(reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended)
+        return reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended
 
 
-def _written_etag(method: str, reply: _Reply) -> str:
-    """The ETag, if this is how PutObject or CompleteMultipartUpload say that the object is there; otherwise ''.
+def _knows_no_conditions(reply: _Reply, method: str) -> bool:
+    """Whether the answer to a request with a condition may mean that the store knows none.
 
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html
-    https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+    OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
     """
-    if reply.status != 200:
-        return ''
-    if method == 'PUT':
-        return '' if reply.body.strip() else reply.headers.get('ETag') or ''
-    try:
-        result = _xml(reply.page())
-    except ValueError:
-        return ''
-    return (result.findtext('ETag') or '') if result.tag == 'CompleteMultipartUploadResult' else ''
+    is_unknown = _aws_error(reply)[0] in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
+    return reply.status in (400, 501) and is_unknown or reply.status == 412 and method == 'DELETE'
 
 
 def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
@@ -4610,6 +4491,20 @@ def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
 
 
 # gs:// ---------------------------------------------------------------------------------
+
+_GS_LOGIN = ("no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
+             '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
+_GS_REMEDIES = (  # by what an error says: who asked, its status and its message
+    (f'.* 403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+    ('account 40[13]', "check this account's permissions"),
+    ('nobody 40[13]', _GS_LOGIN),
+    ('.* 400 .*uniform bucket-level access',
+     "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
+    ('.* 404', 'check the bucket in the url'),
+    ('.* (429|503)', _WAIT),
+    ('', 'check the url'),
+)
+
 
 class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
@@ -4627,89 +4522,74 @@ class _GsRemote(_BucketStore):
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
-    def address(self, key: str, query: Mapping[str, str], api: str = '/storage/v1') -> str:
-        path = '/' + _quote(key) if key else ''
-        return f'{self.endpoint}{api}/b/{self.bucket}/o{path}?{_query(query.items())}'
-
     def request(
             self,
-            request: _Request,
+            method: str,
+            key: str,  # '' means the bucket
+            query: _Headers,
+            headers: _Headers = {},  # noqa: B006
+            body: Sequence[Any] = (),
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
-            tries: int = _TRIES + _MORE_TRIES,
+            before: Callable[[], Any] = bool,
     ) -> _Reply:
-        """Make an authorized request. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        """Make an authorized request. before: is called before each try.
+
+        Raises RemoteError for any answer but 2xx and those in `accept`.
+        """
+        api = '/upload/storage/v1' if 'uploadType' in query else '/storage/v1'
+        url = f'{self.endpoint}{api}/b/{self.bucket}/o/{_quote(key)}'.rstrip('/') + '?' + _query(query.items())
         authorization: Dict[str, str] = {}
-        refused: List[str] = []
 
         def prepare() -> _Request:
-            # The address of an upload comes from the server, so it may lead elsewhere.
-            if self.credentials and request.url.startswith(self.endpoint + '/'):
+            before()
+            if self.credentials:
                 authorization.update(self.credentials.headers())
-            return request._replace(headers={**request.headers, **authorization})
+            return _Request(method, url, {**headers, **authorization}, body)
 
         def judge(reply: _Reply) -> str:
-            if reply.status == 401 and self.credentials and not refused:
-                refused.append('')
-                return 'at once' if self.credentials.renew(authorization) else 'final'
+            if reply.status == 401 and self.credentials and self.credentials.renew(authorization):
+                return 'at once'
             return _judge(reply)
 
-        reply = self.http.request(prepare, judge, limit, tries)
+        reply = self.http.request(prepare, judge, limit)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
-        raise self.error(reply, bool(authorization))
+        raise self.error(reply, 'account' if authorization else 'nobody')
 
-    def error(self, reply: _Reply, is_authorized: bool) -> RemoteError:
+    def error(self, reply: _Reply, who: str = 'account') -> RemoteError:
         try:
             message = str(reply.json()['error']['message'])
         except (KeyError, TypeError):
             message = reply.page()[:300].decode('utf-8', 'replace')
-        remedy = _WAIT if reply.status in _OVERLOAD else 'check the url'
-        if reply.status == 403 and re.search(_PROTECTED, message):
-            remedy = _ASK_WHO_PROTECTS
-        elif reply.status in (401, 403) and is_authorized:
-            remedy = "check this account's permissions"
-        elif reply.status in (401, 403):
-            remedy = ("no credentials were found: run 'gcloud auth application-default login', or set "
-                      'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
-        elif reply.status == 400 and 'uniform bucket-level access' in message:
-            remedy = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
-        elif reply.status == 404:
-            remedy = 'check the bucket in the url'
+        text = f'{who} {reply.status} {message}'
+        remedy = next(remedy for pattern, remedy in _GS_REMEDIES if re.match(pattern, text, re.I | re.S))
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
 
-    def parse(self, reply: _Reply) -> Dict[str, Any]:
-        answer = reply.json()
-        if not answer and reply.page().strip() != b'{}':
-            raise self.protocol_error()
-        return answer
-
     def list_page(self, token: str) -> Tuple[List[_Object], str]:
-        query = {'prefix': self.prefix, 'delimiter': '/',
-                 'fields': 'kind,items(name,size,generation,updated),nextPageToken'}
+        fields = 'kind,items(name,size,generation,updated),nextPageToken'
+        query = {'prefix': self.prefix, 'delimiter': '/', 'fields': fields}
         if token:
             query['pageToken'] = token
-        page = self.parse(self.request(_Request('GET', self.address('', query))))
-        items = page.get('items') or []
-        token = page.get('nextPageToken') or ''
+        page = self.request('GET', '', query).json()
+        following = page.get('nextPageToken', '')
         is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
-        if not is_listing or not isinstance(items, list) or not isinstance(token, str):
+        if not is_listing or not isinstance(following, str):
             raise self.protocol_error()
-        return [self.parse_object(item) for item in items], token
+        return self.parse(page.get('items') or []), following
 
-    def parse_object(self, item: Any) -> _Object:
+    def parse(self, items: Any) -> List[_Object]:
         try:
-            return _Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
-                           _iso_time(item.get('updated') or ''))
+            return [_Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
+                            _iso_time(item.get('updated', ''))) for item in items]
         except (KeyError, TypeError, ValueError, OverflowError):
             raise self.protocol_error() from None
 
     def stat(self, name: str) -> Optional[_Object]:
-        query = {'fields': 'name,size,generation,updated'}
-        reply = self.request(_Request('GET', self.address(self.key(name), query)), accept=[404])
+        reply = self.request('GET', self.key(name), {'fields': 'name,size,generation,updated'}, accept=[404])
         if reply.status == 404:
             return None
-        obj = self.parse_object(self.parse(reply))
+        obj, = self.parse([reply.json()])
         if obj.name != name:
             raise self.protocol_error()
         return obj
@@ -4722,89 +4602,95 @@ class _GsRemote(_BucketStore):
         if version:
             query.update(generation=version, ifGenerationMatch=version)
         headers = {'Range': f'bytes={span}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
-        return self.request(_Request('GET', self.address(self.key(name), query), headers), _NO_RANGE, length + 65536)
+        return self.request('GET', self.key(name), query, headers, accept=_NO_RANGE, limit=length + 65536)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
+        key = self.key(name)
+        session = self.begin_upload(key, exclusive)
         md5 = _md5()
-        session = self.begin_upload(name, exclusive)
-        answer: Dict[str, Any] = {}
         size = 0
+
+        def parts() -> Iterator[Tuple[int, bytes]]:  # the last one is shorter than the others, perhaps empty
+            nonlocal size
+            for part in _split_parts(chunks, _GS_PART, self.read):
+                data = b''.join(part)
+                yield size, data
+                size += len(data)
+                if md5:
+                    md5.update(data)
+            if size % _GS_PART == 0:
+                yield size, b''
+
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
-                for part, reply in _ordered(pool, send, _placed(_split_parts(chunks, _GS_PART)), lambda n: n < 2):
-                    size += len(part)
-                    if md5:
-                        md5.update(part)
-                    answer = reply.json() if reply else {}
+                *_, answer = _ordered(pool, send, parts(), lambda count: count < 2)
         except BaseException:
             with self.http.briefly(), contextlib.suppress(RemoteError):
-                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
+                self.http.request(lambda: _Request('DELETE', session), tries=1)
             raise
-        if answer.get('name') != self.key(name) or not answer.get('generation'):
-            raise _Unconfirmed(f'{self.protocol_error()}')
+        generation = str(answer.get('generation', ''))
+        if not generation or [answer.get('name'), str(answer.get('size'))] != [key, str(size)]:
+            raise _Unconfirmed(str(self.protocol_error()))
         if md5 and answer.get('md5Hash') not in (None, _base64(md5.digest())):
-            query = {'ifGenerationMatch': str(answer['generation'])}
-            self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
-            raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there", 'push again')
-        if str(answer.get('size')) != str(size):
-            raise _Unconfirmed(f'{self.protocol_error()}')
+            self.request('DELETE', key, {'ifGenerationMatch': generation}, accept=[404])
+            raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
+                          'push again')
 
-    def begin_upload(self, name: str, exclusive: bool) -> str:
-        """The address to which the parts of an upload go."""
-        query = {'uploadType': 'resumable', 'name': self.key(name)}
+    def begin_upload(self, key: str, exclusive: bool) -> str:
+        """The address to which the parts of an upload go. Whoever has it needs no credentials."""
+        query = {'uploadType': 'resumable', 'name': key}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
-        reply = self.request(_Request('POST', self.address('', query, '/upload/storage/v1'), headers,
-                                      [b'{"contentType": "application/gzip"}']), accept=[412])
+        reply = self.request('POST', '', query, headers, [b'{"contentType": "application/gzip"}'], [412])
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
-        is_encrypted = self.endpoint.startswith('https:')
-        if not re.match('https://' if is_encrypted else 'https?://', session):
+        if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
             raise self.protocol_error()
         return session
 
-    def send_part(self, session: str, item: Tuple[int, bytes, bool]) -> Tuple[bytes, Optional[_Reply]]:
-        """Send what the server still lacks of a part until it has all; return the part, and the answer to the last one.
-        """
-        start, part, is_last = item
+    def send_part(self, session: str, item: Tuple[int, bytes]) -> Dict[str, Any]:
+        """Send what the server still lacks of a part until it has all; return what it says after the last one."""
+        start, part = item
         stop = start + len(part)
-        at = start
-        failures = 0  # since the last byte arrived
-        while True:
-            failures += 1
-            body = [memoryview(part)[at - start:]] if at < stop else []
+        is_last = len(part) < _GS_PART
+        at = start  # up to where it has arrived, as far as is known
+        is_known = True
+
+        def prepare() -> _Request:
+            nonlocal is_known
+            body = [memoryview(part)[at - start:]] if is_known and at < stop else []
+            is_known = False
             span = f'{at}-{stop - 1}' if body else '*'
-            headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
-            try:
-                reply = self.request(_Request('PUT', session, headers, body), accept=[308, 412], tries=1)
-            except RemoteError as e:
-                if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
-                    raise
-                self.http.pause(failures)
-                reply = self.request(_Request('PUT', session, {'Content-Range': 'bytes */*'}), accept=[308, 412])
+            return _Request('PUT', session, {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}, body)
+
+        def judge(reply: _Reply) -> str:
+            nonlocal at, is_known
+            if reply.status != 308:
+                return _judge(reply)
+            is_known = True
+            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
+            at = int(received.group(1)) + 1 if received else 0
+            return 'later' if at == before else 'final'
+
+        while at < stop or is_last:
+            before = at
+            reply = self.http.request(prepare, judge)
             if reply.status == 412:
                 raise _NameTaken  # perhaps by ourselves, if an answer was lost
+            if reply.status < 300 and is_last:
+                return reply.json()
             if reply.status != 308:
-                if not is_last:
-                    raise self.protocol_error()
-                return part, reply
-            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
-            arrived = int(received.group(1)) + 1 if received else 0
-            if not at <= arrived <= stop:
-                raise RemoteError(f'{self.url} lost a part of the upload', 'push again')
-            if arrived == stop and not is_last:
-                return part, None
-            if arrived > at:
-                failures = 0
-            elif failures >= _TRIES:
-                raise RemoteError(f'{self.url} takes no more of the upload', 'check the endpoint_url, and push again')
-            at = arrived
+                raise self.error(reply) if reply.status >= 300 else self.protocol_error()
+            if not before < at <= stop:
+                raise RemoteError(f'{self.url} takes no more of the upload',
+                                  'check the endpoint_url, and push again')
+        return {}
 
     def remove(self, obj: _Object) -> bool:
         """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete
@@ -4812,37 +4698,23 @@ class _GsRemote(_BucketStore):
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
         key = self.key(obj.name)
-        query = {'ifGenerationMatch': obj.version}
-        reply = self.request(_Request('DELETE', self.address(key, query)), accept=[404, 412])
-        if reply.status == 412 and self.is_current(obj):
-            raise self.error(reply, True)
+        look = functools.partial(self.look, obj)
+        with contextlib.suppress(NotFound):
+            reply = self.request('DELETE', key, {'ifGenerationMatch': obj.version}, accept=[404, 412], before=look)
+            if reply.status == 412:
+                look()
+                raise self.error(reply)
         query = {'generation': obj.version, 'fields': 'generation'}
-        reply = self.request(_Request('GET', self.address(key, query)), accept=[404])
+        reply = self.request('GET', key, query, accept=[403, 404])
         return bool(reply.json().get('generation') == obj.version)
 
 
-def _placed(parts: Iterable[List[Any]]) -> Iterator[Tuple[int, bytes, bool]]:
-    """The offset and bytes of each part, and whether it is the last. At least one."""
-    start = 0
-    last = b''
-    for part in parts:
-        if last:
-            yield start, last, False
-        start += len(last)
-        last = b''.join(part)
-    yield start, last, True
-
-
 # http(s):// ----------------------------------------------------------------------------
-
-_HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: a URL that is signed for GET refuses HEAD
-
 
 class _WebRemote(_HttpStore):
     """http(s)://host/path: what a web server shows. It can only be read."""
 
     def __init__(self, config: Config, job: _Job) -> None:
-        import threading
         super().__init__(config, job)
         self.url = (config.url or '').rstrip('/')
         if '@' in self.url:  # anywhere, as a password may hold a slash
@@ -4851,15 +4723,14 @@ class _WebRemote(_HttpStore):
         if not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
             raise ConfigError('the url is not of the form https://host or https://host/path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
-        self.headers = {'Cache-Control': 'no-transform'}  # for proxies (RFC 9111, 5.2.1.6)
         self.http = _Http(job, config.ca_bundle)
-        self.lock = threading.Lock()
-        self.downloads: Dict[_Object, Any] = {}  # files with all bytes of objects from servers that support no ranges
+        self.directories: List[Any] = []  # temporary ones, for objects of a server that knows no ranges
+        self.downloads: Dict[_Object, Tuple[_FileRemote, Any]] = {}
 
     def __exit__(self, *_: Any) -> None:
         self.http.close()
-        for file in self.downloads.values():
-            file.close()
+        for directory in self.directories:
+            directory.cleanup()
 
     def address(self, name: str) -> str:
         return f'{self.base}{name}.tgz'
@@ -4868,33 +4739,25 @@ class _WebRemote(_HttpStore):
             self,
             method: str,
             url: str,
-            headers: Mapping[str, str] = {},  # noqa: B006
-            accept: Sequence[int] = (),
+            headers: _Headers = {},  # noqa: B006
+            accept: Container[int] = (),
             limit: int = _REPLY_LIMIT,
-            into: Optional[Any] = None,
+            into: Any = None,
     ) -> _Reply:
         """Make a request and follow redirects. Raises RemoteError for any answer but 2xx and those in `accept`."""
-        redirects = 0
-
         def prepare() -> _Request:
-            return _Request(method, url, {**self.headers, **headers})
+            return _Request(method, url, {'Cache-Control': 'no-transform', **headers})  # RFC 9111, 5.2.1.6
 
         def judge(reply: _Reply) -> str:
-            nonlocal url, redirects
-            is_gunzipped = reply.headers.get('x-goog-stored-content-encoding') == 'gzip'
-            if is_gunzipped and 'Accept-Encoding' not in self.headers:
-                self.headers['Accept-Encoding'] = 'gzip'  # https://cloud.google.com/storage/docs/transcoding
-                return 'at once'
-            target = ''
+            nonlocal url
+            if reply.status not in (301, 302, 303, 307, 308):
+                return _judge(reply)
             with contextlib.suppress(ValueError):
                 target = urljoin(url, reply.headers.get('Location') or '')
-            if reply.status not in (301, 302, 303, 307, 308) or not re.match(r'https?://[!-~]+\Z', target):
-                return _judge(reply)
-            if url.startswith('https:') and not target.startswith('https:'):
-                raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url', reply.status)
-            redirects += 1
-            url = target
-            return 'at once' if redirects < 6 else 'final'
+                if url.startswith('https:') and not target.startswith('https:'):
+                    raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url')
+                url = target
+            return 'at once'
 
         reply = self.http.request(prepare, judge, limit, into=into)
         if 200 <= reply.status < 300 or reply.status in accept:
@@ -4914,50 +4777,44 @@ class _WebRemote(_HttpStore):
             return list(filter(None, _ordered(pool, self.stat, names, _for_all)))
 
     def stat(self, name: str) -> Optional[_Object]:
-        reply = self.request('HEAD', self.address(name), accept=_MISSING + _HEAD_REFUSED)
-        if reply.status not in _MISSING and (reply.status >= 400 or reply.whole_size() is None):
-            reply = self.request('GET', self.address(name), {'Range': 'bytes=0-0'}, _MISSING + (416,), 65536)
+        """As above. Some servers refuse HEAD, as for a URL that is signed for GET, or tell no length then."""
+        reply = self.request('HEAD', self.address(name), accept=range(400, 600))
+        if reply.status not in _MISSING and reply.whole_size() is None:
+            reply = self.get(name, '0-0', 1)
         return None if reply.status in _MISSING else self.describe(name, reply)
-
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        if obj not in self.downloads:
-            try:
-                return super().read(obj, start, stop)
-            except RemoteError as e:
-                if e.status != 200:  # not because it answers with the whole object
-                    raise
-        with self.lock:
-            if obj not in self.downloads:
-                self.downloads[obj] = self.download(obj)
-            self.downloads[obj].seek(start)
-            return self.downloads[obj].read(stop - start)  # type: ignore[no-any-return]
 
     def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
         return self.request('GET', self.address(name), self.range_headers(span, version), _NO_RANGE, length + 65536)
 
-    def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
-        """As above. A server without ranges may answer with a small object as a whole."""
-        if reply.status == 200 and 'Content-Range' not in reply.headers and len(reply.body) == obj.size:
-            return reply.body[start:stop]  # type: ignore[no-any-return]
-        return super().range_body(obj, reply, start, stop)
+    def read_tail(self, obj: _Object) -> bytes:
+        """As above. An object of a server that knows no ranges is downloaded first."""
+        try:
+            return super().read_tail(obj)
+        except RemoteError as e:
+            if e.status != 200:  # not because it answers with the whole object
+                raise
+            self.download(obj)
+            return super().read_tail(obj)
 
-    def download(self, obj: _Object) -> Any:
-        """A temporary file with the whole object."""
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        if obj in self.downloads:
+            directory, copy = self.downloads[obj]
+            return directory.read(copy, start, stop)
+        return super().read(obj, start, stop)
+
+    def download(self, obj: _Object) -> None:
         import tempfile
         _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
-        file = tempfile.TemporaryFile()
-        try:
+        temporary = tempfile.TemporaryDirectory()
+        self.directories.append(temporary)
+        directory = _FileRemote(Config(Path(temporary.name).as_uri()), self.job)
+        with open(directory.path(obj.name), 'wb') as file:
             reply = self.request('GET', self.address(obj.name), accept=[404], into=file)
-            self.check_version(obj, reply)
-            if reply.status != 200 or file.seek(0, os.SEEK_END) != obj.size:
-                raise self.replaced_error(obj)
-        except BaseException:
-            file.close()
-            raise
-        return file
-
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        self.check_writable()
+        copy = directory.stat(obj.name)
+        is_same = reply.status == 200 and copy and copy.size == obj.size
+        if not is_same or self.version(reply) != obj.version:
+            raise self.mismatch_error(obj, reply)
+        self.downloads[obj] = directory, copy
 
     def check_writable(self) -> None:
         raise ConfigError(f'{self.url} can only be read',
@@ -4966,25 +4823,16 @@ class _WebRemote(_HttpStore):
 
 def _linked_names(base: str, page: bytes) -> List[str]:
     """The names of the archives in the directory `base` to which an HTML page links."""
-    from html.parser import HTMLParser
+    from html import unescape
     directory = unquote(base)
     names = set()
-
-    class Links(HTMLParser):
-        def error(self, message: str) -> None:
-            raise AssertionError(message)  # as Python 3.10 and later do
-
-        def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
-            if tag != 'a':
-                return
-            with contextlib.suppress(ValueError):
-                target = unquote(urljoin(base, dict(attrs).get('href') or ''))
-                name = target[len(directory):-4]
-                if target == f'{directory}{name}.tgz' and _is_name(name):
-                    names.add(name)
-
-    with contextlib.suppress(AssertionError, ValueError):  # of what is no HTML
-        Links().feed(page.decode('utf-8', 'replace'))
+    links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
+    for link in re.findall(links, page.decode('utf-8', 'replace')):
+        with contextlib.suppress(ValueError):
+            target = unquote(urljoin(base, unescape(link.strip('"\''))))
+            name = target[len(directory):-4]
+            if target == f'{directory}{name}.tgz' and _is_name(name):
+                names.add(name)
     return sorted(names)
 
 
@@ -4994,7 +4842,7 @@ def _open_remote(config: Config, job: _Job) -> _Remote:
     if not config.url:
         raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
                           'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
-    kinds: Dict[str, Callable[[Config, _Job], _Remote]] = {
+    kinds = {
         'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _WebRemote, 'http': _WebRemote}
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
@@ -5662,44 +5510,46 @@ _Copies = Dict[str, Tuple[_Object, _Segment]]  # segments that S3 copies, by pat
 def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Copies:
     """Segments that need not be sent.
 
-    All their files are read, and must hash to what an index says; so must both ends of what is to be copied.
+    All their files are read, and must hash to what an index says; so must both ends of what is to be copied. If the
+    archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
-    if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
-        return {}
+    known = dict(survey.segments)  # with digests as soon as they have been read
+
+    def is_same(segment: _Segment) -> bool:
+        own = known.get(segment.path, _Segment(''))
+        return own.amount() == segment.amount() and own.digest in ('', segment.digest)
 
     def look(obj: _Object) -> Optional[_Archive]:
-        with contextlib.suppress(Error, OSError):
+        with contextlib.suppress(Error):
             return _Archive(remote, obj, remote.read_tail(obj))
         return None
 
     def choose(path: str) -> Optional[Tuple[_Object, _Segment]]:
         for archive, segment in candidates[path]:
             with contextlib.suppress(Error):
-                if segment.digest == digests[path] and archive.read_ends(segment) == read.ends[path]:
+                if is_same(segment) and archive.read_ends(segment) == read.ends[path]:
                     return archive.obj, segment
         return None
 
+    if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
+        return {}
     try:
         objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
     except Error as e:
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name != name, -obj.modified))
+    candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = collections.defaultdict(list)
     with _Pool(job, remote.connections) as pool, remote.http.briefly():
         archives = list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _for_all)))
-        candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = {}
         for archive in archives:
             for segment in archive.segments:
-                own = survey.segments.get(segment.path)
-                if own and own.amount() == segment.amount() and segment.length >= _MIN_PART:
-                    candidates.setdefault(segment.path, []).append((archive, segment))
+                if segment.length >= _MIN_PART and is_same(segment):
+                    candidates[segment.path].append((archive, segment))
         read = _hash(job, survey.listing(candidates))
-        digests = {segment.path: segment.digest for segment in read.segments}
+        known.update((segment.path, segment) for segment in read.segments)
         for archive in archives:
-            is_repair = archive.name == name and all(
-                own and own.amount() == segment.amount() and digests.get(segment.path, segment.digest) == segment.digest
-                for own, segment in ((survey.segments.get(segment.path), segment) for segment in archive.segments))
-            if is_repair:
+            if archive.name == name and len(archive.segments) == len(known) and all(map(is_same, archive.segments)):
                 return {}
         return {path: found for path, found in zip(candidates, _ordered(pool, choose, candidates, _for_all)) if found}
 
@@ -5729,6 +5579,38 @@ def _archive_blocks(
             yield block.result
 
 
+def _is_whole(
+        remote: _Remote,
+        name: str,
+        end: bytes,
+        size: int,
+        exclusive: bool,
+        doubt: Optional[_Unconfirmed],
+) -> bool:
+    """Whether an archive that was just written is right; if not, it is not there any more.
+
+    end, size: what it must have. doubt: raised if it is not there, unless it was to be exclusive, and another one is.
+    """
+    obj = remote.stat(name)
+    is_ours = obj and remote.read(obj, max(0, obj.size - len(end)), obj.size) == end
+    if obj and is_ours and obj.size == size:
+        return True
+    if doubt and obj and exclusive and not is_ours:
+        raise _NameTaken
+    if doubt:
+        raise doubt
+    if not obj or not is_ours:
+        _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
+        return True
+    _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
+    try:
+        remote.remove(obj)
+    except RemoteError as e:
+        raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
+                      f"'etc push -f {name}' replaces it") from None
+    return False
+
+
 def _write_archive(
         job: _Job,
         remote: _Remote,
@@ -5756,23 +5638,28 @@ def _write_archive(
     while True:
         segments = _SegmentList()
         job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
+        doubt: Optional[_Unconfirmed] = None
         try:
             with _Pool(job, _cores()) as pool:
                 remote.write(local.name, archive(pool), survey.limit, exclusive)
         except _WriteAgain as e:
-            _say(f'{e.message}; writing all again', _DEBUG)
-            exclusive = exclusive or e.is_gone
-            copies = copies if remote.can_copy else {}
+            _say(f'{e.message}; writing it again', _DEBUG)
             continue
         except _Unconfirmed as e:
-            found = None
-            with contextlib.suppress(RemoteError, Corrupt):
-                found = _look_up(remote, local.name)
-            if found is None:
-                raise e
-            if found.digest != segments.digest():
-                raise _NameTaken from None
-        return segments.segments, copies
+            doubt = e
+        except RemoteError as e:
+            if not copies or not e.status:
+                raise
+            _say(f'nothing is copied: {e.message}', _DEBUG)
+            copies = {}
+            continue
+        if not copies and not doubt:
+            return segments.segments, copies
+        end = _archive_end(level, segments)
+        if _is_whole(remote, local.name, end, segments.archive_length() + len(end), exclusive, doubt):
+            return segments.segments, copies
+        copies = {}
+        exclusive = True  # as another push may have been faster
 
 
 # ---------------------------------------------------------------------------------------
@@ -5942,15 +5829,16 @@ def diff(
 
     def work(job: _Job) -> _Row:
         found: _Row = {'equal': None}
-        known: List[Dict[str, _Segment]] = []
-        for side, name, is_remote in zip('ab', (a, b), remotes):
+        known: Dict[str, Dict[str, _Segment]] = {}
+        sides = zip('ab', (a, b), remotes)
+        for side, name, is_remote in sorted(sides, key=lambda item: not item[2]):  # first what takes no time
             name, pin = _parse_name(name)
             segments = (_stored_segments if is_remote else _local_segments)(job, config, name)
-            known.append({segment.path: segment for segment in segments})
+            known[side] = {segment.path: segment for segment in segments}
             found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
             _check_pin(name, pin, found[side]['digest'])
-        paths = sorted({**known[0], **known[1]}, key=_segment_order)
-        found['segments'] = {path: _contrast(*[segments.get(path) for segments in known]) for path in paths}
+        paths = sorted({**known['a'], **known['b']}, key=_segment_order)
+        found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path)) for path in paths}
         found['equal'] = all(row['status'] == 'same' for row in found['segments'].values())
         return found
 
@@ -6118,6 +6006,7 @@ def push(
         with _open_remote(config, job) as store:
             if not force and _is_stored(job, store, local, receipt):
                 return _digest_of(job, local, receipt)
+            store.check_writable()
             try:
                 segments, copies = _write_archive(job, store, local, expected, not force, config.compression_level)
             except _NameTaken:
@@ -6705,8 +6594,9 @@ def _run(argv: Sequence[str]) -> int:
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
     places = usage.partition(' [-')[0].split()
-    if len(words) < sum(place[0] != '[' for place in places):
-        _fail(prog, f"'{prog}' needs {' '.join(places).rstrip('.')}")
+    needed = [place.rstrip('.') for place in places if place[0] != '[']
+    if len(words) < len(needed):
+        _fail(prog, f"'{prog}' needs {' '.join(needed)}")
     if len(words) > len(places) and '...' not in usage:
         _fail(prog, f"'{prog}' takes no '{words[-1]}'")
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
