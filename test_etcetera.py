@@ -4391,10 +4391,10 @@ class AwsLife(AwsCase):
         self.refused("container's credentials service answers 401: wrong authorization")
         self.refused('cannot read the file with a token that $%s_FILE names: No such file' % variable,
                      **{variable + '_FILE': '/nowhere'})
-        self.refused('$%s holds characters that it cannot have' % variable,
+        self.refused('contains invalid characters; check the credentials',
                      **{variable + '_FILE': self.token('secret\r\nX: y')})
-        self.aws.fault = lambda handler: handler.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\n'}) or True
-        self.refused("the container's credentials service returned no usable credentials")
+        self.aws.fault = lambda handler: handler.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\nX: y'}) or True
+        self.refused("the container's credentials service: aws_secret_access_key is missing, or holds characters")
 
     def test_roles_that_cannot_be(self):
         role = '[default]\n' + ROLE + 'forbidden\n'
@@ -4433,11 +4433,12 @@ class AwsLife(AwsCase):
         python = '"%s" -S -c ' % sys.executable
         for command, problem in (
                 (python + "'import sys; sys.exit(chr(27) + str(12))'", 'fails (1): \\x1b12'),
-                (python + "'print(5)'", 'returned no usable credentials'),
-                (python + "'print(chr(123) + chr(125))'", 'returned no usable credentials'),
+                (python + "'print(5)'", 'aws_access_key_id is missing'),
+                (python + "'print(chr(123) + chr(125))'", 'aws_access_key_id is missing'),
                 (python + "'", 'cannot be run: No closing quotation'),
                 ('/nowhere/at/all', 'cannot be run: No such file')):
-            self.refused("the credential_process of the AWS profile 'default' " + problem,
+            self.refused("the credential_process of the AWS profile 'default'", '[default]\ncredential_process = ' + command)
+            self.refused(problem,
                          '[default]\ncredential_process = ' + command)
 
     def test_regions_are_no_hosts(self):
@@ -4458,6 +4459,11 @@ class AwsLife(AwsCase):
 
 class AwsRenewal(AwsCase):
     """A service that fails takes nothing away that still works."""
+
+    def setUp(self):
+        super().setUp()
+        stand_in(self, random, 'uniform', lambda low, high: 0)  # no pauses
+        stand_in(self, etc, '_TIMEOUT', 0.3)
 
     def begin_to_fail(self, how):
         """Let the keys expire in 100 seconds, and the service fail from now on."""
@@ -4490,7 +4496,6 @@ class AwsRenewal(AwsCase):
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
     def test_what_is_transient(self):
-        stand_in(self, random, 'uniform', lambda low, high: 0)  # no pauses
         for status, code, akid, env in ((400, 'Throttling', 'WEB-pod', self.web_identity()),
                                         (400, 'RequestLimitExceeded', 'WEB-pod', self.web_identity()),
                                         (400, 'IDPCommunicationError', 'WEB-pod', self.web_identity()),
@@ -4544,7 +4549,7 @@ class AwsCommand(AwsCase):
             self.refused('No such file', profile)  # the command's own words
             self.refused('--profile work', profile)
             write(self.tmp, {'answer': '{"Version": 1, "SecretAccessKey": "secret"}'})
-            self.refused('no usable credentials', profile)
+            self.refused('aws_access_key_id is missing', profile)
             self.refused('boto3', profile, PATH=str(self.tmp))
             (self.tmp / 'answer').unlink()
 
@@ -4738,7 +4743,7 @@ class Flaky:
             told = headers['Content-Range']
             headers['Content-Range'] = rng.choice([
                 '', 'x', 'bytes */9', 'bytes 0-0/1', 'bytes 1-2/3', 'bytes 9-1/5', re.sub(r'/\d+', '/*', told),
-                re.sub(r'\d+', lambda match: str(int(match.group()) + 1), told)])
+                re.sub(r'\d+-', '1-', told)])
         elif kind == 'whole':
             status, body = 200, next(iter(self.server.objects.values()))[0]
             del headers['Content-Range']
@@ -5144,7 +5149,7 @@ class FileFaults(Faults, Case):
             self.undo.pop()()
         if op[0].startswith('pull') and place > 1 and self.hits and self.kind not in ('flipped', 'full'):
             self.assertIn(self.url[7:] if self.kind in ('removed', 'moved') else 'was replaced', err)
-        self.assertIn(glob.glob(str(self.tmp / 'share/.*')) + glob.glob(str(self.tmp / 'share/*')), ([], [str(self.archive)]))
+        self.assertEqual(list(self.tmp.glob('share/.*')), [])
 
 
 class SlowBodies(S3Handler):
@@ -5300,44 +5305,28 @@ class Links(S3Case):
                 self.assertEqual((process.returncode, err, self.server.uploads), (status, b'etc: interrupted\n', {}))
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
-    def test_interruption_while_a_lock_is_held(self):
-        """A signal may strike when the main thread has just taken a lock that others need."""
-        program = r"""
-import os, signal, sys, threading
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import etcetera
-enter, left, main = threading.Condition.__enter__, [COUNT], threading.get_ident()
-def taken(condition):
-    result = enter(condition)
-    if threading.get_ident() == main:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-    return result
-threading.Condition.__enter__ = taken
-sys.exit(etcetera.main(sys.argv[2:]))
-"""
+    def test_interruption_at_any_time(self):
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB), 'data/train/y': 'y' * 99}))
-        ended = []
-        for count, command in itertools.product('128', ('push -f X', 'pull -f X', 'verify X')):
-            with self.subTest(command, count=count):
-                process = self.spawn('-q', *command.split(), python=['-c', program.replace('COUNT', count)])
-                self.addCleanup(process.kill)
-                err = process.communicate(timeout=20)[1].decode()
-                self.assertIn((process.returncode, err), [(0, ''), (130, 'etc: interrupted\n')])
-                ended.append(process.returncode)
-        self.assertIn(130, ended)
-        self.assertEqual(self.server.uploads, {})
+        for command, delay in itertools.product(('push -f X', 'pull -f X'), (0, 0.03, 0.1, 0.2)):
+            with self.subTest(command, delay=delay):
+                self.server.log.clear()
+                process = self.spawn('-q', *command.split())
+                while not self.server.log:
+                    time.sleep(0.01)
+                time.sleep(delay)
+                process.send_signal(signal.SIGINT)
+                ended = process.communicate(timeout=20)[1], process.returncode
+                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130)])
+                self.assertEqual(self.server.uploads, {})
 
     def test_progress_of_a_single_body(self):
         """Progress tells of bytes when they move, not when all of a part or a range has."""
-        told, missing = threading.Event(), []
+        told, large, missing = threading.Event(), set(), []
 
         def slow(handler, left):
-            range_asked = re.match(r'bytes=(\d+)-(\d+)', handler.headers.get('Range', 'bytes=0-0'))
-            size = int(handler.headers.get('Content-Length') or 0)
-            size = size or range_asked and int(range_asked.group(2)) - int(range_asked.group(1)) + 1
-            if left <= 32768 and size and size > 200000 and not told.wait(20):
+            if left > 32768:
+                large.add(handler)
+            elif handler in large and not told.wait(20):
                 missing.append(handler.command)
         self.serve_slowly(4 * MIB, slow)
         for call, home in ((etc.push, 'home'), (etc.pull, 'two')):
