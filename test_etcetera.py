@@ -3997,14 +3997,6 @@ class GcpEmulator(BucketPeer, Case):
         return self.blob(name).download_as_bytes(raw_download=True)
 
 
-def patch(case, thing, name, value):
-    """Put another value there until the test ends; returns the old one."""
-    old = getattr(thing, name)
-    case.addCleanup(setattr, thing, name, old)
-    setattr(thing, name, value)
-    return old
-
-
 def misbehave(handler, how):
     """Answer with a status, a page, or not at all."""
     if how == 'silence':
@@ -4151,12 +4143,14 @@ class AwsCase(S3Case):
             self.assertEqual(headers['x-amz-security-token'], 'token/of+' + akid)
         return akid
 
-    def fails(self, *words):
-        err = self.etc('ls', '-r', status=1)[1]
-        for word in words:
-            self.assertIn(word, err)
-        for secret in ('secret', 'token/of', 'web-token'):
-            self.assertNotIn(secret, err.replace('aws_secret_access_key', ''))
+    def refused(self, problem, config='', **env):
+        """With these settings there are no credentials, for this reason."""
+        from unittest import mock
+        self.profile(config)
+        with self.subTest(config=config, env=env), mock.patch.dict(os.environ, env):
+            err = self.etc('ls', '-r', status=1)[1]
+            self.assertIn(problem, err)
+            self.assertNotRegex(err.replace('aws_secret_access_key', ''), 'secret|token/of|web-token')
 
     def signers(self):
         return [signed_by(headers) for _, _, headers in self.server.log]
@@ -4173,7 +4167,7 @@ class AwsCase(S3Case):
 
     def shift(self, seconds):
         """Let time pass."""
-        now = patch(self, time, 'time', lambda: now() + seconds)
+        now = stand_in(self, time, 'time', lambda: now() + seconds)
 
     def rotate(self, seconds):
         """Let time pass, after which the services give out other keys."""
@@ -4280,8 +4274,8 @@ class AwsCredentialsOracle(AwsCredentials):
 
         def connect(address, *args, **kwargs):
             raise Reached(address[0])
-        patch(self, socket, 'create_connection', connect)
-        patch(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
+        stand_in(self, socket, 'create_connection', connect)
+        stand_in(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
         del os.environ['AWS_ENDPOINT_URL']
         session = botocore.session.Session()
         loader = session.get_component('data_loader')
@@ -4321,11 +4315,11 @@ class AwsLife(AwsCase):
 
     def test_threads_ask_once(self):
         self.share(small(self.tmp / 'ds'))
-        data = self.server.objects['some/prefix/X.tgz']
-        self.server.objects.update({'some/prefix/%d.tgz' % number: data for number in range(8)})
+        self.server.objects.update({'some/prefix/%d.tgz' % number: data for number in range(8)
+                                    for data in self.server.objects.values()})
+        self.server.fault = lambda handler: 'list-type' in handler.path and self.rotate(3500)
         self.server.log.clear()
         self.aws.log.clear()
-        self.server.fault = lambda handler: 'list-type' in handler.path and self.rotate(3500)
         self.etc('ls', '-r', '-l')
         self.assertEqual((self.signers(), len(self.aws.log)), ([INSTANCE] + [INSTANCE + '2'] * 9, 6))
 
@@ -4343,7 +4337,7 @@ class AwsLife(AwsCase):
         self.assertEqual(len(self.aws.log), 6)
         refused.append(INSTANCE + '2')
         self.server.log.clear()
-        self.fails('ExpiredToken', "the instance's role 'my-role'")
+        self.refused("ExpiredToken: about ExpiredToken; renew the credentials, which come from the instance's role 'my-role'")
         self.assertEqual(len(self.server.log), 1)
 
     def test_keys_that_are_changed_in_their_file(self):
@@ -4364,17 +4358,17 @@ class AwsLife(AwsCase):
         self.expect('CONTAINER', AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=self.token(bom + 'right'), **self.container)
 
     def test_no_metadata(self):
+        none = 'no credentials were found'
         for how in (403, 404, 405, 'a page', 'silence', 'reset'):
             with self.subTest(how):
                 self.aws.log.clear()
                 self.aws.fault = lambda handler: misbehave(handler, how)
-                self.fails('no credentials were found')
+                self.refused(none)
                 self.assertEqual([method for method, _, _ in self.aws.log], ['PUT'], 'never version 1')
         self.aws.fault = lambda handler: handler.path.endswith('my-role') and (handler.json({'Code': 'Failed'}) or True)
-        self.fails('no credentials were found')
+        self.refused(none)
         self.aws.log.clear()
-        os.environ['AWS_EC2_METADATA_DISABLED'] = 'TRUE'
-        self.fails('no credentials were found')
+        self.refused(none, AWS_EC2_METADATA_DISABLED='TRUE')
         self.assertEqual(self.aws.log, [])
 
     def test_metadata_is_not_asked_through_a_proxy(self):
@@ -4385,44 +4379,36 @@ class AwsLife(AwsCase):
     def test_containers_that_are_not_trusted(self):
         for url in ('http://example.com/x http://169.254.170.3/ http://10.0.0.1/ ftp://localhost/ nonsense http://[::2]/ http://[x '
                     'http://localhost.example.com http://127.0.0.1@example.com/').split():
-            with self.subTest(url):
-                os.environ['AWS_CONTAINER_CREDENTIALS_FULL_URI'] = url
-                self.fails('must begin with https://, or with http:// and a loopback address')
+            self.refused('must begin with https://, or with http:// and a loopback address',
+                         AWS_CONTAINER_CREDENTIALS_FULL_URI=url)
         for path in ('@example.com/', '.example.com/'):
-            with self.subTest(path):
-                os.environ['AWS_CONTAINER_CREDENTIALS_RELATIVE_URI'] = path
-                self.fails('RELATIVE_URI must be a path that begins with /')
+            self.refused('RELATIVE_URI must be a path that begins with /', AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=path)
 
     def test_containers_that_refuse(self):
-        variable = 'AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE'
+        variable = 'AWS_CONTAINER_AUTHORIZATION_TOKEN'
         os.environ.update(self.container)
         self.aws.authorization = 'right'
-        self.fails("container's credentials service answers 401: wrong authorization")
-        os.environ[variable] = str(self.tmp / 'nowhere')
-        self.fails('cannot read the file with a token that $%s names: No such file' % variable)
-        os.environ[variable] = self.token('secret\r\nX: y')
-        self.fails('$AWS_CONTAINER_AUTHORIZATION_TOKEN holds characters that it cannot have')
-        self.token('right')
-        self.aws.fault = lambda handler: handler.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\n'}) or True
-        self.fails("the container's credentials service returned no usable credentials")
+        self.refused("container's credentials service answers 401: wrong authorization")
+        self.refused('cannot read the file with a token that $%s_FILE names: No such file' % variable,
+                     **{variable + '_FILE': '/nowhere'})
+        self.refused('contains invalid characters; check the credentials',
+                     **{variable + '_FILE': self.token('secret\r\nX: y')})
+        self.aws.fault = lambda handler: handler.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\nX: y'}) or True
+        self.refused("the container's credentials service: aws_secret_access_key is missing, or holds characters")
 
     def test_roles_that_cannot_be(self):
+        role = '[default]\n' + ROLE + 'forbidden\n'
         base = '\n[profile base]\n' + static('STATIC')
         needs = "the AWS profile '%s' needs, besides role_arn, either a source_profile that does not lead back"
-        for what, rest, problem in (
-                ('forbidden', 'source_profile = base\n' + base, "the AWS profile 'default': AWS STS answers 403 AccessDenied: "
-                                                                "about it; check the role_arn arn:aws:iam::123456789012:role/f"),
-                ('no source', '', needs % 'default'),
-                ('an unknown source', 'credential_source = Moon', needs % 'default'),
-                ('itself', 'source_profile = default', needs % 'default'),
-                ('a circle', 'source_profile = a\n[profile a]\nsource_profile = default\n' + ROLE + 'x', needs % 'a'),
-                ('two sources', 'source_profile = base\ncredential_source = Environment' + base, needs % 'default'),
-                ('an absent source', 'source_profile = nope',
-                 "the AWS profile that the source_profile of 'default' names is not in"),
-                ('an empty source', 'source_profile = a\n[profile a]\n', "'default' finds no credentials in a")):
-            with self.subTest(what):
-                self.profile('[default]\n' + ROLE + 'forbidden\n' + rest)
-                self.fails(problem)
+        self.refused("the AWS profile 'default': AWS STS answers 403 AccessDenied: about it; check the role_arn "
+                     'arn:aws:iam::123456789012:role/f', role + 'source_profile = base' + base)
+        self.refused(needs % 'default', role)
+        self.refused(needs % 'default', role + 'credential_source = Moon')
+        self.refused(needs % 'default', role + 'source_profile = default')
+        self.refused(needs % 'default', role + 'source_profile = base\ncredential_source = Environment' + base)
+        self.refused(needs % 'a', role + 'source_profile = a\n[profile a]\nsource_profile = default\n' + ROLE + 'x')
+        self.refused("the AWS profile that the source_profile of 'default' names is not in", role + 'source_profile = nope')
+        self.refused("'default' finds no credentials in a", role + 'source_profile = a\n[profile a]\n')
 
     def test_roles_by_a_wrong_clock(self):
         now = time.time
@@ -4431,36 +4417,34 @@ class AwsLife(AwsCase):
             stamp = calendar.timegm(time.strptime(handler.headers['x-amz-date'], '%Y%m%dT%H%M%SZ'))
             return abs(stamp - now()) > 300 and (handler.error(403, 'SignatureDoesNotMatch') or True)
         self.server.fault = self.aws.fault = fault
-        patch(self, Handler, 'date_time_string', lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True))
+        stand_in(self, Handler, 'date_time_string', lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True))
         self.shift(5 * 3600)
         self.expect('dev-by-STATIC-B', DEV, BASE)
         self.assertEqual((len(self.aws.log), len(self.server.log)), (2, 1))
 
     def test_web_identities_that_cannot_be(self):
-        os.environ.update(self.web_identity('another'))
-        self.fails('web identity: AWS STS answers 403 InvalidIdentityToken')
-        os.environ['AWS_WEB_IDENTITY_TOKEN_FILE'] += '-gone'
-        self.fails('cannot read the file with a token that web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE names')
-        os.environ.update(self.web_identity(), AWS_ROLE_ARN='')
-        self.fails('web identity is configured without a role; set role_arn or $AWS_ROLE_ARN')
+        self.refused('web identity: AWS STS answers 403 InvalidIdentityToken', **self.web_identity('another'))
+        self.refused('cannot read the file with a token that web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE names',
+                     AWS_ROLE_ARN='arn:aws:iam::1:role/pod', AWS_WEB_IDENTITY_TOKEN_FILE='/nowhere')
+        self.refused('web identity is configured without a role; set role_arn or $AWS_ROLE_ARN',
+                     AWS_WEB_IDENTITY_TOKEN_FILE=self.token('web-token'))
 
     def test_processes_that_fail(self):
         python = '"%s" -S -c ' % sys.executable
         for command, problem in (
                 (python + "'import sys; sys.exit(chr(27) + str(12))'", 'fails (1): \\x1b12'),
-                (python + "'print(5)'", 'returned no usable credentials'),
-                (python + "'print(chr(123) + chr(125))'", 'returned no usable credentials'),
+                (python + "'print(5)'", 'aws_access_key_id is missing'),
+                (python + "'print(chr(123) + chr(125))'", 'aws_access_key_id is missing'),
                 (python + "'", 'cannot be run: No closing quotation'),
                 ('/nowhere/at/all', 'cannot be run: No such file')):
-            with self.subTest(command):
-                self.profile('[default]\ncredential_process = ' + command)
-                self.fails("the credential_process of the AWS profile 'default' " + problem)
+            self.refused("the credential_process of the AWS profile 'default'", '[default]\ncredential_process = ' + command)
+            self.refused(problem,
+                         '[default]\ncredential_process = ' + command)
 
     def test_regions_are_no_hosts(self):
         del self.settings['endpoint_url'], os.environ['AWS_ENDPOINT_URL']
-        for os.environ['AWS_REGION'] in ('evil.example/', 'x@evil', 'a#b'):
-            with self.subTest(os.environ['AWS_REGION']):
-                self.fails("the region is not valid; check 'region', $AWS_REGION")
+        for region in ('evil.example/', 'x@evil', 'a#b'):
+            self.refused("the region is not valid; check 'region', $AWS_REGION", AWS_REGION=region)
 
     def test_endpoints(self):
         other = self.server.url
@@ -4475,6 +4459,11 @@ class AwsLife(AwsCase):
 
 class AwsRenewal(AwsCase):
     """A service that fails takes nothing away that still works."""
+
+    def setUp(self):
+        super().setUp()
+        stand_in(self, random, 'uniform', lambda low, high: 0)  # no pauses
+        stand_in(self, etc, '_TIMEOUT', 0.3)
 
     def begin_to_fail(self, how):
         """Let the keys expire in 100 seconds, and the service fail from now on."""
@@ -4507,13 +4496,11 @@ class AwsRenewal(AwsCase):
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
     def test_what_is_transient(self):
-        patch(self, etc, '_backoff', lambda failures: 0)
-        for status, code, times, akid, env in (
-                (400, 'Throttling', 2, 'WEB-pod', self.web_identity()),
-                (400, 'RequestLimitExceeded', 2, 'WEB-pod', self.web_identity()),
-                (400, 'IDPCommunicationError', 2, 'WEB-pod', self.web_identity()),
-                (500, 'InternalError', 3, 'CONTAINER', self.container)):
-            left = [code] * times
+        for status, code, akid, env in ((400, 'Throttling', 'WEB-pod', self.web_identity()),
+                                        (400, 'RequestLimitExceeded', 'WEB-pod', self.web_identity()),
+                                        (400, 'IDPCommunicationError', 'WEB-pod', self.web_identity()),
+                                        (500, 'InternalError', 'CONTAINER', self.container)):
+            left = [code] * 3
             self.aws.fault = lambda handler: left and (handler.error(status, left.pop()) or True)
             self.expect(akid, **env)
 
@@ -4528,7 +4515,6 @@ class AwsCommand(AwsCase):
                                       'sso_start_url = https://corp\n',
              'login': 'login_session = arn:aws:iam::1:user/me\n',
              'mfa': 'mfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = b\n' + ROLE + 'x\n[profile b]\n' + static('STATIC')}
-    ASKED = 'configure export-credentials --profile work --format process\n'
 
     def setUp(self):
         super().setUp()
@@ -4540,36 +4526,32 @@ class AwsCommand(AwsCase):
         os.environ.update(PATH='%s:/usr/bin:/bin' % (self.tmp / 'bin'), AWS_PROFILE='work')
 
     def was_asked(self, times=1):
-        self.assertEqual((self.tmp / 'asked').read_text(), self.ASKED * times)
+        command = 'configure export-credentials --profile work --format process\n'
+        self.assertEqual((self.tmp / 'asked').read_text(), command * times)
         (self.tmp / 'asked').unlink()
 
     def test_kinds(self):
-        self.process('TOOL')
-        for kind, text in self.KINDS.items():
-            with self.subTest(kind):
-                self.expect('TOOL', '[profile work]\n' + text)
-                self.was_asked()
-        role = '[profile top]\nsource_profile = work\n' + ROLE + 'dev\n[profile work]\n' + self.KINDS['sso']
-        self.expect('dev-by-TOOL', role, AWS_PROFILE='top')
-        self.was_asked()
-
-    def test_asked_again_before_they_expire(self):
-        self.profile('[profile work]\n' + self.KINDS['sso'])
-        self.process('OLD')
-        signers = self.pages(lambda: None, lambda: (self.shift(3500), self.process('NEW'))[0])
-        self.assertEqual(signers, ['OLD', 'OLD', 'NEW'])
-        self.was_asked(2)
-
-    def test_what_fails(self):
         for kind, text in self.KINDS.items():
             with self.subTest(kind):
                 self.profile('[profile work]\n' + text)
-                self.fails("the AWS profile 'work'", 'No such file', '--profile work')  # the command's own words
-                write(self.tmp, {'answer': '{"Version": 1, "SecretAccessKey": "secret"}'})
-                self.fails("the AWS profile 'work'", 'no usable credentials')
-                (self.tmp / 'answer').unlink()
-        os.environ['PATH'] = str(self.tmp)
-        self.fails("the AWS profile 'work'", 'boto3', '--profile work')
+                self.process('OLD')
+                signers = self.pages(lambda: None, lambda: (self.shift(3500), self.process('NEW'))[0])
+                self.assertEqual(signers, ['OLD', 'OLD', 'NEW'])
+                self.was_asked(2)
+        role = '[profile top]\nsource_profile = work\n' + ROLE + 'dev\n[profile work]\n' + self.KINDS['sso']
+        self.server.objects.clear()
+        self.expect('dev-by-NEW', role, AWS_PROFILE='top')
+        self.was_asked()
+
+    def test_what_fails(self):
+        for kind, text in self.KINDS.items():
+            profile = '[profile work]\n' + text
+            self.refused('No such file', profile)  # the command's own words
+            self.refused('--profile work', profile)
+            write(self.tmp, {'answer': '{"Version": 1, "SecretAccessKey": "secret"}'})
+            self.refused('aws_access_key_id is missing', profile)
+            self.refused('boto3', profile, PATH=str(self.tmp))
+            (self.tmp / 'answer').unlink()
 
 
 @needs(importable('botocore'), 'botocore is not installed')
@@ -4620,19 +4602,19 @@ class MotoIdentity(Case):
         strict = urllib.request.Request(endpoint + '/moto-api/reset-auth', b'0', {'Content-Type': 'text/plain'})
         self.assertEqual(urllib.request.urlopen(strict).status, 200)
 
-        roles = '[profile top]\nsource_profile = mid\n' + ROLE + 'top\n[profile mid]\nsource_profile = base\n' + ROLE + 'mid\n'
-        wrong = '[base]\n' + static(key['AccessKeyId'])
-        right = wrong.replace('secret-of-' + key['AccessKeyId'], key['SecretAccessKey'])
-        write(self.tmp / '.aws', {'config': roles, 'credentials': right})
+        write(self.tmp / '.aws', {'config': '[profile top]\nsource_profile = mid\n' + ROLE + 'top\n[profile mid]\n'
+                                            'credential_source = Environment\n' + ROLE + 'mid\n'})
+        os.environ.update(AWS_ACCESS_KEY_ID=key['AccessKeyId'], AWS_SECRET_ACCESS_KEY=key['SecretAccessKey'])
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        os.environ['AWS_PROFILE'] = 'base'
         self.assertIn('AccessDenied', self.etc('push', 'X', status=1)[1])
-        os.environ['AWS_PROFILE'] = 'top'
+        self.settings['aws_profile'] = 'top'
         self.etc('push', 'X')
         self.etc('pull', 'X', home='two')
-        write(self.tmp / '.aws', {'credentials': wrong})
+        os.environ['AWS_SECRET_ACCESS_KEY'] = 'wrong'
         self.assertIn('SignatureDoesNotMatch', self.etc('ls', '-r', status=1)[1])
-        os.environ.update(AWS_PROFILE='', AWS_EC2_METADATA_SERVICE_ENDPOINT=endpoint, AWS_EC2_METADATA_DISABLED='')
+        self.settings.clear()
+        os.environ.update(AWS_ACCESS_KEY_ID='', AWS_SECRET_ACCESS_KEY='', AWS_EC2_METADATA_DISABLED='',
+                          AWS_EC2_METADATA_SERVICE_ENDPOINT=endpoint)
         self.assertIn('InvalidAccessKeyId', self.etc('ls', '-r', status=1)[1])  # it does not know those of its metadata
 
 
@@ -4645,12 +4627,6 @@ class Plain(http.client.HTTPConnection):
 
 
 class Signature(S3Case):
-    WORDS = "a|b c|+|~|\u00e9|/|//|.|=|&|%|$|'|(|*|:|@|Z|-|_|\u65e5".split('|')
-    CHOICES = {
-        'endpoint_url': 'http://127.0.0.1:9000 http://h.example:80 https://h.example https://h.example:443 https://h.example:8443'.split(),
-        'region': ['us-east-1', 'eu-west-3'], 'aws_session_token': [None, 'to/ken+='], 'public': [False, True],
-        'storage_class': [None, 'STANDARD_IA'], 'request_payer': [None, 'requester']}
-
     def test_published_examples(self):
         """The server of these tests agrees with Amazon's own examples, which it then looks for in vain:
 
@@ -4684,21 +4660,19 @@ class Signature(S3Case):
         """Signatures are right for odd keys, of odd hosts and with all kinds of headers."""
         import ssl
         # all hosts are the test's server, which speaks plain HTTP
-        connect = patch(self, socket, 'create_connection', lambda address, *args, **kwargs: connect(
+        connect = stand_in(self, socket, 'create_connection', lambda address, *args, **kwargs: connect(
             self.server.server_address, *args, **kwargs))
-        patch(self, http.client, 'HTTPSConnection', Plain)
-        patch(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
+        stand_in(self, http.client, 'HTTPSConnection', Plain)
+        stand_in(self, ssl.SSLContext, 'load_default_certs', lambda context, *args: None)  # which takes long
+        self.url = "s3://bucket/a b+~\u00e9//.=&%$'%41(*:@Z-_\u65e5"
+        self.settings.update(region='eu-west-3', aws_session_token='to/ken+=', public=True, storage_class='STANDARD_IA',
+                             request_payer='requester')
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        rng = random.Random(11)
-        for number in range(50):
-            chosen = {key: rng.choice(values) for key, values in self.CHOICES.items()}
-            chosen['url'] = 's3://bucket/' + ''.join(rng.choice(self.WORDS) for _ in range(number % 9))
-            config = self.config(**chosen)
-            with self.subTest(number=number, **chosen):
-                etc.push('X', config=config)
-                self.assertEqual(etc.ls(True, config), ['X'])
-                etc.info('X', True, config)
-                etc.purge('X', remote=True, config=config)
+        for host in ('http://127.0.0.1:9000', 'http://h:80', 'https://h', 'https://h:443', 'https://h:8443'):
+            with self.subTest(host):
+                self.settings['endpoint_url'] = host
+                for words in ('push X', 'ls -r', 'info -r X', 'purge -r -f X'):
+                    self.etc(*words.split())
 
 
 # ---------------------------------------------------------------------------------------
@@ -4730,7 +4704,7 @@ class Flaky:
                 self.rfile.read(length)
             else:
                 self.close_connection = True
-            headers = {'Location': case.other.url + self.path} if kind < '4' and kind > '3' else {}
+            headers = {'Location': case.other.url + self.path} if kind[0] == '3' else {}
             return self.error(int(kind[:3]), kind[4:], headers)
         if kind == 'replaced':
             with server.lock:
@@ -4769,7 +4743,7 @@ class Flaky:
             told = headers['Content-Range']
             headers['Content-Range'] = rng.choice([
                 '', 'x', 'bytes */9', 'bytes 0-0/1', 'bytes 1-2/3', 'bytes 9-1/5', re.sub(r'/\d+', '/*', told),
-                re.sub(r'\d+', lambda match: str(int(match.group()) + 1), told)])
+                re.sub(r'\d+-', '1-', told)])
         elif kind == 'whole':
             status, body = 200, next(iter(self.server.objects.values()))[0]
             del headers['Content-Range']
@@ -4840,7 +4814,7 @@ class Faults:
         self.requests, self.hits, self.is_armed, self.mutex = [], [], False, threading.RLock()
         self.rng = random.Random()
         for name in ('_TIMEOUT', '_READ_TIMEOUT'):
-            patch(self, etc, name, 60)
+            stand_in(self, etc, name, 60)
 
     def patience(self, seconds):
         """Let a connection count as broken after so much silence."""
@@ -4874,16 +4848,8 @@ class Faults:
         part = {name: content for name, content in whole.items() if not name.startswith('data/train')}
         return (self.tmp / 'made' / version / 'X.tgz').read_bytes(), whole, part
 
-    def call(self, *args, home):
-        """The exit status of a command, and what it says."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = etc.main(['-q', '--config', str(self.tmp / 'settings.yaml'), '--url', self.url,
-                             '--home', str(self.tmp / home)] + list(args))
-        return code, out.getvalue(), err.getvalue()
-
-    def works(self, *args, home):
-        self.assertEqual(self.call(*args, home=home), (0, '', ''))
+    def succeeds(self, words, home):
+        self.assertEqual(self.etc('-q', *words.split(), home=home), ('', ''))
 
     def prepare(self, op, home):
         """Make the archive of an operation ready; gives the home to use."""
@@ -4893,14 +4859,14 @@ class Faults:
     def strike(self, kinds, ops, check, others=(None,)):
         """Let each kind of fault strike one of the operations, which begin with a command and the archive that is there.
 
-        check(op, home, *what call() gives) looks at what came of it.
+        check(op, home, out, err) looks at what came of it; without an error, err is ''.
         others: what may take the archive's place when it is replaced.
         """
         places = []
         for number, op in enumerate(ops):
             home = self.prepare(op, 'clean%d' % number)
             self.requests.clear()
-            self.assertEqual(self.call(*op[0].split(), home=home)[::2], (0, ''))
+            self.assertEqual(self.etc('-q', *op[0].split(), home=home)[1], '')
             places += [(op, self.requests[:place]) for place in range(1, len(self.requests) + 1)]
         only = os.environ.get('ETC_TEST_SEED')
         for seed in [int(only)] if only else range(len(kinds) * RUNS):
@@ -4917,13 +4883,12 @@ class Faults:
                 self.hits.clear()
                 self.patience(0.5 if is_silent else 60)
                 self.is_armed = True
-                code, out, err = self.call(*op[0].split(), home=home)
+                out, err = self.etc('-q', *op[0].split(), home=home, status=None)
                 self.is_armed = False
-                if code:
-                    self.assertEqual(code, 1)
+                if err and not out:
                     self.assertRegex(err, r'\Aetc: [^\n]+\n\Z')
-                self.after(op, place, code, err)
-                check(op, home, code, out, err)
+                self.after(op, place, err)
+                check(op, home, out, err)
 
     def test_pull(self):
         one, tree_one, part_one = self.make('one', 1200000)
@@ -4940,24 +4905,24 @@ class Faults:
         def prepare(op, home):
             if op[4]:
                 self.reset(one)
-                self.works(*op[4].split(), home=home)
+                self.succeeds(op[4], home)
             self.reset(op[1], conditions=self.rng.random() < .5)  # some stores know none
             return home
 
-        def check(op, home, code, out, err):
+        def check(op, home, out, err):
             command, _, target, before, _ = op
-            possible = [before] if code else [target]
-            if self.kind in ('replaced', 'rewritten') and code:
+            possible = [before] if err else [target]
+            if self.kind in ('replaced', 'rewritten') and err:
                 self.assertRegex(err, "was replaced|no dataset|another 'X' is installed")
             elif self.kind in ('replaced', 'rewritten'):
                 possible = [part_one, part_two] if '-p' in command else [tree_one, tree_two]
             found = tree(self.tmp / home / 'X') if os.path.lexists(str(self.tmp / home / 'X')) else None
-            self.assertTrue(found in possible, (code, err, sorted(found or {})))
+            self.assertTrue(found in possible, (err, sorted(found or {})))
             if found:
-                self.works('verify', 'X', home=home)
-            if code:
+                self.succeeds('verify X', home)
+            if err:
                 self.reset(two)
-                self.works('pull', '-f', 'X', home=home)
+                self.succeeds('pull -f X', home)
                 self.assertTrue(tree(self.tmp / home / 'X') == tree_two)
             self.assertEqual(self.leftovers(home), [])
             remove(self.tmp / home)
@@ -4971,12 +4936,12 @@ class Faults:
                ('push X', None, big, 'big'), ('push -f X', one, big, 'big')]
         self.prepare = lambda op, home: self.reset(op[1]) or 'makers/' + op[3]
 
-        def check(op, home, code, out, err):
+        def check(op, home, out, err):
             _, before, target, _ = op
             others = {'replaced': [self.new], 'moved': [None]}.get(self.kind, [])
-            self.assertTrue(self.remote() in ([before, target] + others if code else [target]), (code, err))
-            if code:
-                self.works('push', '-f', 'X', home=home)
+            self.assertTrue(self.remote() in ([before, target] + others if err else [target]), err)
+            if err:
+                self.succeeds('push -f X', home)
                 self.assertTrue(self.remote() == target)
         self.strike(self.push_kinds, ops, check, [one, None])
 
@@ -5002,7 +4967,7 @@ class HttpFaults(Faults):
         self.other = Server(Recorder)
         self.addCleanup(self.other.stop)
         self.kinds = self.push_kinds = self.MENDED + self.ENDED
-        patch(self, etc, '_backoff', self.pause)
+        stand_in(self, random, 'uniform', self.pause)  # by which pauses are multiplied
 
     @staticmethod
     def applies(kind, request):
@@ -5013,7 +4978,7 @@ class HttpFaults(Faults):
             return method != 'HEAD'
         return kind != '200 InternalError' or method == 'POST' and 'uploadId' in path
 
-    def pause(self, failures):
+    def pause(self, low, high):
         """The client pauses between two tries, here for no time. A server that refuses connections is back after two."""
         with self.server.lock:
             self.pauses += 1
@@ -5036,12 +5001,12 @@ class HttpFaults(Faults):
         if archive is not None:
             self.put('X.tgz', archive)
 
-    def after(self, op, place, code, err):
+    def after(self, op, place, err):
         """What holds after each run."""
         self.server.reopen()
         is_mended = self.kind in self.MENDED
         if self.count <= 2 and is_mended:
-            self.assertEqual((code, err), (0, ''))
+            self.assertEqual(err, '')
         self.assertLessEqual(len(self.requests) + self.pauses, 300)
         # the server could not be told to forget an upload if that request failed, too
         told = 'DELETE' not in self.hits or is_mended and self.hits.count('DELETE') < self.tries_of_delete
@@ -5054,11 +5019,11 @@ class HttpFaults(Faults):
         one, two = self.make('one', 70000)[0], self.make('two', 80000)[0]
         digest = etc.Dataset(self.tmp / 'one').digest
 
-        def check(op, home, code, out, err):
+        def check(op, home, out, err):
             possible = [None, two if self.kind == 'replaced' else one]
-            if self.kind == 'replaced' and code == 0 and self.remote():  # which came after the deletion
+            if self.kind == 'replaced' and not err and self.remote():  # which came after the deletion
                 self.assertIn('DELETE', [method for method, _, _ in self.requests[:-1]])
-            elif code == 0 and self.kind[:3] not in ('404', '410'):  # which some looks take for the truth
+            elif not err and self.kind[:3] not in ('404', '410'):  # which some looks take for the truth
                 possible = [None]
             self.assertTrue(self.remote() in possible, err)
         self.strike(self.kinds, [('purge -r -f X', one), ('purge -r -f X@' + digest, one)], check, [two, None])
@@ -5071,17 +5036,17 @@ class HttpFaults(Faults):
             self.reset(one)
             for name in ('a.tgz', 'b.tgz', 'c.tgz'):
                 self.put(name, one)
-            clean[op] = clean.get(op) or self.call(*op[0].split(), home=home)[1]
+            clean[op] = clean.get(op) or self.etc(*op[0].split(), home=home)[0]
             return home
 
-        def check(op, home, code, out, err):
-            if code == 0 and err:  # an archive that cannot be read does not hide the others
+        def check(op, home, out, err):
+            if out and err:  # an archive that cannot be read does not hide the others
                 found, expected = json.loads(out), json.loads(clean[op])
                 self.assertEqual([item['name'] for item in found], ['X', 'a', 'b', 'c'])
                 self.assertTrue(all(item in expected or item['digest'] is None for item in found), out)
                 self.assertRegex(err, r'\A(etc: [^\n]+\n)+\Z')
             elif self.kind != 'replaced':
-                self.assertEqual(out, '' if code else clean[op])
+                self.assertEqual(out, '' if err else clean[op])
             self.assertFalse((self.tmp / home / 'X').exists())
         self.prepare = prepare
         self.strike(self.kinds, [('ls -r',), ('ls -r --json',), ('info -r --json X',)], check)
@@ -5096,7 +5061,6 @@ class S3Faults(HttpFaults, S3Case):
     def setUp(self):
         super().setUp()
         self.settings['aws_session_token'] = 'session/token'
-        self.etc('ls')  # writes the settings
 
     def put(self, name, data):
         self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
@@ -5106,25 +5070,12 @@ class GsFaults(HttpFaults, GoogleCase):
     class handler(Flaky, GsHandler):
         def error(self, status, code, headers=()):
             self.answer(status, json.dumps({'error': {'code': status, 'message': code}}).encode() if code else b'', headers)
-
-        def session(self, body):
-            """As Google's, it answers for an upload that is complete with what it became."""
-            server, upload = self.server, self.query['upload_id']
-            if self.command == 'PUT' and upload in server.finished:
-                return self.json(self.resource(server.finished[upload]))
-            name = server.uploads.get(upload, [{}])[0].get('name')
-            try:
-                super().session(body)
-            finally:
-                if self.command == 'PUT' and upload not in server.uploads and name in server.objects:
-                    server.finished[upload] = name
     tries_of_delete = 1
 
     def setUp(self):
         super().setUp()
         self.respond({'refresh_token': 'refresh-secret'})
         self.use(self.user(refresh_token='refresh-secret'))
-        self.etc('ls')  # writes the settings
 
 
 class FileFaults(Faults, Case):
@@ -5137,11 +5088,10 @@ class FileFaults(Faults, Case):
     def setUp(self):
         import builtins
         super().setUp()
-        self.etc('ls')  # writes the settings
         self.archive, self.undo = self.tmp / 'share/X.tgz', []
         for module in (builtins, os):
             opened = getattr(module, 'open')
-            patch(self, module, 'open', lambda path, *args, opened=opened, **kwargs: (
+            stand_in(self, module, 'open', lambda path, *args, opened=opened, **kwargs: (
                 self.commit(str(path)), opened(path, *args, **kwargs))[1])
 
     @staticmethod
@@ -5194,13 +5144,12 @@ class FileFaults(Faults, Case):
         if archive is not None:
             self.put('X.tgz', archive)
 
-    def after(self, op, place, code, err):
+    def after(self, op, place, err):
         while self.undo:
             self.undo.pop()()
         if op[0].startswith('pull') and place > 1 and self.hits and self.kind not in ('flipped', 'full'):
-            self.assertEqual(code, 1)
             self.assertIn(self.url[7:] if self.kind in ('removed', 'moved') else 'was replaced', err)
-        self.assertIn(glob.glob(str(self.tmp / 'share/.*')) + glob.glob(str(self.tmp / 'share/*')), ([], [str(self.archive)]))
+        self.assertEqual(list(self.tmp.glob('share/.*')), [])
 
 
 class SlowBodies(S3Handler):
@@ -5239,7 +5188,7 @@ class Links(S3Case):
 
     def test_slow_uplink(self):
         """A link on which a block takes longer than the time-out, but is never silent for so long."""
-        patch(self, etc, '_TIMEOUT', 1.2)
+        stand_in(self, etc, '_TIMEOUT', 1.2)
         self.serve_slowly(2 * MIB, lambda handler, left: time.sleep(0.04 * (handler.command == 'PUT')))
         self.etc('push', 'X')
         self.assertEqual(len(self.requests('PUT')), 1)
@@ -5266,12 +5215,12 @@ class Links(S3Case):
                 self.etc('pull', 'X', home=str(connections))
                 self.assertEqual(tree(self.tmp / str(connections) / 'X'), tree(root))
                 self.assertEqual(max(most), connections)
-                self.assertLess(self.server.sent, 22.5 * MIB)
+                self.assertLess(self.server.sent, 26 * MIB)
 
     def test_silence(self):
         """A connection that says nothing is given up early, if the request only reads."""
         self.share(small(self.tmp / 'ds'))
-        patch(self, etc, '_READ_TIMEOUT', 0.5)
+        stand_in(self, etc, '_READ_TIMEOUT', 0.5)
         left, begin = [1], time.monotonic()
         self.server.fault = lambda handler: left and left.pop() and misbehave(handler, 'silence')
         self.etc('pull', 'X', home='two')
@@ -5279,24 +5228,24 @@ class Links(S3Case):
 
     def test_server_that_restarts(self):
         """A server that has answered before is waited for, at least 15 seconds."""
-        pauses = []
+        slept = []
 
-        def pause(failures):
-            pauses.append(backoff(failures))
-            if sum(pauses) > 15:
+        def sleep(seconds):
+            slept.append(seconds)
+            if sum(slept) > 15:
                 self.server.reopen()
-            return 0
 
         def fault(handler):
-            if handler.command == 'PUT' and not pauses:
+            if handler.command == 'PUT' and not slept:
                 handler.close_connection = True
                 handler.server.shut()
                 return True
-        backoff = patch(self, etc, '_backoff', pause)
         self.serve(ClosingServer(S3Handler))
         self.server.fault = fault
+        now = stand_in(self, time, 'monotonic', lambda: now() + sum(slept))
+        stand_in(self, time, 'sleep', sleep)
         self.share(small(self.tmp / 'ds'))
-        self.assertGreater(sum(pauses), 15)
+        self.assertGreater(sum(slept), 15)
 
     def test_requests(self):
         """How many requests the commands make at most."""
@@ -5315,20 +5264,19 @@ class Links(S3Case):
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(100000)}))
         data, etag, _ = self.server.objects['some/prefix/X.tgz']
         size = len(data)
-        for what, body, told in (
-                ('the whole object', data, None), ('refused', b'', None), ('from the start', data[:8193], (0, 8192, size)),
-                ('the last bytes but one', data[-8193:-1], (size - 8193, size - 2, size)),
-                ('fewer bytes', data[-4000:], (size - 4000, size - 1, size)),
-                ('no size', data[-8192:], (size - 8192, size - 1, '*')),
-                ('another length', data[-8000:], (size - 8192, size - 1, size))):
-            asked, headers = [], {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}
-            if told:
-                headers['Content-Range'] = 'bytes %d-%d/%s' % told
+        for what, start, stop, total in (
+                ('the whole object', 0, size, None), ('refused', 0, 0, None), ('from the start', 0, 8193, size),
+                ('the last bytes but one', size - 8193, size - 1, size), ('fewer bytes', size - 4000, size, size),
+                ('no size', size - 8192, size, '*'), ('another length', size - 8192, size, size)):
+            headers, asked = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}, []
+            if total:
+                headers['Content-Range'] = 'bytes %d-%d/%s' % (start, stop - 1, total)
 
             def fault(handler):
                 if handler.headers.get('Range', '').startswith('bytes=-'):
                     asked.append(handler.path)
-                    return handler.answer(206 if told else 200 if body else 416, body, headers) or True
+                    body = data[start:stop - (what == 'another length')]
+                    return handler.answer(206 if total else 200 if body else 416, body, headers) or True
             with self.subTest(what):
                 self.server.fault = fault
                 self.etc('pull', 'X', home=what)
@@ -5357,44 +5305,28 @@ class Links(S3Case):
                 self.assertEqual((process.returncode, err, self.server.uploads), (status, b'etc: interrupted\n', {}))
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
-    def test_interruption_while_a_lock_is_held(self):
-        """A signal may strike when the main thread has just taken a lock that others need."""
-        program = r"""
-import os, signal, sys, threading
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import etcetera
-enter, left, main = threading.Condition.__enter__, [COUNT], threading.get_ident()
-def taken(condition):
-    result = enter(condition)
-    if threading.get_ident() == main:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-    return result
-threading.Condition.__enter__ = taken
-sys.exit(etcetera.main(sys.argv[2:]))
-"""
+    def test_interruption_at_any_time(self):
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB), 'data/train/y': 'y' * 99}))
-        ended = []
-        for count, command in itertools.product('128', ('push -f X', 'pull -f X', 'verify X')):
-            with self.subTest(command, count=count):
-                process = self.spawn('-q', *command.split(), python=['-c', program.replace('COUNT', count)])
-                self.addCleanup(process.kill)
-                err = process.communicate(timeout=20)[1].decode()
-                self.assertIn((process.returncode, err), [(0, ''), (130, 'etc: interrupted\n')])
-                ended.append(process.returncode)
-        self.assertIn(130, ended)
-        self.assertEqual(self.server.uploads, {})
+        for command, delay in itertools.product(('push -f X', 'pull -f X'), (0, 0.03, 0.1, 0.2)):
+            with self.subTest(command, delay=delay):
+                self.server.log.clear()
+                process = self.spawn('-q', *command.split())
+                while not self.server.log:
+                    time.sleep(0.01)
+                time.sleep(delay)
+                process.send_signal(signal.SIGINT)
+                ended = process.communicate(timeout=20)[1], process.returncode
+                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130)])
+                self.assertEqual(self.server.uploads, {})
 
     def test_progress_of_a_single_body(self):
         """Progress tells of bytes when they move, not when all of a part or a range has."""
-        told, missing = threading.Event(), []
+        told, large, missing = threading.Event(), set(), []
 
         def slow(handler, left):
-            range_asked = re.match(r'bytes=(\d+)-(\d+)', handler.headers.get('Range', 'bytes=0-0'))
-            size = int(handler.headers.get('Content-Length') or 0)
-            size = size or range_asked and int(range_asked.group(2)) - int(range_asked.group(1)) + 1
-            if left <= 32768 and size and size > 200000 and not told.wait(20):
+            if left > 32768:
+                large.add(handler)
+            elif handler in large and not told.wait(20):
                 missing.append(handler.command)
         self.serve_slowly(4 * MIB, slow)
         for call, home in ((etc.push, 'home'), (etc.pull, 'two')):
