@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# PYTHON_ARGCOMPLETE_OK
 # etcetera: share immutable datasets through cloud storage, with one file.
 #
 # Copyright (c) 2026 the etcetera maintainers
@@ -34,7 +35,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Messages        what is shown to people, and how secrets are kept out of it
     Errors          what is raised, and how errors of the system become errors of etcetera
     Settings        ~/.etc.yaml and Config
-    Threads         parallel work, its progress, and signals meanwhile
+    Jobs            work in threads, its progress, and signals meanwhile
     Contents        a directory as canonical tar bytes, and its digest
     Datasets        Dataset: a directory with partitions
     Deflate         one block in and out of it, as fast as this machine can
@@ -43,25 +44,28 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     HTTP            one client: connections, proxies, TLS, retries
     AWS             credentials and request signatures
     Google          credentials
-    Remotes         file://, s3://, gs://, https://: list, stat, read, write, remove
+    Remotes         file://, s3://, gs://, https://: list, find, read, write, remove
     Home            the local store: receipts, and installing atomically
     Stored archives an archive in a remote: its index, extracting it, and writing it
     API             what `import etcetera` offers
     Command line    the command `etc`
 
+Who uses only S3 can skip Google, and in Remotes the parts gs:// and http(s)://; who uses only a shared directory can
+skip HTTP, AWS, Google, and in Remotes all but file://.
+
 AUDIT MAP. What this file touches, and when.
 
-Hosts. Importing contacts none. Commands that need a remote, and shell completion of remote names, contact:
+Hosts. Importing contacts none. Commands that need a remote contact:
     - the host in `url` or `endpoint_url`, in AWS's variables or profile ($AWS_ENDPOINT_URL, ...) or in
       $STORAGE_EMULATOR_HOST; for s3:// without an endpoint, hosts below amazonaws.com or the domain of another AWS
       partition; for gs://, storage.googleapis.com, and the host that it names for an upload (it gets the data, no
       credentials);
     - for http(s):// URLs, any host that the server redirects to; no credentials are sent, and redirects from https://
       to http:// are refused;
-    - for AWS credentials, if the profile or AWS's variables ask for them: the sts, portal.sso and oidc hosts of AWS,
-      or endpoints that are set for them; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if
-      no keys are found anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
-    - for Google credentials: the URLs in the credentials file, by default oauth2.googleapis.com; without a file, the
+    - for AWS credentials, if the profile or AWS's variables ask for them: the sts host of AWS, or an endpoint that is
+      set for it; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if no keys are found
+      anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
+    - for Google credentials: the URL in the credentials file, by default oauth2.googleapis.com; without a file, the
       metadata service of the machine (metadata.google.internal, or $GCE_METADATA_HOST);
     - a proxy that the environment or the system names. Requests to a container's or machine's credential service never
       go through a proxy.
@@ -70,9 +74,8 @@ CLOUDSDK_CONFIG, NO_GCE_CHECK): ETC_URL, ETC_HOME, ETC_CONFIG, ETC_LIBDEFLATE, H
 reads (TMPDIR, http_proxy and the like, SSL_CERT_FILE, SSLKEYLOGFILE, ...).
 Files. It reads:
     - ~/.etc.yaml (else ~/.etc.toml), or the file that --config or $ETC_CONFIG names;
-    - ~/.aws/config, ~/.aws/credentials, ~/.aws/sso/cache/*.json, and token files that AWS's variables or profiles
-      name;
-    - Google's application_default_credentials.json, or the file that is configured, and token files that it names;
+    - ~/.aws/config, ~/.aws/credentials, and token files that AWS's variables or profiles name;
+    - Google's application_default_credentials.json, or the file that is configured;
     - the `ca_bundle`; /etc/machine-id and /proc/self/ns/pid, to tell apart hosts and containers that share a store;
     - what is installed, where a pull wants the same contents;
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
@@ -80,21 +83,19 @@ Files. It reads:
   It writes below the local store (~/.etc by default), and besides:
     - a `file://` remote, where `purge -r` removes an archive, and a push what killed commands left behind a day ago or
       more;
-    - a temporary file, if a web server does not support range requests; a temporary directory for `etc info -r`;
-    - ~/.aws/sso/cache/*.json, when it renews an SSO token, as AWS's own tools do.
-  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names.
-  In S3 and shared directories, a push reads other archives there, and lets the storage copy what it shares with them;
-  if what was copied proves damaged, it deletes the new archive.
+    - a temporary directory, for `etc info -r`, and if a web server does not support range requests.
+  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names. In
+  S3, a push reads other archives in the bucket, and lets the storage copy what it shares with them; if the storage
+  copies something else, the new archive is deleted again.
   `purge -r` reads an answer from the terminal.
-Programs: the `credential_process` of an AWS profile, without a shell; on Windows, cmd.exe with an empty command, so
-that the console understands escape sequences.
-Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, all three where no lock is held.
-Signal 0 tests whether a process lives.
-Optional libraries: botocore (MFA, `aws login`) and google-auth (credential types that need more than the standard
-library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/cli/cache) and
-programs of their own.
-ctypes: syncfs and renameat2 of Linux's libc and renamex_np of macOS's, to flush and to swap directories; and
-libdeflate, if it is beside Python's standard library or among the system's libraries, unless ETC_LIBDEFLATE is 0.
+Programs: the `credential_process` of an AWS profile, without a shell; for credentials that need more than the standard
+library, `aws` or `gcloud`; on Windows, cmd.exe with an empty command, so that the console understands escape sequences.
+Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does. Signal 0 tests whether a process lives.
+Optional libraries: botocore (SSO, `aws login`, MFA) and google-auth (credential types that need more than the standard
+library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/sso, ~/.aws/cli)
+and programs of their own. argcomplete is imported if a shell asks it for completions.
+ctypes: syncfs of Linux's libc, to flush what was installed; and libdeflate, if it is beside Python's standard library
+or among the system's libraries, unless ETC_LIBDEFLATE is 0.
 TLS: certificates and names are always verified. With `ca_bundle` (for s3:// also $AWS_CA_BUNDLE and the profile's),
 that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, since many private CAs leave out
 extensions that it demands.
@@ -129,7 +130,6 @@ from typing import (
     Generator,
     Iterable,
     Iterator,
-    KeysView,
     List,
     Mapping,
     NamedTuple,
@@ -142,12 +142,14 @@ from typing import (
 )
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
-__version__ = '1.0.0'
+__version__ = '1.1.0'
 __all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull', 'purge', 'push', 'register',
            'verify', 'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
            'UnknownPartition']
 
 _Path = Union[str, 'os.PathLike[str]']
+_Names = Optional[Sequence[str]]
+_Row = Dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------
@@ -161,8 +163,8 @@ _Path = Union[str, 'os.PathLike[str]']
 
 def _masked(text: str) -> str:
     """A URL, or a word that may hold one, without secrets. A password may contain any character, even / ? # and @."""
-    text = re.sub(r'\A([^:]*:(?://)?)(?:.*[?#].*@.*|.*(?=@))', r'\1***', text, flags=re.S)
-    return _printable(re.sub(r'([?#]).+', r'\1***', text, flags=re.S))
+    text = re.sub(r'(?s)\A([^:]*:(?://)?)(?:.*[?#].*@.*|.*(?=@))', r'\1***', text)
+    return _printable(re.sub(r'(?s)([?#]).+', r'\1***', text))
 
 
 def _existing_part(path: str) -> str:
@@ -200,22 +202,19 @@ def _size(count: Optional[float]) -> str:
     """Bytes in powers of 1000."""
     if count is None:
         return '-'
-    value = float(count)
-    units = ['B', 'kB', 'MB', 'GB', 'TB', 'PB']
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
+    units = 'B kB MB GB TB PB'.split()
+    while count >= 999.5 and len(units) > 1:
+        count /= 1000
         units.pop(0)
-    return f'{value:.3g} {units[0]}'
+    return f'{count:.3g} {units[0]}'
 
 
 def _duration(seconds: float) -> str:
     if seconds < 99.5:
         return f'{seconds:.2g} s'
     minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f'{minutes}:{seconds:02} min'
     hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02} h'
+    return f'{hours}:{minutes:02} h' if hours else f'{minutes}:{seconds:02} min'
 
 
 _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
@@ -224,26 +223,23 @@ _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
 class _Console:
     """What the command `etc` shows on stderr: messages, and below them at most one line of progress."""
 
-    def __init__(self) -> None:
-        self.level: Optional[int] = None  # the least to show; None in a program that uses etcetera as a library
-        self.progress = ''  # the line of progress that is shown
+    level: Optional[int] = None  # the least to show; None in a program that uses etcetera as a library
+    progress = ''  # the line of progress that is shown
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # stderr may be None, or something that a notebook made
+            sys.stderr.write(_encodable(text, sys.stderr))
+            sys.stderr.flush()
 
     def show_progress(self, line: str) -> None:
         """Replace the line of progress. The cursor stays at its start, so that the next message overwrites it."""
-        if line == self.progress:
-            return
-        self.progress = line
-        with contextlib.suppress(OSError):
-            erase_below = '\033[J'  # also what a narrow terminal has folded
-            sys.stderr.write(f'\r{erase_below}{_encodable(line, sys.stderr)}\r')
-            sys.stderr.flush()
+        if line != self.progress:
+            self.progress = line
+            self.write(f'\r\033[J{line}\r')  # erases the line, and below it what a narrow terminal has folded
 
-    def show(self, message: object, end: str = '\n') -> None:
-        if sys.stderr is None:
-            return
-        with contextlib.suppress(OSError):
-            self.show_progress('')
-            print('etc: ' + _encodable(_printable(str(message)), sys.stderr), end=end, file=sys.stderr, flush=True)
+    def show(self, message: object) -> None:
+        self.show_progress('')
+        self.write('etc: ' + _printable(str(message)) + '\n')
 
 
 _console = _Console()
@@ -268,12 +264,13 @@ class Error(Exception):
     """Something that a user can cause or run into.
 
     str() is one line: the message and, after a semicolon, the remedy, if there is one.
+    `status` is the HTTP status of the answer that caused it, or 0.
     """
 
-    def __init__(self, message: str = '', remedy: str = '') -> None:
-        super().__init__(message, remedy)
+    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
         self.message = message
         self.remedy = remedy
+        self.status = status
 
     def __str__(self) -> str:
         return '; '.join(filter(None, [self.message, self.remedy]))
@@ -300,11 +297,7 @@ class Corrupt(Error):
 
 
 class RemoteError(Error):
-    """The storage could not be reached, or refused. `status` is its HTTP status, or 0."""
-
-    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
-        super().__init__(message, remedy)
-        self.status = status
+    """The storage could not be reached, or refused."""
 
 
 class UnknownPartition(Error, KeyError):
@@ -315,40 +308,24 @@ class _Malformed(Exception):
     """The data that was read is malformed. Not a ValueError, since that may be a bug in etcetera."""
 
 
-class _FromCaller(BaseException):
-    """Carries an exception of a caller's function past handlers that are not meant for it."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-_F = TypeVar('_F', bound=Callable[..., Any])
 
-
-def _api(function: _F) -> _F:
-    """Decorates what users call: errors of the system become an Error, errors of a caller's function stay as they are.
-    """
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except OSError as e:
-            where = ''
-            if e.filename is not None:
-                e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
-                e.filename2 = None
-                where = f': {e.filename}'
-            raise Error(f'{e.strerror or e}{where}') from e
-        except MemoryError as e:
-            raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
-        except _FromCaller as e:
-            error = e.error
-        raise error
-    return wrapper  # type: ignore[return-value]
+@contextlib.contextmanager
+def _system_errors() -> Iterator[None]:
+    """For a block of code, or as @_system_errors() for a function: errors of the system become an Error."""
+    try:
+        yield
+    except OSError as e:
+        message = e.strerror or str(e)
+        if e.filename is not None:
+            e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
+            e.filename2 = None
+            message += f': {e.filename}'
+        raise Error(message) from e
+    except MemoryError as e:
+        raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
 
 
 def _check_path(path: _Path) -> str:
@@ -370,109 +347,60 @@ def _check_path(path: _Path) -> str:
 # else is refused with its line number.
 # ---------------------------------------------------------------------------------------
 
-_SETTINGS: Dict[str, type] = {
-    'url': str, 'home': str, 'public': bool, 'aws_access_key_id': str, 'aws_secret_access_key': str,
-    'aws_session_token': str, 'aws_profile': str, 'region': str, 'endpoint_url': str, 'request_payer': str,
-    'storage_class': str, 'sse': str, 'sse_kms_key_id': str, 'google_credentials': str, 'ca_bundle': str,
-    'connections': int, 'compression_level': int,
-}
-_SECRETS = ('aws_secret_access_key', 'aws_session_token')
-_LIMITS: Dict[str, Tuple[int, int]] = {'connections': (1, 256), 'compression_level': (0, 9)}
+_KINDS = {bool: 'true or false', int: 'a whole number', str: 'text; put it in quotes'}
+_LIMITS = {'connections': range(1, 257), 'compression_level': range(10)}
 _DEFAULT_LEVEL = 6  # of compression
 
-# Plain scalars that are not text: https://yaml.org/type/{bool,int,null,float,timestamp}.html
-_YAML_BOOL = r'(?:(yes|Yes|YES|true|True|TRUE|on|On|ON)|no|No|NO|false|False|FALSE|off|Off|OFF)\Z'
-_YAML_NULL = r'(?:~|null|Null|NULL|)\Z'
-_YAML_INT = r'[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)\Z'
-_YAML_OTHER = (r'(?:[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?'   # sexagesimal
-               r'|[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?'
-               r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)'
-               r'|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?|[<=]+)\Z')
+_YAML_START = r'\A((?: *(?:#[^\r\n]*)?[\r\n])*)--- *(?=[\r\n]|\Z)'  # comments, and the mark that they may stand before
 _YAML_FORBIDDEN = (  # what YAML forbids, and U+2028 and U+2029, which YAML 1.1 takes for line ends
     '[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
-_YAML_KEY = r'''([A-Za-z_][\w-]*|"[\w-]+"|'[\w-]+') *:(?: +(.*)|\Z)'''
+# What JSON has, too, means the same in YAML, but for surrogates.
+_YAML_LINE = r"""(?x)
+    (?: (["']?) (?P<key> [A-Za-z_][A-Za-z0-9_-]* ) \1 [ ]* :
+        (?: [ ]+ (?: (?P<json> "(?: [^"\\] | \\["\\/bfnrt] | \\u (?! [dD][89a-fA-F] ) [0-9a-fA-F]{4} )*"
+                             | true | false | null | 0 | [1-9][0-9]{0,8} )
+                   | '(?P<quoted> (?: [^'] | '' )* )'
+                   | (?P<plain> [^ \t#].*? ) ) )? )?
+    [ ]* (?: (?<! [^ ] ) [#] .* )? \Z"""
+# Plain values that YAML 1.1 may not read as text, or not as all of it: syntax, words, and whatever looks like a number
+# or a time: https://yaml.org/type/{bool,int,null,float,timestamp}.html
+_YAML_SURPRISES = r"""(?xi)
+    [-?:,[\]{}&*!|>%@`"'<=] | .* (?: :[ ] | :\Z | \t )
+    | (?: ~ | true | false | yes | no | on | off | null
+        | [-+]? (?: 0x[0-9a-f_]+ | 0b[01_]+ | \.(?:inf|nan) | (?: \.?[0-9] | \._ ) [0-9_:.etz+ -]* ) ) \Z"""
 
 
-class _YamlError(ValueError):
-    def __init__(self, line: int, message: str) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-def _parse_yaml(text: str) -> Dict[str, Tuple[Any, int]]:
-    """Read a flat map: for each key its value and the number of its line. Raises _YamlError."""
-    values: Dict[str, Tuple[Any, int]] = {}
-    started = False
-    for number, line in enumerate(re.split('\r\n|\n|\r', text), 1):
-        if re.search(_YAML_FORBIDDEN, line):
-            raise _YamlError(number, 'YAML does not allow one of these characters; remove it')
-        if line.rstrip(' ') == '---' and not started:
-            started = True
-            continue
-        if re.match(r' *(#|\Z)', line):
-            continue
-        started = True
-        match = re.match(_YAML_KEY, line, re.ASCII)
-        if not match:
-            raise _YamlError(number, "not of the form 'key: value' (lists, nesting and indentation are not supported)")
-        key = match.group(1)
-        if key[0] in '"\'':
-            key = key[1:-1]
-        elif not isinstance(_yaml_plain(key, number), str):
-            raise _YamlError(number, f"'{key}' cannot be a key")
-        if key in values:
-            raise _YamlError(number, f"'{key}' is set a second time; remove one of the two")
-        values[key] = _yaml_scalar(match.group(2) or '', number), number
-    return values
-
-
-def _yaml_scalar(text: str, line: int) -> Any:
-    """The value of what follows `key: ` on its line."""
-    if text.startswith('#'):
-        return None
-    if text[:1] in ('"', "'"):
-        return _yaml_quoted(text, line)
-    plain = re.split(' +#', text, maxsplit=1)[0].rstrip(' ')
-    means_something_else = plain[:1] in set('?:,[]{}&*!|>%@`') or plain[-1:] == ':' or ': ' in plain
-    if means_something_else or '\t' in plain:
-        raise _YamlError(line, 'this YAML syntax is not supported; put the value in double quotes')
-    return _yaml_plain(plain, line)
-
-
-def _yaml_quoted(text: str, line: int) -> str:
-    pattern = r'("(?:[^"\\]|\\.)*")' if text[0] == '"' else r"('(?:[^']|'')*')"
-    match = re.match(pattern + r' *(?: #.*)?\Z', text)
-    if not match:
-        raise _YamlError(line, 'a quoted value must end on its line, and only a comment may follow')
-    quoted = match.group(1)
-    if quoted[0] == "'":
-        return quoted[1:-1].replace("''", "'")
-    try:
-        value: Optional[str] = json.loads(quoted, strict=False)
-    except ValueError:
-        value = None
-    # JSON's escapes mean the same in YAML, except for surrogates.
-    if value is None or re.search(r'(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]', quoted):
-        raise _YamlError(line, 'unknown escape; in double quotes, write \\\\ for a backslash and \\u00e9 for U+00E9')
-    return value
-
-
-def _yaml_plain(text: str, line: int) -> Any:
-    boolean = re.match(_YAML_BOOL, text)
-    if boolean:
-        return bool(boolean.group(1))
-    if re.match(_YAML_NULL, text):
-        return None
-    if re.match(_YAML_INT, text):
-        digits = text.replace('_', '')
-        octal = re.match(r'([-+]?)0([0-7]+)\Z', digits)
+def _parse_yaml(text: str, source: object) -> Dict[str, Any]:
+    """The settings in a file's text. Raises ConfigError, which names the file and the line."""
+    settings: Dict[str, Any] = {}
+    lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
+    for number, line in enumerate(lines, 1):
         try:
-            return int(octal.group(1) + octal.group(2), 8) if octal else int(digits, 0)
-        except ValueError:
-            raise _YamlError(line, 'this is no number; put it in double quotes if it is text') from None
-    if re.match(_YAML_OTHER, text) or text[:1] == '-':
-        raise _YamlError(line, 'YAML may not read this value as text; put it in double quotes')
-    return text
+            _parse_yaml_line(line, settings)
+        except ConfigError as e:
+            raise ConfigError(f'{source}:{number}: {e.message}', e.remedy) from None
+    return settings
+
+
+def _parse_yaml_line(line: str, settings: Dict[str, Any]) -> None:
+    if re.search(_YAML_FORBIDDEN, line):
+        raise ConfigError('YAML does not allow one of these characters', 'remove it')
+    match = re.match(_YAML_LINE, line)
+    if not match:
+        raise ConfigError("not of the form 'key: value' (lists, nesting and indentation are not supported)")
+    key, value, quoted, as_json = match.group('key', 'plain', 'quoted', 'json')
+    if value and re.match(_YAML_SURPRISES, value):
+        raise ConfigError('this YAML syntax is not supported', 'put the value in double quotes, with \\\\ for each '
+                          'backslash, or write true, false or a plain number')
+    if quoted is not None:
+        value = quoted.replace("''", "'")
+    elif as_json:
+        value = json.loads(as_json, strict=False)
+    if key in settings:
+        raise ConfigError(f"'{key}' is set a second time", 'remove one of the two')
+    if key:
+        _check_setting(key, value)
+        settings[key] = value
 
 
 def _is_utf8(text: str) -> bool:
@@ -490,37 +418,31 @@ class Config:
     Raises ConfigError for an unknown key or a value of the wrong type.
     """
 
-    url: Optional[str]
+    url: Optional[str] = None
     home: Path
-    public: bool
-    aws_access_key_id: Optional[str]
-    aws_secret_access_key: Optional[str]
-    aws_session_token: Optional[str]
-    aws_profile: Optional[str]
-    region: Optional[str]
-    endpoint_url: Optional[str]
-    request_payer: Optional[str]
-    storage_class: Optional[str]
-    sse: Optional[str]
-    sse_kms_key_id: Optional[str]
-    google_credentials: Optional[str]
-    ca_bundle: Optional[str]
-    connections: int
-    compression_level: int
+    public: bool = False
+    aws_access_key_id: Optional[str] = None
+    aws_secret_access_key: Optional[str] = None
+    aws_session_token: Optional[str] = None
+    aws_profile: Optional[str] = None
+    region: Optional[str] = None
+    endpoint_url: Optional[str] = None
+    request_payer: Optional[str] = None
+    storage_class: Optional[str] = None
+    sse: Optional[str] = None
+    sse_kms_key_id: Optional[str] = None
+    google_credentials: Optional[str] = None
+    ca_bundle: Optional[str] = None
+    connections: int = 32
+    compression_level: int = _DEFAULT_LEVEL
+    _url_source = ''  # what set the url, for messages
 
-    def __init__(
-            self,
-            url: Optional[str] = None,
-            home: Optional[_Path] = None,
-            **settings: Any
-    ) -> None:
-        values = dict(settings, url=url, home=None if home is None else os.fspath(home))
+    def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
+        values = dict(settings, url=url, home=home and os.fspath(home))
         for key, value in values.items():
             _check_setting(key, value)
-        defaults = {'public': False, 'connections': 32, 'compression_level': _DEFAULT_LEVEL}
-        for key in _SETTINGS:
-            value = values.get(key)
-            setattr(self, key, defaults.get(key) if value is None else value)
+            if value is not None:
+                setattr(self, key, value)
         self.home = _expand(values['home'] or os.environ.get('ETC_HOME') or '~/.etc')
 
     @classmethod
@@ -531,29 +453,33 @@ class Config:
         Raises ConfigError, which names the file and the line.
         """
         values: Dict[str, Any] = {}
+        shown = ''
         named = path or os.environ.get('ETC_CONFIG')
-        homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
-        if named:
-            file = _expand(named)
-            values = _read_settings(file, _masked(str(file)) if path else _existing_part(str(file)), required=True)
-        elif not homeless:
-            file, old = _expand('~/.etc.yaml'), _expand('~/.etc.toml')
-            if not os.path.exists(file) and os.path.exists(old):  # Path.exists() may raise
-                file = old
-            values = _read_settings(file, _existing_part(str(file)), required=False)
+        is_homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
+        if named or not is_homeless:
+            file = _expand(named or '~/.etc.yaml')
+            if not named and not os.path.exists(file):  # Path.exists() may raise
+                file = file.with_suffix('.toml')
+            shown = _masked(str(file)) if path else _existing_part(str(file))
+            values = _read_settings(file, shown, bool(named))
         for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
             if os.environ.get(variable):
                 values[key] = os.environ[variable]
         values.update((key, value) for key, value in overrides.items() if value is not None)
-        return cls(**values)
+        config = cls(**values)
+        config._url_source = '--url' if overrides.get('url') else '$ETC_URL' if os.environ.get('ETC_URL') else shown
+        return config
 
     def __repr__(self) -> str:
-        shown = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
-        for key, value in shown.items():
-            if isinstance(value, str):
-                shown[key] = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
-        shown['home'] = _existing_part(str(self.home))
-        return 'Config(%s)' % ', '.join(f'{key}={value!r}' for key, value in shown.items())
+        shown = []
+        for key in vars(self).keys() & Config.__annotations__:
+            value = getattr(self, key)
+            if key == 'home':
+                value = _existing_part(str(value))
+            elif isinstance(value, str):
+                value = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
+            shown.append(f'{key}={value!r}')
+        return f"Config({', '.join(sorted(shown))})"
 
 
 def _expanduser(path: str) -> str:
@@ -578,21 +504,19 @@ def _expand(path: _Path) -> Path:
 
 
 def _check_setting(key: str, value: Any) -> None:
-    if key not in _SETTINGS:
-        raise ConfigError(f"unknown setting '{key}'", _did_you_mean(key, _SETTINGS))
+    kinds = Config.__annotations__
+    if key not in kinds:
+        raise ConfigError(f"unknown setting '{key}'", _did_you_mean(key, kinds))
     if value is None:
         return
-    kind = _SETTINGS[key]
-    if isinstance(value, str) and not value.isprintable():
-        raise ConfigError(f"'{key}' holds characters that cannot be printed", 'remove them')
+    kind = kinds[key] if kinds[key] in (bool, int) else str
     if type(value) is not kind:  # True is an int, but no number of connections
-        if kind is str:
-            raise ConfigError(f"'{key}' must be text", 'put it in quotes')
-        raise ConfigError(f"'{key}' must be {'true or false' if kind is bool else 'a whole number'}")
-    if key in _LIMITS:
-        least, most = _LIMITS[key]
-        if value not in range(least, most + 1):
-            raise ConfigError(f"'{key}' must be from {least} to {most}")
+        raise ConfigError(f"'{key}' must be {_KINDS[kind]}")
+    if kind is str and not value.isprintable():
+        raise ConfigError(f"'{key}' holds characters that cannot be printed", 'remove them')
+    limits = _LIMITS.get(key)
+    if limits and value not in limits:
+        raise ConfigError(f"'{key}' must be from {limits[0]} to {limits[-1]}")
 
 
 def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
@@ -614,92 +538,124 @@ def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
         # A flat TOML file differs from YAML only in its equals signs; 0.0.x called one key by another name.
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
-    try:
-        lines = _parse_yaml(text)
-    except _YamlError as e:
-        raise ConfigError(f'{path}:{e.line}: {e}') from None
-    settings = {}
-    for key, (value, line) in lines.items():
-        try:
-            _check_setting(key, value)
-        except ConfigError as e:
-            raise ConfigError(f'{path}:{line}: {e.message}', e.remedy) from None
-        settings[key] = value
-    has_secret = any(settings.get(key) for key in _SECRETS)
+    settings = _parse_yaml(text, path)
+    has_secret = settings.keys() & {'aws_secret_access_key', 'aws_session_token'}
     if has_secret and os.name == 'posix' and path.stat().st_mode & 0o077:
         _say(f'{path} holds a secret and others can read it; run: chmod 600 {path}', _WARNING)
     return settings
 
 
 # ---------------------------------------------------------------------------------------
-# Threads
+# Jobs
 #
-# Work runs in parallel. Results come in order, and a limit on what is under way bounds memory.
+# Each call of the API is a job. Its work runs in a thread of its own, while the thread of the caller only waits and
+# reports progress. So a signal, which Python raises in the main thread, leaves no lock behind that other threads need:
+# it ends the job, whose threads then raise _Ended where they next count bytes, and whose sockets are shut down.
 #
-# A signal may raise KeyboardInterrupt between any two steps of the main thread, even while it holds a lock of a pool,
-# whose threads would then wait for ever. So while there is a pool, the command `etc` notes a signal, and raises it
-# where the main thread waits.
+# Where the system grants few threads, fewer do the work; where it grants none, as while Python shuts down, the calling
+# thread does it.
 # ---------------------------------------------------------------------------------------
 
 _T = TypeVar('_T')
 _R = TypeVar('_R')
-_TICK = 0.1  # seconds between two looks at what happens while the main thread waits
+_TICK = 0.1  # seconds between two looks at what happens meanwhile
+
+_Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
 
 
-class _Interrupts:
-    """Signals that end the command."""
+class _Ended(BaseException):
+    """The job was ended by its caller."""
+
+
+class _Job:
+    """What the threads of one call share."""
 
     def __init__(self) -> None:
-        self.deferred = 0  # how many pools there are
-        self.number = 0  # of the signal that has come
-        self.is_raised = False
-
-    def forget(self) -> None:
-        self.number = 0
-        self.is_raised = False
-
-    def receive(self, number: int) -> None:
-        """Raise KeyboardInterrupt, or note a signal; the second one is raised at once."""
-        is_second = bool(self.number)
-        self.number = number
-        if is_second or not self.deferred:
-            self.is_raised = True
-            raise KeyboardInterrupt(number)
-
-    def check(self) -> None:
-        """Raise the signal that has been noted."""
-        if self.number and not self.is_raised:
-            import threading
-            if threading.current_thread() is threading.main_thread():
-                self.is_raised = True
-                raise KeyboardInterrupt(self.number)
-
-    @contextlib.contextmanager
-    def defer(self) -> Iterator[None]:
-        self.deferred += 1
-        try:
-            yield
-        finally:
-            self.deferred -= 1
-        self.check()
-
-    @contextlib.contextmanager
-    def allow(self) -> Iterator[None]:
-        """For what may be interrupted anywhere, since it takes no lock that threads need."""
         import threading
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        deferred = self.deferred
+        self.lock = threading.Lock()
+        self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
+        self.is_ended = False
+        self.begin(0)
+
+    def begin(self, total: int) -> None:
+        """Count anew, up to `total`."""
+        self.total = total  # bytes that progress is to reach
+        self.moved = 0  # bytes that have been read, sent or received
+        self.packed = 0  # bytes of files that a push has packed so far
+        self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
+
+    def add(self, count: int) -> None:
+        """Count bytes. Raises _Ended."""
+        with self.lock:
+            self.moved += count
+        if self.is_ended:
+            raise _Ended
+
+    def sleep(self, seconds: float) -> None:
+        """Raises _Ended."""
+        until = time.monotonic() + seconds
+        self.add(0)
+        while time.monotonic() < until:
+            time.sleep(min(_TICK, max(0.0, until - time.monotonic())))
+            self.add(0)
+
+    def report(self, progress: _Progress) -> None:
+        if progress and self.total:
+            done = self.moved
+            if self.produced:
+                done = self.packed * min(done, self.produced) // self.produced
+            progress(min(done, self.total), self.total)
+
+    def interrupt(self) -> None:
+        """Let what threads wait for fail at once."""
+        for shut_down in self.at_end:
+            shut_down()
+
+    def end(self) -> None:
+        self.is_ended = True
+        self.interrupt()
+
+
+def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R:
+    """What function(job, *args) returns. Its errors are raised here; those of the system become an Error.
+
+    progress: is called ten times a second, and at the end. What it raises ends the job, as a signal does.
+    """
+    import threading
+    job = _Job()
+    outcome: List[Tuple[Any, Optional[BaseException]]] = []
+    finished = threading.Lock()
+
+    def work() -> None:
         try:
-            self.deferred = 0
-            self.check()
-            yield
-        finally:
-            self.deferred = deferred
+            job.add(0)
+            with _system_errors():
+                outcome.append((function(job, *args), None))
+        except BaseException as e:
+            outcome.append((None, e))
+        finished.release()
 
-
-_interrupts = _Interrupts()
+    finished.acquire()
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError):
+            work()
+        while not finished.acquire(timeout=_TICK):
+            job.report(progress)
+    except BaseException:
+        job.end()
+        while not outcome and thread.is_alive():
+            finished.acquire(timeout=_TICK)
+        raise
+    result, error = outcome[0]
+    if error:
+        raise error
+    job.moved = job.total
+    job.produced = 0
+    job.report(progress)
+    return result  # type: ignore[no-any-return]
 
 
 def _cores() -> int:
@@ -708,244 +664,89 @@ def _cores() -> int:
     return min(count, 16)
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[Any]:
-    """A pool of `count` threads, or of fewer if the system grants no more. Raises Error."""
-    with _interrupts.defer(), _start_threads(count) as pool:
-        yield pool
+class _Pool:
+    """Up to `count` threads, which start as there is work for them and end with the context; soon, after an error."""
 
+    def __init__(self, job: _Job, count: int) -> None:
+        import queue
+        self.job = job
+        self.wanted = count
+        self.threads: List[Any] = []
+        self.tasks: Any = queue.Queue()
+        self.is_closed = False
 
-def _start_threads(count: int) -> Any:
-    """A pool whose threads have all been started."""
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-    pool = ThreadPoolExecutor(count)
-    all_started = threading.Barrier(count)
-    started = 0
-    try:
-        while started < count:
-            pool.submit(all_started.wait)
-            started += 1
-        return pool
-    except BaseException as e:
-        all_started.abort()  # or the threads would wait for ever, and the process for them
-        pool.shutdown()
-        if not isinstance(e, (RuntimeError, MemoryError)):
-            raise
-    if count == 1:
-        raise Error('the system does not allow this process any more threads',
-                    "set 'connections: 1', or raise the limits (ulimit -u, ulimit -v)")
-    return _start_threads(max(1, started // 2))  # and leave the others to the next pool
+    def __enter__(self) -> '_Pool':
+        return self
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        self.is_closed = True
+        if error:
+            self.job.interrupt()
+        for _ in self.threads:
+            self.tasks.put(None)
+        for thread in self.threads:
+            thread.join()
+
+    def submit(self, function: Callable[[_T], Any], item: _T) -> Any:
+        """A concurrent.futures.Future of function(item)."""
+        import threading
+        from concurrent.futures import Future
+        future: Any = Future()
+        self.tasks.put(functools.partial(self.settle, future, function, item))
+        if len(self.threads) < self.wanted:
+            thread = threading.Thread(target=self.work, daemon=True)
+            try:
+                thread.start()
+                self.threads.append(thread)
+            except (RuntimeError, MemoryError):
+                self.wanted = len(self.threads)
+        if not self.threads:
+            self.tasks.get()()
+        return future
+
+    def work(self) -> None:
+        for task in iter(self.tasks.get, None):
+            task()
+            del task  # or memory would hold it until the next one comes
+
+    def settle(self, future: Any, function: Callable[[Any], Any], item: Any) -> None:
+        if not self.is_closed:
+            try:
+                future.set_result(function(item))
+            except BaseException as e:
+                future.set_exception(e)
 
 
 def _ordered(
-        pool: Any,
+        pool: _Pool,
         function: Callable[[_T], _R],
         items: Iterable[_T],
-        ahead: int,
-        keep: int = 0,
+        has_room: Callable[[int], bool],
 ) -> Generator[_R, None, None]:
-    """Yield function(item) for every item, in order, while up to `ahead` of them are under way.
+    """Yield function(item) for every item, in order.
 
-    keep: how many finished results may be buffered. That keeps the pool busy while the caller uses a result, but they
-        are lost if the process is killed.
+    has_room: whether another item may be begun while so many are under way or wait to be yielded. What is done is
+        yielded early, except for as many results as keep the pool busy while the caller uses one.
     """
     pending: Any = collections.deque()
-    try:
-        for item in items:
-            while len(pending) >= ahead or len(pending) > keep and pending[0].done():
-                yield _result(pending.popleft())
-            pending.append(pool.submit(function, item))
-        while pending:
-            yield _result(pending.popleft())
-    finally:
-        for future in pending:
-            future.cancel()
+    keep = _cores()
+    for item in items:
+        while pending and (not has_room(len(pending)) or len(pending) > keep and pending[0].done()):
+            yield pending.popleft().result()
+        pending.append(pool.submit(function, item))
+        del item
+    while pending:
+        yield pending.popleft().result()
 
 
-def _result(future: Any) -> Any:
-    from concurrent.futures import TimeoutError
-    _interrupts.check()
-    while not future.done():
-        with contextlib.suppress(TimeoutError):
-            future.exception(_TICK)  # waits, but unlike result() never raises what the function raised
-        _interrupts.check()
-    return future.result()
+def _for_all(_: int) -> bool:
+    """For _ordered(): few items."""
+    return True
 
 
-def _unordered(
-        pool: Any,
-        function: Callable[[_T], _R],
-        items: Iterable[_T],
-        ahead: Callable[[], int],
-        wait: Callable[[Set[Any]], Set[Any]],
-) -> Generator[_R, None, None]:
-    """Yield function(item) for every item, in the order in which they end.
-
-    ahead: how many may be under way now. wait: gives those of some futures that are done, at least one.
-    """
-    pending: Set[Any] = set()
-
-    def next_results() -> List[_R]:
-        done = wait(pending)
-        pending.difference_update(done)
-        return [future.result() for future in done]
-
-    try:
-        for item in items:
-            pending.add(pool.submit(function, item))
-            del item  # or memory would hold it while this waits
-            while len(pending) >= ahead():
-                yield from next_results()
-        while pending:
-            yield from next_results()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-_Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
-_Watch = Callable[[int], Any]  # is told how many bytes of something have been sent or received; see _Reader.watch()
-
-
-def _tell(progress: Callable[[int, int], Any], done: int, total: int) -> None:
-    """Call a caller's function. What it raises is not for handlers of ours."""
-    try:
-        progress(done, total)
-    except Exception as e:
-        raise _FromCaller(e) from e
-
-
-def _reported(
-        items: Iterable[_T],
-        size: Callable[[_T], int],
-        progress: _Progress,
-        total: int,
-) -> Iterable[_T]:
-    """The same items. `progress` is told of the bytes that have passed, in the thread that takes the items."""
-    if not progress:
-        return items
-
-    def reported() -> Iterator[_T]:
-        done = 0
-        _tell(progress, done, total)
-        for item in items:
-            done += size(item)
-            _tell(progress, done, total)
-            yield item
-
-    return reported()
-
-
-_PACE_TIME = 2.0  # seconds over which the speed of a transfer is measured
-_PACE_START = 8  # connections that a transfer begins with
-
-
-class _Transfer:
-    """Counts the bytes that connections move, and reports progress in the thread that waits for them.
-
-    It also says how many connections are worth having: half as many again, as long as that makes it a tenth faster.
-    """
-
-    def __init__(self, progress: _Progress = None, total: int = 0, most: int = _PACE_START) -> None:
-        """total: what progress is to reach. most: connections."""
-        self.progress = progress
-        self.total = total
-        self.most = most
-        self.connections = min(most, _PACE_START)
-        self.moved: Dict[Any, int] = {}  # bytes of each request that may go on
-        self.settled = 0  # bytes of all others
-        self.expected: Any = collections.deque()  # up to how many moved bytes, and how much progress that is
-        self.passed = (0, 0)  # the last of `expected` that was reached
-        self.done = 0  # the most that was reported
-        self.reported = 0.0  # when
-        self.since = math.inf  # when measuring the speed began; infinite before start_clock()
-        self.before = 0  # bytes that had been moved then
-        self.speed = 0.0
-
-    def watch(self, key: Any) -> _Watch:
-        """What counts the bytes of a request. Requests have different keys, and another try of one counts anew."""
-        return functools.partial(self.moved.__setitem__, key)
-
-    def counter(self, key: Any) -> Callable[[int, int], None]:
-        """The same for what takes a progress function, and does its work in the thread that calls report()."""
-        watch = self.watch(key)
-
-        def count(done: int, _: int) -> None:
-            watch(done)
-            self.tick()
-
-        return count
-
-    def settle(self, key: Any) -> None:
-        """Count a request for good, in the thread that calls report()."""
-        self.settled += self.moved.pop(key, 0)
-
-    def expect(self, moved: int, progress: int) -> None:
-        """Say that so many more bytes are going to be moved, and that they mean so much more progress."""
-        if self.progress:
-            last = self.expected[-1] if self.expected else self.passed
-            self.expected.append((last[0] + moved, last[1] + progress))
-
-    def tick(self) -> None:
-        """report(), unless it has been called just now."""
-        if time.monotonic() - self.reported > _TICK / 2:
-            self.report()
-
-    def all_moved(self) -> int:
-        return self.settled + sum(list(self.moved.values()))
-
-    def report(self) -> None:
-        self.reported = time.monotonic()
-        moved = self.all_moved()
-        self.choose_connections(moved)
-        if not self.progress:
-            return
-        while self.expected and self.expected[0][0] <= moved:
-            self.passed = self.expected.popleft()
-        start, done = self.passed
-        if self.expected:
-            stop, then = self.expected[0]
-            done += (then - done) * max(0, moved - start) // (stop - start)
-        self.done = max(self.done, done)  # what a request sends again does not count backwards
-        _tell(self.progress, self.done, self.total)
-
-    def limit_connections(self, most: int) -> None:
-        """Use no more connections than these, but at least one."""
-        self.most = max(1, min(self.most, most))
-        self.connections = min(self.connections, self.most)
-
-    def start_clock(self) -> None:
-        """Say that the network comes into play now."""
-        self.since = time.monotonic()
-        self.before = self.all_moved()
-        self.speed = 0.0
-
-    def choose_connections(self, moved: int) -> None:
-        now = time.monotonic()
-        if now - self.since < _PACE_TIME or moved == self.before or self.connections == self.most:
-            return
-        speed = (moved - self.before) / (now - self.since)
-        if speed > 1.1 * self.speed:
-            self.connections = min(self.most, self.connections * 3 // 2)
-        else:
-            self.most = self.connections
-        self.since, self.before, self.speed = now, moved, speed
-
-    def wait(self, futures: Set[Any]) -> Set[Any]:
-        """Wait until one of them is done, and return those that are."""
-        from concurrent.futures import FIRST_COMPLETED, wait
-        while True:
-            done, _ = wait(futures, timeout=_TICK, return_when=FIRST_COMPLETED)
-            _interrupts.check()
-            self.report()
-            if done:
-                return done
-
-
-def _after(had: int, watch: Optional[_Watch]) -> Optional[_Watch]:
-    """What counts the bytes that follow the first `had` of a request."""
-    return (lambda count: watch(had + count)) if watch else None
+def _for_cores(count: int) -> bool:
+    """For _ordered(): computation, of which each core has one piece under way and one waiting."""
+    return count < 2 * _cores()
 
 
 # ---------------------------------------------------------------------------------------
@@ -967,7 +768,8 @@ _MANY_FILES = 32  # in a block, above which one thread may read them faster than
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'  # type flags of tar
-_MODES = {_FILE: (0o644, 0o755), _DIRECTORY: (0o755,), _LINK: (0o644,)}
+
+_RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
 
 # What file managers leave beside the partitions
 _LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'
@@ -981,7 +783,7 @@ class _Entry(NamedTuple):
     mode: int
     size: int
     link: str  # target of a link
-    source: str  # path of a file
+    source: str = ''  # path of a file
 
 
 _Listing = Iterable[Tuple[str, Iterable[_Entry]]]  # paths of segments, each with its entries, in the archive's order
@@ -1002,20 +804,22 @@ class _Segment(NamedTuple):
         """The name of the partition; None if it is another segment."""
         return self.path[5:] if self.path.startswith('data/') else None
 
+    @property
+    def stop(self) -> int:
+        """The offset of what follows in the archive."""
+        return self.offset + self.length
+
     def amount(self) -> Dict[str, int]:
         return {'files': self.files, 'size': self.size}
 
     def to_json(self) -> Dict[str, Any]:
         """As indexes and receipts hold it."""
-        return {'path': self.path, 'offset': self.offset, 'length': self.length, 'files': self.files,
-                'size': self.size, 'digest': self.digest}
+        return dict(zip(self._fields, self))
 
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
         """The reverse of to_json(). Raises _Malformed."""
-        if not isinstance(row, dict):
-            raise _Malformed
-        fields: List[Any] = [row.get(key) for key in ('path', 'offset', 'length', 'files', 'size', 'digest')]
+        fields: List[Any] = [row.get(key) for key in cls._fields] if isinstance(row, dict) else []
         if [type(field) for field in fields] != [str, int, int, int, int, str]:
             raise _Malformed
         if not _is_utf8(fields[0]) or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
@@ -1105,9 +909,10 @@ def _partitions(root: _Path) -> List[str]:
     return partitions
 
 
-def _segments(root: _Path, only: Optional[Container[str]] = None) -> _Listing:
+def _segments(root: Path, only: Optional[Container[str]] = None) -> _Listing:
     """The segments of a dataset, or only those with the given paths, each with its entries."""
     names, links = _scan(root)
+    names = [name for name in names if name != _RECEIPT]
     directories = [name for name in names if name != 'data' and _is_directory(root, name)]
     inside = {'.': sorted(set(names) - set(directories))}
     for path in directories + ['data/' + name for name in _partitions(root)]:
@@ -1117,66 +922,48 @@ def _segments(root: _Path, only: Optional[Container[str]] = None) -> _Listing:
             yield path, _entries(root, tops, links, path)
 
 
-class _Level:
-    """A directory that _entries() is in."""
-
-    def __init__(
-            self,
-            prefix: str,
-            place: str,
-            names: List[str],
-            links: Set[str],
-            through_link: bool = False,
-            identity: Optional[Tuple[int, int]] = None,
-    ) -> None:
-        self.prefix = prefix  # of the names in it
-        self.place = place  # of their paths on disk
-        self.names = names[::-1]  # that are still to come, the next one last
-        self.links = links  # those that are links
-        self.through_link = through_link  # whether a followed link leads here
-        self.identity = identity  # device and inode
-
-
-def _entries(root: _Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
+def _entries(root: Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
     """Everything at and below `names`, a directory before its contents."""
-    levels = [_Level('', _join(root, ''), list(names), links)]
-    followed = 0
-    while levels:
-        level = levels[-1]
-        if not level.names:
-            levels.pop()
-            continue
-        own = level.names.pop()
-        name = level.prefix + own
-        followed += level.through_link
-        if followed > _MAX_FOLLOWED or len(levels) > _DEPTH:
-            raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
-                                 'remove links')
-        path = level.place + _to_os(own)
-        status = _stat(name, path)
-        is_directory = stat.S_ISDIR(status.st_mode)
-        is_link = own in level.links
-        link = ''
-        if is_link and name != segment and not (is_directory and segment == '.'):
-            link = _kept_link(root, name, segment)
-        if link:
-            yield _Entry(name, _LINK, 0o644, 0, link, '')
-        elif not is_directory:
-            mode = 0o755 if status.st_mode & 0o100 else 0o644
-            yield _Entry(name, _FILE, mode, status.st_size, '', path)
-        else:
-            yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '', '')
-            if segment == '.':
-                continue
-            identity = status.st_dev, status.st_ino
-            if any(level.identity == identity for level in levels):
-                raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
-            inner, inner_links = _scan(path)
-            levels.append(_Level(name + '/', path + os.sep, inner, inner_links,
-                                 level.through_link or is_link, identity))
+    followed = itertools.count(1)
+
+    def visit(
+            prefix: str,  # of the names
+            place: str,  # of their paths
+            names: Iterable[str],
+            links: Set[str],
+            above: Tuple[Tuple[int, int], ...],  # device and inode of the directories around them
+            through_link: bool,
+    ) -> Iterator[_Entry]:
+        for own in names:
+            name = prefix + own
+            if through_link and next(followed) > _MAX_FOLLOWED or len(above) >= _DEPTH:
+                raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
+                                     'remove links')
+            path = place + _to_os(own)
+            status = _stat(name, path)
+            is_directory = stat.S_ISDIR(status.st_mode)
+            is_link = own in links
+            link = ''
+            if is_link and name != segment and not (is_directory and segment == '.'):
+                link = _kept_link(root, name, segment)
+            if link:
+                yield _Entry(name, _LINK, 0o644, 0, link)
+            elif not is_directory:
+                yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', path)
+            else:
+                yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '')
+                identity = status.st_dev, status.st_ino
+                if identity in above:
+                    raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
+                if segment != '.':
+                    inner, inner_links = _scan(path)
+                    yield from visit(name + '/', path + os.sep, inner, inner_links, above + (identity,),
+                                     through_link or is_link)
+
+    return visit('', _join(root, ''), names, links, (), False)
 
 
-def _kept_link(root: _Path, name: str, segment: str) -> str:
+def _kept_link(root: Path, name: str, segment: str) -> str:
     """The target of the link `name` if it can stay a link, or '' if it must be followed.
 
     It stays one if it is relative, so that copies of the dataset agree, and leads to a file of the same segment.
@@ -1190,7 +977,7 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
         return ''
     meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
     is_inside = '/' not in meant if segment == '.' else (meant + '/').startswith(segment + '/')
-    if not is_inside or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
+    if not is_inside or meant == _RECEIPT or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
         return ''
     return _relative(name, target)
 
@@ -1202,40 +989,31 @@ def _relative(name: str, target: str) -> str:
 
 
 class _Survey:
-    """What is known of a dataset before its files are read.
+    """What is known of a dataset before its files are read. InvalidDataset for what cannot be packed.
 
     The entries are kept, so that they need not be looked at twice; compressed, as there may be millions. Names and
-    paths have much in common, so some ten bytes remain of each entry.
+    paths have much in common, so some ten bytes remain of each entry. marshal never reads what others have written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path) -> None:
         self.kept: List[Tuple[str, bytes]] = []  # the path of a segment, and a batch of its entries
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
-        self.entries = 0
-        self.name_length = 0  # characters of all names and targets of links
-
-    def add(self, path: str, batch: List[_Entry]) -> None:
-        """Note some entries of a segment."""
-        self.kept.append((path, zlib.compress(marshal.dumps(list(map(tuple, batch))), 1)))
-        self.entries += len(batch)
-        segment = self.segments.get(path) or _Segment(path)
-        files, size = segment.files, segment.size
-        for entry in batch:
-            self.name_length += len(entry.name) + len(entry.link)
-            files += entry.kind != _DIRECTORY
-            size += entry.size
-        self.segments[path] = segment._replace(files=files, size=size)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(segment.size for segment in self.segments.values())
+        self.size = 0  # bytes of all files
+        for path, entries in _segments(root):
+            files = size = 0
+            rest = iter(entries)
+            for batch in iter(lambda: list(itertools.islice(rest, _BATCH)), []):  # noqa: B023
+                files += sum([entry.kind != _DIRECTORY for entry in batch])
+                size += sum([entry.size for entry in batch])
+                self.kept.append((path, zlib.compress(marshal.dumps(list(map(tuple, batch))), 1)))
+            self.segments[path] = _Segment(path, files=files, size=size)
+            self.size += size
 
     @property
     def limit(self) -> int:
         """Bytes that the archive will not exceed."""
-        headers = (1 << 20) + 4096 * (len(self.kept) + self.entries) + 4 * self.name_length
-        tar = headers + self.size
+        longest_header = 12288  # with a name and a link target that the system can hold
+        tar = self.size + longest_header * (_BATCH * len(self.kept) + 100)
         return tar + tar // 250  # as _LONGEST_BLOCK allows
 
     def listing(self, only: Optional[Container[str]] = None) -> _Listing:
@@ -1246,44 +1024,12 @@ class _Survey:
                 yield path, itertools.starmap(_Entry, rows)
 
 
-def _survey(root: _Path) -> _Survey:
-    """Look at all entries of a dataset. Raises InvalidDataset for what cannot be packed, before any of it is sent."""
-    survey = _Survey()
-    for path, entries in _segments(root):
-        for batch in _batches(entries):
-            survey.add(path, batch)
-    return survey
-
-
-def _batches(entries: Iterable[_Entry]) -> Iterator[List[_Entry]]:
-    source = iter(entries)
-    return iter(lambda: list(itertools.islice(source, _BATCH)), [])
-
-
-# The fields of a ustar header around name, size and checksum: mode, uid, gid; mtime; type flag, link, magic, the rest
-_BEFORE_SIZE = struct.Struct('8s8s8s')
-_BEFORE_CHECKSUM = struct.Struct('x11sx')
-_AFTER_CHECKSUM = struct.Struct('c100s8s247x')
-_HEADER_SIZE = 512  # bytes of a ustar header
-_SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
-_KIND_AT = 156
-
-
 @functools.lru_cache(maxsize=64)
-def _ustar_frame(
-        kind: bytes,
-        mode: int,
-        link: bytes,
-        mtime: int,
-) -> Tuple[bytes, bytes, bytes, int]:
+def _ustar_frame(kind: bytes, mode: int, link: bytes, mtime: int) -> Tuple[bytes, bytes, bytes, int]:
     """What many headers share: the fields around name, size and checksum, and the sum of their bytes."""
-    nobody = b'%07o\0' % 0
-    before_size = _BEFORE_SIZE.pack(b'%07o\0' % mode, nobody, nobody)
-    before_checksum = _BEFORE_CHECKSUM.pack(b'%011o' % mtime)
-    after_checksum = _AFTER_CHECKSUM.pack(kind, link, b'ustar\x0000')
-    blank_checksum = b' ' * 8
-    total = sum(before_size + before_checksum + blank_checksum + after_checksum)
-    return before_size, before_checksum, after_checksum, total
+    header = struct.pack('100x8s8s8s12x12s8sc100s8s247x', b'%07o' % mode, b'%07o' % 0, b'%07o' % 0, b'%011o' % mtime,
+                         b' ' * 8, kind, link, b'ustar\x0000')
+    return header[100:124], header[135:148], header[156:], sum(header)
 
 
 def _ustar(
@@ -1422,33 +1168,24 @@ def _sha256(data: bytes = b'') -> Any:
         raise MemoryError from None
 
 
-class _Processed:
+class _Processed(NamedTuple):
     """A block after its files have been read."""
 
-    def __init__(self, plan: _BlockPlan, digest: bytes, result: Any) -> None:
-        self.plan = plan
-        self.digest = digest  # SHA-256 of its bytes
-        self.result = result  # of the work that was asked for
+    plan: _BlockPlan
+    digest: bytes  # SHA-256 of its bytes
+    result: Any  # of the work that was asked for
 
 
-def _process(
-        listing: _Listing,
-        work: Callable[[bytes], Any],
-        pool: Any,
-        progress: _Progress = None,
-        total: int = 0,
-) -> Generator[_Processed, None, None]:
-    """Read, hash and give to `work` every block, in parallel; yield them in order.
-
-    progress: is told of the bytes of files, which are `total` in all.
-    """
+def _process(job: _Job, pool: _Pool, listing: _Listing, work: Callable[[bytes], Any]) -> Iterator[_Processed]:
+    """Read, hash and give to `work` every block, in parallel; yield them in order."""
     def process(plan: _BlockPlan) -> _Processed:
+        job.add(0)
         payload = plan.read()
         return _Processed(plan, _sha256(payload).digest(), work(payload))
 
     def plans() -> Iterator[_BlockPlan]:
         is_fast = True
-        for plan in _reported(_blocks(listing), _BlockPlan.file_bytes, progress, total):
+        for plan in _blocks(listing):
             # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
             # is slow: then several threads overlap their waits.
             if is_fast and len(plan.pieces) > _MANY_FILES:
@@ -1458,7 +1195,7 @@ def _process(
                 plan = plan._replace(pieces=[(payload, None, 0, plan.file_bytes())])
             yield plan
 
-    return _ordered(pool, process, plans(), 2 * _cores(), _cores())
+    return _ordered(pool, process, plans(), _for_cores)
 
 
 class _SegmentList:
@@ -1467,7 +1204,7 @@ class _SegmentList:
     def __init__(self) -> None:
         self.segments: List[_Segment] = []
         self.digests = _sha256()  # of the last segment's blocks
-        self.ends: Dict[str, Tuple[bytes, bytes]] = {}  # digests of each segment's first and last block, by path
+        self.ends: Dict[str, List[bytes]] = {}  # digests of each segment's first and last block, by path
 
     def add(self, block: _Processed, length: int = 0) -> None:
         """Count a block, which takes `length` bytes in the archive."""
@@ -1475,20 +1212,16 @@ class _SegmentList:
         if not self.segments or self.segments[-1].path != path:
             self.segments.append(_Segment(path, self.archive_length()))
             self.digests = _sha256()
+            self.ends[path] = [block.digest]
         self.digests.update(block.digest)
-        first, _ = self.ends.get(path) or (block.digest, b'')
-        self.ends[path] = first, block.digest
+        self.ends[path][1:] = [block.digest]
         last = self.segments[-1]
         self.segments[-1] = last._replace(length=last.length + length, files=last.files + files, size=last.size + size,
                                           digest='sha256:' + self.digests.hexdigest())
 
-    def add_whole(self, segment: _Segment) -> None:
-        """Count a segment that is to stand here as it stands in another archive."""
-        self.segments.append(segment._replace(offset=self.archive_length()))
-
     def archive_length(self) -> int:
         """Bytes of all blocks in the archive."""
-        return self.segments[-1].offset + self.segments[-1].length if self.segments else 0
+        return self.segments[-1].stop if self.segments else 0
 
     def digest(self) -> str:
         return _dataset_digest(self.segments)
@@ -1502,31 +1235,21 @@ def _dataset_digest(segments: Iterable[_Segment]) -> str:
     return f'sha256:{total.hexdigest()}'
 
 
-def _digest_segments(
-        root: _Path,
-        only: Optional[Container[str]] = None,
-        progress: _Progress = None,
-) -> List[_Segment]:
-    """The segments of a dataset, or only those with the given paths, after reading all their files.
-
-    progress: is told of the bytes that have been read, and without `only` of how many there are.
-    """
-    listing = _segments(root, only)
-    total = 0
-    if progress and not only:
-        survey = _survey(root)
-        listing = survey.listing()
-        total = survey.size
-    return _hash_segments(listing, progress, total).segments
-
-
-def _hash_segments(listing: _Listing, progress: _Progress = None, total: int = 0) -> _SegmentList:
+def _hash(job: _Job, listing: _Listing) -> _SegmentList:
     """Read all files of some segments."""
     found = _SegmentList()
-    with _threads(_cores()) as pool:
-        for block in _process(listing, len, pool, progress, total):
+    with _Pool(job, _cores()) as pool:
+        for block in _process(job, pool, listing, len):
             found.add(block)
+            job.add(block.plan.file_bytes())
     return found
+
+
+def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
+    """The segments of a dataset, after reading all its files."""
+    survey = _Survey(root)
+    job.begin(survey.size)
+    return _hash(job, survey.listing()).segments
 
 
 # ---------------------------------------------------------------------------------------
@@ -1553,22 +1276,30 @@ class Dataset(Mapping[str, Path]):
     Raises InvalidDataset if `root` is not a dataset.
     """
 
-    @_api
+    @_system_errors()
     def __init__(
             self,
             root: _Path,
             name: Optional[str] = None,
             digest: Optional[str] = None,
+            absent: Container[str] = (),
     ) -> None:
+        """absent: the names of partitions that the dataset has, but that are not installed."""
         self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
-        self.name = name or os.path.basename(os.path.realpath(self.root))  #: str
-        self._digest = digest
+        self.location = self.root  #: the same, as in etcetera 0.0.x
+        self.data = self.root / 'data'  #: pathlib.Path of the directory of the partitions' directories
         self._partitions = _validate(self.root)
+        self.name = name or self.root.resolve().name  #: str
+        self._digest = digest
+        self._absent = absent
 
     def __getitem__(self, partition: str) -> Path:
-        if partition not in self._partitions:
-            raise _unknown_partition_error(partition, self.name, self._partitions)
-        return self.root / 'data' / _to_os(partition)
+        if partition in self._partitions:
+            return self.data / _to_os(partition)
+        if partition in self._absent:
+            raise UnknownPartition(f"the partition '{partition}' of {self.name} is not installed",
+                                   f"'etc pull {self.name} -p {partition}' installs it, too")
+        raise _unknown_partition_error(partition, self.name, self._partitions)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._partitions)
@@ -1579,35 +1310,21 @@ class Dataset(Mapping[str, Path]):
     def __repr__(self) -> str:
         return f"<Dataset {self.name}: {', '.join(self)}>"
 
-    def keys(self) -> KeysView[str]:
-        """The partitions' names, as a set-like view, like dict.keys()."""
-        return dict.fromkeys(self._partitions).keys()
-
     @property
-    @_api
+    @_system_errors()
     def meta(self) -> Dict[str, Any]:
         """The contents of meta.json; {} if there is none."""
         return _read_meta(self.root)
 
     @property
-    @_api
+    @_system_errors()
     def digest(self) -> str:
         """'sha256:...' of all contents. If no receipt holds it, every file is read."""
         if self._digest is None:
-            self._digest = _dataset_digest(_digest_segments(self.root))
+            self._digest = _dataset_digest(_perform(None, _digest_segments, self.root))
         return self._digest
 
     # What etcetera 0.0.x offered, too
-
-    @property
-    def location(self) -> Path:
-        """The same as `root`."""
-        return self.root
-
-    @property
-    def data(self) -> Path:
-        """The directory of the partitions' directories."""
-        return self.root / 'data'
 
     def file(self, *parts: str) -> Path:
         """The path of something in the dataset's directory."""
@@ -1630,37 +1347,39 @@ def _validate(root: Path, label: str = '') -> List[str]:
         if root.exists():
             raise InvalidDataset(f'{label} is a file, not a directory', 'unpack it first')
         raise InvalidDataset(f'no directory {_masked(label)}')
-    if not (root / 'data').is_dir():
-        raise InvalidDataset(f"{label} is no dataset: it needs a directory 'data' with a directory for each partition",
-                             _nearby_dataset(root, label))
     try:
-        partitions = _partitions(root)
+        partitions = _partitions(root) if (root / 'data').is_dir() else []
+        if not partitions:
+            raise InvalidDataset("it needs a directory 'data' with a directory for each partition",
+                                 _nearby_dataset(root, label))
     except InvalidDataset as e:
         raise InvalidDataset(f'{label} is no dataset: {e.message}', e.remedy) from None
-    if not partitions:
-        raise InvalidDataset(f"{label} is no dataset: 'data' is empty", 'make a directory in it for each partition')
     _read_meta(root, label)
     return partitions
 
 
 def _nearby_dataset(root: Path, label: str) -> str:
     """A remedy if a dataset is directly above or below `root`, or ''."""
-    if root.name == 'data':
-        return f'{root.parent} is one'
-    inner = [name for name in sorted(os.listdir(root)) if os.path.isdir(root / name / 'data')]
-    if not inner:
+    found = [root] if root.name == 'data' else sorted(root.glob('*/data'))
+    if not found:
         return ''
+    near = found[0].parent
     if label == str(root):
-        return f'{root / inner[0]} is one'
-    return f"its directory '{inner[0]}' is one: pack that with 'tar czf NAME.tgz -C {inner[0]} .'"
+        return f'{near} is one'
+    return f"its directory '{near.name}' is one: pack that with 'tar czf NAME.tgz -C {near.name} .'"
 
 
 def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
-    label = os.path.join(label or str(root), 'meta.json')
-    try:
-        meta = json.loads(_read_text(root / 'meta.json', _META_LIMIT, 'strict'))
-    except FileNotFoundError:
+    label = f'{label or root}{os.sep}meta.json'
+    path = root / 'meta.json'
+    if not path.exists():
         return {}
+    try:
+        if not path.is_file():
+            raise ValueError('it is not a file')
+        if path.stat().st_size > _META_LIMIT:
+            raise ValueError(f'it is larger than {_META_LIMIT} bytes')
+        meta = json.loads(path.read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as e:
         raise InvalidDataset(f'{label} is not JSON: {e}') from None
     if not isinstance(meta, dict):
@@ -1669,21 +1388,12 @@ def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
 
 
 def _read_readme(root: Path) -> str:
-    try:
-        return _read_text(root / 'README.md', _README_LIMIT, 'replace')
-    except (FileNotFoundError, ValueError):
+    """The start of README.md, or ''."""
+    path = root / 'README.md'
+    if not path.is_file():
         return ''
-
-
-def _read_text(path: Path, limit: int, errors: str) -> str:
-    """The start of a file. Raises ValueError if it is no file or, where `errors` is 'strict', longer than `limit`."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError('it is not a file')
-    if errors == 'strict' and status.st_size > limit:
-        raise ValueError(f'it is larger than {limit} bytes')
     with open(path, 'rb') as file:
-        return file.read(limit).decode('utf-8-sig', errors)
+        return file.read(_README_LIMIT).decode('utf-8-sig', 'replace')
 
 
 def _is_name(text: str) -> bool:
@@ -1713,84 +1423,26 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
 # library, or from where the system's own libraries and those of its package manager are.
 # ---------------------------------------------------------------------------------------
 
-_ROOM = _BLOCK + 4096  # bytes that a deflated block takes at most
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 
 
-class _Libdeflate:
-    """The functions of the library at a path. Raises OSError, AttributeError or ImportError if it is not usable."""
-
-    def __init__(self, path: str) -> None:
-        import ctypes
-        import threading
-        library = ctypes.CDLL(path)
-        number, size, pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p
-
-        def function(name: str, result: Any, *arguments: Any) -> Any:
-            found = getattr(library, 'libdeflate_' + name)
-            found.restype, found.argtypes = result, arguments
-            return found
-
-        self.new_compressor = function('alloc_compressor', pointer, number)
-        self.compress = function('deflate_compress', size, pointer, pointer, size, pointer, size)
-        self.free_compressor = function('free_compressor', None, pointer)
-        self.new_decompressor = function('alloc_decompressor', pointer)
-        sizes = (ctypes.POINTER(size), ctypes.POINTER(size))
-        self.decompress = function('deflate_decompress_ex', number, pointer, pointer, size, pointer, size, *sizes)
-        self.free_decompressor = function('free_decompressor', None, pointer)
-        self.crc32 = function('crc32', ctypes.c_uint32, ctypes.c_uint32, pointer, size)
-        self.local = threading.local()
-
-    def state(self) -> Any:
-        """The state of this thread."""
-        if not hasattr(self.local, 'state'):
-            self.local.state = _LibdeflateState(self)
-        return self.local.state
-
-
-class _LibdeflateState:
-    """What one thread uses. It goes when the thread ends."""
-
-    def __init__(self, library: _Libdeflate) -> None:
-        import ctypes
-        self.library = library
-        self.compressors: Dict[int, Any] = {}  # by level; None where there was no memory
-        self.decompressor = library.new_decompressor()
-        self.room = ctypes.create_string_buffer(_ROOM)
-        self.read, self.written = ctypes.c_size_t(), ctypes.c_size_t()
-        self.copy = ctypes.string_at
-
-    def __del__(self) -> None:
-        for compressor in self.compressors.values():
-            self.library.free_compressor(compressor)
-        self.library.free_decompressor(self.decompressor)
-
-    def deflate(self, data: bytes, level: int) -> bytes:
-        """Empty if that fails."""
-        if level not in self.compressors:
-            self.compressors[level] = self.library.new_compressor(level)
-        compressor = self.compressors[level]
-        length = compressor and self.library.compress(compressor, data, len(data), self.room, _ROOM)
-        return self.copy(self.room, length) if length else b''
-
-    def inflate(self, data: bytes) -> Tuple[bytes, bytes]:
-        """What a stream holds, at most a block, and the bytes that follow it. Both are empty if that fails."""
-        failed = not self.decompressor or self.library.decompress(
-            self.decompressor, data, len(data), self.room, _BLOCK, self.read, self.written)
-        return (b'', b'') if failed else (self.copy(self.room, self.written.value), data[self.read.value:])
-
-
-def _libdeflate() -> Optional[_Libdeflate]:
-    """libdeflate, if it is to be used."""
+def _libdeflate() -> Any:
+    """libdeflate, if it is there and to be used, else None."""
     return None if os.environ.get('ETC_LIBDEFLATE') == '0' else _load_libdeflate()
 
 
 @functools.lru_cache(maxsize=None)
-def _load_libdeflate() -> Optional[_Libdeflate]:
+def _load_libdeflate() -> Any:
     """The first libdeflate that is there, or None if it does not work."""
     try:
-        return next((_Libdeflate(path) for path in _libdeflate_paths() if os.path.exists(path)), None)
-    except (ImportError, OSError, AttributeError):
+        import ctypes
+        library = ctypes.CDLL(next(filter(os.path.exists, _libdeflate_paths())))
+        library.libdeflate_alloc_compressor.restype = ctypes.c_void_p
+        library.libdeflate_deflate_compress.restype = ctypes.c_size_t
+        library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
+        library.libdeflate_crc32.restype = ctypes.c_uint32
+        return library
+    except (StopIteration, ImportError, OSError, AttributeError):
         return None
 
 
@@ -1811,7 +1463,16 @@ def _libdeflate_paths() -> List[str]:
 def _deflate(data: bytes, level: int, only_runs: bool = False) -> bytes:
     """A deflate stream. Level 0 stores. only_runs: be fast, since nothing but runs of a byte shrinks."""
     library = _libdeflate()
-    deflated = library.state().deflate(data, 1 if only_runs else level) if library and level else b''
+    deflated = b''
+    if library and level:
+        from ctypes import c_size_t, c_void_p
+        room = bytes(len(data) + 4096)  # as nothing else knows this object yet, the library may write to it
+        state = c_void_p(library.libdeflate_alloc_compressor(1 if only_runs else level))
+        if state:
+            length = library.libdeflate_deflate_compress(
+                state, data, c_size_t(len(data)), room, c_size_t(len(room)))
+            deflated = room[:length]
+        library.libdeflate_free_compressor(state)
     if not deflated:
         strategy = _Z_RLE if only_runs else zlib.Z_DEFAULT_STRATEGY
         deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
@@ -1819,13 +1480,28 @@ def _deflate(data: bytes, level: int, only_runs: bool = False) -> bytes:
     return deflated
 
 
-def _deflater() -> str:
-    return 'libdeflate' if _libdeflate() else f'zlib {zlib.ZLIB_RUNTIME_VERSION}'
+def _inflate_by_libdeflate(library: Any, body: bytes) -> Tuple[bytes, bytes]:
+    """What a stream holds, of the size at the end of `body`, and the bytes that follow it; empty if that fails."""
+    from ctypes import byref, c_size_t, c_void_p
+    payload = bytes(min(int.from_bytes(body[-4:], 'little'), _BLOCK))  # which the library may write to, as above
+    read, written = c_size_t(), c_size_t()
+    state = c_void_p(library.libdeflate_alloc_decompressor())
+    failed = not state or library.libdeflate_deflate_decompress_ex(
+        state, body, c_size_t(len(body)), payload, c_size_t(len(payload)), byref(read), byref(written))
+    library.libdeflate_free_decompressor(state)
+    return (b'', b'') if failed else (payload[:written.value], body[read.value:])
 
 
 def _crc32(data: bytes) -> int:
     library = _libdeflate()
-    return int(library.crc32(0, data, len(data))) if library else zlib.crc32(data)
+    if not library:
+        return zlib.crc32(data)
+    from ctypes import c_size_t
+    return int(library.libdeflate_crc32(0, data, c_size_t(len(data))))
+
+
+def _deflater() -> str:
+    return 'libdeflate' if _libdeflate() else f'zlib {zlib.ZLIB_RUNTIME_VERSION}'
 
 
 # ---------------------------------------------------------------------------------------
@@ -1894,7 +1570,6 @@ _FOOTER_SIZE = _FIELD_OFFSET + 8 + len(_EMPTY)
 _LONGEST_BLOCK = _BLOCK + 4096  # bytes in the archive: stored, a block grows by 5 bytes in each 16 KiB or more
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # bytes of index: enough for some 80,000 partitions
-_LARGE_FILE = 32768  # bytes above which writing a file in another thread pays off
 
 
 def _member(tag: bytes, data: bytes) -> bytes:
@@ -1941,7 +1616,7 @@ def _inflate(body: Any) -> bytes:
     """The bytes that a block holds, from what follows its header."""
     is_deflated = body[0] & 6  # zlib takes fewer copies to read what is stored
     library = _libdeflate() if is_deflated else None
-    payload, rest = library.state().inflate(bytes(body)) if library else (b'', b'')
+    payload, rest = _inflate_by_libdeflate(library, bytes(body)) if library else (b'', b'')
     if not _is_sound(payload, rest):
         payload, rest = _inflate_by_zlib(body)
     if not _is_sound(payload, rest):
@@ -1965,40 +1640,6 @@ def _is_sound(payload: bytes, trailer: bytes) -> bool:
     """Whether these can be the contents and the trailer of a block."""
     is_block = 0 < len(payload) <= _BLOCK and len(payload) % 512 == 0
     return is_block and trailer == _TRAILER.pack(_crc32(payload), len(payload))
-
-
-def _pack(
-        survey: _Survey,
-        level: int,
-        pool: Any,
-        segments: _SegmentList,
-        transfer: _Transfer,
-        copies: Mapping[str, _Segment],
-) -> Generator[Union[bytes, _Segment], None, None]:
-    """Yield the blocks of a dataset's archive; `segments` grows on the way.
-
-    copies: segments, by path, that are not packed, but yielded where they are to stand.
-    """
-    paths = iter(survey.segments)
-
-    def copied_before(path: str) -> Iterator[_Segment]:
-        for other in paths:
-            if other == path:
-                return
-            segments.add_whole(copies[other])
-            transfer.expect(copies[other].length, 0)
-            yield copies[other]
-
-    path = ''
-    listing = survey.listing(survey.segments.keys() - copies.keys())
-    for block in _process(listing, functools.partial(_compress, level), pool):
-        if block.plan.path != path:
-            path = block.plan.path
-            yield from copied_before(path)
-        segments.add(block, len(block.result))
-        transfer.expect(len(block.result), block.plan.file_bytes())
-        yield block.result
-    yield from copied_before('')
 
 
 def _archive_end(level: int, segments: _SegmentList) -> bytes:
@@ -2088,12 +1729,7 @@ def _check_order(segments: List[_Segment], end: int) -> None:
             raise _Malformed
         offset += segment.length
         order.append(_segment_order(segment.path))
-        if segment.path == '.':
-            continue
-        if not _is_safe(segment.path):
-            raise _Malformed
-        parts = segment.path.split('/')
-        if len(parts) > 2 or (len(parts) == 2) != (parts[0] == 'data'):
+        if segment.path != '.' and (not _is_safe(segment.path) or segment.path != _segment_of(segment.path + '/x')):
             raise _Malformed
     if order[:1] != [(0, '')] or order != sorted(set(order)) or offset > end:
         raise _Malformed
@@ -2111,7 +1747,6 @@ def _is_safe(name: str) -> bool:
     return os.sep == '/' or not re.search(_NOT_ON_WINDOWS, name, re.I)
 
 
-_HAS_OPENAT = os.open in os.supports_dir_fd  # as POSIX demands; Windows has no such thing
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
@@ -2158,7 +1793,6 @@ class _Sink:
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
-        self.reuse_from = ''  # a directory that holds the same files, while there is one
         self.links: Dict[str, str] = {}  # targets of links, which finish() makes
         self.writable: List[Tuple[str, int]] = []  # files that finish() makes read-only, with their modes
 
@@ -2199,15 +1833,16 @@ class _Sink:
         except (FileNotFoundError, NotADirectoryError):
             raise self.orphan_error(name) from None
 
-    def write_file(self, name: str, executable: bool, data: Any) -> None:
-        """Create a file with all its contents."""
-        reuse_from = self.reuse_from  # another thread may reset it
-        if reuse_from:
-            _link_or_copy(reuse_from + _to_os(name), self.path(name))
-            return
+    def write_file(self, name: str, executable: bool, size: int, pieces: Iterable[Any]) -> None:
+        """Create a file of `size` bytes. It has this size at once, so that _replay() knows what is to come."""
         file = self.create_file(name, executable)
         try:
-            _write(file, data)
+            for piece in pieces:
+                if len(piece) < size:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(file, size)
+                    size = 0
+                _write(file, piece)
         finally:
             os.close(file)
 
@@ -2269,257 +1904,144 @@ def _segment_of(name: str) -> str:
     return '.' if len(parts) == 1 else parts[0]
 
 
-class _Extractor:
-    """Writes the tar stream of one segment to a sink, and refuses whatever is not canonical.
+class _Block(NamedTuple):
+    """A block that was read from an archive or from the files of a dataset."""
+
+    path: str  # of its segment
+    length: int  # bytes in the archive
+    payload: bytes
+    digest: bytes  # SHA-256 of the payload
+    source: str = ''  # the directory whose files it was read from, if they may be linked
+
+
+class _TarReader:
+    """Gives the entries of one segment, and refuses whatever is not canonical.
 
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, sink: _Sink, path: str, promised: Optional[_Segment]) -> None:
-        """promised: what the index says of the segment."""
-        self.sink = sink
+    def __init__(self, path: str, blocks: Iterable[_Block]) -> None:
         self.path = path
-        self.promised = promised
-        self.limit = promised.size if promised else 1 << 63  # bytes of all files
+        self.blocks = iter(blocks)
+        self.block: Optional[_Block] = None  # the last one
         self.digests = _sha256()
-        self.files = 0
-        self.size = 0
-        self.block_length = 0  # of the last block
-        self.rest = b''  # the start of headers whose end is in the next block
+        self.data = b''  # the end of the tar stream, as far as it is here
+        self.at = 0  # what of it has been given out
+        self.has_directory = False  # whether the entry of one has come
         # the last entry
         self.name = ''
-        self.executable = False
         self.parent = ''  # the directory that it is in; itself, if it is a directory
         self.own = ''  # its name there
-        self.has_directory = False  # whether a directory has come
-        # the file whose bytes come next
-        self.file = -1  # its descriptor, if it goes on in the next block
-        self.file_size = 0
-        self.left = 0  # bytes of it that are still to come
 
-    def feed(self, payload: bytes, digest: bytes) -> List[Tuple[str, bool, Any]]:
-        """Write what the next block holds, but return the larger files, as arguments for _Sink.write_file()."""
-        if self.block_length not in (0, _BLOCK):  # only the last block may be shorter
-            raise self.rule_error('block length')
-        self.block_length = len(payload)
-        self.digests.update(digest)
-        data = self.rest + payload
-        self.rest = b''
-        view = memoryview(data)
-        large = []
-        at = 0
-        while at < len(data):
-            if not self.left:
-                at = self.write_siblings(data, view, at)
-                if at == len(data):
-                    break
-                length = self.header_length(data, at) if data[at + _KIND_AT] == _PAX[0] else _HEADER_SIZE
-                if at + length > len(data):
-                    self.rest = data[at:]
-                    break
-                header = data[at:at + length]
-                at += length
-                self.begin(header)
-                if not self.left:
-                    continue
-            stop = at + self.left
-            if self.file < 0 and stop <= len(data):  # all of a file
-                if self.left < _LARGE_FILE:
-                    self.sink.write_file(self.name, self.executable, view[at:stop])
-                else:
-                    large.append((self.name, self.executable, view[at:stop]))
-                self.left = 0
-            else:
-                stop = min(stop, len(data))
-                self.write_part(view[at:stop])
-            at = stop
-            if not self.left:
-                at += -stop % 512
-                if not data.startswith(_ZEROS[:at - stop], stop):
-                    raise self.rule_error('padding')
-        return large
+    def pull(self) -> bool:
+        """Get the next block, if there is one."""
+        block = next(self.blocks, None)
+        if block is None:
+            return False
+        if self.block and len(self.block.payload) != _BLOCK:  # only the last block may be shorter
+            raise self.error('block length')
+        self.block = block
+        self.digests.update(block.digest)
+        self.data = self.data[self.at:] + block.payload
+        self.at = 0
+        return True
 
-    def write_siblings(self, data: bytes, view: Any, at: int) -> int:
-        """Write the small files at `at` that differ from the last entry in name and size alone; return where they end.
+    def take(self, size: int) -> bytes:
+        while len(self.data) - self.at < size:
+            if not self.pull():
+                raise self.error('end')
+        self.at += size
+        return self.data[self.at - size:self.at]
 
-        The rules are those of begin(), to which it leaves whatever breaks one. Without this short cut, pulling many
-        small files takes a fifth longer.
-        """
-        if not self.has_directory or self.path == '.' or self.sink.reuse_from or not _HAS_OPENAT:
-            return at
-        prefix = self.parent + '/'
-        if prefix.count('/') >= _DEPTH or not data.startswith(prefix.encode('utf-8'), at):
-            return at
+    def pieces(self, size: int) -> Iterator[Any]:
+        """The bytes of the file whose entry came last. A block is only read when the bytes before it have been used."""
+        left = size
+        while left:
+            if self.at == len(self.data) and not self.pull():
+                raise self.error('end')
+            piece = memoryview(self.data)[self.at:self.at + left]
+            self.at += len(piece)
+            left -= len(piece)
+            yield piece
+        padding = -size % 512
+        if padding and self.take(padding) != _ZEROS[:padding]:
+            raise self.error('padding')
+
+    def source(self, size: int) -> str:
+        """The directory that holds the file whose entry came last, if all of it is here already, or ''."""
+        return self.block.source if self.block and size <= len(self.data) - self.at else ''
+
+    def entry(self) -> Optional[_Entry]:
+        """The next entry; None at the end. The pieces() of a file must be read before the next one."""
+        if self.at == len(self.data) and not self.pull():
+            return None
+        header = self.take(_HEADER_SIZE)
+        if header[_KIND_AT] == _PAX[0]:
+            size = header[_SIZE_FIELD]
+            if not re.match(rb'0{6}[0-7]+\Z', size):  # at most 32 KiB
+                raise self.error('pax header')
+            header += self.take(-(-int(size, 8) // 512) * 512 + _HEADER_SIZE)
         try:
-            directory = os.open(self.sink.path(self.parent), os.O_RDONLY)
-        except OSError:
-            return at
-        try:
-            return self.write_siblings_in(directory, prefix, data, view, at)
-        finally:
-            os.close(directory)
-
-    def write_siblings_in(self, directory: int, prefix: str, data: bytes, view: Any, at: int) -> int:
-        """The loop of write_siblings(). Paths that start at a descriptor are short, which saves a tenth of the time."""
-        mode = 0o755 if self.executable else 0o644
-        last_start = len(data) - 2 * _HEADER_SIZE
-        while at <= last_start:
-            raw_name = data[at:at + 100].rstrip(b'\0')
-            try:
-                name = raw_name.decode('ascii')
-                size = int(data[at:at + _HEADER_SIZE][_SIZE_FIELD], 8)
-            except ValueError:
-                break
-            own = name[len(prefix):]
-            if not name.startswith(prefix) or own <= self.own or own[0] == '.' or '/' in own:
-                break
-            start = at + _HEADER_SIZE
-            stop = start + size
-            if not 0 < size < _LARGE_FILE or size > self.limit - self.size or stop > last_start:
-                break
-            is_canonical = data.startswith(_ustar(raw_name, _FILE, mode, size), at)
-            if not is_canonical or not data.startswith(_ZEROS[:-size % 512], stop):
-                break
-            try:
-                file = os.open(own, _CREATE, mode & 0o555, dir_fd=directory)
-            except (OSError, ValueError):
-                break
-            try:
-                _write(file, view[start:stop])
-            finally:
-                os.close(file)
-            self.name = name
-            self.own = own
-            self.files += 1
-            self.size += size
-            at = stop + -size % 512
-        return at
-
-    def write_part(self, data: Any) -> None:
-        """Write the next bytes of a file that does not end in the block where it begins."""
-        if self.file < 0:
-            self.file = self.sink.create_file(self.name, self.executable)
-        _write(self.file, data)
-        self.left -= len(data)
-        if not self.left:
-            self.close()
-
-    def header_length(self, data: bytes, at: int) -> int:
-        """The length of the pax header at `at` and the ustar header that follows it."""
-        pax = _octal(data[at:at + _HEADER_SIZE][_SIZE_FIELD])
-        length = 2 * _HEADER_SIZE + pax + -pax % 512
-        if not 0 < pax or length > 65536:
-            raise self.rule_error('pax header')
-        return length
-
-    def begin(self, header: bytes) -> None:
-        """Make what a header describes; of a file that is not empty, its bytes follow."""
-        try:
-            name, kind, mode, size, link = _parse_header(header)
+            entry = _parse_header(header)
         except ValueError:
-            raise self.rule_error('header') from None
-        self.check(name, kind, mode, size, link)
-        is_directory = kind == _DIRECTORY
-        path = name[:-1] if is_directory else name
-        parent, _, own = path.rpartition('/')
-        self.check_place(path, parent, own, is_directory)
-        self.name = path
-        if is_directory:
-            self.parent = path
-            self.own = ''
-            self.has_directory = True
-            self.sink.make_directory(path, exist_ok=path == 'data')  # reused partitions may have made it
-            return
-        self.parent = parent
-        self.own = own
-        self.files += 1
-        if kind == _LINK:
-            self.sink.add_link(path, link)
-            return
-        self.executable = mode == 0o755
-        self.file_size = size
-        self.left = size
-        self.size += size
-        if not size:
-            self.sink.write_file(path, self.executable, b'')
+            raise self.error('header') from None
+        self.check_place(entry)
+        return entry
 
-    def check(self, name: str, kind: bytes, mode: int, size: int, link: str) -> None:
-        """The rules for an entry by itself."""
-        if kind not in _MODES:
-            raise self.rule_error('type')
-        if mode not in _MODES[kind]:
-            raise self.rule_error('mode')
-        if name.endswith('/') != (kind == _DIRECTORY):
-            raise self.rule_error('name')
-        if size < 0 or size > self.limit - self.size or size and kind != _FILE:
-            raise self.rule_error('size')
-        if link and kind != _LINK or kind == _LINK and link != _relative(name, link):
-            raise self.rule_error('link')
-
-    def check_place(self, path: str, parent: str, own: str, is_directory: bool) -> None:
+    def check_place(self, entry: _Entry) -> None:
         """The rules for which entries a segment holds, and in which order."""
-        is_root = self.path == '.'
-        if parent == self.parent and own > self.own and self.has_directory and not is_root:
-            return  # the most frequent case: the next file of the same directory
-        if is_root:
-            belongs = path == 'data' if is_directory else '/' not in path
-        elif not self.name:
-            belongs = path == self.path  # the segment's own directory comes first
-        else:
-            belongs = path.startswith(self.path + '/')
-        if not belongs:
-            raise self.rule_error('place')
-        if path.split('/') <= self.name.split('/'):
-            raise self.rule_error('order')
-        # The directory around it must have come: it is the directory of the last entry, or one above that.
-        if self.name and not is_root and not (self.parent + '/').startswith(parent + '/'):
-            raise self.rule_error('directory')
+        is_directory = entry.kind == _DIRECTORY
+        path = entry.name[:-1] if is_directory else entry.name
+        parent, _, own = path.rpartition('/')
+        if parent != self.parent or own <= self.own or not self.name or self.path == '.':
+            if self.path == '.':
+                belongs = path == 'data' if is_directory else '/' not in path and path != _RECEIPT
+            elif not self.name:
+                belongs = path == self.path and is_directory  # the segment's own directory comes first
+            else:
+                belongs = path.startswith(self.path + '/')
+            if not belongs:
+                raise self.error('place')
+            if path.split('/') <= self.name.split('/'):
+                raise self.error('order')
+            # The directory around it must have come: it is the directory of the last entry, or one above that.
+            if self.name and not (self.parent + '/').startswith(parent + '/' * bool(parent)):
+                raise self.error('directory')
+        self.name = path
+        self.has_directory = self.has_directory or is_directory
+        self.parent, self.own = (path, '') if is_directory else (parent, own)
 
-    def finish(self) -> _Segment:
-        """The segment that was read. Raises Corrupt if it is truncated, or not what was promised."""
-        if self.left or self.rest or not self.has_directory:
-            raise self.rule_error('end')
-        segment = _Segment(self.path, 0, 0, self.files, self.size, 'sha256:' + self.digests.hexdigest())
-        if self.promised and segment != self.promised._replace(offset=0, length=0):
-            raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
-        return segment
-
-    def close(self) -> None:
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
-
-    def rule_error(self, rule: str) -> Error:
+    def error(self, rule: str) -> Error:
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
 
 
-def _octal(field: bytes) -> int:
-    return int(field, 8) if re.match(rb'[0-7]+\Z', field) else -1
-
-
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
+_HEADER_SIZE = 512  # bytes of a ustar header
+_SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
+_KIND_AT = 156
 
 
-def _parse_header(header: bytes) -> Tuple[str, bytes, int, int, str]:
-    """Name, type flag, mode, size and link target of a canonical header. Raises ValueError if it is not canonical."""
-    raw_name, raw_mode, raw_size, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
-    raw_name = raw_name.rstrip(b'\0')
-    raw_link = raw_link.rstrip(b'\0')
-    name = raw_name.decode('ascii')
-    link = raw_link.decode('ascii')
-    mode = int(raw_mode, 8)
-    size = int(raw_size, 8)
-    if len(header) == _HEADER_SIZE:
-        canonical = _ustar(raw_name, kind, mode, size, raw_link)
-    else:
-        pax = _parse_pax(header[_HEADER_SIZE:_HEADER_SIZE + _octal(header[_SIZE_FIELD])])
-        name = pax.get(b'path', raw_name).decode('utf-8')
-        link = pax.get(b'linkpath', raw_link).decode('utf-8')
+def _parse_header(header: bytes) -> _Entry:
+    """The entry of a canonical header. Raises ValueError if another header would be written for it."""
+    raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
+    name = raw_name.rstrip(b'\0').decode('ascii')
+    link = raw_link.rstrip(b'\0').decode('ascii')
+    size = int(digits, 8)
+    if len(header) > _HEADER_SIZE:
+        pax = _parse_pax(header[_HEADER_SIZE:_HEADER_SIZE + int(header[_SIZE_FIELD], 8)])
+        name = pax.get(b'path', raw_name.rstrip(b'\0')).decode('utf-8')
+        link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
         size = int(pax.get(b'size', size))
-        canonical = _tar_header(name, kind, mode, size, link)
-    if header != canonical:
+    is_executable = mode == b'0000755'
+    is_consistent = {
+        _FILE: not link and name[-1:] != '/' and size >= 0,
+        _DIRECTORY: not link and name[-1:] == '/' and not size and is_executable,
+        _LINK: name[-1:] != '/' and not size and not is_executable and link == _relative(name, link),
+    }
+    entry = _Entry(name, kind, 0o755 if is_executable else 0o644, size, link)
+    if not is_consistent.get(kind) or header != _tar_header(*entry[:-1]):
         raise ValueError('not canonical')
-    return name, kind, mode, size, link
+    return entry
 
 
 def _parse_pax(records: bytes) -> Dict[bytes, bytes]:
@@ -2535,13 +2057,88 @@ def _parse_pax(records: bytes) -> Dict[bytes, bytes]:
     return values
 
 
-class _Block(NamedTuple):
-    """A block that was read from an archive or from the files of a dataset."""
+def _extract_segment(path: str, blocks: Iterable[_Block], promised: Optional[_Segment], sink: _Sink) -> _Segment:
+    """Write a complete segment to a sink, and return it as it was read. Raises Corrupt if it is not what was promised.
+    """
+    reader = _TarReader(path, blocks)
+    files = size = 0
+    for name, kind, mode, file_size, link, _ in iter(reader.entry, None):
+        if kind == _DIRECTORY:
+            sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions may have made
+            continue
+        files += 1
+        size += file_size
+        if promised and size > promised.size:
+            raise reader.error('size')
+        if kind == _LINK:
+            sink.add_link(name, link)
+            continue
+        source = reader.source(file_size)
+        pieces = reader.pieces(file_size)
+        if source:
+            _link_or_copy(_join(source, name), sink.path(name))
+            collections.deque(pieces, 0)
+        else:
+            sink.write_file(name, mode == 0o755, file_size, pieces)
+    segment = _Segment(path, 0, 0, files, size, 'sha256:' + reader.digests.hexdigest())
+    if not reader.has_directory or promised and segment != promised._replace(offset=0, length=0):
+        raise Corrupt(f"the archive is damaged: '{path}' does not have the digest that the index promises")
+    return segment
 
-    path: str  # of its segment
-    length: int  # bytes in the archive
-    payload: bytes
-    digest: bytes  # SHA-256 of the payload
+
+def _extract(
+        blocks: Iterable[_Block],
+        promised: Mapping[str, _Segment],
+        sink: _Sink,
+        journal: Optional[Path] = None,
+        head: str = '',
+) -> List[_Segment]:
+    """Write complete segments to a sink, and return them as they were read.
+
+    promised: what an index says of a segment, by its path. journal: a new file that notes which blocks have been
+    written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
+    describes a block: the path of its segment, its length in the archive, its digest.
+    """
+    def noted() -> Generator[_Block, None, None]:
+        with open(journal or os.devnull, 'wb', buffering=0) as file:
+            file.write(head.encode() + b'\n')
+            for block in blocks:
+                yield block  # and note it when the next one is wanted
+                file.write(json.dumps([block.path, block.length, block.digest.hex()]).encode() + b'\n')
+                os.utime(sink.root)  # a sign of life, or this would soon count as abandoned
+
+    with contextlib.closing(noted()) as source:
+        segments = [_extract_segment(path, own, promised.get(path), sink)
+                    for path, own in itertools.groupby(source, operator.attrgetter('path'))]
+    sink.finish(confined=True)
+    return segments
+
+
+def _replay(job: _Job, pool: _Pool, root: Path, journal: Path, head: str, paths: Container[str]) -> Iterator[_Block]:
+    """The first blocks of some segments, from the files and the journal of an extraction that was interrupted.
+
+    Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
+    cut.
+    """
+    def notes() -> Iterator[Tuple[str, int, str]]:
+        with open(journal, 'rb') as file:
+            if file.readline() == head.encode() + b'\n':
+                for line in file:
+                    path, length, digest = json.loads(line.decode('ascii'))
+                    if path in paths:
+                        yield str(path), int(length), digest
+
+    def read(item: Tuple[Tuple[str, int, str], _BlockPlan]) -> _Block:
+        (path, length, expected), plan = item
+        job.add(0)
+        payload = plan.read()
+        digest = _sha256(payload).digest()
+        if digest.hex() != expected or plan.path != path:
+            raise Corrupt
+        return _Block(path, length, payload, digest, str(root))
+
+    with contextlib.suppress(OSError, InvalidDataset, Corrupt, ValueError, TypeError):
+        yield from _ordered(pool, read, zip(notes(), _blocks(_segments(root, paths))), _for_cores)
 
 
 _Span = Tuple[_Segment, int]  # a segment, and how many bytes to skip at its start
@@ -2577,160 +2174,25 @@ def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[T
             left -= length
 
 
-def _first_block(data: bytes) -> bytes:
-    """What follows the header of the block that bytes of an archive begin with."""
-    return bytes(next(_split_blocks([data], [(_Segment('', length=len(data)), 0)]))[1])
-
-
-def _last_block(data: bytes) -> bytes:
-    """What follows the header of the block that bytes of an archive end with."""
-    for match in re.finditer(re.escape(_member(b'et', bytes(4))[:_FIELD_OFFSET]), data):
-        body = match.end() + 4
-        if match.start() + int.from_bytes(data[match.end():body], 'little') == len(data):
-            return data[body:]
-    raise Corrupt('the archive is damaged: a block does not end where it should')
-
-
-def _inflate_blocks(
-        chunks: Iterable[bytes],
-        spans: Iterable[_Span],
-        pool: Any,
-) -> Generator[_Block, None, None]:
+def _inflate_blocks(pool: _Pool, chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[_Block]:
     """The blocks in the bytes of some spans."""
     def inflate(item: Tuple[str, Any]) -> _Block:
         path, body = item
         payload = _inflate(body)
         return _Block(path, _BLOCK_HEADER_SIZE + len(body), payload, _sha256(payload).digest())
 
-    return _ordered(pool, inflate, _split_blocks(chunks, spans), 2 * _cores(), 1)
+    return _ordered(pool, inflate, _split_blocks(chunks, spans), _for_cores)
 
 
-class _Journal:
-    """Notes which blocks have been written, so that _replay() can continue where an extraction was interrupted.
-
-    The first line identifies the object. Each later line describes one block: the path of its segment, its length in
-    the archive, its digest, and the name and size of the file that goes on in the next block.
-    """
-
-    def __init__(self, path: Path, head: str) -> None:
-        import threading
-        self.file = path.open('wb', buffering=0)
-        self.file.write(head.encode() + b'\n')
-        self.lock = threading.Lock()
-        self.pending: Any = collections.deque()  # blocks that are not noted yet: [line, whether it is written]
-
-    def begin(self, block: _Block, name: str, size: int) -> List[Any]:
-        note = [json.dumps([block.path, block.length, block.digest.hex(), name, size]), False]
-        self.pending.append(note)
-        return note
-
-    def done(self, note: List[Any]) -> None:
-        """Note all blocks that are written, in order; at once, as the next block may be long in coming."""
-        note[1] = True
-        with self.lock:
-            while self.pending and self.pending[0][1]:
-                self.file.write(self.pending.popleft()[0].encode() + b'\n')
-
-    def close(self) -> None:
-        self.file.close()
-
-    @staticmethod
-    def read(path: Path, head: str) -> Iterator[List[Any]]:
-        """The lines of a journal, if it is of the same object."""
-        with contextlib.suppress(OSError, ValueError, TypeError), path.open('rb') as file:
-            if file.readline() == head.encode() + b'\n':
-                for line in file:
-                    segment, length, digest, name, size = json.loads(line.decode('ascii'))
-                    yield [str(segment), int(length), digest, name, int(size)]
-
-
-def _extract(
-        blocks: Iterable[_Block],
-        promised: Optional[Mapping[str, _Segment]],
-        sink: _Sink,
-        pool: Any,
-        journal: Optional[_Journal] = None,
-) -> List[_Segment]:
-    """Write complete segments to a sink, and return them as they were read.
-
-    promised: what the index says of each segment, by its path; None if there is no index.
-    """
-    segments: List[_Segment] = []
-    extractor: Optional[_Extractor] = None
-
-    def feed() -> Iterator[Tuple[List[Any], Optional[List[Any]]]]:
-        nonlocal extractor
-        for number, block in enumerate(blocks):
-            if number % 256 == 0:
-                os.utime(sink.root)  # a sign of life, or this would soon count as abandoned
-            if extractor is None or extractor.path != block.path:
-                if extractor:
-                    segments.append(extractor.finish())
-                extractor = _Extractor(sink, block.path, promised[block.path] if promised else None)
-            files = extractor.feed(block.payload, block.digest)
-            note = None
-            if journal and extractor.left:
-                note = journal.begin(block, extractor.name, extractor.file_size)
-            elif journal:
-                note = journal.begin(block, '', 0)
-            yield files, note
-        if extractor:
-            segments.append(extractor.finish())
-
-    def write(item: Tuple[List[Any], Optional[List[Any]]]) -> None:
-        files, note = item
-        while files:  # and do not keep what is written
-            sink.write_file(*files.pop(0))
-        if journal and note:
-            journal.done(note)
-
-    try:
-        for _ in _ordered(pool, write, feed(), 2 * _cores()):
-            pass
-    finally:
-        if extractor:
-            extractor.close()
-    sink.finish(confined=True)
-    return segments
-
-
-def _replay(
-        root: Path,
-        lines: Callable[[], Iterator[List[Any]]],
-        paths: Iterable[str],
-        pool: Any,
-) -> Generator[_Block, None, None]:
-    """The first blocks of some segments, from the files and the journal of an extraction that was interrupted.
-
-    Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
-    cut.
-    """
-    wanted = set(paths)
-
-    def notes() -> Iterator[List[Any]]:
-        return (line for line in lines() if line[0] in wanted)
-
-    def read(item: Tuple[List[Any], _BlockPlan]) -> _Block:
-        (path, length, expected, _, _), plan = item
-        payload = plan.read()
-        digest = _sha256(payload).digest()
-        if digest.hex() != expected or plan.path != path:
-            raise Corrupt
-        return _Block(path, length, payload, digest)
-
-    def listing() -> _Listing:
-        for path, entries in _segments(root, wanted):
-            yield path, map(with_whole_size, entries)
-
-    def with_whole_size(entry: _Entry) -> _Entry:
-        """The file that was being written is not yet as long as its header says."""
-        return entry._replace(size=unfinished_size) if entry.name == unfinished else entry
-
-    last: Any = collections.deque(notes(), 1) or [['', 0]]
-    unfinished, unfinished_size = last[0][-2:]
-    with contextlib.suppress(OSError, InvalidDataset, Corrupt):
-        with contextlib.closing(_ordered(pool, read, zip(notes(), _blocks(listing())), 2 * _cores())) as blocks:
-            yield from blocks
+def _end_digests(first: bytes, last: bytes) -> List[bytes]:
+    """The digests of the block that some bytes of an archive begin with, and of the one that others end with."""
+    blocks = [bytes(next(_split_blocks([first], [(_Segment('', length=len(first)), 0)]))[1])]
+    for match in re.finditer(re.escape(_member(b'et', bytes(4))[:_FIELD_OFFSET]), last):
+        body = match.end() + 4
+        if match.start() + int.from_bytes(last[match.end():body], 'little') == len(last):
+            blocks.append(last[body:])
+            return [_sha256(_inflate(block)).digest() for block in blocks]
+    raise Corrupt('the archive is damaged: a block does not end where it should')
 
 
 # ---------------------------------------------------------------------------------------
@@ -2885,33 +2347,13 @@ def _check_pax_records(data: bytes) -> None:
         start = stop
 
 
-def _extract_foreign(
-        chunks: Iterable[bytes],
-        root: Path,
-        pool: Any,
-        progress: _Progress,
-        total: int,
-) -> None:
-    """Write what a .tgz of `total` bytes holds below `root`. The one thread of `pool` inflates ahead."""
+def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: Any) -> None:
+    """Write what a .tgz holds below `root`. The one thread of `pool` inflates ahead."""
     import gzip
-    source = _Stream(chunks)
-    before = 0
-
-    def advance(_: bytes) -> int:
-        """The bytes of the .tgz that were read for the last chunk."""
-        nonlocal before
-        earlier = before
-        before = source.position
-        return before - earlier
-
-    def inflated() -> Generator[bytes, None, None]:
-        with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), 4)) as parts:
-            yield from itertools.takewhile(len, _reported(parts, advance, progress, total))
-
-    plain = gzip.GzipFile(fileobj=source)  # type: ignore[call-overload]
+    plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
     sink = _Sink(root)
-    with contextlib.closing(inflated()) as data:
-        for tar, member in _tar_members(_TarStream(data)):
+    with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), lambda n: n < 4)) as parts:
+        for tar, member in _tar_members(_TarStream(itertools.takewhile(len, parts))):
             _extract_member(tar, member, sink)
     sink.finish(confined=False)
 
@@ -2927,7 +2369,8 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     name = _plain_name(member.name)
     if not name and member.isdir() or member.type == _TAR_LABEL:
         return
-    if _is_litter(name) and not member.isdir():
+    is_receipt = name.split('/')[0] == '.etcetera.json'
+    if is_receipt or _is_litter(name) and not member.isdir():
         return
     sink.path(name)
     for slash in re.finditer('/', name):
@@ -2980,38 +2423,34 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
 # ---------------------------------------------------------------------------------------
 # HTTP
 #
-# One client for all: connections that are kept alive, proxies, private CAs, time-outs, and tries. It knows nothing of
-# S3 or Google, and follows no redirect: what to do then is for a remote to decide.
+# One client for all: connections that are kept alive, proxies, private CAs, time-outs, tries. It knows nothing of S3 or
+# Google, and follows no redirect: what to do then is for a remote to decide.
 #
 # What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
-# _TRANSIENT, five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds, and for as long as Retry-After
-# asks, up to a minute. A server that has answered before gets two tries more, 7 seconds apart, as it may be restarting.
-# A kept connection that the server has closed meanwhile does not count as a try. Besides: remotes go on with a range
-# where it broke, or where it was given up as too slow (see _Reader.watch()); S3 makes a request again after errors that
-# it calls transient, or when it has learnt another region, clock, key or checksum; a large upload to Google goes on
-# until five tries in a row bring nothing across; metadata services are asked once, a container's three times.
+# _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds,
+# and for as long as Retry-After asks, up to a minute. A server that has answered before gets two tries more, 7 seconds
+# apart, as it may be restarting. A kept connection that the server has closed meanwhile does not count as a try, nor
+# does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on with a
+# range where it broke, and with an upload to Google as long as it advances; metadata services are asked once.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
 _READ_TIMEOUT = 20.0  # the same for the first try of a request that only reads
-_LAST_TIMEOUT = 1.0  # the same after an interruption
-_CONNECT = 15  # seconds that connecting may take
+_LAST_TIMEOUT = 1.0  # the same for what is tidied up after an interruption
+_CONNECT = 15.0  # seconds that connecting may take
+_IDLE = 60.0  # seconds after which a kept connection is not used again, as a NAT may have forgotten it
 _TRIES = 5
 _MORE_TRIES = 2  # for a server that has answered before
-_SLICE = 65536  # bytes that are sent or received at once, or up to four times as many where that goes fast
+_SLICE = 1 << 17  # bytes that are sent or received at once
 # The socket option TCP_NOTSENT_LOWAT, which Python names on some systems only from 3.7 on. It keeps the system from
 # taking megabytes that a slow link has yet to send: a server's silence meanwhile would look like a fault.
 _NOTSENT_LOWAT = {'linux': 25, 'darwin': 0x201}.get(sys.platform)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
+_OVERLOAD = (429, 503)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _RETRY_AFTER = 60.0  # seconds that a server may ask for before the next try
 _INTERIM = 100  # interim answers that may precede the final one
 _SITE = r'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?'
-
-
-def _next_slice(size: int, seconds: float) -> int:
-    """How many bytes to send or receive next, after so many have taken so long."""
-    return min(2 * size, 4 * _SLICE) if seconds < _TICK / 2 else _SLICE
 
 
 class _Request(NamedTuple):
@@ -3021,24 +2460,6 @@ class _Request(NamedTuple):
     url: str  # percent-encoded, as it is sent
     headers: Mapping[str, str] = {}
     body: Sequence[Any] = ()  # of bytes
-    watch: Optional[_Watch] = None  # of the body, while it is sent, or of a range, while it is received
-    patience: float = _TIMEOUT  # seconds of silence
-    unwanted: Any = None  # a threading.Event: whether the answer is of no use any more
-
-    def slices(self) -> Iterator[Any]:
-        """The body in small pieces, as the time-out of a socket applies to each piece."""
-        sent = 0
-        size = _SLICE
-        for chunk in self.body:
-            rest = memoryview(chunk)
-            while len(rest):
-                begin = time.monotonic()
-                yield rest[:size]
-                sent += len(rest[:size])
-                rest = rest[size:]
-                size = _next_slice(size, time.monotonic() - begin)
-                if self.watch:
-                    self.watch(sent)
 
 
 class _Reply(NamedTuple):
@@ -3073,8 +2494,7 @@ class _Reply(NamedTuple):
         if re.match(r'[0-9]{1,9}\Z', text):
             delay = float(text)
         else:
-            now = _http_time(self.headers.get('Date') or '') or time.time()
-            delay = _http_time(text) - now
+            delay = _http_time(text) - (_http_time(self.headers.get('Date') or '') or time.time())
         return min(max(delay, 0.0), _RETRY_AFTER)
 
     def content_range(self) -> Tuple[Optional[int], Optional[int], Optional[int]]:
@@ -3094,13 +2514,14 @@ class _Reply(NamedTuple):
         return int(length) if re.match(r'[0-9]{1,19}\Z', length) else None
 
 
-_Signer = Callable[[_Request], Dict[str, str]]  # gives the headers to send
+def _judge(reply: _Reply) -> str:
+    """'final', or whether to try again: 'later', or 'at once' because something was learnt."""
+    return 'later' if reply.status in _TRANSIENT else 'final'
 
 
-class _Proxy:
-    def __init__(self, address: str, headers: Dict[str, str]) -> None:
-        self.address = address  # host:port
-        self.headers = headers  # that it wants to see
+class _Proxy(NamedTuple):
+    address: str  # host:port
+    headers: Dict[str, str]  # that it wants to see
 
 
 class _Http:
@@ -3108,146 +2529,174 @@ class _Http:
 
     def __init__(
             self,
+            job: _Job,
             ca_bundle: Optional[str] = None,
             direct: bool = False,
             timeout: float = _TIMEOUT,
     ) -> None:
         """direct: without any proxy. timeout: seconds of silence."""
-        import threading
+        self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
         self.timeout = timeout
-        self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # connections by scheme and host
-        self.busy: Set[Any] = set()  # connections that are in use
-        self.closed = threading.Event()
         self.tries = _TRIES + _MORE_TRIES  # of any request, at most
+        self.idle: Dict[Tuple[str, str], List[Any]] = collections.defaultdict(list)  # by scheme and host: (when, which)
+        self.busy: Set[Any] = set()  # connections that are in use
+        self.most = 256.0  # requests that may be made at once
+        self.successes = 0
         self.answered: Set[str] = set()  # sites that have answered
+        self.interruptions = 0
         self.tls: Any = None
+        job.at_end.append(self.interrupt)
 
-    def close(self) -> None:
-        """Close all connections. Requests that threads wait for fail at once, and so do later ones."""
+    def interrupt(self) -> None:
+        """Let all requests fail that are under way."""
         import socket
-        self.closed.set()
+        self.interruptions += 1
         for connection in list(self.busy):
             # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
             with contextlib.suppress(OSError, TypeError):
                 socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
-        for connection in [connection for idle in self.idle.values() for connection in idle]:
-            connection.close()
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        for idle in self.idle.values():
+            while idle:
+                idle.pop()[1].close()
 
     @contextlib.contextmanager
-    def briefly(self, in_haste: bool = False) -> Iterator[None]:
-        """For requests that are not worth a long wait, even after close(): two tries of each, in haste short ones."""
-        import threading
-        before = self.tries, self.timeout
+    def briefly(self) -> Iterator[None]:
+        """For requests that are not worth a long wait, or are made after the job was ended: two tries of each."""
+        before = self.job, self.tries, self.timeout
         self.tries = 2
-        if self.closed.is_set():
-            self.closed = threading.Event()
-        if in_haste:
-            self.idle.clear()  # as they have their own time-outs
+        if self.job.is_ended:
+            self.job = _Job()
             self.timeout = min(self.timeout, _LAST_TIMEOUT)
+            self.close()  # as kept connections have their own time-outs
         try:
             yield
         finally:
-            self.tries, self.timeout = before
+            self.job, self.tries, self.timeout = before
 
     def request(
             self,
-            request: _Request,
-            sign: Optional[_Signer] = None,
+            prepare: Callable[[], _Request],
+            judge: Callable[[_Reply], str] = _judge,
             limit: int = _REPLY_LIMIT,
-            tries: Optional[int] = None,
+            tries: int = _TRIES + _MORE_TRIES,
             into: Optional[Any] = None,
     ) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
-        sign: gives the headers to send, anew for each try. limit: bytes that the answer may have.
-        into: a file that takes the body of an answer with status 200, of any size.
+        prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
+        limit: bytes that the answer may have. into: a file for the body of an answer with status 200, of any size.
         """
         import http.client
-        if not _is_address(request.url):
-            raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
-                              'https://host[:port][/path]; a user or password cannot be in it')
-        site = _site(request.url)
-        request = request._replace(unwanted=self.closed)
-        for attempt in itertools.count(1):
-            is_last = attempt >= min(self.tries, tries or _TRIES + _MORE_TRIES * (site in self.answered))
-            is_eager = attempt == 1 and request.method in ('GET', 'HEAD')
-            request = request._replace(patience=min(self.timeout, _READ_TIMEOUT if is_eager else _TIMEOUT))
-            signed = request._replace(headers=sign(request)) if sign else request
+        interruptions = self.interruptions
+        attempt = 0
+        while True:
+            attempt += 1
+            request = prepare()
+            if not _is_address(request.url):
+                raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
+                                  'https://host[:port][/path]; a user or password cannot be in it')
+            site = _site(request.url)
+            most = min(self.tries, tries, _TRIES + _MORE_TRIES * (site in self.answered))
+            patience = _READ_TIMEOUT if attempt == 1 and request.method in ('GET', 'HEAD') else _TIMEOUT
+            successes = self.successes
+            sent: List[int] = []
             delay = 0.0
             try:
-                with _interrupts.allow():
-                    reply = self._try(signed, limit, into)
-                self.answered.add(site)
-                if reply.status not in _TRANSIENT or is_last:
-                    return reply
-                delay = reply.requested_delay()
-                problem: object = reply.status
+                reply = self.attempt(request, min(self.timeout, patience), sent, limit, into)
             except UnicodeError:  # of the codec idna
                 raise ConfigError(f'{site} or the proxy for it has an invalid host name',
                                   'check the url, the endpoint_url and the proxy') from None
             except (OSError, http.client.HTTPException) as e:
-                if is_last or request.unwanted.is_set() or 'CERTIFICATE_VERIFY_FAILED' in str(e):
+                self.job.add(-sum(sent))
+                is_final = interruptions != self.interruptions or 'CERTIFICATE_VERIFY_FAILED' in str(e)
+                if is_final or attempt >= most:
                     raise _unreachable_error(request.url, e) from None
-                problem = e
-            _say(f'{request.method} {site}: {problem}; trying again', _DEBUG)
-            self.wait(attempt, min(delay, self.timeout))
-        raise AssertionError
+                problem: object = getattr(e, 'strerror', None) or e or type(e).__name__
+            else:
+                self.answered.add(site)
+                verdict = judge(reply)
+                if reply.status in _OVERLOAD and verdict == 'later':
+                    self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
+                    attempt -= self.successes != successes
+                elif verdict == 'final':
+                    self.successes += 1
+                    self.most += 1 / self.most
+                if verdict == 'final' or attempt >= most:
+                    return reply
+                self.job.add(-sum(sent))
+                if verdict == 'at once':
+                    continue
+                problem = reply.status
+                delay = min(reply.requested_delay(), self.timeout)
+            _say(f'{request.method} {site}: {problem}; trying again', _INFO if attempt == 2 else _DEBUG)
+            self.pause(attempt, delay)
 
-    def wait(self, failures: int, delay: float = 0.0) -> None:
-        """Sleep before another try, and so many seconds longer, but not after close()."""
-        left = _backoff(failures) + delay
-        while left > 0 and not self.closed.is_set():
-            time.sleep(min(left, _TICK))
-            _interrupts.check()
-            left -= _TICK
+    def pause(self, failures: int, delay: float = 0.0) -> None:
+        """Wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ... seconds, and so many longer."""
+        import random
+        self.job.sleep(random.uniform(0.75, 1) * min(8.0, 0.25 * 2.0 ** max(failures, 1)) + delay)
 
-    def _try(self, request: _Request, limit: int, into: Optional[Any]) -> _Reply:
-        import http.client
+    def attempt(
+            self,
+            request: _Request,
+            patience: float,
+            sent: List[int],
+            limit: int,
+            into: Optional[Any],
+    ) -> _Reply:
         scheme, netloc, path, query, _ = urlsplit(request.url)
         target = (path or '/') + ('?' + query if query else '')
         headers = _complete_headers(request)
-        proxy = self._find_proxy(scheme, netloc)
+        proxy = self.find_proxy(scheme, netloc)
         if proxy and scheme == 'http':  # a plain request to a proxy names the whole URL
             target = request.url
             headers.update(proxy.headers)
-        if request.unwanted.is_set():
-            raise http.client.HTTPException('interrupted')
-        connection, is_kept = self._connection(scheme, netloc, proxy)
+        while len(self.busy) >= self.most:
+            self.job.sleep(_TICK)
+        connection, is_kept = self.connection(scheme, netloc, proxy)
         self.busy.add(connection)
+        self.job.add(0)  # an interruption may have come before the connection was among the busy ones
         is_reusable = False
         try:
-            response = self._ask(connection, is_kept, request._replace(url=target, headers=headers))
+            request = request._replace(url=target, headers=headers)
+            response = self.ask(connection, is_kept, request, patience, sent)
             with contextlib.closing(response):  # or it would keep the socket open
-                body = _receive(response, limit, into, request.watch)
+                body = self.receive(response, limit, into)
                 is_reusable = response.isclosed() and not response.will_close
             if len(body) > limit:
-                raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
+                raise RemoteError(f'{scheme}://{netloc} answers with more than was asked for',
                                   'a proxy or the endpoint_url is at fault', response.status)
             return _Reply(response.status, response.headers, body)
         finally:
             self.busy.discard(connection)
-            if is_reusable and not request.unwanted.is_set():
-                self.idle[scheme, netloc].append(connection)
+            if is_reusable:
+                self.idle[scheme, netloc].append((time.monotonic(), connection))
             else:
                 connection.close()
 
-    def _find_proxy(self, scheme: str, netloc: str) -> Optional[_Proxy]:
+    def find_proxy(self, scheme: str, netloc: str) -> Optional[_Proxy]:
         import urllib.request
         url = None if self.direct else urllib.request.getproxies().get(scheme)
         if not url or urllib.request.proxy_bypass(netloc):
             return None
         return _parse_proxy(url, scheme)
 
-    def _connection(self, scheme: str, netloc: str, proxy: Optional[_Proxy]) -> Tuple[Any, bool]:
+    def connection(self, scheme: str, netloc: str, proxy: Optional[_Proxy]) -> Tuple[Any, bool]:
         """A connection, and whether it has been used before."""
         import http.client
         with contextlib.suppress(IndexError):
-            return self.idle[scheme, netloc].pop(), True
+            while True:
+                since, connection = self.idle[scheme, netloc].pop()
+                if time.monotonic() - since < _IDLE:
+                    return connection, True
+                connection.close()
         address = proxy.address if proxy else netloc
         patience = min(self.timeout, _CONNECT)
-        connection: Any
         if scheme == 'https':
             if self.tls is None:
                 self.tls = _tls(self.ca_bundle)
@@ -3256,37 +2705,75 @@ class _Http:
                 connection.set_tunnel(netloc, headers=proxy.headers)
         else:
             connection = http.client.HTTPConnection(address, timeout=patience)
-        connection.auto_open = 0  # only _send() connects
+        connection.auto_open = 0  # only send() connects
         connection.response_class = _final_response()
         return connection, False
 
-    def _ask(self, connection: Any, is_kept: bool, request: _Request) -> Any:
+    def ask(self, connection: Any, is_kept: bool, request: _Request, patience: float, sent: List[int]) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import http.client
+        interruptions = self.interruptions
         try:
-            return self._send(connection, request)
+            return self.send(connection, request, patience, sent)
         except (ConnectionError, http.client.BadStatusLine):
-            if not is_kept or request.unwanted.is_set():
+            if not is_kept or interruptions != self.interruptions:
                 raise
             connection.close()  # the server had closed the kept connection meanwhile
-            return self._send(connection, request)
+            self.job.add(-sum(sent))
+            sent.clear()
+            return self.send(connection, request, patience, sent)
+        except OSError:  # a time-out: whatever has forgotten this connection has forgotten the others, too
+            self.close()
+            raise
 
-    def _send(self, connection: Any, request: _Request) -> Any:
-        import http.client
+    def send(self, connection: Any, request: _Request, patience: float, sent: List[int]) -> Any:
         import socket
+
+        def slices() -> Iterator[Any]:  # as the time-out of a socket applies to each
+            for chunk in request.body:
+                view = memoryview(chunk)
+                for start in range(0, len(view), _SLICE):
+                    yield view[start:start + _SLICE]
+                    sent.append(min(_SLICE, len(view) - start))
+                    self.job.add(sent[-1])
+
         if not connection.sock:
             connection.connect()
             if _NOTSENT_LOWAT:
                 with contextlib.suppress(OSError):
-                    connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, 2 * _SLICE)
-        connection.sock.settimeout(request.patience)
-        if request.unwanted.is_set():  # close() may have looked before the socket was there
-            raise http.client.HTTPException('interrupted')
-        body = request.slices() if request.body else None
+                    connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _SLICE)
+        connection.sock.settimeout(patience)
+        self.job.add(0)  # an interruption may have come before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(request.method, request.url, body, request.headers)
+            connection.request(request.method, request.url, slices() if request.body else None, request.headers)
         return connection.getresponse()
+
+    def receive(self, response: Any, limit: int, into: Optional[Any]) -> Any:
+        """The body of a response; more bytes than `limit` if it is too long."""
+        import http.client
+        if into and response.status == 200:
+            _save(response, into)
+            return b''
+        if response.length is None or response.length > limit:
+            return response.read(limit + 1)
+        if not response.length or 'Content-Range' not in response.headers:
+            return response.read()
+        interruptions = self.interruptions
+        data = bytearray(response.length)
+        received = 0
+        try:
+            while received < len(data):
+                count = response.readinto(memoryview(data)[received:received + _SLICE])
+                if not count:
+                    raise http.client.IncompleteRead(b'', len(data) - received)
+                received += count
+                self.job.add(count)
+        except (OSError, http.client.HTTPException):
+            if received < _SLICE or interruptions != self.interruptions:
+                self.job.add(-received)
+                raise
+        return data if received == len(data) else data[:received]  # the caller asks for the rest
 
 
 def _complete_headers(request: _Request) -> Dict[str, str]:
@@ -3302,47 +2789,12 @@ def _complete_headers(request: _Request) -> Dict[str, str]:
     return headers
 
 
-def _receive(response: Any, limit: int, into: Optional[Any], watch: Optional[_Watch]) -> Any:
-    """The body of a response; more bytes than `limit` if it is too long."""
-    if into and response.status == 200:
-        _save(response, into)
-        return b''
-    is_bounded = response.length is not None and response.length <= limit
-    if not is_bounded:
-        return response.read(limit + 1)
-    if response.length and 'Content-Range' in response.headers:
-        return _receive_range(response, watch)
-    return response.read()
-
-
-def _receive_range(response: Any, watch: Optional[_Watch]) -> bytearray:
-    """The body of a range; only its start, if some of it has come when the connection breaks or `watch` says so."""
-    import http.client
-    data = bytearray(response.length)
-    received = 0
-    size = _SLICE
-    try:
-        while received < len(data):
-            begin = time.monotonic()
-            count = response.readinto(memoryview(data)[received:received + size])
-            if not count:
-                raise http.client.IncompleteRead(b'', len(data) - received)
-            received += count
-            size = _next_slice(size, time.monotonic() - begin)
-            if watch and watch(received):
-                break
-    except (OSError, http.client.HTTPException):
-        if received < _SLICE:
-            raise
-    return data if received == len(data) else data[:received]
-
-
 def _save(response: Any, file: Any) -> None:
     """Write the body of a response to a file."""
     import http.client
     file.seek(0)
     file.truncate()
-    for data in iter(lambda: response.read(1 << 20), b''):
+    for data in iter(lambda: response.read(_SLICE), b''):
         try:
             file.write(data)
         except OSError as e:
@@ -3397,12 +2849,6 @@ def _final_response() -> Any:
             raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
 
     return FinalResponse
-
-
-def _backoff(failures: int) -> float:
-    """Seconds to wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ..."""
-    import random
-    return random.uniform(0.75, 1) * min(8.0, 0.25 * 2.0 ** failures)
 
 
 def _tls(ca_bundle: Optional[str]) -> Any:
@@ -3460,17 +2906,6 @@ def _base64(data: bytes) -> str:
 
 def _query(pairs: Iterable[Tuple[str, str]]) -> str:
     return '&'.join(f'{_quote(key)}={_quote(value)}' for key, value in pairs)
-
-
-def _read_token(path: str, source: str) -> str:
-    """A token from a file that `source` names."""
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, 'strerror', 'not text')
-        raise ConfigError(f'cannot read the file with a token that {source} names: {reason}',
-                          'check the path and who may read it') from None
 
 
 def _xml(body: bytes) -> Any:
@@ -3532,18 +2967,29 @@ class _Renewed:
         self.lock = threading.Lock()
         self.value: Any = None
         self.expires = 0.0
+        self.next = 0.0  # when to fetch it anew
 
     def get(self) -> Any:
+        """What is there serves until it expires, if it cannot be renewed; nor does it ever become None."""
         with self.lock:
-            if time.time() > self.expires - 120:
-                self.value, self.expires = self.fetch()
+            if time.time() > self.next:
+                try:
+                    value, expires = self.fetch()
+                    if value is None and self.value is not None:
+                        raise RemoteError('the credentials have expired, and new ones cannot be had', 'try again')
+                    self.value, self.expires, self.next = value, expires, expires - 120
+                except Error as e:
+                    if time.time() > self.expires:
+                        raise
+                    _say(f'{e.message}; what is there serves on', _DEBUG)
+                    self.next = time.time() + 10
             return self.value
 
     def renew(self, used: Any) -> None:
         """Fetch it anew next time, unless `used`, which was refused, has already been replaced."""
         with self.lock:
             if used == self.value:
-                self.expires = 0
+                self.expires = self.next = 0.0
 
 
 # ---------------------------------------------------------------------------------------
@@ -3551,22 +2997,36 @@ class _Renewed:
 #
 # Finds credentials in the order of the AWS SDKs, and signs requests:
 # https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html
+#
+# Who has had credentials never becomes anonymous: where new ones cannot be had, old ones serve until they expire (see
+# _Renewed), and then that is an error. Only where nothing answers at first is there no metadata service.
 # ---------------------------------------------------------------------------------------
 
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
+_AWS_IDENTITY = ('web_identity_token_file', 'role_arn', 'role_session_name')
+_AWS_ROLE = ('role_arn', 'role_session_name', 'external_id', 'duration_seconds', 'web_identity_token')
 _AWS_CLOCK_ERRORS = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
+_AWS_TRANSIENT = (  # what means 'try again later', whatever the status
+    'RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable', 'Throttling', 'ThrottlingException',
+    'RequestLimitExceeded', 'IDPCommunicationError', 'ConditionalRequestConflict', 'OperationAborted')
 _AWS_REGION = r'[A-Za-z0-9_.-]{1,32}\Z'  # other stores have names of their own
-_AWS_SUFFIXES = {'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
-                 'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
-# that may be asked by http; any https host and any loopback address will do, too
-_AWS_CONTAINER_HOSTS = ('169.254.170.2', '169.254.170.23', 'fd00:ec2::23', 'localhost')
+_AWS_SUFFIXES = {
+    'cn': 'amazonaws.com.cn',
+    'eusc-de': 'amazonaws.eu',
+    'us-iso': 'c2s.ic.gov',
+    'us-isob': 'sc2s.sgov.gov',
+    'us-isof': 'csp.hci.ic.gov',
+    'eu-isoe': 'cloud.adc-e.uk',
+}
+_AWS_CONTAINER = (  # where a container's credentials may be asked for
+    r'https://|http://(localhost|127(\.\d{1,3}){3}|\[::1\]|169\.254\.170\.23?|\[fd00:ec2::23\])(:\d+)?(/|\Z)')
 _TOKEN_LIMIT = 1 << 20  # bytes of an answer that holds credentials
 
 
 class _AwsKeys(NamedTuple):
     access_key: str
     secret_key: str
-    token: Optional[str] = None
+    token: str = ''
     expires: float = 1e12  # unix time
     source: str = ''  # where they were found, for people
 
@@ -3575,39 +3035,37 @@ class _AwsProfile:
     """A profile of ~/.aws/config and ~/.aws/credentials, and what the environment says instead."""
 
     def __init__(self, config: Config) -> None:
-        self.is_explicit = bool(config.aws_profile)  # then it precedes the environment's keys
-        self.name = (config.aws_profile or os.environ.get('AWS_PROFILE') or os.environ.get('AWS_DEFAULT_PROFILE')
-                     or 'default')
-        self.reload()
-        self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
-        self.region = _check_region(
-            config.region or os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
-            or self.values.get('region') or 'us-east-1')
-        self.ca_bundle = config.ca_bundle or os.environ.get('AWS_CA_BUNDLE') or self.values.get('ca_bundle')
-
-    def reload(self) -> None:
-        """Read the files, which other tools may have changed meanwhile."""
+        self.name = config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default'
         self.sections = _aws_sections()
+        self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
+        region = config.region or _env('AWS_REGION', 'AWS_DEFAULT_REGION') or self.values.get('region')
+        self.region = _check_region(region or 'us-east-1')
+        self.ca_bundle = config.ca_bundle or self.setting('ca_bundle')
 
     def section(self, name: str, source: str) -> Dict[str, str]:
         """The settings of a profile that `source` names."""
-        section = self.sections.get(('profile', name))
+        section = self.sections.get('profile ' + name)
         if section is None and name != 'default':
             raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
                               'check both')
         return section or {}
 
+    def setting(self, key: str) -> str:
+        """What the environment says, else the profile; or ''."""
+        return _env('AWS_' + key.upper()) or self.values.get(key, '')
+
     def flag(self, key: str) -> bool:
-        return (os.environ.get('AWS_' + key.upper()) or self.values.get(key) or '').lower() == 'true'
+        return self.setting(key).lower() == 'true'
 
     def endpoint(self, service: str) -> str:
         """The address that is set for a service instead of its own, or ''."""
         if self.flag('ignore_configured_endpoint_urls'):
             return ''
-        services = self.sections.get(('services', self.values.get('services', '')), {})
+        services = self.sections.get(f"services {self.values.get('services')}", {})
         return _check_endpoint(
-            os.environ.get('AWS_ENDPOINT_URL_' + service.upper()) or os.environ.get('AWS_ENDPOINT_URL')
-            or _aws_nested(services, service, 'endpoint_url') or self.values.get('endpoint_url') or '')
+            _env('AWS_ENDPOINT_URL_' + service.upper(), 'AWS_ENDPOINT_URL')
+            or _aws_nested(services, service, 'endpoint_url')
+            or self.values.get('endpoint_url', ''))
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
@@ -3628,7 +3086,6 @@ class _AwsCredentials:
         self.profile = profile
         self.http = http
         self.skew = 0.0  # seconds by which the services' clock is ahead of ours
-        self.library: Any = None  # botocore's credentials
         self.current = _Renewed(self.find)
 
     def keys(self) -> Optional[_AwsKeys]:
@@ -3639,30 +3096,63 @@ class _AwsCredentials:
         """Look for new keys; these were refused."""
         self.current.renew(keys)
 
-    def learn_clock(self, reply: _Reply, code: str) -> None:
-        """Go by the server's clock if it refuses a signature and the two clocks differ much."""
-        if code not in _AWS_CLOCK_ERRORS or 'Date' not in reply.headers:
-            return
-        ahead = _http_time(reply.headers['Date']) - time.time()
-        if 300 < abs(ahead - self.skew) < 1e9:
-            self.skew = ahead
-            _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
+    def learn_clock(self, reply: _Reply, code: str) -> bool:
+        """Go by the server's clock if it refuses a signature and the two differ much. Returns whether that is new."""
+        ahead = _http_time(reply.headers.get('Date', '')) - time.time()
+        if code not in _AWS_CLOCK_ERRORS or not 300 < abs(ahead - self.skew) < 1e9:
+            return False
+        self.skew = ahead
+        _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
+        return True
 
-    def signer(self, keys: Optional[_AwsKeys], service: str, region: str, digest: str) -> _Signer:
-        """Signs, by the clock as it is known now, requests whose body has this SHA-256."""
-        skew = self.skew
+    def judge(self, reply: _Reply) -> str:
+        """For _Http.request(): errors are judged by their code, too."""
+        code = _aws_error(reply)[0]
+        if self.learn_clock(reply, code):
+            return 'at once'
+        return 'later' if code in _AWS_TRANSIENT else _judge(reply)
 
-        def sign(request: _Request) -> Dict[str, str]:
-            if not keys:
-                return dict(request.headers)
-            return _aws_sign(request, digest, keys, f'{region}/{service}', time.time() + skew)
-        return sign
+    def sign(
+            self,
+            request: _Request,
+            keys: Optional[_AwsKeys],
+            service: str,
+            region: str,
+            digest: str,
+    ) -> _Request:
+        """The request with AWS Signature Version 4, by the clock as it is known now; as it is if there are no keys.
+
+        request: its query is sorted, and encoded by _query(). digest: SHA-256 of its body.
+        https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+        """
+        import hmac
+        if not keys:
+            return request
+        scheme, netloc, path, query, _ = urlsplit(request.url)
+        stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
+        headers = {**request.headers, 'x-amz-date': stamp, 'x-amz-content-sha256': digest}
+        if keys.token:
+            headers['x-amz-security-token'] = keys.token
+        signed = {name.lower(): ' '.join(value.split()) for name, value in headers.items()}
+        signed['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
+        names = ';'.join(sorted(signed))
+        lines = ''.join(f'{name}:{value}\n' for name, value in sorted(signed.items()))
+        canonical = f"{request.method}\n{path or '/'}\n{query}\n{lines}\n{names}\n{digest}"
+
+        scope = f'{stamp[:8]}/{region}/{service}/aws4_request'
+        text = f'AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{_sha256(canonical.encode()).hexdigest()}'
+        key = f'AWS4{keys.secret_key}'.encode()
+        for part in scope.split('/') + [text]:
+            key = hmac.new(key, part.encode(), 'sha256').digest()
+        headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, '
+                                    f'Signature={key.hex()}')
+        return request._replace(headers=headers)
 
     def find(self) -> Tuple[Optional[_AwsKeys], float]:
         """From the settings, else the environment, the profile, the container, or the machine; and when they expire."""
-        self.profile.reload()
+        self.profile = _AwsProfile(self.config)  # as other tools may have changed the files meanwhile
         keys = _aws_static(vars(self.config), 'the settings')
-        if not keys and not self.profile.is_explicit:
+        if not keys and not self.config.aws_profile:  # which precedes the environment
             keys = self.from_environment()
         keys = keys or self.from_profile(self.profile.name) or self.from_container() or self.from_instance()
         if not keys:
@@ -3671,199 +3161,131 @@ class _AwsCredentials:
         return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> Optional[_AwsKeys]:
-        return _aws_static({key: os.environ.get(key.upper()) for key in _AWS_KEYS}, 'the environment')
+        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
     def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
         """The first of: a role, a web identity, SSO, `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
         """
+        source = f"the AWS profile '{name}'"
         values = self.profile.section(name, f"the source_profile of '{''.join(users[-1:])}'")
-        own = _aws_static(values, f"the AWS profile '{name}'")
-        if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and own):
+        keys = _aws_static(values, source)
+        if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and keys):
             return self.from_role(name, values, users)
-        web_identity = dict(values)
-        if not users and not self.profile.is_explicit:
-            for key in ('web_identity_token_file', 'role_arn', 'role_session_name'):
-                web_identity[key] = os.environ.get('AWS_' + key.upper()) or values.get(key) or ''
-        if web_identity.get('web_identity_token_file'):
-            return self.from_web_identity(web_identity)
+        if not users and not self.config.aws_profile:
+            values = {**values, **{key: self.profile.setting(key) for key in _AWS_IDENTITY}}
+        path = values.get('web_identity_token_file')
+        if path:
+            token = _read_token(path, 'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE')
+            return self.from_sts('web identity', {**values, 'web_identity_token': token})
         if 'sso_account_id' in values or 'sso_role_name' in values:
-            return self.from_sso(name, values)
-        if 'login_session' in values:
-            return self.from_botocore(name, 'aws login --profile ' + name)
-        if 'credential_process' in values:
-            return self.from_process(name, values['credential_process'])
-        return own
-
-    def from_web_identity(self, values: Dict[str, str]) -> _AwsKeys:
-        """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRoleWithWebIdentity.html"""
-        token = _read_token(values['web_identity_token_file'],
-                            'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE')
-        return self.from_sts('web identity', 'AssumeRoleWithWebIdentity', None, {
-            'RoleArn': values.get('role_arn'), 'RoleSessionName': values.get('role_session_name'),
-            'WebIdentityToken': token})
+            return self.from_tools(name, f'aws sso login --profile {name}')
+        if values.get('login_session'):
+            return self.from_tools(name, f'aws login --profile {name}')
+        if values.get('credential_process'):
+            return self.from_process(values['credential_process'], f'the credential_process of {source}')
+        return keys
 
     def from_role(self, name: str, values: Dict[str, str], users: Tuple[str, ...]) -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
         if 'mfa_serial' in values:
-            command = f'eval "$(aws configure export-credentials --profile {name} --format env)"'
-            return self.from_botocore(name, command)
-        source = values.get('source_profile')
-        kind = values.get('credential_source')
-        kinds = {'Environment': self.from_environment, 'EcsContainer': self.from_container,
-                 'Ec2InstanceMetadata': self.from_instance}
+            return self.from_tools(name, f'eval "$(aws configure export-credentials --profile {name} --format env)"')
+        source = values.get('source_profile', '')
+        kind = values.get('credential_source', '')
+        kinds = {
+            'Environment': self.from_environment,
+            'EcsContainer': self.from_container,
+            'Ec2InstanceMetadata': self.from_instance,
+        }
         if bool(source) == bool(kind) or kind and kind not in kinds or source in users:
             raise ConfigError(f"the AWS profile '{name}' needs, besides role_arn, either a source_profile that does "
                               f"not lead back to it, or a credential_source of {', '.join(sorted(kinds))}")
-        keys = self.from_profile(source, users + (name,)) if source else kinds[str(kind)]()
+        keys = self.from_profile(source, users + (name,)) if source else kinds[kind]()
         if not keys:
             raise ConfigError(f"the AWS profile '{name}' finds no credentials in {source or kind}")
-        return self.from_sts(f"the AWS profile '{name}'", 'AssumeRole', keys, {
-            'RoleArn': values['role_arn'], 'RoleSessionName': values.get('role_session_name'),
-            'ExternalId': values.get('external_id'), 'DurationSeconds': values.get('duration_seconds')})
+        return self.from_sts(f"the AWS profile '{name}'", values, keys)
 
-    def from_sts(
-            self,
-            source: str,
-            action: str,
-            keys: Optional[_AwsKeys],
-            form: Dict[str, Optional[str]],
-    ) -> _AwsKeys:
+    def from_sts(self, source: str, values: Dict[str, str], keys: Optional[_AwsKeys] = None) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-        role = form['RoleArn'] or ''
+        role = values.get('role_arn', '')
         if not role.startswith('arn:'):
             raise ConfigError(f'{source} is configured without a role', "set role_arn or $AWS_ROLE_ARN to 'arn:...'")
-        form = dict(form, Action=action, Version='2011-06-15',
-                    RoleSessionName=form['RoleSessionName'] or f'etcetera-{time.time():.0f}')
-        body = urlencode({key: value for key, value in form.items() if value}).encode()
-        url = (self.profile.endpoint('sts') or self.profile.host('sts', self.profile.region)) + '/'
+        form = {
+            'Action': 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity',
+            'Version': '2011-06-15',
+            'RoleSessionName': f'etcetera-{time.time():.0f}',
+        }
+        form.update((key.title().replace('_', ''), values[key]) for key in _AWS_ROLE if values.get(key))
+        body = urlencode(form).encode()
+        digest = _sha256(body).hexdigest()
+        region = self.profile.region
+        url = self.profile.endpoint('sts') or self.profile.host('sts', region)
         headers = {'Content-Type': 'application/x-www-form-urlencoded; charset=utf-8'}
-        for _ in range(2):
-            skew = self.skew
-            sign = self.signer(keys, 'sts', self.profile.region, _sha256(body).hexdigest())
-            reply = self.http.request(_Request('POST', url, headers, [body]), sign, _TOKEN_LIMIT)
-            code, message, _ = _aws_error(reply)
-            self.learn_clock(reply, code)
-            if self.skew == skew:  # otherwise another try may help
-                break
-        if reply.status != 200:
-            raise RemoteError(f'{source}: AWS STS answers {_status(reply, code, message)}',
-                              f'check the role_arn {_printable(role)} and who may assume it', reply.status)
-        try:
-            credentials = {item.tag: item.text for part in _xml(reply.page()).iter('Credentials') for item in part}
-        except ValueError:
-            credentials = {}
-        return _aws_temporary(credentials, source)
+        request = _Request('POST', url + '/', headers, [body])
+        reply = self.http.request(lambda: self.sign(request, keys, 'sts', region, digest), self.judge, _TOKEN_LIMIT)
+        if reply.status == 200:
+            return _aws_temporary(_xml_items(reply, 'Credentials'), source)
+        code, message, _ = _aws_error(reply)
+        remedy = f'check the role_arn {_printable(role)} and who may assume it'
+        if self.judge(reply) == 'later':
+            remedy = 'try again later'
+        raise RemoteError(f'{source}: AWS STS answers {_status(reply, code, message)}', remedy, reply.status)
 
-    def from_sso(self, name: str, values: Dict[str, str]) -> _AwsKeys:
-        """https://docs.aws.amazon.com/singlesignon/latest/PortalAPIReference/API_GetRoleCredentials.html"""
+    def from_tools(self, name: str, login: str) -> _AwsKeys:
+        """Keys that take a prompt, or more than the standard library: from boto3, else from the command `aws`."""
+        from importlib import import_module  # so that no type checker looks for it
+        from shutil import which
         source = f"the AWS profile '{name}'"
-        session = values.get('sso_session')
-        values = dict(values, **self.profile.sections.get(('sso-session', session or ''), {}))
-        needed = ('sso_start_url', 'sso_region', 'sso_account_id', 'sso_role_name')
-        missing = ' and '.join(key for key in needed if key not in values)
-        if missing:
-            raise ConfigError(f'{source} lacks {missing}', f'run: aws configure sso --profile {name}')
-        logged_out = ConfigError(f'{source} has no SSO login, or it has expired',
-                                 f'run: aws sso login --profile {name}')
-        region = values['sso_region']
         try:
-            token = self.sso_token(session or values['sso_start_url'], region, renew=bool(session))
-            headers = {'x-amz-sso_bearer_token': str(token['accessToken'])}
-            if _iso_time(token['expiresAt']) < time.time():
-                raise logged_out
-        except (OSError, ValueError, KeyError, TypeError):
-            raise logged_out from None
-        site = self.profile.endpoint('sso') or self.profile.host('portal.sso', region)
-        query = _query([('role_name', values['sso_role_name']), ('account_id', values['sso_account_id'])])
-        reply = self.http.request(_Request('GET', f'{site}/federation/credentials?{query}', headers),
-                                  limit=_TOKEN_LIMIT)
-        if reply.status == 401:
-            raise logged_out
-        return _aws_temporary(reply.json().get('roleCredentials'), source, reply)
+            session = import_module('botocore.session').Session(profile=name)
+            cache = import_module('botocore.utils').JSONFileCache(_expanduser('~/.aws/cli/cache'))
+            provider = session.get_component('credential_provider').get_provider('assume-role')
+            provider.cache = cache  # so that it asks for a code once an hour
+            found = session.get_credentials()
+            if found:
+                keys = found.get_frozen_credentials()
+                return _aws_keys(keys[:3], source)._replace(expires=time.time() + 600)
+        except ImportError:
+            pass
+        except Exception as e:  # it lets out AttributeErrors and the like, too
+            reason = _printable(str(e) or type(e).__name__)
+            raise ConfigError(f'{source} cannot be used: {reason}', f'try: {login}') from None
+        command = f'aws configure export-credentials --profile "{name}" --format'
+        if which('aws'):
+            return self.from_process(f'{command} process', f'the command aws for {source}', f'try: {login}')
+        raise ConfigError(f'{source} needs more than the standard library',
+                          f'run: pip install boto3, or install the command aws, or run: eval "$({command} env)"')
 
-    def sso_token(self, session: str, region: str, renew: bool) -> Dict[str, Any]:
-        """The access token in the cache of AWS's tools, renewed if it expires soon. Raises OSError and ValueError."""
-        import hashlib
-        file_name = hashlib.sha1(session.encode()).hexdigest() + '.json'
-        path = os.path.join(_expanduser('~'), '.aws', 'sso', 'cache', file_name)
-        with open(path, 'rb') as file:
-            token: Dict[str, Any] = json.loads(file.read().decode('utf-8-sig'))
-        if renew and 'refreshToken' in token and _iso_time(token['expiresAt']) < time.time() + 300:
-            return self.renew_sso_token(token, path, region) or token
-        return token
-
-    def renew_sso_token(
-            self,
-            token: Dict[str, Any],
-            path: str,
-            region: str,
-    ) -> Optional[Dict[str, Any]]:
-        """A new access token, kept where AWS's tools keep it; None if only a new login gives one.
-
-        https://docs.aws.amazon.com/singlesignon/latest/OIDCAPIReference/API_CreateToken.html
-        """
-        if _iso_time(token.get('registrationExpiresAt') or '') < time.time():
-            return None
-        form = {'grantType': 'refresh_token', 'clientId': token['clientId'], 'clientSecret': token['clientSecret'],
-                'refreshToken': token['refreshToken']}
-        site = self.profile.endpoint('sso_oidc') or self.profile.host('oidc', region)
-        reply = self.http.request(_Request('POST', site + '/token', {'Content-Type': 'application/json'},
-                                           [json.dumps(form).encode()]), limit=_TOKEN_LIMIT)
-        answer = reply.json()
-        if reply.status != 200 or 'accessToken' not in answer:
-            return None
-        expires = _utc(time.time() + float(answer.get('expiresIn') or 0))
-        token = dict(token, accessToken=answer['accessToken'], expiresAt=expires,
-                     refreshToken=answer.get('refreshToken') or token['refreshToken'])
-        new = f'{path}.{os.urandom(8).hex()}'
-        with contextlib.suppress(OSError):
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), 'w') as file:
-                json.dump(token, file)
-            os.replace(new, path)
-        return token
-
-    def from_process(self, name: str, command: str) -> _AwsKeys:
+    def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        import shlex
-        import subprocess
-        source = f"the credential_process of the AWS profile '{name}'"
-        try:
-            done = subprocess.run(command if os.name == 'nt' else shlex.split(command), stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE)
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}") from None
-        if done.returncode:
-            reason = _printable(done.stderr.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'
-            raise ConfigError(f'{source} fails ({done.returncode}): {reason}')
-        try:
-            answer = json.loads(done.stdout.decode('utf-8-sig'))
-        except ValueError:
-            answer = None
-        is_known = isinstance(answer, dict) and answer.get('Version') == 1
-        return _aws_temporary(answer if is_known else None, source)
+        output = _output_of(self.http.job, command, source, remedy)
+        answer = _Reply(200, {}, output).json()
+        return _aws_temporary(answer if answer.get('Version') == 1 else {}, source)
 
     def from_container(self) -> Optional[_AwsKeys]:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
-        relative = os.environ.get('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')
-        url = 'http://169.254.170.2' + relative if relative else os.environ.get('AWS_CONTAINER_CREDENTIALS_FULL_URI')
+        relative = _env('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')
+        url = 'http://169.254.170.2' + relative if relative else _env('AWS_CONTAINER_CREDENTIALS_FULL_URI')
         if not url:
             return None
-        if not _is_trusted_container(url):
-            if relative:
-                raise ConfigError('$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /')
-            raise ConfigError('$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
-                              'loopback address or one of ' + ', '.join(_AWS_CONTAINER_HOSTS))
-        variable = 'AWS_CONTAINER_AUTHORIZATION_TOKEN'
-        path = os.environ.get(variable + '_FILE')
-        token = _read_token(path, f'${variable}_FILE') if path else os.environ.get(variable)
-        if token and not re.match(r'[ -~]+\Z', token):
-            raise ConfigError(f'${variable} holds characters that it cannot have')
-        headers = {'Authorization': token} if token else {}
-        with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=2)) as http:
-            reply = http.request(_Request('GET', url, headers), limit=_TOKEN_LIMIT, tries=3)
-        return _aws_temporary(reply.json(), "the container's credentials service", reply)
+        if not re.match(_AWS_CONTAINER, url):
+            raise ConfigError('$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /, and '
+                              '$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
+                              'loopback address, 169.254.170.2, 169.254.170.23 or fd00:ec2::23')
+        path = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
+        token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
+        if path:
+            token = _read_token(path, '$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
+        request = _Request('GET', url, {'Authorization': token} if token else {})
+        self.http.answered.add(_site(url))  # as it must be there
+        reply = _ask_metadata(self.http, request)
+        answer = reply.json()
+        source = "the container's credentials service"
+        if reply.status == 200:
+            return _aws_temporary(answer, source)
+        problem = _status(reply, '', str(answer.get('message', '')))
+        raise RemoteError(f'{source} answers {problem}', 'check what it may do', reply.status)
 
     def from_instance(self) -> Optional[_AwsKeys]:
         """Instance metadata, version 2:
@@ -3872,39 +3294,25 @@ class _AwsCredentials:
         """
         if self.profile.flag('ec2_metadata_disabled'):
             return None
-        is_ipv6 = os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE', '').lower() == 'ipv6'
-        site = _check_endpoint(
-            os.environ.get('AWS_EC2_METADATA_SERVICE_ENDPOINT')
-            or self.profile.values.get('ec2_metadata_service_endpoint')
-            or ('http://[fd00:ec2::254]' if is_ipv6 else 'http://169.254.169.254'))
-        try:
-            with contextlib.closing(_Http(self.http.ca_bundle, direct=True, timeout=1)) as http:
-                return _ask_instance(http, site + '/latest/')
-        except RemoteError as e:
-            _say(f'no instance metadata: {e}', _DEBUG)
+        is_ipv6 = self.profile.setting('ec2_metadata_service_endpoint_mode').lower() == 'ipv6'
+        default = 'http://[fd00:ec2::254]' if is_ipv6 else 'http://169.254.169.254'
+        site = _check_endpoint(self.profile.setting('ec2_metadata_service_endpoint') or default) + '/latest/'
+        headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
+        token = _word(_ask_metadata(self.http, _Request('PUT', site + 'api/token', headers)))
+        if not token:
             return None
+        headers = {'X-aws-ec2-metadata-token': token}
+        url = site + 'meta-data/iam/security-credentials/'
+        role = _word(_ask_metadata(self.http, _Request('GET', url, headers)))
+        if not role:
+            return None
+        answer = _ask_metadata(self.http, _Request('GET', url + role, headers)).json()
+        return _aws_temporary(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
-    def from_botocore(self, name: str, command: str) -> _AwsKeys:
-        """Keys that need a prompt, or more than the standard library: from botocore, if it is installed."""
-        from importlib import import_module  # so that no type checker looks for it
-        source = f"the AWS profile '{name}'"
-        try:
-            session_module = import_module('botocore.session')
-            utils = import_module('botocore.utils')
-        except ImportError:
-            raise ConfigError(f'{source} needs more than the standard library',
-                              f'run: pip install boto3, or: {command}') from None
-        try:
-            if self.library is None:
-                session = session_module.Session(profile=name)
-                cache = utils.JSONFileCache(_expanduser('~/.aws/cli/cache'))  # so that it asks once an hour
-                session.get_component('credential_provider').get_provider('assume-role').cache = cache
-                self.library = session.get_credentials()
-            keys = self.library.get_frozen_credentials()
-        except Exception as e:  # it lets out AttributeErrors and the like, too
-            raise ConfigError(f'{source} cannot be used: {_printable(str(e) or type(e).__name__)}',
-                              f'try: {command}') from None
-        return _AwsKeys(keys.access_key, keys.secret_key, keys.token, time.time() + 600, source)
+
+def _env(*names: str) -> str:
+    """The first of these variables that is set, or ''."""
+    return next(filter(None, map(os.environ.get, names)), None) or ''
 
 
 def _check_region(region: str) -> str:
@@ -3913,168 +3321,134 @@ def _check_region(region: str) -> str:
     return region
 
 
-def _aws_sections() -> Dict[Tuple[str, str], Dict[str, str]]:
-    """The sections of ~/.aws/config and ~/.aws/credentials by kind and name. Keys in the latter take precedence."""
-    sections: Dict[Tuple[str, str], Dict[str, str]] = {}
-    for name, values in _read_ini('AWS_CONFIG_FILE', '~/.aws/config').items():
-        kind, _, rest = name.partition(' ')
-        place = ('profile', name) if name == 'default' else (kind, rest.strip(' \t"\''))
-        sections.setdefault(place, {}).update(values)
-    for name, values in _read_ini('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials').items():
-        section = sections.setdefault(('profile', name.strip(' \t"\'')), {})
-        section.update(values)
-        if 'aws_access_key_id' in values:  # nothing in the other file may be mixed with these keys
-            for lesser in {'aws_session_token'} - set(values) | {'credential_process', 'login_session'}:
-                section.pop(lesser, None)
+def _aws_sections() -> Dict[str, Dict[str, str]]:
+    """The sections of ~/.aws/config and ~/.aws/credentials: 'profile NAME' and others. The latter file precedes."""
+    import configparser
+    sections: Dict[str, Dict[str, str]] = collections.defaultdict(dict)
+    for variable, default, kind in (
+            ('AWS_CONFIG_FILE', '~/.aws/config', ''),
+            ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials', 'profile '),
+    ):
+        path = _expanduser(os.path.expandvars(_env(variable) or default))  # as botocore does
+        parser = configparser.RawConfigParser(strict=False)
+        try:
+            parser.read(path, 'utf-8-sig')
+        except (configparser.Error, UnicodeDecodeError):
+            raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
+        for name in parser.sections():
+            values = dict(parser.items(name))
+            if kind and 'aws_access_key_id' in values:  # nothing in the other file may be mixed with these keys
+                values = {'aws_session_token': '', **values, 'credential_process': '', 'login_session': ''}
+            title = 'profile default' if name == 'default' else kind + name
+            unquoted = re.sub(r'''\s+["']?(.*?)["']?\Z''', r' \1', title, count=1)
+            sections[unquoted].update(values)
     return sections
 
 
-def _read_ini(variable: str, default: str) -> Dict[str, Dict[str, str]]:
-    """The sections of one of AWS's files; {} if it cannot be read."""
-    import configparser
-    path = _expanduser(os.path.expandvars(os.environ.get(variable) or default))  # as botocore does
-    parser = configparser.RawConfigParser(strict=False)
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            parser.read_file(file)
-    except OSError:
-        return {}
-    except (configparser.Error, UnicodeDecodeError):
-        raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
-    return {section: {key: value.strip() for key, value in parser.items(section)} for section in parser.sections()}
-
-
-def _aws_nested(section: Dict[str, str], name: str, key: str) -> str:
+def _aws_nested(values: Mapping[str, str], name: str, key: str) -> str:
     """The value of `key` among the indented lines below `name`, or ''."""
-    match = re.search(r'^\s*%s\s*=\s*(\S+)' % key, section.get(name, ''), re.MULTILINE)
+    match = re.search(rf'^\s*{key}\s*=\s*(\S+)', values.get(name, ''), re.MULTILINE)
     return match.group(1) if match else ''
 
 
 def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
     """The keys that are among these values, if there are any."""
-    access_key, secret_key, token = [(values.get(key) or '').strip() for key in _AWS_KEYS]
-    if bool(access_key) != bool(secret_key):
-        raise ConfigError(f'{source}: aws_access_key_id and aws_secret_access_key go together', 'set both')
-    for key, value in zip(_AWS_KEYS, (access_key, secret_key, token)):
-        if not re.match(r'[!-~]*\Z', value):
-            raise ConfigError(f'{source}: {key} holds characters that it cannot have', 'copy it again')
-    return _AwsKeys(access_key, secret_key, token or None, source=source) if access_key else None
+    found = [values.get(key) for key in _AWS_KEYS]
+    return _aws_keys(found, source) if found[0] or found[1] else None
 
 
-def _aws_temporary(answer: Any, source: str, reply: Optional[_Reply] = None) -> _AwsKeys:
-    """Keys as STS, SSO, a process or a metadata service gives them, which call them by slightly different names."""
-    if reply and reply.status != 200:
-        message = reply.json().get('message') or reply.json().get('Message') or ''
-        raise RemoteError(f"{source} answers {_status(reply, '', str(message))}", 'check what it may do', reply.status)
-    values = {key[:1].upper() + key[1:]: value for key, value in answer.items()} if isinstance(answer, dict) else {}
-    access_key = values.get('AccessKeyId')
-    secret_key = values.get('SecretAccessKey')
-    token = values.get('SessionToken') or values.get('Token') or ''
-    for key in (access_key, secret_key, token or '-'):
-        if not isinstance(key, str) or not re.match(r'[!-~]+\Z', key):
-            raise RemoteError(f'{source} returned no usable credentials')
-    expiration = values.get('Expiration')
-    expires = 1e12
-    if isinstance(expiration, str):
-        expires = _iso_time(expiration)
-    elif isinstance(expiration, (int, float)):
-        expires = expiration / 1000  # SSO gives milliseconds
-    return _AwsKeys(str(access_key), str(secret_key), token or None, expires, source)
+def _aws_temporary(answer: Mapping[str, Any], source: str) -> _AwsKeys:
+    """Keys as STS, a process or a metadata service gives them, which call the token by different names."""
+    token = answer.get('SessionToken') or answer.get('Token')
+    found = [answer.get('AccessKeyId'), answer.get('SecretAccessKey'), token]
+    return _aws_keys(found, source, answer.get('Expiration'))
 
 
-def _is_trusted_container(url: str) -> bool:
-    """Whether a container's credentials may be asked for there."""
-    from ipaddress import ip_address
+def _aws_keys(found: Sequence[Any], source: str, expiration: Any = None) -> _AwsKeys:
+    access_key, secret_key, token = [str(value or '').strip() for value in found]
+    for name, value in zip(_AWS_KEYS, (access_key, secret_key, token or '-')):
+        if not re.match(r'[!-~]+\Z', value):
+            raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
+    expires = _iso_time(str(expiration)) if expiration else 1e12
+    return _AwsKeys(access_key, secret_key, token, expires, source)
+
+
+def _ask_metadata(http: _Http, request: _Request) -> _Reply:
+    """What a metadata service answers; nothing if there is none. Raises RemoteError if one that is there fails.
+
+    Where there is none, as on most machines, nobody wants to wait, so there is one try, unless it has answered before.
+    """
+    site = _site(request.url)
+    is_there = site in http.answered
+    with contextlib.closing(_Http(http.job, http.ca_bundle, direct=True, timeout=2)) as client:
+        try:
+            reply = client.request(lambda: request, limit=_TOKEN_LIMIT, tries=_TRIES if is_there else 1)
+        except RemoteError as e:
+            if is_there:
+                raise
+            _say(f'no metadata service: {e}', _DEBUG)
+            return _Reply(0, {}, b'')
+    http.answered.add(site)
+    if reply.status not in _TRANSIENT:
+        return reply
+    if not is_there:
+        return _ask_metadata(http, request)
+    raise RemoteError(f'{site} answers {reply.status}', 'try again later', reply.status)
+
+
+def _word(reply: _Reply) -> str:
+    """What is answered, if that can be a token or name; else ''."""
+    match = re.match(rb'\s*([!-~]+)\s*\Z', reply.body)
+    return match.group(1).decode() if match and reply.status == 200 else ''
+
+
+def _output_of(job: _Job, command: str, source: str, remedy: str = '', **variables: str) -> bytes:
+    """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
+    import shlex
+    from subprocess import PIPE, Popen
     try:
-        parts = urlsplit(url)
-        host = parts.hostname or ''
-        if parts.scheme != 'http' or host in _AWS_CONTAINER_HOSTS:
-            return parts.scheme in ('http', 'https')
-        return ip_address(host).is_loopback
+        arguments = command if os.name == 'nt' else shlex.split(command)
+        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env=dict(os.environ, **variables))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
+    with process:
+        job.at_end.append(process.kill)
+        output, errors = process.communicate()
+    if process.returncode:
+        reason = _printable(errors.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'
+        raise ConfigError(f'{source} fails ({process.returncode}): {reason}', remedy)
+    return output
+
+
+def _read_token(path: str, source: str) -> str:
+    """A token from a file that `source` names."""
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, 'strerror', 'not text')
+        raise ConfigError(f'cannot read the file with a token that {source} names: {reason}',
+                          'check the path and who may read it') from None
+
+
+def _xml_items(reply: _Reply, name: str) -> Dict[str, str]:
+    """The texts in the XML element of that name by their tags; {} if there is none."""
+    try:
+        root = _xml(reply.page())
     except ValueError:
-        return False
-
-
-def _ask_instance(http: _Http, site: str) -> Optional[_AwsKeys]:
-    """The keys of the machine's role; None if it has none."""
-    def ask(method: str, path: str, headers: Dict[str, str]) -> Optional[_Reply]:
-        reply = http.request(_Request(method, site + path, headers), limit=65536, tries=1)
-        return reply if reply.status == 200 else None
-
-    reply = ask('PUT', 'api/token', {'X-aws-ec2-metadata-token-ttl-seconds': '21600'})
-    token = reply.body.decode('ascii', 'replace') if reply else ''
-    if not re.match(r'[!-~]+\Z', token):
-        return None
-    headers = {'X-aws-ec2-metadata-token': token}
-    path = 'meta-data/iam/security-credentials/'
-    reply = ask('GET', path, headers)
-    role = reply.body.decode('ascii', 'replace').strip() if reply else ''
-    if not re.match(r'[\w+=,.@-]+\Z', role):
-        return None
-    reply = ask('GET', path + role, headers)
-    if not reply or not reply.json().get('AccessKeyId'):
-        return None
-    return _aws_temporary(reply.json(), f"the instance's role '{role}'")
+        return {}
+    return {item.tag: item.text or '' for element in root.iter(name) for item in element}
 
 
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
     """The code, message and region of an error; empty if the body is none."""
-    try:
-        root = _xml(reply.page())
-    except ValueError:
-        return '', '', ''
-    error = root.find('.//Error') if root.tag == 'ErrorResponse' else root  # as STS wraps it
-    if error is None or error.tag != 'Error':
-        return '', '', ''
-    return error.findtext('Code') or '', error.findtext('Message') or '', error.findtext('Region') or ''
+    items = _xml_items(reply, 'Error')
+    return items.get('Code', ''), items.get('Message', ''), items.get('Region', '')
 
 
 def _status(reply: _Reply, code: str, message: str) -> str:
     """What an error says, for people."""
-    return f"{reply.status} {code}".strip() + ': ' + (_printable(message)[:300] or 'no explanation')
-
-
-def _aws_sign(
-        request: _Request,
-        payload_digest: str,
-        keys: _AwsKeys,
-        scope: str,
-        now: float,
-) -> Dict[str, str]:
-    """The headers of a request, with those of AWS Signature Version 4. scope: region/service. now: unix time.
-
-    https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
-    """
-    import hmac
-    scheme, netloc, path, query, _ = urlsplit(request.url)
-    stamp = _utc(now, '%Y%m%dT%H%M%SZ')
-    headers = dict(request.headers)
-    headers['x-amz-date'] = stamp
-    headers['x-amz-content-sha256'] = payload_digest
-    if keys.token:
-        headers['x-amz-security-token'] = keys.token
-
-    canonical = {name.lower(): ' '.join(value.split()) for name, value in headers.items()}
-    canonical['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
-    names = ';'.join(sorted(canonical))
-    pairs = [pair.partition('=') for pair in query.split('&') if pair]
-    canonical_request = '\n'.join([
-        request.method,
-        path or '/',
-        '&'.join(f'{key}={value}' for key, _, value in sorted(pairs)),
-        ''.join(f'{name}:{canonical[name]}\n' for name in sorted(canonical)),
-        names,
-        payload_digest])
-
-    scope = f'{stamp[:8]}/{scope}/aws4_request'
-    text = '\n'.join(['AWS4-HMAC-SHA256', stamp, scope, _sha256(canonical_request.encode()).hexdigest()])
-    key = ('AWS4' + keys.secret_key).encode()
-    for part in scope.split('/'):
-        key = hmac.new(key, part.encode(), 'sha256').digest()
-    signature = hmac.new(key, text.encode(), 'sha256').hexdigest()
-    headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, '
-                                f'Signature={signature}')
-    return headers
+    return f'{reply.status} {code}'.strip() + ': ' + (_printable(message)[:300] or 'no explanation')
 
 
 # ---------------------------------------------------------------------------------------
@@ -4085,11 +3459,8 @@ def _aws_sign(
 # ---------------------------------------------------------------------------------------
 
 _GOOGLE_SCOPE = 'https://www.googleapis.com/auth/devstorage.full_control'  # read_write may not make objects public
-_GOOGLE_PLATFORM = 'https://www.googleapis.com/auth/cloud-platform'
 _GOOGLE_TOKEN_URL = 'https://oauth2.googleapis.com/token'
 _GOOGLE_REMEDY = "check the Google credentials, or run 'gcloud auth application-default login'"
-
-_Token = Tuple[Optional[str], float]  # an access token and the seconds that it lives; None without credentials
 
 
 class _GoogleCredentials:
@@ -4107,7 +3478,7 @@ class _GoogleCredentials:
         if not token:
             return {}
         headers = {'Authorization': 'Bearer ' + token}
-        project = os.environ.get('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
+        project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
         if project:
             headers['x-goog-user-project'] = project
         return headers
@@ -4117,243 +3488,148 @@ class _GoogleCredentials:
         self.current.renew(headers.get('Authorization', '').partition(' ')[2])
         return bool(headers)
 
-    def fetch(self) -> _Token:
-        """A new token, and the unix time at which it expires."""
-        token, seconds = self.token(self.info, _GOOGLE_SCOPE)
-        return token, time.time() + seconds
-
-    def token(self, info: Any, scope: str) -> _Token:
-        """A token for the credentials in `info`, which is what a credentials file holds; {} if there is none."""
-        if not info:
-            return self.from_metadata(scope)
-        kinds = {'service_account': self.from_key, 'authorized_user': self.from_login,
-                 'external_account': self.from_identity, 'impersonated_service_account': self.from_impersonation}
+    def fetch(self) -> Tuple[Optional[str], float]:
+        """A new token, and the unix time at which it expires; None without credentials."""
         try:
-            kind = info.get('type')
-            source = info.get('credential_source') or {}
-            needs_library = kind not in kinds or kind == 'external_account' and 'file' not in source and (
-                'url' not in source or 'environment_id' in source)  # from a program, a certificate, or AWS
-            if not needs_library:
-                return kinds[kind](info, scope)
+            answer = self.ask()
+            if answer is None:
+                return None, 1e12
+            token = answer['access_token']
+            if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
+                raise _Malformed("'access_token'")
+            return token, time.time() + float(answer.get('expires_in') or 3600)
         except (KeyError, TypeError, AttributeError, ValueError, _Malformed) as e:
-            raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {_defect(e)}"
+            is_named = isinstance(e, (KeyError, _Malformed))
+            defect = f'{e} is missing or wrong' if is_named else 'a value has the wrong type or form'
+            raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {defect}"
                               ) from None
-        return self.from_google_auth(str(kind), scope)
 
-    def from_key(self, info: Dict[str, Any], scope: str) -> _Token:
-        """With a signed assertion of a service account (RFC 7523; https://google.aip.dev/auth/4112)."""
+    def ask(self) -> Optional[Dict[str, Any]]:
+        """What a token endpoint answers (RFC 6749, 4.1.4)."""
+        info = self.info
+        if not info:
+            return self.from_metadata()
         url = info.get('token_uri') or _GOOGLE_TOKEN_URL
-        now = int(time.time())
-        parts = [{'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')},
-                 {'iss': info['client_email'], 'scope': scope, 'aud': url, 'iat': now, 'exp': now + 3600}]
-        text = b'.'.join(_base64url(json.dumps(part).encode()) for part in parts)
-        signature = _rsa_sign(info['private_key'], text)
-        return self.from_endpoint(url, {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
-                                        'assertion': (text + b'.' + _base64url(signature)).decode()})
-
-    def from_login(self, info: Dict[str, Any], _: str) -> _Token:
-        """With the refresh token of a person (RFC 6749, 6)."""
-        return self.from_endpoint(info.get('token_uri') or _GOOGLE_TOKEN_URL, {
-            'grant_type': 'refresh_token', 'client_id': info['client_id'], 'client_secret': info['client_secret'],
-            'refresh_token': info['refresh_token']})
-
-    def from_identity(self, info: Dict[str, Any], scope: str) -> _Token:
-        """With another identity's token: workload identity federation (https://google.aip.dev/auth/4117)."""
-        impersonated = info.get('service_account_impersonation_url')
-        form = {'grant_type': 'urn:ietf:params:oauth:grant-type:token-exchange', 'audience': info['audience'],
-                'scope': _GOOGLE_PLATFORM if impersonated else scope,
-                'requested_token_type': 'urn:ietf:params:oauth:token-type:access_token',
-                'subject_token': self.subject_token(info['credential_source']),
-                'subject_token_type': info['subject_token_type']}
-        headers = {}
-        if info.get('client_id'):
-            user = f"{info['client_id']}:{info.get('client_secret') or ''}"
-            headers['Authorization'] = 'Basic ' + _base64(user.encode())
-        elif info.get('workforce_pool_user_project'):
-            form['options'] = json.dumps({'userProject': info['workforce_pool_user_project']})
-        token = self.from_endpoint(info['token_url'], form, headers)
-        return self.impersonate(info, scope, token[0]) if impersonated else token
-
-    def subject_token(self, source: Dict[str, Any]) -> str:
-        """The token of the other identity, from a file or URL."""
-        if 'file' in source:
-            subject = _read_token(source['file'], 'the credential_source')
+        if info['type'] == 'service_account':
+            form = {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer', 'assertion': _assertion(info, url)}
+        elif info['type'] == 'authorized_user':  # with the refresh token of a person (RFC 6749, 6)
+            form = {key: info[key] for key in ('client_id', 'client_secret', 'refresh_token')}
+            form['grant_type'] = 'refresh_token'
         else:
-            request = _Request('GET', source['url'], dict(source.get('headers') or {}))
-            reply = self.http.request(request, limit=_TOKEN_LIMIT)
-            if reply.status != 200:
-                raise RemoteError(f"{_site(source['url'])} gives no identity token: {reply.status}", '', reply.status)
-            subject = reply.body.decode('utf-8')
-        form = source.get('format') or {}
-        if form.get('type') != 'json':
-            return subject
-        return json.loads(subject)[form['subject_token_field_name']]  # type: ignore[no-any-return]
-
-    def from_impersonation(self, info: Dict[str, Any], scope: str) -> _Token:
-        token, _ = self.token(info['source_credentials'], _GOOGLE_PLATFORM)
-        return self.impersonate(info, scope, token)
-
-    def impersonate(self, info: Dict[str, Any], scope: str, token: Optional[str]) -> _Token:
-        """A service account's token with another identity's (IAM Credentials API, generateAccessToken)."""
-        lifetime = (info.get('service_account_impersonation') or {}).get('token_lifetime_seconds') or 3600
-        body = {'scope': [scope], 'delegates': info.get('delegates') or [], 'lifetime': f'{lifetime}s'}
-        headers = {'Authorization': f'Bearer {token}', 'Content-Type': 'application/json'}
-        answer = self.post(info['service_account_impersonation_url'], headers, json.dumps(body).encode())
-        return _bearer_token(answer['accessToken']), max(0.0, _iso_time(answer['expireTime']) - time.time())
-
-    def from_endpoint(
-            self,
-            url: str,
-            form: Dict[str, str],
-            headers: Optional[Dict[str, str]] = None,
-    ) -> _Token:
-        """Ask a token endpoint (RFC 6749, 4.1.4)."""
-        headers = dict(headers or {})
-        headers['Content-Type'] = 'application/x-www-form-urlencoded'
-        answer = self.post(url, headers, urlencode(form).encode())
-        return _bearer_token(answer['access_token']), float(answer.get('expires_in') or 3600)
-
-    def post(self, url: str, headers: Dict[str, str], body: bytes) -> Dict[str, Any]:
-        if not re.match(r'https?://', url):
-            raise _Malformed('the address of a token')
-        reply = self.http.request(_Request('POST', url, headers, [body]), limit=_TOKEN_LIMIT)
+            return self.from_tools()
+        headers = {'Content-Type': 'application/x-www-form-urlencoded'}
+        request = _Request('POST', url, headers, [urlencode(form).encode()])
+        reply = self.http.request(lambda: request, limit=_TOKEN_LIMIT)
         answer = reply.json()
         if reply.status == 200:
             return answer
-        problem = answer.get('error_description') or answer.get('error') or reply.status
-        if isinstance(problem, dict):
-            problem = problem.get('message')
-        raise RemoteError(f'{_site(url)} gives no access token: {_printable(str(problem))[:300]}', _GOOGLE_REMEDY,
+        problem = str(answer.get('error_description') or answer.get('error') or reply.status)
+        raise RemoteError(f'{_site(url)} gives no access token: {_printable(problem)[:300]}', _GOOGLE_REMEDY,
                           reply.status)
 
-    def from_metadata(self, scope: str) -> _Token:
+    def from_metadata(self) -> Optional[Dict[str, Any]]:
         """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
-        host = os.environ.get('GCE_METADATA_HOST') or os.environ.get('GCE_METADATA_ROOT') or 'metadata.google.internal'
-        if os.environ.get('NO_GCE_CHECK', '').lower() == 'true':
-            return None, 1e9
+        if _env('NO_GCE_CHECK').lower() == 'true':
+            return None
+        host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
-        request = _Request('GET', f'http://{host}/{path}?scopes={_quote(scope)}',
-                           {'Metadata-Flavor': 'Google'})
-        with contextlib.closing(_Http(direct=True, timeout=3)) as http, contextlib.suppress(RemoteError):
-            reply = http.request(request, limit=65536, tries=1)
-            if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200:
-                answer = reply.json()
-                try:
-                    return _bearer_token(answer['access_token']), float(answer['expires_in'])
-                except (KeyError, TypeError, ValueError, _Malformed) as e:
-                    raise ConfigError('the Google credentials of this machine cannot be used: ' + _defect(e)) from None
-        return None, 1e9
+        url = f'http://{host}/{path}?scopes={_quote(_GOOGLE_SCOPE)}'
+        reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}))
+        is_google = reply.status == 200 and reply.headers.get('Metadata-Flavor') == 'Google'
+        return reply.json() if is_google else None
 
-    def from_google_auth(self, kind: str, scope: str) -> _Token:
-        """For kinds that need a program, a certificate or something new: from Google's library, if it is installed."""
+    def from_tools(self) -> Dict[str, Any]:
+        """For federation, impersonation and all other kinds: from google-auth, else from the command `gcloud`."""
         from importlib import import_module  # so that no type checker looks for it
+        from shutil import which
         try:
-            auth = import_module('google.auth')
-            transport = import_module('google.auth.transport.requests')
+            request = import_module('google.auth.transport.requests').Request()
+            load = import_module('google.auth').load_credentials_from_file
+            credentials, _ = load(self.path, scopes=[_GOOGLE_SCOPE])
+            credentials.refresh(request)
+            return {'access_token': credentials.token, 'expires_in': 600}
         except ImportError:
-            raise ConfigError(f"etcetera does not know credentials of type '{_printable(kind)}' in {self.path}",
-                              'run: pip install google-cloud-storage') from None
-        try:
-            credentials, _ = auth.load_credentials_from_file(self.path, scopes=[scope])
-            credentials.refresh(transport.Request())
+            pass
         except Exception as e:  # it lets out TypeErrors and the like, too
-            raise ConfigError(f'the Google credentials {self.path} cannot be used: {e}') from None
-        return credentials.token, 600.0
-
-
-def _defect(e: Exception) -> str:
-    """What is wrong with credentials, without any of their values."""
-    is_named = isinstance(e, (KeyError, _Malformed))
-    return f'{e} is missing or wrong' if is_named else 'a value has the wrong type or form'
+            raise ConfigError(f'the Google credentials {self.path} cannot be used: {_printable(str(e))}') from None
+        program = which('gcloud')  # on Windows, gcloud.cmd
+        if not program:
+            kind = _printable(str(self.info['type']))
+            raise ConfigError(f"etcetera does not know credentials of type '{kind}' in {self.path}",
+                              'run: pip install google-cloud-storage, or install the command gcloud')
+        command = f'"{program}" auth application-default print-access-token'
+        output = _output_of(self.http.job, command, f'gcloud for the Google credentials {self.path}', _GOOGLE_REMEDY,
+                            GOOGLE_APPLICATION_CREDENTIALS=self.path)
+        return {'access_token': output.decode('ascii', 'replace').strip(), 'expires_in': 600}
 
 
 def _google_file(config: Config) -> str:
     """The credentials file that Google's own tools would take, or ''."""
-    named = config.google_credentials or os.environ.get('GOOGLE_APPLICATION_CREDENTIALS')
+    named = config.google_credentials or _env('GOOGLE_APPLICATION_CREDENTIALS')
     if named:
         return _expanduser(_check_path(named))
-    folder = os.environ.get('CLOUDSDK_CONFIG')
-    if not folder and os.name == 'nt':
-        drive = os.environ.get('SystemDrive', 'C:') + os.sep
-        folder = os.path.join(os.environ.get('APPDATA') or drive, 'gcloud')
-    elif not folder:
-        folder = os.path.join(_expanduser('~'), '.config', 'gcloud')
-    path = os.path.join(folder, 'application_default_credentials.json')
+    default = os.path.expandvars('%APPDATA%/gcloud') if os.name == 'nt' else _expanduser('~/.config/gcloud')
+    path = os.path.join(_env('CLOUDSDK_CONFIG') or default, 'application_default_credentials.json')
     return path if os.path.isfile(path) else ''
 
 
 def _read_google_file(path: str) -> Dict[str, Any]:
     try:
         with open(path, 'rb') as file:
-            info = json.loads(file.read().decode('utf-8-sig'))
+            info = _Reply(200, {}, file.read()).json()
     except OSError as e:
         raise ConfigError(f'cannot read the Google credentials: {e.strerror}',
                           'check google_credentials and $GOOGLE_APPLICATION_CREDENTIALS') from None
-    except ValueError:
-        info = None
-    if not isinstance(info, dict) or 'type' not in info:
+    if 'type' not in info:
         raise ConfigError(f'{path} holds no Google credentials',
                           "download the file again, or run 'gcloud auth application-default login'")
     return info
 
 
-def _bearer_token(token: Any) -> str:
-    """A token that can stand in a header (RFC 6750, 2.1). Raises _Malformed for anything else."""
-    if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):
-        raise _Malformed('access_token')
-    return token
+def _assertion(info: Dict[str, Any], url: str) -> str:
+    """What a service account signs for a token endpoint (RFC 7523; https://google.aip.dev/auth/4112)."""
+    now = int(time.time())
+    head = {'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')}
+    claims = {'iss': info['client_email'], 'scope': _GOOGLE_SCOPE, 'aud': url, 'iat': now, 'exp': now + 3600}
+    text = f'{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(claims).encode())}'
+    return f"{text}.{_base64url(_rsa_sign(info['private_key'], text.encode()))}"
 
 
-def _base64url(data: bytes) -> bytes:
+def _base64url(data: bytes) -> str:
     from base64 import urlsafe_b64encode
-    return urlsafe_b64encode(data).rstrip(b'=')
+    return urlsafe_b64encode(data).decode().rstrip('=')
 
 
 def _rsa_sign(pem: str, message: bytes) -> bytes:
     """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). The key is in PKCS#8 (RFC 5208) or PKCS#1."""
     from base64 import b64decode
-    match = re.search('-----BEGIN (?:RSA )?PRIVATE KEY-----(.*?)-----END', pem, re.S)
-    if not match:
-        raise _Malformed('private_key')
     try:
-        fields = _der_sequence(b64decode(match.group(1)))
-        if isinstance(fields[1], list):  # PKCS#8 wraps PKCS#1 in an octet string
-            fields = _der_sequence(fields[2])
-        modulus = fields[1]
-        exponent = fields[3]
-        size = (modulus.bit_length() + 7) // 8
-    except (ValueError, IndexError, TypeError, AttributeError):
-        raise _Malformed('private_key') from None
+        key = b64decode(re.sub('-----.*?-----', '', pem))
+        # In both forms, the modulus and the private exponent are the first two of more than 64 bits.
+        modulus, exponent = [number for number in _der_integers(key) if number >> 64][:2]
+    except (ValueError, IndexError):
+        raise _Malformed("'private_key'") from None
+    size = (modulus.bit_length() + 7) // 8
     digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + _sha256(message).digest()
-    padded = b'\0\1' + b'\xff' * (size - len(digest_info) - 3) + b'\0' + digest_info
-    return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')  # type: ignore[no-any-return]
+    padded = b'\0\1' + (b'\0' + digest_info).rjust(size - 2, b'\xff')
+    return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')
 
 
-def _der_sequence(data: bytes) -> List[Any]:
-    """The items of a DER sequence (X.690): integers as int, sequences as list, others as bytes. Raises IndexError."""
-    item, _ = _der_item(data)
-    return item if isinstance(item, list) else []
-
-
-def _der_item(data: bytes) -> Tuple[Any, bytes]:
-    """The first item, and what follows it."""
-    tag = data[0]
-    length = data[1]
-    start = 2
-    if length & 0x80:  # the long form: the number of bytes of the length
-        start += length & 0x7f
-        length = int.from_bytes(data[2:start], 'big')
-    value = data[start:start + length]
-    rest = data[start + length:]
-    if tag == 0x02:
-        return int.from_bytes(value, 'big'), rest
-    if tag != 0x30:
-        return value, rest
-    items = []
-    while value:
-        item, value = _der_item(value)
-        items.append(item)
-    return items, rest
+def _der_integers(data: bytes) -> Iterator[int]:
+    """The integers in DER (X.690), those in sequences and octet strings too. Raises IndexError."""
+    while data:
+        tag = data[0]
+        length = data[1]
+        start = 2
+        if length & 0x80:  # the long form: the number of bytes of the length
+            start += length & 0x7f
+            length = int.from_bytes(data[2:start], 'big')
+        value = data[start:start + length]
+        data = data[start + length:]
+        if tag == 0x02:
+            yield int.from_bytes(value, 'big')
+        elif tag in (0x30, 0x04):
+            yield from _der_integers(value)
 
 
 # ---------------------------------------------------------------------------------------
@@ -4366,22 +3642,21 @@ def _der_item(data: bytes) -> Tuple[Any, bytes]:
 
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
-_MAX_COPY = 64 << 20  # bytes that one request copies, unless there would be too many parts; S3 takes 5 GiB
+_FEW_PARTS = 1000  # parts that some other stores take at most
+_LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_GS_WHOLE = 8 << 20  # bytes of an archive that goes there in one request, and again if that breaks, as its clients do
 _IN_FLIGHT = 64 << 20  # bytes that may be under way at once
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 6 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
-_RECONNECT = 1.0  # seconds that must be gained if another connection is to go on with a range
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
-
 _MISSING = (404, 410)
-_UNSUPPORTED = (200, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
+_UNSUPPORTED = (200, 405, 406, 501)  # errors where a server does not know ranges; 200: it sends too much
 _PROTECTED = r'(?i)object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
 _ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
+_WAIT = "the storage is overloaded; try again later, or with 'connections: 1'"
 
 
 class _Object(NamedTuple):
@@ -4400,16 +3675,6 @@ class _Range(NamedTuple):
     start: int
     stop: int
 
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    def split(self, longest: int) -> Iterator['_Range']:
-        """The fewest equal parts."""
-        count = -(-self.length // longest)
-        bounds = [self.start + self.length * number // count for number in range(count + 1)]
-        return (self._replace(start=start, stop=stop) for start, stop in zip(bounds, bounds[1:]))
-
 
 _Chunk = Union[bytes, _Range]
 
@@ -4422,8 +3687,11 @@ class _Unconfirmed(RemoteError):
     """The answer to a write does not say, in the form that the API defines, that the object is there."""
 
 
-class _CannotCopy(RemoteError):
-    """The storage did not copy a range as it should."""
+class _WriteAgain(RemoteError):
+    """Nothing was written, and the remote knows now how to do it otherwise. `is_gone`: what was there is not any more.
+    """
+
+    is_gone = False
 
 
 class _Unlisted(RemoteError):
@@ -4433,32 +3701,19 @@ class _Unlisted(RemoteError):
 class _Remote:
     """A place for archives. Raises RemoteError for whatever the storage refuses."""
 
-    has_exclusive_write = False  # whether write() alone tells if a name is taken, even where stat() may not look
+    has_exclusive_write = False  # whether write() alone tells if a name is taken, even where find() may not look
     can_copy = False  # whether write() takes ranges of other objects
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, job: _Job) -> None:
         self.url = _masked(config.url or '')
         self.connections = config.connections
+        self.job = job
 
-    def close(self) -> None:
-        """End all work and free all resources."""
+    def __enter__(self) -> '_Remote':
+        return self
 
-    def cancel(self) -> None:
-        """Let what other threads wait for fail at once."""
-
-    @contextlib.contextmanager
-    def briefly(self) -> Iterator[None]:
-        """For reading what is not worth a long wait."""
-        yield
-
-    @contextlib.contextmanager
-    def cancelled_on_error(self) -> Iterator[None]:
-        """For code that waits for threads, so that an error or Ctrl-C need not wait for what they are doing."""
-        try:
-            yield
-        except BaseException:
-            self.cancel()
-            raise
+    def __exit__(self, *_: Any) -> None:
+        """Free all resources."""
 
     def list(self) -> List[_Object]:
         """All archives: each object NAME.tgz directly below the url, if a dataset can have that name."""
@@ -4477,44 +3732,17 @@ class _Remote:
         """The last bytes of an object, at most _TAIL."""
         return self.read(obj, max(0, obj.size - _TAIL), obj.size)
 
-    def read(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch] = None) -> bytes:
-        """Bytes of this very version. Threads share it. Where the connection breaks, it goes on from there.
-
-        Raises RemoteError if the object was replaced.
-        """
-        data = b''
-        while start + len(data) < stop:
-            part = self.read_once(obj, start + len(data), stop, _after(len(data), watch))
-            data = data + part if data else part
-            if watch:
-                watch(len(data))
-        return data
-
-    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
-        """What read() gives, or at least the first of it, if the connection breaks."""
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        """Bytes of this very version. Raises RemoteError if the object was replaced. Threads share it."""
         raise NotImplementedError
 
-    def write(
-            self,
-            name: str,
-            chunks: Iterable[_Chunk],
-            limit: int,
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """Store all chunks under this name, or nothing.
 
         limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
-        transfer: counts what is sent and copied.
-        Raises _Unconfirmed if the object may be there.
+        Raises _Unconfirmed if the object may be there, and _WriteAgain.
         """
         raise NotImplementedError
-
-    def replaced_error(self, obj: _Object) -> RemoteError:
-        return RemoteError(f"'{obj.name}' in {self.url} was replaced while it was read", 'run the command again', 412)
-
-    def check_writable(self) -> None:
-        """Raises ConfigError if it can only be read."""
 
     def remove(self, obj: _Object) -> bool:
         """Remove this very version; return whether the storage keeps it as an old one. It may be gone already.
@@ -4523,12 +3751,18 @@ class _Remote:
         """
         raise NotImplementedError
 
+    def check_writable(self) -> None:
+        """Raises ConfigError if it can only be read."""
+
     def is_current(self, obj: _Object) -> bool:
         """Whether this very version is there; False if there is none. Raises RemoteError if there is another one."""
         now = self.stat(obj.name)
         if now and now.version != obj.version:
             raise self.overtaken_error(obj)
         return now is not None
+
+    def replaced_error(self, obj: _Object) -> RemoteError:
+        return RemoteError(f"'{obj.name}' in {self.url} was replaced while it was read", 'run the command again', 412)
 
     def overtaken_error(self, obj: _Object) -> RemoteError:
         return RemoteError(f"'{obj.name}' in {self.url} was replaced meanwhile",
@@ -4540,16 +3774,15 @@ class _HttpStore(_Remote):
 
     http: _Http
 
-    def close(self) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.http.close()
 
-    def cancel(self) -> None:
-        self.http.close()
+    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
+        """Ask for a range of an object, as RFC 9110, 14.1.1 writes it, of `length` bytes.
 
-    @contextlib.contextmanager
-    def briefly(self) -> Iterator[None]:
-        with self.http.briefly():
-            yield
+        version: the only one that will do, if there is one. Statuses in _NO_RANGE are answers, too.
+        """
+        raise NotImplementedError
 
     def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
         """As above: in one request, where the server knows ranges that count from the end (RFC 9110, 14.1.2)."""
@@ -4561,27 +3794,12 @@ class _HttpStore(_Remote):
             return super().find(name)
         if reply.status in _MISSING:
             return None, b''
-        tail = bytes(reply.body)
         first, after, size = reply.content_range()
         if size is not None and reply.status in (200, 206) and self.version(reply):
             is_tail = (first, after) == (max(0, size - _TAIL), size)
-            if is_tail and len(tail) == min(size, _TAIL):
-                return self.describe(name, reply), tail
+            if is_tail and len(reply.body) == min(size, _TAIL):
+                return self.describe(name, reply), bytes(reply.body)
         return super().find(name)
-
-    def get(
-            self,
-            name: str,
-            span: str,
-            length: int,
-            version: str = '',
-            watch: Optional[_Watch] = None,
-    ) -> _Reply:
-        """Ask for a range of an object, as RFC 9110, 14.1.1 writes it, of `length` bytes.
-
-        version: the only one that will do, if there is one. Statuses in _NO_RANGE are answers, too.
-        """
-        raise NotImplementedError
 
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
@@ -4601,24 +3819,27 @@ class _HttpStore(_Remote):
             headers['If-Match'] = version
         return headers
 
-    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
-        reply = self.get(obj.name, f'{start}-{stop - 1}', stop - start, obj.version, watch)
-        self.check_version(obj, reply)
-        return self.range_body(obj, reply, start, stop)
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+        """As above. Where the connection breaks, it goes on from there."""
+        data = b''
+        while start + len(data) < stop:
+            at = start + len(data)
+            reply = self.get(obj.name, f'{at}-{stop - 1}', stop - at, obj.version)
+            self.check_version(obj, reply)
+            part = self.range_body(obj, reply, at, stop)
+            data = data + part if data else part
+        return data
 
     def check_version(self, obj: _Object, reply: _Reply) -> None:
         """RemoteError unless the answer is of this very version. Some stores ignore If-Match, so compare, too."""
-        if reply.status in _NO_RANGE or self.version(reply) not in (obj.version, ''):
-            raise self.changed_error(obj, reply)
-
-    def changed_error(self, obj: _Object, reply: _Reply) -> RemoteError:
-        """For an answer that is not of this version."""
+        if reply.status not in _NO_RANGE and self.version(reply) in (obj.version, ''):
+            return
         is_encoded = reply.headers.get('Content-Encoding', 'identity') != 'identity'
         # What is compressed on the way has no ranges; some servers call each .tgz encoded, too.
         if reply.status == 200 and is_encoded and 'Content-Range' not in reply.headers:
-            return RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
-                               'ask who runs it', reply.status)
-        return self.replaced_error(obj)
+            raise RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
+                              'ask who runs it', reply.status)
+        raise self.replaced_error(obj)
 
     def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
         """The body, if it is the very range that was asked for, or its start, if the connection broke."""
@@ -4637,36 +3858,43 @@ class _HttpStore(_Remote):
 class _BucketStore(_HttpStore):
     """What remotes share whose url names a bucket and a prefix."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.bucket, self.prefix = _parse_bucket_url(config.url or '')
+    service = ''  # how its API is called
+
+    def __init__(self, config: Config, job: _Job) -> None:
+        super().__init__(config, job)
+        match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', config.url or '')
+        if not match:
+            scheme = (config.url or '').partition(':')[0]
+            raise ConfigError(f'the url is not of the form {scheme}://bucket or {scheme}://bucket/prefix')
+        self.bucket = match.group(2)
+        self.prefix = re.sub(r'(.)\Z', r'\1/', (match.group(3) or '').strip('/'))
 
     def key(self, name: str) -> str:
         return f'{self.prefix}{name}.tgz'
 
-    def report_while(self, transfer: _Transfer, send: Callable[..., Any], *args: Any) -> Any:
-        """What send(*args) returns. It runs in another thread, while this one reports its progress."""
-        with _threads(1) as pool, self.cancelled_on_error():
-            sending = pool.submit(send, *args)
-            transfer.wait({sending})
-        return sending.result()
+    def name_of(self, key: str) -> str:
+        """The reverse of key(); '' for the key of something else."""
+        name = key[len(self.prefix):-4]
+        return name if key == self.key(name) and _is_name(name) else ''
 
-    def remove(self, obj: _Object) -> bool:
-        """As above. It looks before each try: a lost answer may have been a yes, and some stores ignore conditions."""
-        failures = 0
-        while self.is_current(obj):
-            try:
-                return self.remove_once(obj)
-            except RemoteError as e:
-                failures += 1
-                may_help = e.status in (0,) + _TRANSIENT and failures < _TRIES
-                if not may_help and self.is_current(obj):
-                    raise
-            self.http.wait(failures)
-        return False
+    def protocol_error(self) -> RemoteError:
+        return RemoteError(f'{self.url} does not answer as {self.service} does',
+                           'check the endpoint_url, and whether a proxy or login page answers in its place')
 
-    def remove_once(self, obj: _Object) -> bool:
-        """What remove() does, in one try. Raises RemoteError if that fails, whatever the reason."""
+    def list(self) -> List[_Object]:
+        objects: List[_Object] = []
+        token = ''
+        seen: Set[str] = set()
+        while token not in seen:
+            seen.add(token)
+            page, token = self.list_page(token)
+            objects += [obj for obj in page if obj.name]
+            if not token:
+                return objects
+        raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
+
+    def list_page(self, token: str) -> Tuple[List[_Object], str]:
+        """Some objects, those that are no archives without a name, and the token of the next page, if there is one."""
         raise NotImplementedError
 
 
@@ -4676,16 +3904,6 @@ def _version(etag: Optional[str], modified: float) -> str:
         return f'{modified:.0f}'
     bare = etag.strip('"')
     return f'"{bare}"'
-
-
-def _parse_bucket_url(url: str) -> Tuple[str, str]:
-    """('bucket', 'pre/fix/') of s3://bucket/pre/fix; the prefix may be empty."""
-    match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', url)
-    if not match:
-        scheme = url.partition(':')[0]
-        raise ConfigError(f'the url is not of the form {scheme}://bucket or {scheme}://bucket/prefix')
-    prefix = (match.group(3) or '').strip('/')
-    return match.group(2), prefix + '/' if prefix else ''
 
 
 def _split_parts(chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
@@ -4713,7 +3931,7 @@ def _split_parts(chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
         yield part
 
 
-def _fit_ranges(chunks: Iterable[_Chunk], size: int, read: Callable[[_Range], bytes]) -> Iterator[_Chunk]:
+def _fit_ranges(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]) -> Iterator[_Chunk]:
     """The same bytes, with ranges that can be parts of an upload whose parts must have `size` bytes.
 
     So much of the start of a range is read that the part before it is full, and all of a range that is too short.
@@ -4722,15 +3940,56 @@ def _fit_ranges(chunks: Iterable[_Chunk], size: int, read: Callable[[_Range], by
     for chunk in chunks:
         if isinstance(chunk, _Range):
             start = chunk.start + -pending % size
-            if chunk.stop - start >= size:
-                if start > chunk.start:
-                    yield read(chunk._replace(stop=start))
-                yield from chunk._replace(start=start).split(max(_MAX_COPY, 2 * size))
-                pending = 0
-                continue
-            chunk = read(chunk)
-        yield chunk
-        pending = (pending + len(chunk)) % size
+            if chunk.stop - start < _MIN_PART:
+                start = chunk.stop
+            data = read(chunk.obj, chunk.start, start) if start > chunk.start else b''
+            step = max(_LONG_PART, size)
+            ranges = [chunk._replace(start=at, stop=min(at + step, chunk.stop)) for at in range(start, chunk.stop, step)]
+            if len(ranges) > 1 and ranges[-1].stop - ranges[-1].start < _MIN_PART:
+                ranges[-2:] = [ranges[-2]._replace(stop=chunk.stop)]
+            yield data
+            yield from ranges
+            pending = 0 if ranges else (pending + len(data)) % size
+        else:
+            yield chunk
+            pending = (pending + len(chunk)) % size
+
+
+def _read_ahead(job: _Job, remote: _Remote, read: Callable[[int, int], bytes], spans: Sequence[Tuple[int, int]]
+                ) -> Generator[bytes, None, None]:
+    """The bytes of some spans of an object, in order, read over several connections at once.
+
+    Ranges begin short and grow while they come fast, so a fast link needs few connections. On a slow one, long ranges
+    would show little progress, and much would be lost when one breaks. What is under way or waits is bounded.
+    """
+    left = sum(stop - start for start, stop in spans)
+    length = _MIN_RANGE  # of the next range
+    ahead = 0  # bytes that are being read or wait to be yielded
+
+    def ranges() -> Iterator[Tuple[int, int]]:
+        nonlocal left, ahead
+        for start, end in spans:
+            while start < end:
+                fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
+                stop = min(start + min(length, fair), end)
+                left -= stop - start
+                ahead += stop - start
+                yield start, stop
+                start = stop
+
+    def fetch(span: Tuple[int, int]) -> bytes:
+        nonlocal length
+        begin = time.monotonic()
+        data = read(*span)
+        seconds = time.monotonic() - begin
+        if seconds < _FAST_RANGE:
+            length = min(_MAX_RANGE, max(length, len(data) * (4 if seconds < _TICK else 2)))
+        return data
+
+    with _Pool(job, max(1, min(remote.connections, left // _MIN_RANGE))) as pool:
+        for data in _ordered(pool, fetch, ranges(), lambda _: ahead < _IN_FLIGHT):
+            ahead -= len(data)
+            yield data
 
 
 def _md5() -> Any:
@@ -4746,7 +4005,6 @@ def _md5() -> Any:
 
 # file:// -------------------------------------------------------------------------------
 
-_COPY_STEP = 64 << 20  # bytes that are copied at once, at most
 _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed
 
 
@@ -4754,10 +4012,9 @@ class _FileRemote(_Remote):
     """file:///path: a shared directory."""
 
     has_exclusive_write = True
-    can_copy = True
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, job: _Job) -> None:
+        super().__init__(config, job)
         self.url = config.url or ''
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
@@ -4779,12 +4036,11 @@ class _FileRemote(_Remote):
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
         objects = []
         for file in files:
-            if not file.endswith('.tgz') or not _is_name(file[:-4]):
-                continue
-            try:
-                objects.append(self.stat(file[:-4]))
-            except OSError as e:
-                _say(f'{os.path.join(self.root, file)}: {e.strerror}', _WARNING)
+            if file.endswith('.tgz') and _is_name(file[:-4]):
+                try:
+                    objects.append(self.stat(file[:-4]))
+                except OSError as e:
+                    _say(f'{os.path.join(self.root, file)}: {e.strerror}', _WARNING)
         return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
@@ -4794,55 +4050,34 @@ class _FileRemote(_Remote):
             return None
         return _file_object(name, status) if stat.S_ISREG(status.st_mode) else None
 
-    @contextlib.contextmanager
-    def opened(self, obj: _Object) -> Iterator[Any]:
-        """The file of this very version."""
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
         try:
-            file = open(self.path(obj.name), 'rb', buffering=0)
+            with open(self.path(obj.name), 'rb', buffering=0) as file:
+                found = [_file_object(obj.name, os.fstat(file.fileno()))]
+                file.seek(start)
+                data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
+                found.append(_file_object(obj.name, os.fstat(file.fileno())))  # as some tools write into files
         except FileNotFoundError:
             raise self.replaced_error(obj) from None
         except PermissionError as e:
             raise RemoteError(f"cannot read '{obj.name}' in {self.root}: {e.strerror}",
                               'ask who pushed it to let you read it') from None
-        with file:
-            self.check_version(obj, file)
-            yield file
-            self.check_version(obj, file)  # as some tools write into files that are there
-
-    def check_version(self, obj: _Object, file: Any) -> None:
-        if _file_object(obj.name, os.fstat(file.fileno())) != obj:
+        if found != [obj, obj] or len(data) != stop - start:
             raise self.replaced_error(obj)
-
-    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
-        with self.opened(obj) as file:
-            file.seek(start)
-            data = b''.join(iter(lambda: file.read(stop - file.tell()), b''))
-        if len(data) != stop - start:
-            raise self.replaced_error(obj)
+        self.job.add(len(data))
         return data
 
-    def write(
-            self,
-            name: str,
-            chunks: Iterable[_Chunk],
-            limit: int,
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         path = self.path(name)
-        watch = transfer.watch(name)
         new = self.hidden_path(name)
         try:
             self.make_root()
             self.sweep()
             with open(new, 'xb', buffering=0) as file:
                 for chunk in chunks:
-                    for _ in self.append(chunk, file):
-                        _interrupts.check()
-                        watch(file.tell())
-                        transfer.tick()
+                    _write(file.fileno(), chunk)
+                    self.job.add(len(chunk))
                 os.fsync(file.fileno())
-            transfer.report()
             self.set_mode(new, name)
             self.place(new, path, exclusive)
         except FileExistsError:
@@ -4858,19 +4093,6 @@ class _FileRemote(_Remote):
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
-
-    def append(self, chunk: _Chunk, file: Any) -> Iterator[None]:
-        """Write a chunk at the end of a file, step by step."""
-        if not isinstance(chunk, _Range):
-            _write(file.fileno(), chunk)
-            yield
-            return
-        with self.opened(chunk.obj) as source:
-            source.seek(chunk.start)
-            while source.tell() < chunk.stop:
-                if not _copy_bytes(source.fileno(), file.fileno(), min(chunk.stop - source.tell(), _COPY_STEP)):
-                    raise self.replaced_error(chunk.obj)
-                yield
 
     def make_root(self) -> None:
         missing = []
@@ -4951,18 +4173,6 @@ class _FileRemote(_Remote):
                         os.unlink(path)
 
 
-def _copy_bytes(source: int, target: int, count: int) -> int:
-    """Copy up to `count` bytes from one descriptor to another, and return how many; 0 at the end."""
-    if hasattr(os, 'copy_file_range'):  # Linux, from Python 3.8 on; Btrfs, XFS and NFS need not move the bytes
-        with contextlib.suppress(OSError):  # which may say that these file systems cannot do it, as 0 bytes may
-            copied = os.copy_file_range(source, target, count)
-            if copied:
-                return copied
-    data = os.read(source, min(count, _BLOCK))
-    _write(target, data)
-    return len(data)
-
-
 def _file_path(path: str) -> str:
     """The path in a file:// URL. From Python 3.14 on, url2pathname() cuts it at '?', '#' and '//'."""
     from urllib.parse import unquote_to_bytes
@@ -4979,38 +4189,30 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 
 # s3:// ---------------------------------------------------------------------------------
 
-# What an answer with status 400, or even 200 of CompleteMultipartUpload and UploadPartCopy, may hold:
-# https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
-_S3_TRANSIENT = ('RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable')
 _COPY_SOURCE = 'x-amz-copy-source'
-
-
-class _S3Request(NamedTuple):
-    method: str
-    key: str = ''  # '' means the bucket
-    query: Mapping[str, str] = {}
-    headers: Mapping[str, str] = {}
-    body: Sequence[Any] = ()
-    watch: Optional[_Watch] = None
 
 
 class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
-    def __init__(self, config: Config) -> None:
+    service = 'S3'
+
+    def __init__(self, config: Config, job: _Job) -> None:
         if (config.url or '').startswith('s3://arn:'):
             raise ConfigError('the url is an ARN',
                               'use the alias of the access point (it ends in -s3alias) as the bucket: s3://alias')
-        super().__init__(config)
+        super().__init__(config, job)
         self.profile = _AwsProfile(config)
-        self.http = _Http(self.profile.ca_bundle)
+        self.http = _Http(job, self.profile.ca_bundle)
         self.credentials = _AwsCredentials(config, self.profile, self.http)
         self.region = self.profile.region  # the bucket's, as soon as an answer has told it
         self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
-        self.can_copy = '.r2.cloudflarestorage.com' not in self.endpoint  # which wants equal parts
+        # Cloudflare's R2 wants equal parts; Ceph decodes the name of a source twice.
+        self.can_copy = '.r2.cloudflarestorage.com' not in self.endpoint and not (self.endpoint and '%' in self.prefix)
+        self.long_part = _LONG_PART if self.endpoint else 0  # up to which parts grow so that _FEW_PARTS suffice
         self.is_bucket_in_host = self.choose_addressing()
-        self.checksum = '' if _md5() else 'sha256'  # which one requests carry; a bucket may want one (see learn())
+        self.wants_checksum = False  # as buckets with Object Lock do; see learn()
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
         self.object_headers = _sendable({
             'Content-Type': 'application/gzip',
@@ -5044,100 +4246,86 @@ class _S3Remote(_BucketStore):
 
     def request(
             self,
-            request: _S3Request,
+            method: str,
+            key: str = '',  # '' means the bucket
+            query: Mapping[str, str] = {},  # noqa: B006
+            headers: Mapping[str, str] = {},  # noqa: B006
+            body: Sequence[Any] = (),
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
-            tries: Optional[int] = None,
+            before: Callable[[], Any] = bool,
     ) -> _Reply:
         """Make a signed request, retrying while a refusal teaches another region, clock, key or checksum.
 
-        Raises RemoteError for any answer but 2xx and those in `accept`.
+        before: is called before each try. Raises RemoteError for any answer but 2xx and those in `accept`.
         """
         payload = _sha256()
-        for chunk in request.body:
+        for chunk in body:
             payload.update(chunk)
-        for attempt in range(1, _TRIES + 1):
-            state = self.state()
-            keys = state[2]
-            headers = dict(self.headers, **request.headers)
-            headers.update(self.checksum_headers(request, payload))
-            address = self.address(request.key, request.query)
-            sign = self.credentials.signer(keys, 's3', self.region, payload.hexdigest())
-            reply = self.http.request(_Request(request.method, address, headers, request.body, request.watch), sign,
-                                      limit, tries)
-            is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
-            if (is_late or reply.status == 400) and _aws_error(reply)[0] in _S3_TRANSIENT:
-                if attempt < _TRIES:
-                    self.http.wait(attempt)
-                continue
-            if request.method == 'HEAD' and reply.status not in accept and reply.whole_size() is None:
-                # No size, or a refusal, whose reason an answer to HEAD cannot give: GET tells both.
-                headers['Range'] = 'bytes=0-0'
-                reply = self.http.request(_Request('GET', address, headers), sign, _TOKEN_LIMIT)
-            if 200 <= reply.status < 300:
-                return reply
-            self.learn(reply, keys)
-            if reply.status >= 300 and state == self.state():
-                if reply.status in accept:
-                    return reply
-                break
-        raise self.error(reply, request)
+        checksum: Dict[str, str] = {}
+        keys: Optional[_AwsKeys] = None
 
-    def state(self) -> Tuple[Any, ...]:
-        """What learn() may change."""
-        return self.region, self.credentials.skew, self.credentials.keys(), self.checksum
+        def prepare() -> _Request:
+            nonlocal keys
+            before()
+            keys = self.credentials.keys()
+            # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+            if self.wants_checksum and 'uploads' in query:
+                checksum['x-amz-checksum-algorithm'] = 'SHA256'
+            elif self.wants_checksum and method == 'PUT' and body:
+                checksum['x-amz-checksum-sha256'] = _base64(payload.digest())
+            request = _Request(method, self.address(key, query), {**self.headers, **headers, **checksum}, body)
+            return self.credentials.sign(request, keys, 's3', self.region, payload.hexdigest())
 
-    def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> None:
-        """Adjust to the refusal of a request with these keys, before the next try."""
+        def judge(reply: _Reply) -> str:
+            # Errors may come with status 200:
+            # https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+            is_late = method == 'POST' or _COPY_SOURCE in headers
+            if reply.status < 300 and not is_late:
+                return 'final'
+            code, message, region = _aws_error(reply)
+            if code in _AWS_TRANSIENT or reply.status in _TRANSIENT:
+                return 'later'
+            return 'at once' if code and self.learn(reply, keys) else 'final'
+
+        reply = self.http.request(prepare, judge, limit)
+        if 200 <= reply.status < 300 or reply.status in accept:
+            return reply
+        raise self.error(reply, method, key)
+
+    def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> bool:
+        """Adjust to the refusal of a request with these keys; return whether another try may help."""
         code, message, region = _aws_error(reply)
+        before = self.region, self.wants_checksum
         region = reply.headers.get('x-amz-bucket-region') or region
         if reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region):
             self.region = region
-        self.credentials.learn_clock(reply, code)
+        if reply.status == 400 and 'content-md5' in message.lower():
+            self.wants_checksum = True
+        has_learnt = self.credentials.learn_clock(reply, code) or before != (self.region, self.wants_checksum)
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.credentials.renew(keys)
-        message = message.lower()
-        if code in ('InvalidArgument', 'NotImplemented') and 'x-amz-checksum' in message:
-            self.checksum = ''  # as at Backblaze: https://www.backblaze.com/docs/cloud-storage-s3-compatible-api
-        elif reply.status == 400 and 'content-md5' in message and not self.checksum and _md5():
-            self.checksum = 'md5'
+            has_learnt = has_learnt or self.credentials.keys() != keys
+        return has_learnt
 
-    def checksum_headers(self, request: _S3Request, sha256: Any) -> Dict[str, str]:
-        """The header that lets a bucket with Object Lock check what it is given.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-        """
-        if 'uploads' in request.query and self.checksum == 'sha256':
-            return {'x-amz-checksum-algorithm': 'SHA256'}
-        if request.method != 'PUT' or not self.checksum or _COPY_SOURCE in request.headers:
-            return {}
-        if self.checksum == 'sha256':
-            return {'x-amz-checksum-sha256': _base64(sha256.digest())}
-        md5 = _md5()
-        for chunk in request.body:
-            md5.update(chunk)
-        return {'Content-MD5': _base64(md5.digest())}
-
-    def error(self, reply: _Reply, request: _S3Request) -> RemoteError:
+    def error(self, reply: _Reply, method: str, key: str) -> RemoteError:
         code, message, _ = _aws_error(reply)
-        return RemoteError(f'{self.url} answers {_status(reply, code, message)}', self.remedy(reply, code, request),
-                           reply.status)
+        return RemoteError(f'{self.url} answers {_status(reply, code, message)}',
+                           self.remedy(reply, code, method, key), reply.status)
 
-    def remedy(self, reply: _Reply, code: str, request: _S3Request) -> str:
+    def remedy(self, reply: _Reply, code: str, method: str, key: str) -> str:
         keys = self.credentials.keys()
         if not keys and reply.status in (400, 401, 403):
             return (f"no credentials were found in the settings, the environment, the AWS profile '{self.profile.name}'"
                     ", or those of a container or this machine; set aws_access_key_id and aws_secret_access_key, or "
                     "run 'aws configure' or 'aws sso login'")
         source = keys.source if keys else ''
-        if request.method == 'DELETE' and re.search(_PROTECTED, ' '.join(_aws_error(reply))):
+        if method == 'DELETE' and re.search(_PROTECTED, ' '.join(_aws_error(reply))):
             return _ASK_WHO_PROTECTS
         if code in ('AccessDenied', '') and reply.status in (401, 403):
-            permission = 's3:DeleteObject' if request.method == 'DELETE' else 's3:PutObject'
-            if request.method in ('GET', 'HEAD'):
-                permission = 's3:ListBucket'
-                if request.key:
-                    permission = 's3:GetObject, and s3:ListBucket to tell what is missing'
+            permission = 's3:DeleteObject' if method == 'DELETE' else 's3:PutObject'
+            if method == 'GET':
+                permission = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
             return f'the credentials, which come from {source}, need {permission} here'
         by_host = (f"set 'addressing_style = virtual' below 's3 =' of the profile '{self.profile.name}' in "
                    '~/.aws/config')
@@ -5157,194 +4345,260 @@ class _S3Remote(_BucketStore):
             'VirtualHostDomainRequired': by_host,  # Huawei
             'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
             'InvalidObjectState': 'it was moved to an archive class; restore it there first',
-        }.get(code) or 'check the url, the endpoint_url and the region'
+        }.get(code) or (_WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region')
 
-    def protocol_error(self) -> RemoteError:
-        return RemoteError(f'{self.url} does not answer as S3 does',
-                           'check the endpoint_url, and whether a proxy or login page answers in its place')
+    def list_page(self, token: str) -> Tuple[List[_Object], str]:
+        """ListObjectsV2"""
+        query = {'list-type': '2', 'prefix': self.prefix, 'delimiter': '/', 'encoding-type': 'url'}
+        if token:
+            query['continuation-token'] = token
+        try:
+            page = _xml(self.request('GET', query=query).page())
+            if page.tag != 'ListBucketResult':
+                raise ValueError
+            objects = [self.listed_object(page, item) for item in page.iter('Contents')]
+            token = page.findtext('NextContinuationToken') if page.findtext('IsTruncated') == 'true' else ''
+        except ValueError:
+            raise self.protocol_error() from None
+        if token is None:
+            raise self.protocol_error()
+        return objects, token
 
-    def list(self) -> List[_Object]:
-        return _list_bucket(self.url, self.prefix, lambda query: self.request(_S3Request('GET', query=query)))
+    def listed_object(self, page: Any, item: Any) -> _Object:
+        key = item.findtext('Key') or ''
+        if page.findtext('EncodingType') == 'url':
+            key = unquote_plus(key)
+        modified = _iso_time(item.findtext('LastModified') or '')
+        return _Object(self.name_of(key), int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified),
+                       modified)
 
     def stat(self, name: str) -> Optional[_Object]:
-        reply = self.request(_S3Request('HEAD', self.key(name)), accept=[404])
-        return None if reply.status == 404 else self.describe(name, reply)
+        """As above. By a GET, which needs no other permission than reading."""
+        key = self.key(name)
+        reply = self.request('GET', key, headers={'Range': 'bytes=0-0'}, accept=_NO_RANGE + (403,), limit=65536)
+        if reply.status in _MISSING:
+            return None
+        if reply.status == 416 or _aws_error(reply)[0] == 'InvalidObjectState':  # empty, or in an archive class
+            return next((obj for obj in self.list() if obj.name == name), None)
+        if reply.status >= 300:
+            raise self.error(reply, 'GET', key)
+        return self.describe(name, reply)
 
-    def get(
-            self,
-            name: str,
-            span: str,
-            length: int,
-            version: str = '',
-            watch: Optional[_Watch] = None,
-    ) -> _Reply:
-        request = _S3Request('GET', self.key(name), {}, self.range_headers(span, version), watch=watch)
-        return self.request(request, accept=_NO_RANGE, limit=length + 65536)
+    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
+        return self.request('GET', self.key(name), headers=self.range_headers(span, version), accept=_NO_RANGE,
+                            limit=length + 65536)
 
-    def write(
-            self,
-            name: str,
-            chunks: Iterable[_Chunk],
-            limit: int,
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+        moderate = min(limit // _FEW_PARTS, self.long_part)
         mib = 1 << 20
-        least = -(-limit // _MAX_PARTS)  # rounded up, so that the parts suffice
-        size = max(_MIN_PART, -(-least // mib) * mib)
-        parts = _split_parts(_fit_ranges(chunks, size, lambda source: self.read(*source)), size)
+        size = max(_MIN_PART, -(-max(moderate, limit // _MAX_PARTS) // mib + 1) * mib)
+        parts = _split_parts(_fit_ranges(chunks, size, self.read), size)
         first: Any = next(parts, [])
         second = next(parts, None)
-        if second is None:
-            request = _S3Request('PUT', self.key(name), {}, self.object_headers, first, transfer.watch(1))
-            self.report_while(transfer, self.finish, request, name, exclusive)
+        key = self.key(name)
+        if second is None and isinstance(first, list):
+            self.finish('PUT', name, {}, self.object_headers, first, exclusive)
             return
-        reply = self.request(_S3Request('POST', self.key(name), {'uploads': ''}, self.object_headers))
+        reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
         try:
             upload = _xml(reply.page()).findtext('UploadId')
         except ValueError:
             upload = None
         if not upload:
             raise self.protocol_error()
-        parts = itertools.chain([first, second], parts)
+        upload_id = {'uploadId': upload}
+        parts = itertools.chain([first, second] if second else [first], parts)
         del first, second  # or memory would hold them to the end
-        transfer.limit_connections(min(_IN_FLIGHT, limit) // size)
         try:
-            manifest = self.send_parts(name, upload, parts, transfer)
-            self.finish(_S3Request('POST', self.key(name), {'uploadId': upload}, {'Content-Type': 'application/xml'},
-                                   [manifest.encode()]), name, exclusive)
-        except BaseException as e:  # abandoned parts are billed
-            with self.http.briefly(in_haste=isinstance(e, KeyboardInterrupt)), contextlib.suppress(RemoteError):
-                self.request(_S3Request('DELETE', self.key(name), {'uploadId': upload}), accept=[404])
+            manifest, total, sources = self.send_parts(key, upload_id, parts, -(-min(_IN_FLIGHT, limit) // size))
+            for obj in sources:
+                if not self.is_current(obj):
+                    raise self.overtaken_error(obj)
+            etag = self.finish('POST', name, upload_id, {'Content-Type': 'application/xml'}, [manifest], exclusive)
+        except BaseException:  # abandoned parts are billed
+            with self.http.briefly(), contextlib.suppress(RemoteError):
+                self.request('DELETE', key, upload_id, accept=[404])
             raise
+        if sources:
+            self.check_copy(name, etag, total)
 
     def send_parts(
             self,
-            name: str,
-            upload: str,
+            key: str,
+            upload_id: Dict[str, str],
             parts: Iterable[Any],
-            transfer: _Transfer,
-    ) -> str:
-        """Upload parts, several at once, and return the manifest that completes the upload."""
-        from xml.sax.saxutils import escape
+            connections: int,
+    ) -> Tuple[bytes, int, Set[_Object]]:
+        """Upload parts, several at once.
 
-        def send(item: Tuple[int, Any]) -> Tuple[int, str]:
-            number, part = item
-            request = _S3Request('PUT', self.key(name), {'partNumber': str(number), 'uploadId': upload})
-            watch = transfer.watch(number)
-            etag: Optional[str]
-            if isinstance(part, _Range):
-                etag, checksum = self.copy_part(request, number, part)
-                watch(part.length)
-            else:
-                reply = self.request(request._replace(body=part, watch=watch))
-                etag, checksum = reply.headers.get('ETag'), reply.headers.get('x-amz-checksum-sha256')
-            if not etag:
-                raise self.protocol_error()
-            extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
-            return number, f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
-
-        with _threads(transfer.most) as pool, self.cancelled_on_error(), contextlib.closing(_unordered(
-                pool, send, enumerate(parts, 1), lambda: transfer.connections, transfer.wait)) as sent:
-            rows = [row for _, row in sorted(sent)]
-        return f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>"
-
-    def copy_part(
-            self,
-            request: _S3Request,
-            number: int,
-            source: _Range,
-    ) -> Tuple[str, Optional[str]]:
-        """Let the storage copy a part of an upload; return its ETag and its SHA-256. Raises _CannotCopy.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
+        Returns the manifest that completes the upload, the size of the object, and the objects that it copies from.
         """
+        import threading
+        from xml.sax.saxutils import escape
+        connections = min(connections, self.connections)
+        slots = threading.Semaphore(connections)
+        failed: List[int] = []
+        total = 0
+        sources: Set[_Object] = set()
+
+        def numbered() -> Iterator[Tuple[int, Any]]:
+            nonlocal total
+            for number, part in enumerate(parts, 1):
+                slots.acquire()  # so that no more parts are in memory than are being sent
+                if failed:
+                    return
+                if isinstance(part, _Range):
+                    sources.add(part.obj)
+                    total += part.stop - part.start
+                else:
+                    total += sum(map(len, part))
+                yield number, part
+
+        def send(item: Tuple[int, Any]) -> str:
+            number, part = item
+            try:
+                etag, checksum = self.send_part(key, dict(upload_id, partNumber=str(number)), part)
+            except BaseException:
+                failed.append(number)
+                raise
+            finally:
+                slots.release()
+            extra = f'<ChecksumSHA256>{escape(checksum)}</ChecksumSHA256>' if checksum else ''
+            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
+
+        with _Pool(self.job, connections) as pool:
+            rows = list(_ordered(pool, send, numbered(), _for_all))
+        return f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode(), total, sources
+
+    def send_part(self, key: str, query: Dict[str, str], part: Any) -> Tuple[str, Optional[str]]:
+        """Send a part of an upload, or let the storage copy it; return its ETag and its SHA-256."""
+        if isinstance(part, _Range):
+            return self.copy_part(key, query, part)
+        try:
+            reply = self.request('PUT', key, query, body=part)
+        except RemoteError as e:
+            if int(query['partNumber']) > _FEW_PARTS and self.long_part < 1 << 62 and 400 <= e.status < 500:
+                self.long_part = 1 << 62
+                raise _WriteAgain(e.message) from e
+            raise
+        etag = reply.headers.get('ETag')
+        if not etag:
+            raise self.protocol_error()
+        return etag, reply.headers.get('x-amz-checksum-sha256')
+
+    def copy_part(self, key: str, query: Dict[str, str], source: _Range) -> Tuple[str, Optional[str]]:
+        """https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html"""
         headers = {_COPY_SOURCE: _quote(f'{self.bucket}/{self.key(source.obj.name)}', safe='/'),
                    f'{_COPY_SOURCE}-range': f'bytes={source.start}-{source.stop - 1}'}
-        if not self.endpoint:
+        if not self.endpoint:  # Swift misjudges the condition, and others ignore it
             headers[f'{_COPY_SOURCE}-if-match'] = source.obj.version
+        reason = f'{self.url} did not copy a part of an object'
         try:
-            result = _xml(self.request(request._replace(headers=headers), tries=2).page())
+            result = _xml(self.request('PUT', key, query, headers).page())
             etag = result.findtext('ETag') if result.tag == 'CopyPartResult' else None
-            if etag and self.has_copied(request, number, source):
+            if etag:
                 return etag, result.findtext('ChecksumSHA256')
         except ValueError:
             pass
         except RemoteError as e:
-            raise _CannotCopy(e.message) from e
-        raise _CannotCopy(f'{self.url} did not copy a part of an object')
+            if not e.status:
+                raise
+            reason = e.message
+        self.can_copy = False
+        raise _WriteAgain(reason)
 
-    def has_copied(self, request: _S3Request, number: int, source: _Range) -> bool:
-        """Whether this range was copied. Stores other than Amazon's may have taken all of the object, or nothing.
+    def check_copy(self, name: str, etag: str, total: int) -> None:
+        """Remove an object that is not as large as what was copied and sent. Raises _WriteAgain."""
+        obj = self.stat(name)
+        if not obj or obj.version != _version(etag, 0):
+            _say(f"'{name}' in {self.url} was replaced meanwhile")
+        elif obj.size != total:
+            self.remove(obj)
+            self.can_copy = False
+            again = _WriteAgain(f'{self.url} does not copy what it is told to')
+            again.is_gone = True
+            raise again
 
-        Raises RemoteError if the object was replaced meanwhile: some ignore the condition, and Swift misjudges it.
-        """
-        if not self.endpoint:
-            return True
-        query = {'uploadId': request.query['uploadId'], 'part-number-marker': str(number - 1), 'max-parts': '1'}
-        listing = _xml(self.request(_S3Request('GET', request.key, query)).page())
-        sizes = {part.findtext('PartNumber'): part.findtext('Size') for part in listing.iter('Part')}
-        self.read(source.obj, source.stop - 1, source.stop)
-        return sizes.get(str(number)) == str(source.length)
-
-    def finish(self, request: _S3Request, name: str, exclusive: bool) -> None:
-        """Make the request that lets the object appear.
+    def finish(
+            self,
+            method: str,
+            name: str,
+            query: Mapping[str, str],
+            headers: Mapping[str, str],
+            body: Sequence[Any],
+            exclusive: bool,
+    ) -> str:
+        """Make the request that lets the object appear, and return its ETag.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
+        key = self.key(name)
         if exclusive and not self.has_exclusive_write and self.stat(name):
             raise _NameTaken
         condition = {'If-None-Match': '*'} if exclusive else {}
-        reply = self.request(request._replace(headers=dict(request.headers, **condition)),
-                             accept=[400, 404, 409, 412, 501])
-        code = _aws_error(reply)[0]
+        reply = self.request(method, key, query, {**headers, **condition}, body, accept=[400, 404, 409, 412, 501])
         if exclusive and self.knows_no_conditions(reply):
-            reply = self.request(request)
-            code = _aws_error(reply)[0]
+            reply = self.request(method, key, query, headers, body)
+        code = _aws_error(reply)[0]
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         if code == 'NoSuchUpload':  # likewise
-            raise _Unconfirmed(f'{self.error(reply, request)}', status=reply.status)
+            raise _Unconfirmed(f'{self.error(reply, method, key)}', status=reply.status)
         if reply.status >= 300 or code:
-            raise self.error(reply, request)
-        if not _confirms_write(request.method, reply):
+            raise self.error(reply, method, key)
+        etag = _written_etag(method, reply)
+        if not etag:
             raise _Unconfirmed(f'{self.protocol_error()}', status=reply.status)
+        return etag
 
     def knows_no_conditions(self, reply: _Reply) -> bool:
         """Whether the answer to a request with a condition may mean that. Amazon's S3 knows them."""
         codes = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
         return not self.has_exclusive_write and reply.status in (400, 501) and _aws_error(reply)[0] in codes
 
-    def remove_once(self, obj: _Object) -> bool:
-        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        request = _S3Request('DELETE', self.key(obj.name))
-        condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
-        reply = self.request(request._replace(headers=condition), accept=[400, 412, 501], tries=1)
-        # OpenStack Swift has another ETag inside for what came in parts, so it always says 412.
-        is_mistaken = reply.status == 412 and not self.has_exclusive_write
-        if (is_mistaken or self.knows_no_conditions(reply)) and self.is_current(obj):
-            reply = self.request(request, accept=[400, 412, 501], tries=1)
-        if reply.status >= 300:
-            raise self.error(reply, request)
+    def remove(self, obj: _Object) -> bool:
+        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html
+
+        It looks before each try: a lost answer may have been a yes, and some stores ignore conditions.
+        """
+        key = self.key(obj.name)
+
+        def look() -> None:
+            if not self.is_current(obj):
+                raise NotFound
+
+        try:
+            condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
+            reply = self.request('DELETE', key, headers=condition, accept=[400, 404, 412, 501], before=look)
+            # OpenStack Swift has another ETag inside for what came in parts, so it always says 412.
+            is_mistaken = reply.status == 412 and not self.has_exclusive_write
+            if is_mistaken or self.knows_no_conditions(reply):
+                reply = self.request('DELETE', key, accept=[404], before=look)
+            elif reply.status in (404, 412):
+                look()
+        except NotFound:
+            return False
+        if reply.status >= 300 and reply.status != 404:
+            raise self.error(reply, 'DELETE', key)
         is_suspended = reply.headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
         return bool(reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended)
 
 
-def _confirms_write(method: str, reply: _Reply) -> bool:
-    """Whether this is how PutObject or CompleteMultipartUpload say that the object is there.
+def _written_etag(method: str, reply: _Reply) -> str:
+    """The ETag, if this is how PutObject or CompleteMultipartUpload say that the object is there; otherwise ''.
 
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html
     https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
     """
     if reply.status != 200:
-        return False
+        return ''
     if method == 'PUT':
-        return bool(reply.headers.get('ETag')) and not reply.body.strip()
+        return '' if reply.body.strip() else reply.headers.get('ETag') or ''
     try:
         result = _xml(reply.page())
     except ValueError:
-        return False
-    return result.tag == 'CompleteMultipartUploadResult' and bool(result.findtext('ETag'))
+        return ''
+    return (result.findtext('ETag') or '') if result.tag == 'CompleteMultipartUploadResult' else ''
 
 
 def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
@@ -5355,56 +4609,20 @@ def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
     return {name: value for name, value in headers.items() if value}
 
 
-def _list_bucket(url: str, prefix: str, ask: Callable[[Dict[str, str]], _Reply]) -> List[_Object]:
-    """The archives in a bucket (ListObjectsV2, page by page); `ask` gives the answer to a query."""
-    objects: List[_Object] = []
-    seen: Set[str] = set()
-    query = {'list-type': '2', 'prefix': prefix, 'delimiter': '/', 'encoding-type': 'url'}
-    while True:
-        try:
-            page = _xml(ask(query).page())
-            if page.tag != 'ListBucketResult':
-                raise ValueError(f'<{page.tag}>')
-            for item in page.iter('Contents'):
-                obj = _listed_object(page, prefix, item)
-                if obj:
-                    objects.append(obj)
-            if page.findtext('IsTruncated') != 'true':
-                return objects
-            token = page.findtext('NextContinuationToken')
-            if not token or token in seen:
-                raise ValueError('a page that leads nowhere')
-        except ValueError as e:
-            raise RemoteError(f'{url} does not answer as S3 does ({e})', 'check the endpoint_url') from None
-        seen.add(token)
-        query['continuation-token'] = token
-
-
-def _listed_object(page: Any, prefix: str, item: Any) -> Optional[_Object]:
-    """The archive that an item of a listing describes; None if it is something else."""
-    key = item.findtext('Key') or ''
-    if page.findtext('EncodingType') == 'url':
-        key = unquote_plus(key)
-    name = key[len(prefix):-4]
-    if key != f'{prefix}{name}.tgz' or not _is_name(name):
-        return None
-    modified = _iso_time(item.findtext('LastModified') or '')
-    return _Object(name, int(item.findtext('Size') or 0), _version(item.findtext('ETag'), modified), modified)
-
-
 # gs:// ---------------------------------------------------------------------------------
 
 class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
+    service = 'Google Cloud Storage'
     has_exclusive_write = True
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, job: _Job) -> None:
+        super().__init__(config, job)
         endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
         self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
         self.is_public = config.public
-        self.http = _Http(config.ca_bundle)
+        self.http = _Http(job, config.ca_bundle)
         self.credentials: Optional[_GoogleCredentials] = None
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
@@ -5418,21 +4636,25 @@ class _GsRemote(_BucketStore):
             request: _Request,
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
-            tries: Optional[int] = None,
+            tries: int = _TRIES + _MORE_TRIES,
     ) -> _Reply:
         """Make an authorized request. Raises RemoteError for any answer but 2xx and those in `accept`."""
         authorization: Dict[str, str] = {}
+        refused: List[str] = []
 
-        def authorize(request: _Request) -> Dict[str, str]:
-            authorization.clear()
+        def prepare() -> _Request:
             # The address of an upload comes from the server, so it may lead elsewhere.
             if self.credentials and request.url.startswith(self.endpoint + '/'):
                 authorization.update(self.credentials.headers())
-            return dict(request.headers, **authorization)
+            return request._replace(headers={**request.headers, **authorization})
 
-        reply = self.http.request(request, authorize, limit, tries)
-        if reply.status == 401 and self.credentials and self.credentials.renew(authorization):
-            reply = self.http.request(request, authorize, limit, tries)
+        def judge(reply: _Reply) -> str:
+            if reply.status == 401 and self.credentials and not refused:
+                refused.append('')
+                return 'at once' if self.credentials.renew(authorization) else 'final'
+            return _judge(reply)
+
+        reply = self.http.request(prepare, judge, limit, tries)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
         raise self.error(reply, bool(authorization))
@@ -5442,7 +4664,7 @@ class _GsRemote(_BucketStore):
             message = str(reply.json()['error']['message'])
         except (KeyError, TypeError):
             message = reply.page()[:300].decode('utf-8', 'replace')
-        remedy = 'check the url'
+        remedy = _WAIT if reply.status in _OVERLOAD else 'check the url'
         if reply.status == 403 and re.search(_PROTECTED, message):
             remedy = _ASK_WHO_PROTECTS
         elif reply.status in (401, 403) and is_authorized:
@@ -5452,14 +4674,9 @@ class _GsRemote(_BucketStore):
                       'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
         elif reply.status == 400 and 'uniform bucket-level access' in message:
             remedy = "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"
-        elif reply.status == 400 and 'MD5' in message:
-            remedy = 'it did not arrive as it was sent; push again'
         elif reply.status == 404:
             remedy = 'check the bucket in the url'
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
-
-    def protocol_error(self) -> RemoteError:
-        return RemoteError(f'{self.url} does not answer as Google Cloud Storage does', 'check the endpoint_url')
 
     def parse(self, reply: _Reply) -> Dict[str, Any]:
         answer = reply.json()
@@ -5467,33 +4684,23 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error()
         return answer
 
-    def list(self) -> List[_Object]:
-        objects: List[_Object] = []
-        seen: Set[str] = set()
+    def list_page(self, token: str) -> Tuple[List[_Object], str]:
         query = {'prefix': self.prefix, 'delimiter': '/',
                  'fields': 'kind,items(name,size,generation,updated),nextPageToken'}
-        while True:
-            page = self.parse(self.request(_Request('GET', self.address('', query))))
-            items = page.get('items') or []
-            is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
-            token = page.get('nextPageToken') or ''
-            if not is_listing or not isinstance(items, list) or not isinstance(token, str):
-                raise self.protocol_error()
-            objects += filter(None, map(self.parse_object, items))
-            if not token:
-                return objects
-            if token in seen:
-                raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
-            seen.add(token)
+        if token:
             query['pageToken'] = token
+        page = self.parse(self.request(_Request('GET', self.address('', query))))
+        items = page.get('items') or []
+        token = page.get('nextPageToken') or ''
+        is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
+        if not is_listing or not isinstance(items, list) or not isinstance(token, str):
+            raise self.protocol_error()
+        return [self.parse_object(item) for item in items], token
 
-    def parse_object(self, item: Any) -> Optional[_Object]:
-        """The archive that the API describes; None if it is something else."""
+    def parse_object(self, item: Any) -> _Object:
         try:
-            name = item['name'][len(self.prefix):-4]
-            if item['name'] != self.key(name) or not _is_name(name):
-                return None
-            return _Object(name, int(item['size']), str(item['generation']), _iso_time(item.get('updated') or ''))
+            return _Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
+                           _iso_time(item.get('updated') or ''))
         except (KeyError, TypeError, ValueError, OverflowError):
             raise self.protocol_error() from None
 
@@ -5503,125 +4710,56 @@ class _GsRemote(_BucketStore):
         if reply.status == 404:
             return None
         obj = self.parse_object(self.parse(reply))
-        if not obj or obj.name != name:
+        if obj.name != name:
             raise self.protocol_error()
         return obj
 
     def version(self, reply: _Reply) -> str:
         return reply.headers.get('x-goog-generation') or ''
 
-    def get(
-            self,
-            name: str,
-            span: str,
-            length: int,
-            version: str = '',
-            watch: Optional[_Watch] = None,
-    ) -> _Reply:
+    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
         query = {'alt': 'media'}
         if version:
             query.update(generation=version, ifGenerationMatch=version)
         headers = {'Range': f'bytes={span}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
-        request = _Request('GET', self.address(self.key(name), query), headers, watch=watch)
-        return self.request(request, accept=_NO_RANGE, limit=length + 65536)
+        return self.request(_Request('GET', self.address(self.key(name), query), headers), _NO_RANGE, length + 65536)
 
-    def write(
-            self,
-            name: str,
-            chunks: Iterable[_Chunk],
-            limit: int,
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> None:
-        """By one of two ways: https://cloud.google.com/storage/docs/uploads-downloads"""
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+        """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
         md5 = _md5()
+        session = self.begin_upload(name, exclusive)
+        answer: Dict[str, Any] = {}
         size = 0
-
-        def counted() -> Iterator[Any]:
-            nonlocal size
-            for chunk in chunks:
-                size += len(chunk)
-                if md5:
-                    md5.update(chunk)
-                yield chunk
-
-        parts = _with_last(_split_parts(counted(), _GS_PART))
-        first, is_last = next(parts)
-        if is_last and size <= _GS_WHOLE:
-            answer = self.send_whole(name, first, md5, exclusive, transfer)
-        else:
-            parts = itertools.chain([(first, is_last)], parts)
-            del first  # or memory would hold it to the end
-            answer = self.send_parts(name, parts, exclusive, transfer)
-        is_known = answer.get('name') == self.key(name) and answer.get('generation')
-        if is_known:
-            self.check_md5(name, answer, md5)
-        if not is_known or str(answer.get('size')) != str(size):
+        try:
+            with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
+                send = functools.partial(self.send_part, session)
+                for part, reply in _ordered(pool, send, _placed(_split_parts(chunks, _GS_PART)), lambda n: n < 2):
+                    size += len(part)
+                    if md5:
+                        md5.update(part)
+                    answer = reply.json() if reply else {}
+        except BaseException:
+            with self.http.briefly(), contextlib.suppress(RemoteError):
+                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
+            raise
+        if answer.get('name') != self.key(name) or not answer.get('generation'):
+            raise _Unconfirmed(f'{self.protocol_error()}')
+        if md5 and answer.get('md5Hash') not in (None, _base64(md5.digest())):
+            query = {'ifGenerationMatch': str(answer['generation'])}
+            self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
+            raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there", 'push again')
+        if str(answer.get('size')) != str(size):
             raise _Unconfirmed(f'{self.protocol_error()}')
 
-    def upload_address(self, kind: str, name: str, exclusive: bool) -> str:
-        query = {'uploadType': kind, 'name': self.key(name)}
+    def begin_upload(self, name: str, exclusive: bool) -> str:
+        """The address to which the parts of an upload go."""
+        query = {'uploadType': 'resumable', 'name': self.key(name)}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
-        return self.address('', query, '/upload/storage/v1')
-
-    def send_whole(
-            self,
-            name: str,
-            part: List[bytes],
-            md5: Any,
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> Dict[str, Any]:
-        """A multipart upload (RFC 2387): https://cloud.google.com/storage/docs/uploading-objects
-
-        The server stores nothing if the MD5 is another: https://cloud.google.com/storage/docs/data-validation
-        """
-        resource = {'contentType': 'application/gzip'}
-        if md5:
-            resource['md5Hash'] = _base64(md5.digest())
-        boundary = os.urandom(16).hex()
-        head = (f'--{boundary}\r\nContent-Type: application/json\r\n\r\n{json.dumps(resource)}\r\n'
-                f'--{boundary}\r\nContent-Type: application/gzip\r\n\r\n')
-        body = [head.encode(), *part, f'\r\n--{boundary}--\r\n'.encode()]
-        request = _Request('POST', self.upload_address('multipart', name, exclusive),
-                           {'Content-Type': f'multipart/related; boundary={boundary}'}, body,
-                           _after(-len(head), transfer.watch(0)))
-        reply: _Reply = self.report_while(transfer, self.request, request, [412])
-        if reply.status == 412:
-            raise _NameTaken  # perhaps by ourselves, if the first answer was lost
-        return reply.json()
-
-    def send_parts(
-            self,
-            name: str,
-            parts: Iterable[Tuple[List[bytes], bool]],
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> Dict[str, Any]:
-        """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
-        session = self.begin_upload(name, exclusive)
-
-        def send(item: Tuple[int, Tuple[List[bytes], bool]]) -> Optional[_Reply]:
-            number, (part, is_last) = item
-            return self.send_part(session, number * _GS_PART, b''.join(part), is_last, transfer)
-
-        try:
-            with _threads(1) as pool, self.cancelled_on_error(), contextlib.closing(
-                    _unordered(pool, send, enumerate(parts), lambda: 2, transfer.wait)) as sent:  # in order: one thread
-                replies = list(filter(None, sent))  # only the last part has one
-            return replies[0].json() if replies else {}
-        except BaseException as e:
-            with self.http.briefly(in_haste=isinstance(e, KeyboardInterrupt)), contextlib.suppress(RemoteError):
-                self.request(_Request('DELETE', session), accept=range(400, 500), tries=1)
-            raise
-
-    def begin_upload(self, name: str, exclusive: bool) -> str:
-        """The address to which the parts of an upload go."""
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
-        reply = self.request(_Request('POST', self.upload_address('resumable', name, exclusive), headers,
+        reply = self.request(_Request('POST', self.address('', query, '/upload/storage/v1'), headers,
                                       [b'{"contentType": "application/gzip"}']), accept=[412])
         if reply.status == 412:
             raise _NameTaken
@@ -5631,15 +4769,10 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error()
         return session
 
-    def send_part(
-            self,
-            session: str,
-            start: int,
-            part: bytes,
-            is_last: bool,
-            transfer: _Transfer,
-    ) -> Optional[_Reply]:
-        """Send what the server still lacks of a part until it has all; return the answer to the last part."""
+    def send_part(self, session: str, item: Tuple[int, bytes, bool]) -> Tuple[bytes, Optional[_Reply]]:
+        """Send what the server still lacks of a part until it has all; return the part, and the answer to the last one.
+        """
+        start, part, is_last = item
         stop = start + len(part)
         at = start
         failures = 0  # since the last byte arrived
@@ -5649,58 +4782,55 @@ class _GsRemote(_BucketStore):
             span = f'{at}-{stop - 1}' if body else '*'
             headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
             try:
-                request = _Request('PUT', session, headers, body, _after(at - start, transfer.watch(start)))
-                reply = self.request(request, accept=[308, 412], tries=1)
+                reply = self.request(_Request('PUT', session, headers, body), accept=[308, 412], tries=1)
             except RemoteError as e:
                 if failures >= _TRIES or e.status not in (0,) + _TRANSIENT:
                     raise
-                self.http.wait(failures)
+                self.http.pause(failures)
                 reply = self.request(_Request('PUT', session, {'Content-Range': 'bytes */*'}), accept=[308, 412])
             if reply.status == 412:
-                raise _NameTaken
+                raise _NameTaken  # perhaps by ourselves, if an answer was lost
             if reply.status != 308:
                 if not is_last:
                     raise self.protocol_error()
-                return reply
+                return part, reply
             received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
             arrived = int(received.group(1)) + 1 if received else 0
             if not at <= arrived <= stop:
                 raise RemoteError(f'{self.url} lost a part of the upload', 'push again')
             if arrived == stop and not is_last:
-                return None
+                return part, None
             if arrived > at:
                 failures = 0
             elif failures >= _TRIES:
                 raise RemoteError(f'{self.url} takes no more of the upload', 'check the endpoint_url, and push again')
             at = arrived
 
-    def check_md5(self, name: str, answer: Dict[str, Any], md5: Any) -> None:
-        """Delete the object if the server has stored other bytes than were sent, and raise Corrupt."""
-        if not md5 or not answer.get('md5Hash') or answer['md5Hash'] == _base64(md5.digest()):
-            return
-        query = {'ifGenerationMatch': str(answer.get('generation'))}
-        self.request(_Request('DELETE', self.address(self.key(name), query)), accept=[404])
-        raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there", 'push again')
-
-    def remove_once(self, obj: _Object) -> bool:
+    def remove(self, obj: _Object) -> bool:
         """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete
 
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
         key = self.key(obj.name)
-        self.request(_Request('DELETE', self.address(key, {'ifGenerationMatch': obj.version})), tries=1)
+        query = {'ifGenerationMatch': obj.version}
+        reply = self.request(_Request('DELETE', self.address(key, query)), accept=[404, 412])
+        if reply.status == 412 and self.is_current(obj):
+            raise self.error(reply, True)
         query = {'generation': obj.version, 'fields': 'generation'}
         reply = self.request(_Request('GET', self.address(key, query)), accept=[404])
         return bool(reply.json().get('generation') == obj.version)
 
 
-def _with_last(items: Iterator[List[bytes]]) -> Iterator[Tuple[List[bytes], bool]]:
-    """Each item, and whether it is the last. At least one."""
-    item = next(items, [])
-    for following in items:
-        yield item, False
-        item = following
-    yield item, True
+def _placed(parts: Iterable[List[Any]]) -> Iterator[Tuple[int, bytes, bool]]:
+    """The offset and bytes of each part, and whether it is the last. At least one."""
+    start = 0
+    last = b''
+    for part in parts:
+        if last:
+            yield start, last, False
+        start += len(last)
+        last = b''.join(part)
+    yield start, last, True
 
 
 # http(s):// ----------------------------------------------------------------------------
@@ -5709,11 +4839,11 @@ _HEAD_REFUSED = (400, 403, 405, 406, 501)  # 403: a URL that is signed for GET r
 
 
 class _WebRemote(_HttpStore):
-    """http(s)://host/path: what a web server shows, or a public bucket. It can only be read."""
+    """http(s)://host/path: what a web server shows. It can only be read."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, job: _Job) -> None:
         import threading
-        super().__init__(config)
+        super().__init__(config, job)
         self.url = (config.url or '').rstrip('/')
         if '@' in self.url:  # anywhere, as a password may hold a slash
             raise ConfigError('the url has a user or password in it, which etcetera never sends',
@@ -5722,88 +4852,77 @@ class _WebRemote(_HttpStore):
             raise ConfigError('the url is not of the form https://host or https://host/path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
         self.headers = {'Cache-Control': 'no-transform'}  # for proxies (RFC 9111, 5.2.1.6)
-        self.http = _Http(config.ca_bundle)
+        self.http = _Http(job, config.ca_bundle)
         self.lock = threading.Lock()
         self.downloads: Dict[_Object, Any] = {}  # files with all bytes of objects from servers that support no ranges
 
-    def close(self) -> None:
-        super().close()
+    def __exit__(self, *_: Any) -> None:
+        self.http.close()
         for file in self.downloads.values():
             file.close()
-        self.downloads.clear()
 
     def address(self, name: str) -> str:
         return f'{self.base}{name}.tgz'
 
     def request(
             self,
-            request: _Request,
+            method: str,
+            url: str,
+            headers: Mapping[str, str] = {},  # noqa: B006
             accept: Sequence[int] = (),
             limit: int = _REPLY_LIMIT,
             into: Optional[Any] = None,
     ) -> _Reply:
         """Make a request and follow redirects. Raises RemoteError for any answer but 2xx and those in `accept`."""
-        for _ in range(6):
-            headers = dict(self.headers, **request.headers)
-            reply = self.http.request(request._replace(headers=headers), limit=limit, into=into)
+        redirects = 0
+
+        def prepare() -> _Request:
+            return _Request(method, url, {**self.headers, **headers})
+
+        def judge(reply: _Reply) -> str:
+            nonlocal url, redirects
             is_gunzipped = reply.headers.get('x-goog-stored-content-encoding') == 'gzip'
             if is_gunzipped and 'Accept-Encoding' not in self.headers:
                 self.headers['Accept-Encoding'] = 'gzip'  # https://cloud.google.com/storage/docs/transcoding
-                continue
-            if 200 <= reply.status < 300 or reply.status in accept:
-                return reply
+                return 'at once'
             target = ''
             with contextlib.suppress(ValueError):
-                target = urljoin(request.url, reply.headers.get('Location') or '')
+                target = urljoin(url, reply.headers.get('Location') or '')
             if reply.status not in (301, 302, 303, 307, 308) or not re.match(r'https?://[!-~]+\Z', target):
-                break
-            if request.url.startswith('https:') and not target.startswith('https:'):
+                return _judge(reply)
+            if url.startswith('https:') and not target.startswith('https:'):
                 raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url', reply.status)
-            request = request._replace(url=target)
+            redirects += 1
+            url = target
+            return 'at once' if redirects < 6 else 'final'
+
+        reply = self.http.request(prepare, judge, limit, into=into)
+        if 200 <= reply.status < 300 or reply.status in accept:
+            return reply
         remedy = {401: 'it wants a login, which etcetera does not have', 403: 'check what everyone may read there',
                   404: 'check the url'}.get(reply.status, 'check the url, or ask who runs that server')
         raise RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
 
     def list(self) -> List[_Object]:
-        reply = self.request(_Request('GET', self.base), accept=[403, 404])
-        page = reply.page()
-        if reply.status == 200 and b'<ListBucketResult' not in page[:1000]:
-            return self.list_links(page)
-        return self.list_public_bucket(reply.status)
-
-    def list_links(self, page: bytes) -> List[_Object]:
-        """The archives to which the index page of a directory links."""
-        with _threads(self.connections) as pool, self.cancelled_on_error():
-            return list(filter(None, _ordered(pool, self.stat, _linked_names(self.base, page), 2 * self.connections)))
-
-    def list_public_bucket(self, status: int) -> List[_Object]:
-        """The archives that a public bucket lists. The bucket may be in the host's name or in the path."""
-        scheme, netloc, path = urlsplit(self.base)[:3]
-        site = f'{scheme}://{netloc}/'
-        prefix = unquote(path)[1:]
-        bucket, _, rest = prefix.partition('/')
-
-        def ask(address: str, query: Dict[str, str]) -> _Reply:
-            return self.request(_Request('GET', f'{address}?{_query(query.items())}'))
-
-        with contextlib.suppress(RemoteError):
-            return _list_bucket(self.url, prefix, functools.partial(ask, site))
-        with contextlib.suppress(RemoteError):
-            return _list_bucket(self.url, rest, functools.partial(ask, site + _quote(bucket)))
-        raise _Unlisted(f'{self.url} shows no list of what it has ({status})', 'pull works by name, or check the url',
-                        status)
+        """The archives to which the index page of the directory links."""
+        reply = self.request('GET', self.base, accept=[403, 404])
+        if reply.status != 200:
+            raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
+                            'pull works by name, or check the url', reply.status)
+        names = _linked_names(self.base, reply.page())
+        with _Pool(self.job, self.connections) as pool:
+            return list(filter(None, _ordered(pool, self.stat, names, _for_all)))
 
     def stat(self, name: str) -> Optional[_Object]:
-        reply = self.request(_Request('HEAD', self.address(name)), accept=_MISSING + _HEAD_REFUSED)
+        reply = self.request('HEAD', self.address(name), accept=_MISSING + _HEAD_REFUSED)
         if reply.status not in _MISSING and (reply.status >= 400 or reply.whole_size() is None):
-            request = _Request('GET', self.address(name), {'Range': 'bytes=0-0'})
-            reply = self.request(request, accept=_MISSING + (416,), limit=65536)
+            reply = self.request('GET', self.address(name), {'Range': 'bytes=0-0'}, _MISSING + (416,), 65536)
         return None if reply.status in _MISSING else self.describe(name, reply)
 
-    def read_once(self, obj: _Object, start: int, stop: int, watch: Optional[_Watch]) -> bytes:
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
         if obj not in self.downloads:
             try:
-                return super().read_once(obj, start, stop, watch)
+                return super().read(obj, start, stop)
             except RemoteError as e:
                 if e.status != 200:  # not because it answers with the whole object
                     raise
@@ -5813,16 +4932,8 @@ class _WebRemote(_HttpStore):
             self.downloads[obj].seek(start)
             return self.downloads[obj].read(stop - start)  # type: ignore[no-any-return]
 
-    def get(
-            self,
-            name: str,
-            span: str,
-            length: int,
-            version: str = '',
-            watch: Optional[_Watch] = None,
-    ) -> _Reply:
-        request = _Request('GET', self.address(name), self.range_headers(span, version), watch=watch)
-        return self.request(request, accept=_NO_RANGE, limit=length + 65536)
+    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
+        return self.request('GET', self.address(name), self.range_headers(span, version), _NO_RANGE, length + 65536)
 
     def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
         """As above. A server without ranges may answer with a small object as a whole."""
@@ -5836,23 +4947,16 @@ class _WebRemote(_HttpStore):
         _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
         file = tempfile.TemporaryFile()
         try:
-            reply = self.request(_Request('GET', self.address(obj.name)), accept=[404], into=file)
+            reply = self.request('GET', self.address(obj.name), accept=[404], into=file)
             self.check_version(obj, reply)
             if reply.status != 200 or file.seek(0, os.SEEK_END) != obj.size:
-                raise self.changed_error(obj, reply)
+                raise self.replaced_error(obj)
         except BaseException:
             file.close()
             raise
         return file
 
-    def write(
-            self,
-            name: str,
-            chunks: Iterable[_Chunk],
-            limit: int,
-            exclusive: bool,
-            transfer: _Transfer,
-    ) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         self.check_writable()
 
     def check_writable(self) -> None:
@@ -5886,191 +4990,42 @@ def _linked_names(base: str, page: bytes) -> List[str]:
 
 # All kinds -----------------------------------------------------------------------------
 
-def _open_remote(config: Config) -> _Remote:
+def _open_remote(config: Config, job: _Job) -> _Remote:
     if not config.url:
         raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
                           'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
-    kinds: Dict[str, Callable[[Config], _Remote]] = {
+    kinds: Dict[str, Callable[[Config, _Job], _Remote]] = {
         'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _WebRemote, 'http': _WebRemote}
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
         raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}")
-    return kind(config)
-
-
-_Read = Callable[[int, int, _Watch], bytes]  # gives a range of an object
-
-
-class _Reader:
-    """Reads some spans of an object over several connections at once, and gives out their bytes in order.
-
-    Each connection reads one range after another. Ranges begin small and grow while they come fast: on slow
-    connections, long ones would show little progress, and much would be lost when one breaks. Towards the end they
-    become shorter, so that all connections end together. What has been read and not yet given out is bounded; only then
-    does a slow range hold up the others. But all that waits for it is lost if the process ends, so another connection
-    goes on with a range that others wait for and that is far slower than they were.
-    """
-
-    def __init__(self, read: _Read, spans: Iterable[Tuple[int, int]], transfer: _Transfer) -> None:
-        import threading
-        self.read = read
-        self.spans = collections.deque(_joined(spans))  # that no connection has begun to read
-        self.transfer = transfer
-        self.lock = threading.Lock()  # guards what follows
-        self.has_arrived = threading.Condition(self.lock)  # a range
-        self.has_room = threading.Condition(self.lock)  # for another range
-        self.left = sum(stop - start for start, stop in self.spans)
-        self.length = _MIN_RANGE  # of the next range, at most
-        self.begun = 0  # number of ranges
-        self.ahead = 0  # bytes that are being read or wait to be given out
-        self.arrived: Dict[int, Any] = {}  # the bytes of ranges, or the error, by number
-        self.wanted = 0  # number of the range that is given out next
-        self.speed = 0.0  # bytes a second that a connection gives, on average; recent ranges count most
-        self.is_closed = False
-        transfer.start_clock()
-
-    def chunks(self, pool: Any) -> Generator[bytes, None, None]:
-        """The bytes, range by range. The pool must have a thread for each connection."""
-        readers = 0
-        number = 0
-        try:
-            while self.has(number):
-                while readers < self.transfer.connections:
-                    pool.submit(self.work)
-                    readers += 1
-                chunk = self.take(number)
-                self.transfer.tick()
-                if chunk is not None:
-                    self.transfer.settle(number)
-                    number += 1
-                    yield chunk
-        finally:
-            with self.lock:
-                self.is_closed = True
-                self.has_room.notify_all()
-
-    def has(self, number: int) -> bool:
-        with self.lock:
-            return self.left > 0 or number < self.begun
-
-    def take(self, number: int) -> Any:
-        """The bytes of a range; None if they do not come soon."""
-        _interrupts.check()
-        with self.lock:
-            self.wanted = number
-            if not self.has_arrived.wait_for(lambda: number in self.arrived, _TICK):
-                return None
-            chunk = self.arrived.pop(number)
-            if isinstance(chunk, BaseException):
-                raise chunk
-            self.ahead -= len(chunk)
-            self.has_room.notify()
-            return chunk
-
-    def work(self) -> None:
-        """What a connection does."""
-        while True:
-            with self.lock:
-                self.has_room.wait_for(lambda: self.is_closed or not self.left or self.ahead < _IN_FLIGHT)
-                if self.is_closed or not self.left:
-                    self.has_room.notify()  # one after the other, all see this
-                    return
-                number, start, stop = self.begin()
-                self.has_room.notify()  # there may be more
-            begin = time.monotonic()
-            try:
-                outcome: Any = self.read(start, stop, self.watch(number, stop - start))
-            except BaseException as e:
-                outcome = e
-            seconds = time.monotonic() - begin
-            growth = 4 if seconds < _TICK else 2
-            with self.lock:
-                self.arrived[number] = outcome
-                self.speed += ((stop - start) / max(seconds, 0.01) - self.speed) / 4
-                if seconds < _FAST_RANGE:
-                    self.length = min(max(self.length, growth * (stop - start)), _MAX_RANGE)
-                self.has_arrived.notify()
-
-    def watch(self, number: int, length: int) -> Callable[[int], bool]:
-        """What counts the bytes of a range. It returns true if another connection should go on from there.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance-guidelines.html (Retry requests)
-        """
-        count_moved = self.transfer.watch(number)
-        begin = 0.0  # when the first bytes came over this connection
-        had = 0  # bytes that had come then
-        patience = 2  # how many times as long as usual a connection may take: more each time, as new ones start slowly
-
-        def watch(count: int) -> bool:
-            nonlocal begin, had, patience
-            count_moved(count)
-            now = time.monotonic()
-            if count > had and not begin:
-                begin, had = now, count
-            if number != self.wanted or count <= had or not self.speed:
-                return False
-            seconds = now - begin
-            usual = (length - had) / self.speed
-            to_come = seconds / (count - had) * (length - count)
-            is_late = seconds > patience * usual and to_come > usual + _RECONNECT
-            if is_late:
-                begin, had, patience = 0.0, count, 2 * patience
-            return is_late
-
-        return watch
-
-    def begin(self) -> Tuple[int, int, int]:
-        """The next range: its number and where it starts and stops."""
-        connections = self.transfer.connections
-        fair = max(self.left // (2 * connections), self.length // 2)
-        longest = max(_MIN_RANGE, min(self.length, fair, _IN_FLIGHT // connections))
-        start, end = self.spans.popleft()
-        stop = min(start + longest, end)
-        if stop < end:
-            self.spans.appendleft((stop, end))
-        self.left -= stop - start
-        self.ahead += stop - start
-        number = self.begun
-        self.begun += 1
-        return number, start, stop
-
-
-def _joined(spans: Iterable[Tuple[int, int]]) -> List[Tuple[int, int]]:
-    """The same spans, but one where two touch."""
-    joined: List[Tuple[int, int]] = []
-    for start, stop in spans:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, stop))
-    return joined
+    return kind(config, job)
 
 
 # ---------------------------------------------------------------------------------------
 # Home
 #
 # The local store. At any instant ~/.etc/NAME is absent, the complete old dataset, or the complete new one: all work
-# happens in a staging directory beside it, and installing is one rename. A receipt is bound to its directory by inode
-# and mtime, which survive the rename. In a copy of the store, where inodes differ, the mtime decides; if the directory
-# was touched, its files are hashed again.
+# happens in a directory beside it, and installing is one rename.
+#
+#     ~/.etc/NAME                     a directory (pulled, created, copied) or a link (registered)
+#     ~/.etc/NAME/.etcetera.json      its receipt: what was installed, and from where
+#     ~/.etc/.etcetera/locks/NAME     locked while a pull works
+#     ~/.etc/.etcetera/NAME@host@pid@random   what a process works on; the name tells whether it is alive
+#         new, journal                what is being filled; what of it is written
+#         earlier                     what an interrupted pull has left: all of its directory
+#         old                         a dataset that is being replaced; recover() puts it back if nothing took its place
+#         gone                        a dataset that was replaced, for those who are still reading it
+#
+# The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
+# the name that it holds, and never through a link.
 #
 # If two pulls of a dataset race, the second waits for the lock of the first, and then finds it installed. Where locks
-# do nothing, both fill a staging directory of their own; one rename wins, and the other pull, in _Install.commit(),
-# accepts what is there if it has the same digest. So locks only save work; no promise rests on them.
+# do nothing, both fill a directory of their own; one rename wins, and the other pull, in _Install.commit(), accepts
+# what is there if it has the same digest. So locks only save work; no promise rests on them.
 #
-# If a pull is killed, its staging directory tells by its name that the process is dead. The next pull takes it over,
-# reads, hashes and compares what its journal lists (_replay() in Archives), links that, and fetches the rest.
-#
-#     ~/.etc/NAME                  a directory (pulled, created, copied) or a link (registered)
-#     ~/.etc/.etcetera/receipts    NAME@inode.json: what was installed, from where
-#     ~/.etc/.etcetera/locks       NAME: locked while a pull works
-#
-# and, for the work of processes, as NAME@host@pid@random, so that others can tell whether the process is alive:
-#
-#     ~/.etc/.etcetera/staging     new: what is being filled; journal: what of it is written; earlier: what an
-#                                  interrupted pull has left
-#     ~/.etc/.etcetera/replaced    a dataset moved aside for a new one; restored if the new one was not installed
-#     ~/.etc/.etcetera/successors  a dataset that waits until one that cannot be renamed is removed
-#     ~/.etc/.etcetera/old         what is to be removed
+# If a pull is killed, the next one takes its directory over, reads, hashes and compares what its journal lists
+# (_replay() in Archives), links that, and fetches the rest.
 # ---------------------------------------------------------------------------------------
 
 _STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
@@ -6083,12 +5038,12 @@ _own_names: Set[str] = set()  # of what this process has made in the local store
 class _Receipt(NamedTuple):
     """What is known of an installed directory."""
 
+    name: str
     segments: Tuple[_Segment, ...]  # of the whole dataset
-    installed: Tuple[str, ...]  # paths of the segments that are here
+    installed: Tuple[str, ...]  # paths of the segments that are here; none while the directory is being removed
     source: str  # URL from which it was pulled or copied
     version: str  # of the object; '' if it was copied
     when: str  # UTC
-    is_touched: bool = False  # the directory was changed since, so that only its files can tell what it holds
 
     @property
     def digest(self) -> str:
@@ -6100,32 +5055,35 @@ class _Receipt(NamedTuple):
 
     def here(self) -> List[_Segment]:
         """The segments that are installed."""
-        installed = set(self.installed)
-        return [segment for segment in self.segments if segment.path in installed]
+        return [segment for segment in self.segments if segment.path in self.installed]
 
     def missing(self, paths: Iterable[str]) -> List[str]:
-        installed = set(self.installed)
-        return [path for path in paths if path not in installed]
+        return [path for path in paths if path not in self.installed]
 
-    def to_json(self, mtime: int) -> str:
-        """mtime: of the directory, in nanoseconds."""
-        return json.dumps({'digest': self.digest, 'source': self.source, 'version': self.version, 'when': self.when,
-                           'installed': self.installed, 'segments': [segment.to_json() for segment in self.segments],
-                           'mtime': mtime}, indent=1)
+    def write(self, directory: Path) -> None:
+        text = json.dumps(dict(self._asdict(), digest=self.digest,
+                               segments=[segment.to_json() for segment in self.segments]), indent=1)
+        _remove(directory / _RECEIPT)
+        with open(os.open(directory / _RECEIPT, _CREATE, 0o444), 'w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
     @classmethod
-    def read(cls, path: Path) -> Tuple[Optional['_Receipt'], Any]:
-        """The receipt in a file, and the mtime of its directory; None if it is unreadable."""
+    def read(cls, directory: Path) -> Optional['_Receipt']:
+        """The receipt in a directory; None if there is none that can be believed."""
+        path = directory / _RECEIPT
         try:
+            if directory.is_symlink() or path.is_symlink():
+                return None
             row = _parse_json(path.read_bytes())
-            segments = tuple(map(_Segment.from_json, row['segments']))
-            texts = [row['source'], row['version'], row['when']] + row['installed']
-            receipt = cls(segments, tuple(row['installed']), *texts[:3])
-            if row['digest'] == receipt.digest and all(isinstance(text, str) for text in texts):
-                return receipt, row.get('mtime')
+            receipt = cls(row['name'], tuple(map(_Segment.from_json, row['segments'])), tuple(row['installed']),
+                          row['source'], row['version'], row['when'])
+            texts = [receipt.source, receipt.version, receipt.when, *receipt.installed]
+            is_sound = all(isinstance(text, str) for text in texts)
+            return receipt if is_sound and (receipt.name, receipt.digest) == (directory.name, row['digest']) else None
         except (OSError, _Malformed, TypeError, KeyError):
-            pass
-        return None, None
+            return None
 
 
 class _Home:
@@ -6140,66 +5098,33 @@ class _Home:
 
     def names(self) -> List[str]:
         """The names of the datasets that are here, sorted."""
-        self.recover()
-        hidden = {_name_of(successor) for successor in self.successors()}
         try:
-            paths = list(self.root.iterdir())
+            found = [path for path in self.root.iterdir() if _is_name(path.name)]
         except FileNotFoundError:
             return []
-        return sorted(path.name for path in paths if _is_name(path.name) and path.name not in hidden
-                      and (path.is_symlink() or path.is_dir()))
+        return sorted(path.name for path in found if (path.is_symlink() or path.is_dir()) and self.has(path.name))
 
     def has(self, name: str) -> bool:
-        self.recover()
-        return os.path.lexists(self.path(name)) and not self.successors(name)
-
-    # Receipts
-
-    def receipts(self, first: str) -> Iterator[Tuple[str, _Receipt]]:
-        """The names and receipts of what is installed; `first` comes first."""
-        for name in sorted(self.names(), key=lambda name: name != first):
-            receipt = self.receipt(name)
-            if receipt:
-                yield name, receipt
+        self.recover(name)
+        receipt = self.receipt(name)
+        return os.path.lexists(self.path(name)) and (receipt is None or bool(receipt.installed))
 
     def receipt(self, name: str) -> Optional[_Receipt]:
         """The receipt of what is installed; None if it was registered or created, or is not here."""
-        path = self.path(name)
-        try:
-            status = os.lstat(path)
-            own = self.receipt_path(name, status)
-            receipt, mtime = _Receipt.read(own)
-            if receipt and mtime == status.st_mtime_ns:
-                return receipt
-            for other in (self.inner / 'receipts').iterdir():  # copies of a store keep times, but not inodes
-                if other.name.rpartition('@')[0] == name and other != own:
-                    copied, mtime = _Receipt.read(other)
-                    if copied and mtime == status.st_mtime_ns:
-                        return copied
-            if receipt:
-                partitions = {'data/' + partition for partition in _partitions(path)}
-                if partitions == {path for path in receipt.installed if path.startswith('data/')}:
-                    return receipt._replace(is_touched=True)
-        except OSError:
-            pass
-        return None
+        return _Receipt.read(self.path(name))
 
-    def receipt_path(self, name: str, status: os.stat_result) -> Path:
-        return self.inner / 'receipts' / f'{name}@{status.st_ino}.json'
-
-    def open(self, name: str, progress: _Progress = None) -> Tuple[Dataset, Optional[_Receipt]]:
-        """A dataset and its receipt. If it was touched, its files tell whether it still is the same."""
+    def open(self, name: str) -> Tuple[Dataset, Optional[_Receipt]]:
         path = self.path(name)
         if path.is_symlink() and not path.exists():
             raise NotFound(f"the directory that '{name}' was registered for is gone ({os.readlink(path)})",
                            f"'etc purge {name}' forgets it")
         receipt = self.receipt(name)
-        if receipt and receipt.is_touched:
-            found = {segment.path: segment.digest for segment in _digest_segments(path, progress=progress)}
-            if found == {segment.path: segment.digest for segment in receipt.here()}:
-                receipt = receipt._replace(is_touched=False)
-        digest = receipt.digest if receipt and not receipt.is_touched else None
-        return Dataset(path, name, digest), receipt
+        return self.dataset(name, receipt), receipt
+
+    def dataset(self, name: str, receipt: Optional[_Receipt]) -> Dataset:
+        absent = [segment.partition for segment in receipt.segments
+                  if segment.partition and segment.path not in receipt.installed] if receipt else []
+        return Dataset(self.path(name), name, receipt.digest if receipt else None, absent)
 
     # Work under way
 
@@ -6220,57 +5145,52 @@ class _Home:
             raise
 
     @contextlib.contextmanager
-    def installing(self, name: str, replace: bool) -> Iterator['_Install']:
+    def installing(self, name: str, replace: bool = False) -> Iterator['_Install']:
         """An install of `name`, which vanishes at the end if it was not committed.
 
         If the network or Ctrl-C interrupts it, it is kept for the next one.
         """
         with self.changes():
-            outer = self.scratch(name)
-            outer.mkdir()
-            install = _Install(self, name, replace, outer)
+            install = _Install(self, name, replace, self.work_path(name))
+            install.work.mkdir(parents=True)
+            is_kept = False
             try:
                 self.take_over(install)
                 self.sweep(name)
-                install.root.mkdir()
                 yield install
-            except (RemoteError, KeyboardInterrupt):
-                if any(map(os.path.exists, [install.journal, install.earlier_journal])):
-                    with contextlib.suppress(OSError):
-                        os.rename(outer, self.scratch(name, pid=0))
+            except (RemoteError, _Ended):
+                is_kept = any(map(os.path.exists, [install.journal, install.earlier / 'journal']))
                 raise
             finally:
-                _remove(outer)
+                if is_kept or os.path.lexists(install.gone):
+                    os.utime(install.work)
+                    os.rename(install.work, self.work_path(name, pid=0))
+                else:
+                    _remove(install.work)
 
-    def take_over(self, install: '_Install') -> None:
-        """Take what dead processes have left of an install of this name."""
-        with contextlib.suppress(OSError):  # another process was faster
-            left: List[Path] = []
-            for path in (self.inner / 'staging').glob(install.name + '@*'):
-                if not path.is_symlink() and not self.is_alive(path):
-                    dead = _Install(self, install.name, False, path)
-                    left += filter(os.path.exists, [dead.journal, dead.earlier_journal])
-            if left:
-                best = max(left, key=lambda journal: journal.stat().st_size)
-                os.rename(best.parent, install.earlier)
-
-    def scratch(self, name: str, kind: str = 'staging', pid: Optional[int] = None) -> Path:
+    def work_path(self, name: str, pid: Optional[int] = None) -> Path:
         """A new path for work on `name`. It tells whether the process at work is alive; pid 0 means that none is."""
-        directory = self.inner / kind
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f'{name}@{_host()}@{os.getpid() if pid is None else pid}@{os.urandom(4).hex()}'
+        pid = os.getpid() if pid is None else pid
+        path = self.inner / f'{name}@{_host()}@{pid}@{os.urandom(4).hex()}'
         _own_names.add(path.name)
         return path
 
-    def is_alive(self, path: Path, stale: float = _STALE) -> bool:
+    def works(self, name: str = '') -> List[Path]:
+        """What processes work on, or were working on when they died: all, or for one name."""
+        try:
+            return [path for path in self.inner.iterdir() if re.match(f'{re.escape(name) or "[^@]+"}@', path.name)]
+        except FileNotFoundError:
+            return []
+
+    def is_alive(self, work: Path) -> bool:
         """Whether the process that made this may still be at work."""
-        _, host, pid, _ = (path.name.split('@') + [''] * 3)[:4]
+        _, host, pid, _ = (work.name.split('@') + [''] * 3)[:4]
         if pid == '0':
             return False
         if os.name != 'posix' or host != _host() or not pid.isdigit():
-            return _age(path) < stale
+            return _age(work) < _STALE
         if int(pid) == os.getpid():  # in a container, another process may have had this number before
-            return path.name in _own_names
+            return work.name in _own_names
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
@@ -6279,231 +5199,124 @@ class _Home:
             pass
         return True
 
+    def take_over(self, install: '_Install') -> None:
+        """Take what dead processes have left of an install of this name."""
+        with contextlib.suppress(OSError):  # another process was faster
+            dead = [work for work in self.works(install.name) if not work.is_symlink() and not self.is_alive(work)]
+            places = [place for work in dead for place in (work, work / 'earlier') if (place / 'journal').exists()]
+            if places:
+                os.rename(max(places, key=lambda place: (place / 'journal').stat().st_size), install.earlier)
+
     def sweep(self, name: str) -> None:
         """Remove what dead processes left behind; but keep what pulls of other datasets may still resume."""
-        for kind in ('staging', 'old'):
-            with contextlib.suppress(FileNotFoundError):
-                for path in (self.inner / kind).iterdir():
-                    with contextlib.suppress(OSError):
-                        if self.is_abandoned(path, name):
-                            trash = self.scratch(_name_of(path), 'old')
-                            os.rename(path, trash)  # if its owner lives after all, it must not install it
-                            _remove(trash)
+        for work in self.works():
+            with contextlib.suppress(OSError):
+                is_other = not work.name.startswith(name + '@')
+                is_resumable = is_other and (work / 'journal').exists() and _age(work) < _RESUMABLE
+                is_being_read = os.path.lexists(work / 'gone') and _age(work) < _GRACE
+                if not (is_resumable or is_being_read or os.path.lexists(work / 'old') or self.is_alive(work)):
+                    own = self.work_path(name)
+                    os.rename(work, own)  # if its owner lives after all, it must not install it
+                    _remove(own)
 
-    def is_abandoned(self, path: Path, name: str) -> bool:
-        if path.parent.name == 'old':
-            return _age(path) > _GRACE
-        is_resumable = _name_of(path) != name and (path / 'journal').exists() and _age(path) < _RESUMABLE
-        return not self.is_alive(path) and not is_resumable
+    def recover(self, name: str) -> None:
+        """Finish a replacement whose process was killed: put the old dataset back if there is no new one."""
+        for work in self.works(name):
+            with contextlib.suppress(OSError):
+                if os.path.lexists(work / 'old') and not self.is_alive(work):
+                    os.rename(work / 'old', work / 'gone' if os.path.lexists(self.path(name)) else self.path(name))
 
     @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    def lock(self, job: _Job, name: str) -> Iterator[None]:
         """Let one process at a time work on `name`, if the system can. It only saves work."""
         file: Any = None
         with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
             import fcntl
             (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
             file = open(self.inner / 'locks' / name, 'ab')
-        if file is None:
-            yield
-            return
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        is_waiting = False
+        try:
+            while file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a blocking call would stop green threads
+                    break
+                except OSError as e:
+                    if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                        break
+                if not is_waiting:
                     _say(f"waiting for another process that works on '{name}'")
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                is_waiting = True
+                job.sleep(_TICK)
             yield
+        finally:
+            if file:
+                file.close()
 
     # Putting datasets in place
 
-    def install(
-            self,
-            directory: Path,
-            name: str,
-            replace: bool,
-            receipt: Optional[_Receipt] = None,
-    ) -> None:
-        """Give a complete staged directory its name. FileExistsError if the name is taken and not `replace`."""
-        status = os.lstat(directory)
-        path = self.receipt_path(name, status)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if receipt:
-            new = path.with_name(f'.{path.name}.{os.urandom(4).hex()}')
-            new.write_text(receipt.to_json(status.st_mtime_ns))
-            os.replace(new, path)
-        else:
-            _remove(path)  # of an earlier directory, whose inode this one was given
-        try:
-            _flush(directory)
-            _remove(directory.parent / 'journal')  # from here on, nobody may go on with it
-            self.move_into_place(directory, self.path(name), replace)
-        except BaseException:
-            target = self.path(name)
-            if not os.path.lexists(target) or os.lstat(target).st_ino != status.st_ino:
-                _remove(path)
-            raise
-        self.drop_traces(name)
-
-    def move_into_place(self, new: Path, target: Path, replace: bool) -> None:
-        if replace:
+    def put(self, install: '_Install') -> None:
+        """Give a complete directory its name. FileExistsError if the name is taken and not `replace`."""
+        target = self.path(install.name)
+        _flush(install.root)
+        _remove(install.journal)  # from here on, nobody may go on with it
+        if install.replace:
             _make_movable(target)
         while True:
+            _remove(install.old)  # which another process has replaced meanwhile
+            if install.replace:
+                with contextlib.suppress(FileNotFoundError):
+                    self.set_aside(target, install.old)
             try:
-                if not os.path.lexists(target):
-                    os.rename(new, target)
-                    return
+                if os.path.lexists(target):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+                os.rename(install.root, target)
+                break
             except OSError:
                 if not os.path.lexists(target):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(install.old, target)
                     raise
-            if not replace:
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
-            if _swap(new, target):
-                self.retire(new)
-                return
-            if self.replace_by_renames(new, target):
-                return
+                if not install.replace:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(install.old, install.gone)
 
-    def replace_by_renames(self, new: Path, target: Path) -> bool:
-        """Replace a directory in two renames, where _swap() cannot. False if another process was at work here.
-
-        Between the two, and after a crash there, recover() puts the old one back.
-        """
-        aside = self.scratch(target.name, 'replaced')
+    def set_aside(self, path: Path, aside: Path) -> None:
         try:
-            os.rename(target, aside)
-        except FileNotFoundError:
-            return False
+            os.rename(path, aside)
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
-            self.replace_by_removal(new, target)
-            return True
-        try:
-            os.rename(new, target)
-        except OSError:
-            with contextlib.suppress(FileNotFoundError):
-                if not os.path.lexists(target):
-                    os.rename(aside, target)
-                    raise
-            if os.path.lexists(aside):  # another process was faster, with another one
-                self.retire(aside)
-            return False
-        self.retire(aside)
-        return True
-
-    def replace_by_removal(self, new: Path, target: Path) -> None:
-        """Replace a directory of a lower layer of overlayfs, which cannot be renamed."""
-        try:
-            os.rename(new, target)  # make sure that it can be moved there, before anything is removed
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
-                raise
-            self.supplant(self.successor(target, new), target)
-
-    def successor(self, target: Path, path: Optional[Path] = None) -> Path:
-        """Move a directory to a name that tells recover() what it is to supplant.
-
-        Without one, an empty file says that the target is only to be removed.
-        """
-        successor = self.scratch(target.name, 'successors')
-        if path:
-            os.rename(path, successor)
-        else:
-            successor.touch()
-        return successor
-
-    def supplant(self, successor: Path, target: Path) -> None:
-        """Put a successor in the place of a directory that cannot be renamed.
-
-        It is complete before anything is removed, and recover() goes on if this is killed. While it is there, has()
-        knows of no dataset of this name.
-        """
-        _remove(target)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if os.path.isdir(successor):
-                os.rename(successor, target)
-            else:
-                os.unlink(successor)
-
-    def successors(self, name: str = '*') -> List[Path]:
-        return list((self.inner / 'successors').glob(name + '@*'))
-
-    def retire(self, path: Path) -> None:
-        """Let those who are reading a replaced directory finish; sweep() removes it."""
-        with contextlib.suppress(OSError):
-            if not os.path.islink(path):
-                os.utime(path)
-                os.rename(path, self.scratch(_name_of(path), 'old'))
-        _remove(path)
-
-    def recover(self) -> None:
-        """Finish what put() and remove() were doing when they were killed."""
-        for successor in self.successors():
-            target = self.path(_name_of(successor))
-            with contextlib.suppress(OSError):
-                if not self.is_alive(successor, _GRACE):  # the rename lets one process do it
-                    self.supplant(self.successor(target, successor), target)
-        with contextlib.suppress(FileNotFoundError):
-            for aside in (self.inner / 'replaced').iterdir():
-                target = self.path(_name_of(aside))
-                with contextlib.suppress(OSError):
-                    if not os.path.lexists(target):
-                        os.rename(aside, target)
-                    elif not self.is_alive(aside):
-                        self.retire(aside)
-
-    def drop_traces(self, name: str) -> None:
-        """Remove receipts of other directories that had this name, and what was to be installed before."""
-        for successor in self.successors(name):
-            _remove(successor)
-        try:
-            current = self.receipt_path(name, os.lstat(self.path(name))).name
-        except OSError:
-            current = ''
-        with contextlib.suppress(OSError):
-            for path in (self.inner / 'receipts').iterdir():
-                if path.name.rpartition('@')[0] == name and path.name != current:
-                    path.unlink()
-
-    def link(self, directory: Path, name: str, replace: bool) -> None:
-        """Register a directory, which stays where it is. FileExistsError if the name is taken and not `replace`."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        new = self.scratch(name) if replace else self.path(name)
-        _symlink(directory, new, "'etc register --copy' installs a copy")
-        if not replace:
-            return
-        try:
-            self.install(new, name, replace)
-        finally:
-            _remove(new)
+            raise Error(f'{path} is part of a container image, whose directories cannot be renamed',
+                        f"run 'etc purge {path.name}' first") from None
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        if path.is_symlink():
-            path.unlink()
-            self.sweep(name)
-            return
+        gone = self.work_path(name)
+        gone.parent.mkdir(parents=True, exist_ok=True)
         _make_movable(path)
-        for aside in (self.inner / 'replaced').glob(name + '@*'):  # or recover() would put it back
-            self.retire(aside)
-        trash = self.scratch(name, 'old')
         try:
-            os.rename(path, trash)
+            os.rename(path, gone)
         except OSError as e:
             if e.errno != errno.EXDEV:
                 raise
-            self.supplant(self.successor(path), path)
-        _remove(trash)
-        self.drop_traces(name)
+            # As above; so first of all it stops counting as a dataset.
+            (self.receipt(name) or _Receipt(name, (), (), '', '', ''))._replace(installed=()).write(path)
+            for item in os.listdir(path):
+                if item != _RECEIPT:
+                    _remove(path / item)
+            _remove(path)
+        _remove(gone)
+        for work in self.works(name):  # or recover() would put it back
+            if not self.is_alive(work):
+                _remove(work)
         self.sweep(name)
 
     def keeps_x_bits(self) -> bool:
         """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
         with contextlib.suppress(OSError):  # as in a store that can only be read
             for mode in (0o644, 0o755):
-                path = self.scratch('x', 'old')
+                path = self.work_path('x')
                 os.close(os.open(path, _CREATE, mode))
                 kept = path.stat().st_mode
                 path.unlink()
@@ -6515,57 +5328,50 @@ class _Home:
 class _Install:
     """An install under way: a directory to fill, which becomes a dataset of the local store, or vanishes."""
 
-    def __init__(self, home: _Home, name: str, replace: bool, outer: Path) -> None:
+    def __init__(self, home: _Home, name: str, replace: bool, work: Path) -> None:
         self.home = home
         self.name = name
         self.replace = replace
-        self.root = outer / 'new'  # to be filled
-        self.journal = outer / 'journal'
-        self.earlier = outer / 'earlier'  # what an interrupted install has left
-        self.earlier_journal = self.earlier / 'journal'
+        self.work = work
+        self.root = work / 'new'  # to be filled
+        self.journal = work / 'journal'
+        self.earlier = work / 'earlier'  # what an interrupted install has left
+        self.old = work / 'old'
+        self.gone = work / 'gone'
 
-    def reuse(self, wanted: Iterable[_Segment], transfer: _Transfer) -> Set[str]:
+    def reuse(self, job: _Job, wanted: Iterable[_Segment]) -> Set[str]:
         """Link the wanted segments that any installed dataset has, and return their paths."""
         lacking = {segment.path: segment for segment in wanted}
         reused: Set[str] = set()
-        for name, receipt in self.home.receipts(self.name):
-            here = {segment.path: segment.digest for segment in receipt.here()}
-            same = [segment for segment in lacking.values() if here.get(segment.path) == segment.digest]
-            if same:
-                linked = self.link_segments(name, same, transfer)
-                reused.update(linked)
-                lacking = {path: segment for path, segment in lacking.items() if path not in linked}
-            if not lacking:
-                break
+        for name in sorted(self.home.names(), key=lambda name: name != self.name):
+            receipt = self.home.receipt(name)
+            here = {segment.path: segment.digest for segment in receipt.here()} if receipt else {}
+            same = {path: segment for path, segment in lacking.items() if here.get(path) == segment.digest}
+            linked = self.link(job, name, same) if same else set()
+            reused |= linked
+            lacking = {path: segment for path, segment in lacking.items() if path not in linked}
         return reused
 
-    def link_segments(self, name: str, same: Iterable[_Segment], transfer: _Transfer) -> Set[str]:
+    def link(self, job: _Job, name: str, promised: Mapping[str, _Segment]) -> Set[str]:
         """Link some segments of a dataset, keep those whose files hash to what they should, and return their paths."""
-        promised = {segment.path: segment for segment in same}
-        key = '@' + name
-        for segment in promised.values():
-            transfer.expect(segment.size, segment.length)
+        job.begin(sum(segment.size for segment in promised.values()))
         linked: Set[str] = set()
         with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
             os.makedirs(_join(self.root, 'data'), exist_ok=True)
             for _, entries in _segments(self.home.path(name), promised):
                 for entry in entries:
+                    job.add(0)
                     self.link_entry(entry)
-            found = _digest_segments(self.root, promised, transfer.counter(key))  # of what nobody can exchange any more
+            found = _hash(job, _segments(self.root, promised)).segments  # of what nobody can exchange any more
             linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
         for path in promised.keys() - linked:
-            self.remove_segment(path)
-            transfer.total += promised[path].length
-        transfer.watch(key)(sum(segment.size for segment in promised.values()))
+            if path != '.':
+                _remove(Path(_join(self.root, path)))
+                continue
+            for item in self.root.iterdir():
+                if item.is_symlink() or not item.is_dir():
+                    item.unlink()
         return linked
-
-    def remove_segment(self, path: str) -> None:
-        if path != '.':
-            _remove(Path(_join(self.root, path)))
-            return
-        for item in list(os.scandir(self.root)):
-            if not item.is_dir(follow_symlinks=False):
-                os.unlink(item.path)
 
     def link_entry(self, entry: _Entry) -> None:
         target = _join(self.root, entry.name)
@@ -6582,8 +5388,10 @@ class _Install:
         If that is taken and may not be replaced: returns False if that dataset has the same contents, otherwise raises
         Exists.
         """
+        if receipt:
+            receipt.write(self.root)
         try:
-            self.home.install(self.root, self.name, self.replace, receipt)
+            self.home.put(self)
             return True
         except FileExistsError:
             if receipt and self.home.open(self.name)[0].digest == receipt.digest:
@@ -6595,16 +5403,11 @@ def _taken_error(name: str, remedy: str = 'choose another name, or -f (force) to
     return Exists(f"another '{name}' is installed already", remedy)
 
 
-def _name_of(path: Path) -> str:
-    """The name of the dataset for which scratch() made this path."""
-    return path.name.partition('@')[0]
-
-
-def _age(path: Path) -> float:
+def _age(work: Path) -> float:
     """Seconds since a sign of life."""
-    newest = os.lstat(path).st_mtime
+    newest = os.lstat(work).st_mtime
     with contextlib.suppress(OSError):
-        newest = max(newest, os.lstat(path / 'new').st_mtime)
+        newest = max(newest, os.lstat(work / 'new').st_mtime)
     return time.time() - newest
 
 
@@ -6637,22 +5440,6 @@ def _flush(directory: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), directory)
     finally:
         os.close(file)
-
-
-def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, if the system can: by renameat2 of Linux or renamex_np of macOS."""
-    try:
-        import ctypes
-        libc = ctypes.CDLL(None, use_errno=True)
-        one_raw, other_raw = os.fsencode(one), os.fsencode(other)
-        if sys.platform == 'darwin':
-            rename_swap = 2
-            return bool(libc.renamex_np(one_raw, other_raw, rename_swap) == 0)
-        at_fdcwd = -100
-        rename_exchange = 2
-        return bool(libc.renameat2(at_fdcwd, one_raw, at_fdcwd, other_raw, rename_exchange) == 0)
-    except (ImportError, OSError, AttributeError, TypeError):
-        return False
 
 
 def _make_movable(path: Path) -> None:
@@ -6688,26 +5475,24 @@ def _remove(path: Path) -> None:
 # fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
 #
 # No segment is moved that is in its place already: a pull links what any installed dataset has (reuse() in Home), and a
-# push lets the remote copy what other archives hold. Names prove nothing: all files are read, and must hash alike.
+# push lets S3 copy what other archives hold. Names prove nothing: all files are read, and must hash alike.
 # ---------------------------------------------------------------------------------------
 
-class _StoredArchive:
-    """An archive with an index."""
+class _Archive:
+    """segments: empty if another tool made the archive, until it has been extracted; the digest is not known then."""
 
-    def __init__(
-            self,
-            remote: _Remote,
-            obj: _Object,
-            tail: bytes,
-            segments: Sequence[_Segment],
-    ) -> None:
+    def __init__(self, remote: _Remote, obj: _Object, tail: bytes) -> None:
         self.remote = remote
         self.obj = obj
         self.tail = tail  # its last bytes
         self.name = obj.name
-        self.segments = segments  # empty while they are not known; neither is the digest then
-        self.digest = _dataset_digest(segments) if segments else None
         self.label = f"'{obj.name}' in {remote.url}"
+        with self.labelled():
+            self.segments: Sequence[_Segment] = self.read_index()
+
+    @property
+    def digest(self) -> Optional[str]:
+        return _dataset_digest(self.segments) if self.segments else None
 
     @contextlib.contextmanager
     def labelled(self) -> Iterator[None]:
@@ -6718,156 +5503,114 @@ class _StoredArchive:
             remedy = e.remedy or f"'etc push -f {self.name}' from an intact copy repairs it"
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
 
-    def read(self, start: int, stop: int, watch: Optional[_Watch] = None) -> bytes:
+    def read_index(self) -> Sequence[_Segment]:
+        offset = _find_index(self.tail, self.obj.size)
+        if offset is None:
+            head = self.read(0, min(self.obj.size, _BLOCK_HEADER_SIZE))
+            if head[:_FIELD_OFFSET] == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
+                raise Corrupt('the archive is damaged: its index is missing')
+            return ()
+        return _parse_index(self.read(offset, self.obj.size), offset) or ()
+
+    def read(self, start: int, stop: int) -> bytes:
         """Bytes of the archive. Those of the tail are here already."""
         tail_start = self.obj.size - len(self.tail)
         here = self.tail[max(0, start - tail_start):max(0, stop - tail_start)]
-        if watch:
-            watch(len(here))
         if len(here) == stop - start:
             return here
-        data = self.remote.read(self.obj, start, stop - len(here), _after(len(here), watch))
+        data = self.remote.read(self.obj, start, stop - len(here))
         return data + here if here else data
 
-    def holds(self, digests: Mapping[str, str]) -> bool:
-        """Whether it has the segments with these digests, by path, and no others."""
-        return {segment.path: segment.digest for segment in self.segments} == digests
-
-    def read_ends(self, segment: _Segment) -> Tuple[bytes, bytes]:
+    def read_ends(self, segment: _Segment) -> List[bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
-        start, stop = segment.offset, segment.offset + segment.length
         longest = min(segment.length, _LONGEST_BLOCK)
-        blocks = _first_block(self.read(start, start + longest)), _last_block(self.read(stop - longest, stop))
-        first, last = [_sha256(_inflate(block)).digest() for block in blocks]
-        return first, last
+        return _end_digests(self.read(segment.offset, segment.offset + longest),
+                            self.read(segment.stop - longest, segment.stop))
 
-    def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
+    def is_same(self, job: _Job, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
         """Whether it holds what is installed; None if only extracting it would tell."""
-        return self.digest == local.digest
+        if self.segments:
+            return self.digest == _digest_of(job, local, receipt)
+        is_same_object = receipt and (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
+        return True if is_same_object else None
 
-    def wanted(
-            self,
-            partitions: Optional[Sequence[str]],
-            receipt: Optional[_Receipt] = None,
-    ) -> List[_Segment]:
+    def wanted(self, partitions: _Names, receipt: Optional[_Receipt] = None) -> List[_Segment]:
         """The segments that make up these partitions (with None all), and those that are installed already."""
+        if not self.segments:
+            return []  # all
         paths = set(_paths_of(self.name, self.segments, partitions))
         if receipt:
             paths.update(receipt.installed)
         return [segment for segment in self.segments if segment.path in paths]
 
-    def extract(
-            self,
-            install: _Install,
-            wanted: Sequence[_Segment],
-            progress: _Progress = None,
-    ) -> Set[str]:
+    def extract(self, job: _Job, install: _Install, wanted: Sequence[_Segment]) -> Set[str]:
         """Fill an install with the wanted segments, and return the paths of those that were here already."""
-        transfer = _Transfer(progress, sum(segment.length for segment in wanted), self.remote.connections)
-        transfer.report()
-        reused = install.reuse(wanted, transfer)
-        self.fetch([segment for segment in wanted if segment.path not in reused], install, transfer)
+        install.root.mkdir()
+        reused: Set[str] = set()
+        if self.segments:
+            reused = install.reuse(job, wanted)
+            self.fetch(job, [segment for segment in wanted if segment.path not in reused], install)
+            _validate(install.root, self.label)
+            return reused
+        job.begin(self.obj.size)
+        chunks = _read_ahead(job, self.remote, self.read, [(0, self.obj.size)])
+        with self.labelled(), contextlib.closing(chunks), _Pool(job, 1) as pool:
+            _extract_foreign(chunks, install.root, pool)
         _validate(install.root, self.label)
+        self.segments = _digest_segments(job, install.root)
         return reused
 
-    def fetch(
-            self,
-            segments: Sequence[_Segment],
-            install: _Install,
-            transfer: _Transfer,
-    ) -> None:
+    def fetch(self, job: _Job, segments: Sequence[_Segment], install: _Install) -> None:
         """Fetch segments, verify them and write them into an install. What an earlier one left is not fetched again."""
         head = json.dumps([self.remote.url, self.name, self.obj.version])
-        sink = _Sink(install.root)
-        length = sum(segment.length for segment in segments)
-        transfer.limit_connections(length // _MIN_RANGE)
-        transfer.expect(length, length)
-        with self.labelled(), contextlib.closing(_Journal(install.journal, head)) as journal, \
-                _threads(transfer.most) as io_pool, _threads(_cores()) as pool, \
-                self.remote.cancelled_on_error(), contextlib.closing(
-                    self.blocks(segments, install, head, sink, (io_pool, pool), transfer)) as blocks:
-            _extract(blocks, {segment.path: segment for segment in segments}, sink, pool, journal)
-            transfer.report()
+        with self.labelled(), _Pool(job, _cores()) as pool:
+            with contextlib.closing(self.blocks(job, pool, segments, install, head)) as blocks:
+                _extract(blocks, {segment.path: segment for segment in segments}, _Sink(install.root),
+                         install.journal, head)
 
     def blocks(
             self,
+            job: _Job,
+            pool: _Pool,
             segments: Sequence[_Segment],
             install: _Install,
             head: str,
-            sink: _Sink,
-            pools: Tuple[Any, Any],
-            transfer: _Transfer,
     ) -> Generator[_Block, None, None]:
         """The blocks of some segments: first what an earlier install has left, then the rest from the remote."""
-        io_pool, pool = pools
         had = {segment.path: 0 for segment in segments}
-        earlier = install.earlier / 'new'
-        sink.reuse_from = os.path.join(str(earlier), '')
-        lines = functools.partial(_Journal.read, install.earlier_journal, head)
-        with contextlib.closing(_replay(earlier, lines, list(had), pool)) as there:
-            for block in there:
-                had[block.path] += block.length
-                transfer.watch('here')(sum(had.values()))
-                transfer.tick()
-                yield block
-        sink.reuse_from = ''
+        for block in _replay(job, pool, install.earlier / 'new', install.earlier / 'journal', head, had):
+            had[block.path] += block.length
+            yield block
         _say(f"'{self.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
         rest = [(segment, had[segment.path]) for segment in segments if had[segment.path] < segment.length]
         rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
-        spans = [(segment.offset + skipped, segment.offset + segment.length) for segment, skipped in rest]
-        reader = _Reader(self.read, spans, transfer)
-        with contextlib.closing(reader.chunks(io_pool)) as chunks, \
-                contextlib.closing(_inflate_blocks(chunks, rest, pool)) as fetched:
-            yield from fetched
+        spans: List[Tuple[int, int]] = []
+        for segment, skipped in rest:
+            start = segment.offset + skipped
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, segment.stop))
+        job.begin(sum(stop - start for start, stop in spans))
+        with contextlib.closing(_read_ahead(job, self.remote, self.read, spans)) as chunks:
+            yield from _inflate_blocks(pool, chunks, rest)
 
-    def receipt(self, wanted: Iterable[_Segment]) -> _Receipt:
-        """Of an install with these segments."""
-        return _new_receipt(self.segments, [segment.path for segment in wanted], self.remote.url, self.obj.version)
-
-
-class _ForeignArchive(_StoredArchive):
-    """An archive that another tool made."""
-
-    def has_contents_of(self, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
-        is_same_object = receipt and (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
-        return True if is_same_object and receipt and not receipt.is_touched else None
-
-    def wanted(
-            self,
-            partitions: Optional[Sequence[str]],
-            receipt: Optional[_Receipt] = None,
-    ) -> List[_Segment]:
-        return []  # all
-
-    def extract(
-            self,
-            install: _Install,
-            wanted: Sequence[_Segment],
-            progress: _Progress = None,
-    ) -> Set[str]:
-        transfer = _Transfer(most=self.remote.connections)
-        transfer.limit_connections(self.obj.size // _MIN_RANGE)
-        reader = _Reader(self.read, [(0, self.obj.size)], transfer)
-        # The pool's thread reads the chunks, so it must come to its end before they are closed.
-        with self.labelled(), _threads(transfer.most) as io_pool, contextlib.closing(
-                reader.chunks(io_pool)) as chunks, _threads(1) as pool, self.remote.cancelled_on_error():
-            _extract_foreign(chunks, install.root, pool, progress, self.obj.size)
-        _validate(install.root, self.label)
-        self.segments = _digest_segments(install.root)
-        self.digest = _dataset_digest(self.segments)
-        return set()
-
-    def receipt(self, wanted: Iterable[_Segment]) -> _Receipt:
-        return super().receipt(self.segments)
+    def receipt(self, wanted: Sequence[_Segment]) -> _Receipt:
+        """Of an install with these segments; none means all."""
+        return _new_receipt(self.name, self.segments, wanted or self.segments, self.remote.url, self.obj.version)
 
 
-def _look_up(remote: _Remote, name: str) -> Optional[_StoredArchive]:
+def _digest_of(job: _Job, local: Dataset, receipt: Optional[_Receipt]) -> str:
+    """The digest of a local dataset. Without a receipt, all files are read."""
+    return receipt.digest if receipt else _dataset_digest(_digest_segments(job, local.root))
+
+
+def _look_up(remote: _Remote, name: str) -> Optional[_Archive]:
     """The archive of this name; None if there is none."""
     obj, tail = remote.find(name)
-    return _open_archive(remote, obj, tail) if obj else None
+    return _Archive(remote, obj, tail) if obj else None
 
 
-def _find(remote: _Remote, name: str) -> _StoredArchive:
+def _find(remote: _Remote, name: str) -> _Archive:
     archive = _look_up(remote, name)
     if archive is None:
         raise _not_stored_error(remote, name)
@@ -6882,28 +5625,10 @@ def _not_stored_error(remote: _Remote, name: str) -> NotFound:
     return NotFound(f"no dataset '{name}' in {remote.url}", remedy)
 
 
-def _open_archive(remote: _Remote, obj: _Object, tail: bytes) -> _StoredArchive:
-    """Read the index of an archive that ends in `tail`."""
-    archive = _ForeignArchive(remote, obj, tail, ())
-    with archive.labelled():
-        offset = _find_index(tail, obj.size)
-        if offset is None:
-            head = archive.read(0, min(obj.size, _BLOCK_HEADER_SIZE))
-            if head[:_FIELD_OFFSET] == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
-                raise Corrupt('the archive is damaged: its index is missing')
-            return archive
-        segments = _parse_index(archive.read(offset, obj.size), offset)
-    return archive if segments is None else _StoredArchive(remote, obj, tail, segments)
-
-
-def _open_listed(remote: _Remote, obj: _Object) -> _StoredArchive:
-    return _open_archive(remote, obj, remote.read_tail(obj))
-
-
 def _paths_of(
         name: str,
         segments: Iterable[_Segment],
-        partitions: Optional[Sequence[str]],
+        partitions: _Names,
 ) -> List[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None:
@@ -6916,204 +5641,138 @@ def _paths_of(
 
 
 def _new_receipt(
+        name: str,
         segments: Sequence[_Segment],
-        installed: Iterable[str],
+        installed: Iterable[_Segment],
         source: str,
         version: str,
 ) -> _Receipt:
-    return _Receipt(tuple(segments), tuple(sorted(installed)), source, version, _utc(time.time()))
+    paths = sorted(segment.path for segment in installed)
+    return _Receipt(name, tuple(segments), tuple(paths), source, version, _utc(time.time()))
 
 
 # Pushing
 
 _MIN_SHARED = 32 << 20  # bytes of a dataset above which it pays to look for what other archives share with it
-_MIN_COPY = 2 * _MIN_PART  # bytes of an archive that are worth a copy
 _MAX_SOURCES = 24  # archives that are looked at
-_MAX_CHECKED = 16  # segments of which it is checked that they were copied well
+
+_Copies = Dict[str, Tuple[_Object, _Segment]]  # segments that S3 copies, by path, and where they stand
 
 
-class _Push:
-    """A dataset on its way into a remote, which copies what archives there hold already, if it can."""
+def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Copies:
+    """Segments that need not be sent.
 
-    def __init__(
-            self,
-            remote: _Remote,
-            local: Dataset,
-            survey: _Survey,
-            level: int,
-            progress: _Progress,
-    ) -> None:
-        self.remote = remote
-        self.local = local
-        self.survey = survey
-        self.level = level
-        self.transfer = _Transfer(progress, survey.size, remote.connections)
-        self.segments = _SegmentList()  # of the archive, as far as it is written
-        self.copies: Dict[str, _Segment] = {}  # segments that are copied, by path, as they stand in other archives
-        self.ranges: Dict[str, _Range] = {}  # runs of them, by the path of the first
-        self.ends: Dict[str, Tuple[bytes, bytes]] = {}  # digests of their first and last blocks, as the files have them
-        self.transfer.report()
+    All their files are read, and must hash to what an index says; so must both ends of what is to be copied.
+    """
+    if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
+        return {}
 
-    def find_copies(self) -> None:
-        """Find segments that need not be sent. All their files are read, and must hash to what an index says."""
-        if not self.remote.can_copy or self.survey.size < _MIN_SHARED:
-            return
-        archives = self.sources()
-        candidates: Dict[str, List[Tuple[_Object, _Segment]]] = {}
+    def look(obj: _Object) -> Optional[_Archive]:
+        with contextlib.suppress(Error, OSError):
+            return _Archive(remote, obj, remote.read_tail(obj))
+        return None
+
+    def choose(path: str) -> Optional[Tuple[_Object, _Segment]]:
+        for archive, segment in candidates[path]:
+            with contextlib.suppress(Error):
+                if segment.digest == digests[path] and archive.read_ends(segment) == read.ends[path]:
+                    return archive.obj, segment
+        return None
+
+    try:
+        objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
+    except Error as e:
+        _say(f'nothing is copied: {e.message}', _DEBUG)
+        return {}
+    objects.sort(key=lambda obj: (obj.name != name, -obj.modified))
+    with _Pool(job, remote.connections) as pool, remote.http.briefly():
+        archives = list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _for_all)))
+        candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = {}
         for archive in archives:
             for segment in archive.segments:
-                own = self.survey.segments.get(segment.path)
-                if own and (own.files, own.size) == (segment.files, segment.size):
-                    candidates.setdefault(segment.path, []).append((archive.obj, segment))
-        if not candidates:
-            return
-        size = sum(self.survey.segments[path].size for path in candidates)
-        self.transfer.expect(size, size)
-        read = _hash_segments(self.survey.listing(candidates), self.transfer.counter('@'))
-        self.ends = read.ends
+                own = survey.segments.get(segment.path)
+                if own and own.amount() == segment.amount() and segment.length >= _MIN_PART:
+                    candidates.setdefault(segment.path, []).append((archive, segment))
+        read = _hash(job, survey.listing(candidates))
         digests = {segment.path: segment.digest for segment in read.segments}
-        is_there = any(archive.obj.name == self.local.name and archive.holds(digests) for archive in archives)
-        if not is_there:  # otherwise this push is to repair it
-            self.choose_copies({path: [(obj, segment) for obj, segment in found if segment.digest == digests[path]]
-                                for path, found in candidates.items()})
-        self.transfer.total += size - sum(segment.size for segment in self.copies.values())
-        self.transfer.report()
-
-    def sources(self) -> List[_StoredArchive]:
-        """The archive of this name, if there is one, and the newest others; but none that cannot be read."""
-        def look(obj: _Object) -> Optional[_StoredArchive]:
-            with contextlib.suppress(Error, OSError):
-                return _open_listed(self.remote, obj)
-            return None
-
-        try:
-            objects = [obj for obj in self.remote.list() if obj.size >= _MIN_COPY]
-        except Error as e:
-            _say(f'nothing is copied: {e.message}', _DEBUG)
-            return []
-        objects.sort(key=lambda obj: (obj.name != self.local.name, -obj.modified))
-        with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error(), self.remote.briefly():
-            return list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _MAX_SOURCES)))
-
-    def choose_copies(self, same: Mapping[str, Sequence[Tuple[_Object, _Segment]]]) -> None:
-        """Choose from where segments are copied: in long runs.
-
-        same: by path, where these contents stand.
-        """
-        runs: List[Tuple[_Object, List[_Segment]]] = []
-        end: Optional[Tuple[_Object, int]] = None  # of a run that may go on: the object, and the offset
-        for path in self.survey.segments:
-            found = same.get(path)
-            if not found:
-                end = None
-                continue
-            following = [(obj, segment) for obj, segment in found if (obj, segment.offset) == end]
-            obj, segment = (following or found)[0]
-            if not following:
-                runs.append((obj, []))
-            runs[-1][1].append(segment)
-            end = obj, segment.offset + segment.length
-        for obj, run in runs:
-            span = _Range(obj, run[0].offset, run[-1].offset + run[-1].length)
-            if span.length >= _MIN_COPY:
-                self.ranges[run[0].path] = span
-                self.copies.update((segment.path, segment) for segment in run)
-
-    def write(self, exclusive: bool) -> None:
-        """Write the archive. Raises _NameTaken if there is one already and `exclusive`."""
-        def archive() -> Iterator[_Chunk]:
-            for chunk in packed:
-                if not isinstance(chunk, _Segment):
-                    yield chunk
-                elif chunk.path in self.ranges:
-                    yield self.ranges[chunk.path]
-            digest = self.segments.digest()
-            if self.local._digest and self.local._digest != digest:
-                raise Corrupt(f"the files of '{self.local.name}': expected digest {self.local._digest}, found {digest}",
-                              f"'etc verify {self.local.name}' tells more")
-            yield _archive_end(self.level, self.segments)
-
-        self.transfer.start_clock()
-        with _threads(_cores()) as pool, contextlib.closing(_pack(
-                self.survey, self.level, pool, self.segments, self.transfer, self.copies)) as packed:
-            try:
-                self.remote.write(self.local.name, archive(), self.survey.limit, exclusive, self.transfer)
-            except _Unconfirmed as e:
-                if not self.is_there():
-                    raise e
-
-    def is_there(self) -> bool:
-        """Whether the remote shows an archive with this digest under this name."""
-        try:
-            archive = _look_up(self.remote, self.local.name)
-            return archive is not None and archive.digest == self.segments.digest()
-        except (RemoteError, Corrupt):
-            return False
-
-    def damaged_copy(self) -> Optional[_Object]:
-        """The archive that was written, if what was copied begins or ends otherwise than the files do.
-
-        None also if it was replaced meanwhile.
-        """
-        obj, tail = self.remote.find(self.local.name)
-        if obj is None:
-            return None
-        try:
-            archive = _open_archive(self.remote, obj, tail)
-        except Corrupt:
-            return obj
-        if archive.digest != self.segments.digest():
-            return None
-        copied = [segment for segment in archive.segments if segment.path in self.copies]
-        some = copied[::-(-len(copied) // _MAX_CHECKED)]
-        with _threads(self.transfer.connections) as pool, self.remote.cancelled_on_error():
-            is_same = functools.partial(self.has_ends_of, archive)
-            return None if all(_ordered(pool, is_same, some, self.transfer.connections)) else obj
-
-    def has_ends_of(self, archive: _StoredArchive, segment: _Segment) -> bool:
-        with contextlib.suppress(Corrupt):
-            return archive.read_ends(segment) == self.ends[segment.path]
-        return False
+        for archive in archives:
+            is_repair = archive.name == name and all(
+                own and own.amount() == segment.amount() and digests.get(segment.path, segment.digest) == segment.digest
+                for own, segment in ((survey.segments.get(segment.path), segment) for segment in archive.segments))
+            if is_repair:
+                return {}
+        return {path: found for path, found in zip(candidates, _ordered(pool, choose, candidates, _for_all)) if found}
 
 
-def _remove_damaged(remote: _Remote, obj: _Object, exclusive: bool) -> None:
-    """Remove an archive, or a later push would take it for one that is there already."""
-    try:
-        remote.remove(obj)
-    except RemoteError as e:
-        if exclusive:
-            raise Corrupt(f"what {remote.url} copied for '{obj.name}' is damaged, and cannot be removed: {e.message}",
-                          f"'etc push -f {obj.name}' replaces it") from None
+def _archive_blocks(
+        job: _Job,
+        pool: _Pool,
+        survey: _Survey,
+        level: int,
+        copies: _Copies,
+        segments: _SegmentList,
+) -> Iterator[_Chunk]:
+    """The blocks of a dataset's archive; `segments` grows on the way."""
+    listing = survey.listing(survey.segments.keys() - copies.keys())
+    blocks = _process(job, pool, listing, functools.partial(_compress, level))
+    packed = itertools.groupby(blocks, lambda block: block.plan.path)
+    for path in survey.segments:
+        if path in copies:
+            obj, segment = copies[path]
+            segments.segments.append(segment._replace(offset=segments.archive_length()))
+            yield _Range(obj, segment.offset, segment.stop)
+            continue
+        for block in next(packed)[1]:
+            segments.add(block, len(block.result))
+            job.produced += len(block.result)
+            job.packed += block.plan.file_bytes()
+            yield block.result
 
 
 def _write_archive(
+        job: _Job,
         remote: _Remote,
         local: Dataset,
+        expected: Optional[str],
         exclusive: bool,
         level: int,
-        progress: _Progress,
-) -> _Push:
-    """Pack a dataset into the remote. Raises _NameTaken if there is an archive of that name already and `exclusive`."""
-    survey = _survey(local.root)
-    push = _Push(remote, local, survey, level, progress)
-    push.find_copies()
-    if push.ranges:
-        reason = 'what was copied is damaged'
+) -> Tuple[List[_Segment], _Copies]:
+    """Pack a dataset into the remote; return its segments, and those of them that were copied.
+
+    expected: its digest, if that is known. exclusive: raise _NameTaken if there is an archive of that name already.
+    """
+    def archive(pool: _Pool) -> Iterator[_Chunk]:
+        yield from _archive_blocks(job, pool, survey, level, copies, segments)
+        digest = segments.digest()
+        if expected and expected != digest:
+            raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
+                          f"'etc verify {local.name}' tells more")
+        end = _archive_end(level, segments)
+        job.produced += len(end)
+        yield end
+
+    survey = _Survey(local.root)
+    copies = _find_copies(job, remote, local.name, survey)
+    while True:
+        segments = _SegmentList()
+        job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
         try:
-            push.write(exclusive)
-            damaged = push.damaged_copy()
-        except RemoteError as e:
-            if e.status < 400 and not isinstance(e, _CannotCopy):
-                raise
-            reason = e.message
-        else:
-            if not damaged:
-                return push
-            _remove_damaged(remote, damaged, exclusive)
-        _say(f'nothing is copied, so all is sent: {reason}', _DEBUG)
-        push = _Push(remote, local, survey, level, progress)
-    push.write(exclusive)
-    return push
+            with _Pool(job, _cores()) as pool:
+                remote.write(local.name, archive(pool), survey.limit, exclusive)
+        except _WriteAgain as e:
+            _say(f'{e.message}; writing all again', _DEBUG)
+            exclusive = exclusive or e.is_gone
+            copies = copies if remote.can_copy else {}
+            continue
+        except _Unconfirmed as e:
+            found = None
+            with contextlib.suppress(RemoteError, Corrupt):
+                found = _look_up(remote, local.name)
+            if found is None:
+                raise e
+            if found.digest != segments.digest():
+                raise _NameTaken from None
+        return segments.segments, copies
 
 
 # ---------------------------------------------------------------------------------------
@@ -7122,11 +5781,10 @@ def _write_archive(
 # What programs call, and what each command does. Every function takes its settings as `config`, and raises only Error.
 # ---------------------------------------------------------------------------------------
 
-@_api
 def ls(
         remote: bool = False,
         config: Optional[Config] = None,
-        patterns: Optional[Sequence[str]] = None,
+        patterns: _Names = None,
 ) -> List[str]:
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
 
@@ -7134,14 +5792,33 @@ def ls(
     """
     if isinstance(patterns, str):
         raise ConfigError("'patterns' must be a list")
-    config = config or Config.load()
-    if not remote:
-        return [name for name in _Home(config.home).names() if _matches(name, patterns)]
-    with contextlib.closing(_open_remote(config)) as store:
-        return sorted(obj.name for obj in store.list() if _matches(obj.name, patterns))
+    return [row['name'] for row in _list(remote, config or Config.load(), patterns, names_only=True)]
 
 
-def _matches(name: str, patterns: Optional[Sequence[str]]) -> bool:
+def _list(remote: bool, config: Config, patterns: _Names = None, names_only: bool = False) -> List[_Row]:
+    """As ls(), with what `etc ls -l` shows."""
+    def describe(store: _Remote, obj: _Object) -> _Row:
+        if names_only:
+            return {'name': obj.name}
+        try:
+            return _describe_remote(_Archive(store, obj, store.read_tail(obj)))
+        except (Error, OSError) as e:  # one that cannot be read must not hide the others
+            _say(str(e), _WARNING)
+            return _summary(obj.name, None, (), archive_size=obj.size, when=None)
+
+    def work(job: _Job) -> List[_Row]:
+        if not remote:
+            home = _Home(config.home)
+            names = [name for name in home.names() if _matches(name, patterns)]
+            return [{'name': name} if names_only else _describe_local(home, name) for name in names]
+        with _open_remote(config, job) as store, _Pool(job, config.connections) as pool:
+            objects = sorted(obj for obj in store.list() if _matches(obj.name, patterns))
+            return list(_ordered(pool, functools.partial(describe, store), objects, _for_all))
+
+    return _perform(None, work)
+
+
+def _matches(name: str, patterns: _Names) -> bool:
     import fnmatch
     try:
         return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -7149,13 +5826,12 @@ def _matches(name: str, patterns: Optional[Sequence[str]]) -> bool:
         return False
 
 
-@_api
 def info(
         name: str,
         remote: bool = False,
         config: Optional[Config] = None,
         progress: _Progress = None,
-) -> Dict[str, Any]:
+) -> _Row:
     """What is known of a dataset; of a remote one without downloading its data.
 
     Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local dataset
@@ -7165,29 +5841,28 @@ def info(
     Raises NotFound and other Errors.
     """
     config = config or Config.load()
-    name, pin = _parse_name(name)
-    if remote:
-        with contextlib.closing(_open_remote(config)) as store:
-            summary = _describe_remote(_find(store, name), with_readme=True)
-    else:
-        home = _Home(config.home)
-        if not home.has(name):
-            raise _not_installed_error(home, name)
-        summary = _describe_local(home, name, measure=True, progress=progress)
-        root = home.path(name)
-        summary.update(meta=_read_meta(root), readme=_read_readme(root))
-    _check_pin(name, pin, summary['digest'])
-    return summary
+    bare, pin = _parse_name(name)
+
+    def work(job: _Job) -> _Row:
+        if remote:
+            with _open_remote(config, job) as store:
+                archive = _find(store, bare)
+                summary = {**_describe_remote(archive), **_read_root_files(job, archive)}
+        else:
+            home = _Home(config.home)
+            _check_installed(home, bare)
+            summary = _describe_local(home, bare, job)
+            root = home.path(bare)
+            summary.update(meta=_read_meta(root), readme=_read_readme(root))
+        _check_pin(bare, pin, summary['digest'])
+        return summary
+
+    return _perform(progress, work)
 
 
-def _summary(
-        name: str,
-        digest: Optional[str],
-        segments: Sequence[_Segment],
-        **more: Any
-) -> Dict[str, Any]:
+def _summary(name: str, digest: Optional[str], segments: Sequence[_Segment], **more: Any) -> _Row:
     """What info() and _list() tell of all datasets. segments: empty if they are not known."""
-    summary: Dict[str, Any] = {'name': name, 'digest': digest, 'files': None, 'size': None, 'partitions': None}
+    summary: _Row = {'name': name, 'digest': digest, 'files': None, 'size': None, 'partitions': None}
     if segments:
         summary['files'] = sum(segment.files for segment in segments)
         summary['size'] = sum(segment.size for segment in segments)
@@ -7196,73 +5871,43 @@ def _summary(
     return summary
 
 
-def _describe_local(
-        home: _Home,
-        name: str,
-        measure: bool,
-        progress: _Progress = None,
-) -> Dict[str, Any]:
-    """From the receipt; without one, if `measure`, from the files."""
-    receipt = home.open(name, progress)[1] if measure else home.receipt(name)
+def _describe_local(home: _Home, name: str, job: Optional[_Job] = None) -> _Row:
+    """From the receipt; without one, with a job, from the files."""
     path = home.path(name)
+    receipt = home.open(name)[1] if job else home.receipt(name)
     source = receipt.source if receipt else None
     if path.is_symlink():
         source = Path(os.path.realpath(path)).as_uri()
-    digest = receipt.digest if receipt and not receipt.is_touched else None
-    segments = receipt.here() if receipt else []
-    if not digest and measure:
-        segments = _digest_segments(path, progress=progress)
-        digest = _dataset_digest(segments)
+    segments = receipt.here() if receipt else _digest_segments(job, path) if job else []
+    digest = receipt.digest if receipt else _dataset_digest(segments) if segments else None
     return _summary(name, digest, segments, root=str(path), source=source, when=receipt.when if receipt else None,
                     partial=bool(receipt and receipt.is_partial))
 
 
-def _describe_remote(archive: _StoredArchive, with_readme: bool = False) -> Dict[str, Any]:
+def _describe_remote(archive: _Archive) -> _Row:
     obj = archive.obj
     when = _utc(obj.modified) or None if obj.modified else None
-    summary = _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
-                       readme=None)
+    return _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
+                    readme=None)
+
+
+def _read_root_files(job: _Job, archive: _Archive) -> _Row:
+    """meta and readme of a remote dataset."""
     root_files = archive.segments[:1]
-    if with_readme and root_files:
-        if max(root_files[0].length, root_files[0].size) <= _META_LIMIT + _README_LIMIT:
-            import tempfile
-            with tempfile.TemporaryDirectory() as scratch:
-                install = _Install(_Home(Path(scratch)), obj.name, False, Path(scratch))  # which is never committed
-                install.root.mkdir()
-                archive.fetch(root_files, install, _Transfer())
-                summary.update(meta=_read_meta(install.root, archive.label), readme=_read_readme(install.root))
-    return summary
+    if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
+        return {}
+    import tempfile
+    with tempfile.TemporaryDirectory() as scratch:
+        install = _Install(_Home(Path(scratch)), archive.name, False, Path(scratch))  # which is never committed
+        install.root.mkdir()
+        archive.fetch(job, root_files, install)
+        return {'meta': _read_meta(install.root, archive.label), 'readme': _read_readme(install.root)}
 
 
-@_api
-def _list(remote: bool, config: Config, patterns: Optional[Sequence[str]] = None) -> List[Dict[str, Any]]:
-    """As ls(), with what `etc ls -l` shows."""
-    if not remote:
-        home = _Home(config.home)
-        names = ls(config=config, patterns=patterns)
-        return [_describe_local(home, name, measure=False) for name in names]
-
-    def describe(obj: _Object) -> Dict[str, Any]:
-        try:
-            return _describe_remote(_open_listed(store, obj))
-        except (Error, OSError) as e:  # one that cannot be read must not hide the others
-            _say(str(e), _WARNING)
-            return _summary(obj.name, None, (), archive_size=obj.size, when=None)
-
-    with contextlib.closing(_open_remote(config)) as store:
-        objects = sorted(obj for obj in store.list() if _matches(obj.name, patterns))
-        with _threads(min(config.connections, len(objects) or 1)) as pool, store.cancelled_on_error():
-            return list(_ordered(pool, describe, objects, 2 * config.connections))
-
-
-def _not_installed_error(home: _Home, name: str, remedy: str = '') -> NotFound:
-    return NotFound(f"no local dataset '{name}'",
-                    _did_you_mean(name, home.names()) or remedy or f"'etc pull {name}' would fetch it")
-
-
-def _partial_error(name: str, missing: Iterable[str]) -> NotFound:
-    return NotFound(f"'{name}' is only partly installed, without {', '.join(missing)}",
-                    f"'etc pull {name}' fetches the rest")
+def _check_installed(home: _Home, name: str, remedy: str = '') -> None:
+    if not home.has(name):
+        raise NotFound(f"no local dataset '{name}'",
+                       _did_you_mean(name, home.names()) or remedy or f"'etc pull {name}' would fetch it")
 
 
 def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
@@ -7271,58 +5916,49 @@ def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
         raise Corrupt(f"'{name}': expected digest {pin}, found {digest or 'none, as another tool packed it'}")
 
 
-def _check_partitions(partitions: Optional[Sequence[str]]) -> None:
+def _check_partitions(partitions: _Names) -> None:
     if isinstance(partitions, str) or partitions is not None and not partitions:
         raise InvalidDataset('partitions must be a list of one or more names')
 
 
-@_api
 def diff(
         a: str,
         b: str,
         remote: Union[bool, Tuple[bool, bool]] = False,
-        files: bool = False,
         config: Optional[Config] = None,
         progress: _Progress = None,
-) -> Dict[str, Any]:
+) -> _Row:
     """How dataset `b` differs from dataset `a`, without downloading any data.
 
     a, b: NAME, or NAME@sha256:... to insist on these contents. Of a partial dataset, what is not installed counts, too.
     remote: whether they are in the remote storage: both, or a pair, such as (False, True) for `b` alone.
-    files: compare the files, too, which takes two local datasets. progress: as for info(), for each of these readings.
+    progress: as for info(), for each of these readings.
     Keys: equal; a, b ({'name', 'remote', 'digest'}); segments ({path: {'status', 'a', 'b'}}), with the path '.' for the
     root's files, a directory, or data/<partition>, the status 'same', 'differs', 'new' (not in `a`) or 'gone' (not in
-    `b`), a and b {'files', 'size'} or None; files, if compared, alike, with {'size', 'link', 'executable'} or None, but
-    only what is not the same. Raises NotFound, Corrupt if a digest is another one, and other Errors.
+    `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors.
     """
     config = config or Config.load()
     remotes = (remote, remote) if isinstance(remote, bool) else remote
-    if files and any(remotes):
-        raise ConfigError('only local datasets can be compared file by file', 'pull the remote one first')
-    home = _Home(config.home)
-    sides = [('a', *_parse_name(a), remotes[0]), ('b', *_parse_name(b), remotes[1])]
-    for _, name, _, is_remote in sides:
-        if not is_remote and not home.has(name):
-            raise _not_installed_error(home, name)
-    found: Dict[str, Any] = {'equal': None, 'a': None, 'b': None}
-    known: Dict[str, Dict[str, _Segment]] = {}
-    for side, name, pin, is_remote in sorted(sides, key=lambda item: not item[3]):  # first what takes no time
-        segments = _remote_segments(config, name) if is_remote else _local_segments(home, name, progress)
-        known[side] = {segment.path: segment for segment in segments}
-        found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
-        _check_pin(name, pin, found[side]['digest'])
-    found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path), _Segment.amount,
-                                         lambda one, other: one.digest == other.digest)
-                         for path in sorted({**known['a'], **known['b']}, key=_segment_order)}
-    unlike = [path for path, row in found['segments'].items() if row['status'] != 'same']
-    found['equal'] = not unlike
-    total = sum(known['a'][path].size for path in unlike if path in known['a'])
-    found['files'] = _compare_files(home, [name for _, name, _, _ in sides], unlike, progress, total) if files else None
-    return found
+
+    def work(job: _Job) -> _Row:
+        found: _Row = {'equal': None}
+        known: List[Dict[str, _Segment]] = []
+        for side, name, is_remote in zip('ab', (a, b), remotes):
+            name, pin = _parse_name(name)
+            segments = (_stored_segments if is_remote else _local_segments)(job, config, name)
+            known.append({segment.path: segment for segment in segments})
+            found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
+            _check_pin(name, pin, found[side]['digest'])
+        paths = sorted({**known[0], **known[1]}, key=_segment_order)
+        found['segments'] = {path: _contrast(*[segments.get(path) for segments in known]) for path in paths}
+        found['equal'] = all(row['status'] == 'same' for row in found['segments'].values())
+        return found
+
+    return _perform(progress, work)
 
 
-def _remote_segments(config: Config, name: str) -> Sequence[_Segment]:
-    with contextlib.closing(_open_remote(config)) as store:
+def _stored_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
+    with _open_remote(config, job) as store:
         archive = _find(store, name)
     if not archive.segments:
         raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
@@ -7330,66 +5966,24 @@ def _remote_segments(config: Config, name: str) -> Sequence[_Segment]:
     return archive.segments
 
 
-def _local_segments(home: _Home, name: str, progress: _Progress) -> Sequence[_Segment]:
-    """Of the whole dataset, from its receipt; otherwise from the files, and of what is not installed from the receipt.
-    """
-    _, receipt = home.open(name, progress)
-    if receipt and not receipt.is_touched:
-        return receipt.segments
-    known = [segment for segment in receipt.segments if segment.path not in receipt.installed] if receipt else []
-    known += _digest_segments(home.path(name), progress=progress)
-    return sorted({segment.path: segment for segment in known}.values(), key=lambda one: _segment_order(one.path))
+def _local_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
+    """Of the whole dataset, from its receipt; otherwise from the files."""
+    home = _Home(config.home)
+    _check_installed(home, name)
+    _, receipt = home.open(name)
+    return receipt.segments if receipt else _digest_segments(job, home.path(name))
 
 
-def _contrast(a: Any, b: Any, describe: Callable[[Any], Any], is_same: Callable[[Any, Any], bool]) -> Dict[str, Any]:
+def _contrast(a: Optional[_Segment], b: Optional[_Segment]) -> _Row:
     """What diff() tells of what has one path in both datasets; None where there is nothing."""
-    status = 'new' if a is None else 'gone' if b is None else 'same' if is_same(a, b) else 'differs'
-    return {'status': status, 'a': None if a is None else describe(a), 'b': None if b is None else describe(b)}
+    status = 'new' if a is None else 'gone' if b is None else 'same' if a.digest == b.digest else 'differs'
+    return {'status': status, 'a': a and a.amount(), 'b': b and b.amount()}
 
 
-def _compare_files(
-        home: _Home,
-        names: Sequence[str],
-        paths: Sequence[str],
-        progress: _Progress,
-        total: int,
-) -> Dict[str, Any]:
-    """What diff() tells of files in these segments of two local datasets. total: bytes of them in the first one."""
-    import heapq
-    listings = []
-    for name in names:
-        receipt = home.receipt(name)
-        known = [segment.path for segment in receipt.segments if segment.path in paths] if receipt else []
-        if receipt and receipt.missing(known):
-            raise _partial_error(name, receipt.missing(known))
-        listings.append(dict(_segments(home.path(name), paths)))
-
-    def pairs() -> Iterator[Tuple[str, Optional[_Entry], Optional[_Entry]]]:  # of millions, which it does not keep
-        for path in paths:
-            both = [zip(itertools.repeat(side), listing.get(path, ())) for side, listing in enumerate(listings)]
-            merged = heapq.merge(*both, key=lambda item: item[1].name.rstrip('/').split('/'))
-            for name, items in itertools.groupby(merged, lambda item: item[1].name):
-                pair = dict(items)
-                yield name, pair.get(0), pair.get(1)
-
-    def describe(entry: _Entry) -> Dict[str, Any]:
-        return {'size': None if entry.kind == _DIRECTORY else entry.size, 'link': entry.link or None,
-                'executable': entry.kind == _FILE and entry.mode == 0o755}
-
-    def is_same(a: _Entry, b: _Entry) -> bool:
-        spans = ((start, min(start + _BLOCK, a.size)) for start in range(0, a.size, _BLOCK))
-        return a[:-1] == b[:-1] and all(_read_file(a, *span) == _read_file(b, *span) for span in spans)
-
-    compared = _reported(pairs(), lambda item: item[1].size if item[1] else 0, progress, total)
-    rows = ((name, _contrast(a, b, describe, is_same)) for name, a, b in compared)
-    return {name: row for name, row in rows if row['status'] != 'same'}
-
-
-@_api
 def dataset(
         name: str,
         auto_install: bool = False,
-        partitions: Optional[Sequence[str]] = None,
+        partitions: _Names = None,
         config: Optional[Config] = None,
         progress: _Progress = None,
         auto_pull: bool = False,
@@ -7406,85 +6000,86 @@ def dataset(
     config = config or Config.load()
     bare, pin = _parse_name(name)
     home = _Home(config.home)
-    is_installed = home.has(bare)
-    receipt = home.receipt(bare)
-    missing = receipt.missing(_paths_of(bare, receipt.segments, partitions)) if receipt else []
-    if (auto_install or auto_pull) and (not is_installed or missing):
-        return _pull(name, False, partitions, config, progress)
-    if not is_installed:
-        raise _not_installed_error(home, bare)
-    local, _ = home.open(bare)
-    if pin:
-        _check_pin(bare, pin, local.digest)
-    for partition in partitions or ():
-        local[partition]  # raises UnknownPartition
-    if missing:
-        raise _partial_error(bare, missing)
-    return local
+
+    def work(job: _Job) -> Dataset:
+        is_installed = home.has(bare)
+        receipt = home.receipt(bare) if is_installed else None
+        missing = receipt.missing(_paths_of(bare, receipt.segments, partitions)) if receipt else []
+        if (auto_install or auto_pull) and (not is_installed or missing):
+            return _pull(job, name, False, partitions, config)
+        _check_installed(home, bare)
+        local, _ = home.open(bare)
+        if pin:
+            _check_pin(bare, pin, _digest_of(job, local, receipt))
+        if missing:
+            raise NotFound(f"'{bare}' is only partly installed, without {', '.join(missing)}",
+                           f"'etc pull {bare}' fetches the rest")
+        for partition in partitions or ():
+            local[partition]  # raises UnknownPartition
+        return local
+
+    return _perform(progress, work)
 
 
-@_api
 def pull(
         name: str,
         force: bool = False,
-        partitions: Optional[Sequence[str]] = None,
+        partitions: _Names = None,
         config: Optional[Config] = None,
         progress: _Progress = None,
 ) -> Dataset:
     """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
-    force: replace other contents of that name.
-    progress: is called with (done, total), bytes of the archive, in the thread that called pull(), at most some hundred
-        times a second; what it raises ends the pull.
-    What a partial install has already is not fetched again.
+    force: replace other contents of that name, and repair those that are the same.
+    progress: is called with (done, total), bytes that are to be moved, in the thread that called pull(), ten times a
+        second; what it raises ends the pull.
+    What is installed already, in whatever dataset, is not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
     _check_partitions(partitions)
-    return _pull(name, force, partitions, config or Config.load(), progress)
+    return _perform(progress, _pull, name, force, partitions, config or Config.load())
 
 
-def _pull(
-        name: str,
-        force: bool,
-        partitions: Optional[Sequence[str]],
-        config: Config,
-        progress: _Progress,
-) -> Dataset:
+def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config) -> Dataset:
     name, pin = _parse_name(name)
     started = time.monotonic()
     home = _Home(config.home)
-    with contextlib.closing(_open_remote(config)) as store, home.lock(name):
+    here_already = f"'{name}' is installed already; 'etc verify {name}' reads it again"
+    with _open_remote(config, job) as store, home.lock(job, name):
         archive = _find(store, name)
         if archive.digest:
             _check_pin(name, pin, archive.digest)
         wanted = archive.wanted(partitions)
-        is_same: Optional[bool] = None
-        if home.has(name) and not force:
+        is_same = receipt = None
+        if home.has(name):
             local, receipt = home.open(name)
-            is_same = archive.has_contents_of(local, receipt)
-            if is_same is False:
+            if receipt or not force:
+                is_same = archive.is_same(job, local, receipt)
+            if is_same is False and not force:
                 raise _taken_error(name, f"'etc pull -f {name}' replaces it")
-            if is_same and not (receipt and receipt.missing(segment.path for segment in wanted)):
+            if is_same and not force and not (receipt and receipt.missing(segment.path for segment in wanted)):
                 if pin:
-                    _check_pin(name, pin, local.digest)
-                _say(f"'{name}' is installed already, and identical")
+                    _check_pin(name, pin, _digest_of(job, local, receipt))
+                if not receipt and (home.inner / 'receipts').exists() and not local.root.is_symlink():
+                    archive.receipt(archive.segments).write(local.root)  # as 1.0 kept them elsewhere
+                _say(here_already)
                 return local
-            wanted = archive.wanted(partitions, receipt)
+            if is_same:
+                wanted = archive.wanted(partitions, receipt)
         with home.installing(name, replace=force or bool(is_same)) as install:
-            reused = archive.extract(install, wanted, progress)
+            reused = archive.extract(job, install, wanted)
             _check_pin(name, pin, archive.digest)
             new = archive.receipt(wanted)
             is_new = install.commit(new)
-        if is_new:
-            _say(f'pulled {name}: {_tally(new.here(), started, reused)}')
-        else:
-            _say(f"'{name}' is installed already, and identical")
+        old = f'; it replaces {receipt.digest}' if receipt and receipt.digest != new.digest else ''
+        place = home.path(name)
+        _say(f'pulled {name} to {place}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
         _say(f'{name}@{archive.digest}', _DEBUG)
-        return Dataset(home.path(name), name, archive.digest)
+        return home.dataset(name, new)
 
 
-def _tally(segments: Sequence[_Segment], started: float, reused: Iterable[str] = (), place: str = 'here') -> str:
+def _tally(segments: Sequence[_Segment], started: float, reused: Container[str] = (), place: str = 'here') -> str:
     """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
     had = sum(segment.size for segment in segments if segment.path in reused)
@@ -7494,7 +6089,6 @@ def _tally(segments: Sequence[_Segment], started: float, reused: Iterable[str] =
     return f'{files}, {_size(size)} in {_duration(seconds)}{more}'
 
 
-@_api
 def push(
         name: str,
         force: bool = False,
@@ -7509,36 +6103,35 @@ def push(
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
     """
     config = config or Config.load()
-    name, pin = _parse_name(name)
+    bare, pin = _parse_name(name)
     started = time.monotonic()
     home = _Home(config.home)
-    if not home.has(name):
-        raise _not_installed_error(home, name, f"'etc register DIR {name}' gives a directory that name")
-    local, receipt = home.open(name)
-    if receipt and receipt.is_partial:
-        raise InvalidDataset(f"'{name}' is only partly installed, so it cannot be pushed",
-                             f"'etc pull {name}' fetches the rest")
-    if pin:
-        _check_pin(name, pin, local.digest)
-    with contextlib.closing(_open_remote(config)) as store:
-        if not force and _is_stored_already(store, local, receipt):
-            return local.digest
-        try:
-            pushed = _write_archive(store, local, not force, config.compression_level, progress)
-        except _NameTaken:
-            _explain_taken(store, local, receipt)
-            return local.digest
-    segments = pushed.segments
-    _say(f"pushed {name} to {store.url}: {_tally(segments.segments, started, pushed.copies, 'there')}")
-    _say(f'{name}@{segments.digest()}', _DEBUG)
-    return segments.digest()
+
+    def work(job: _Job) -> str:
+        _check_installed(home, bare, f"'etc register DIR {bare}' gives a directory that name")
+        local, receipt = home.open(bare)
+        if receipt and receipt.is_partial:
+            raise InvalidDataset(f"'{bare}' is only partly installed, so it cannot be pushed",
+                                 f"'etc pull {bare}' fetches the rest")
+        expected = receipt.digest if receipt else pin and _digest_of(job, local, None)
+        _check_pin(bare, pin, expected)
+        with _open_remote(config, job) as store:
+            if not force and _is_stored(job, store, local, receipt):
+                return _digest_of(job, local, receipt)
+            try:
+                segments, copies = _write_archive(job, store, local, expected, not force, config.compression_level)
+            except _NameTaken:
+                _explain_taken(job, store, local, receipt)
+                return _digest_of(job, local, receipt)
+        _say(f"pushed {bare} to {store.url}: {_tally(segments, started, copies, 'there')}")
+        digest = _dataset_digest(segments)
+        _say(f'{bare}@{digest}', _DEBUG)
+        return digest
+
+    return _perform(progress, work)
 
 
-def _is_stored_already(
-        store: _Remote,
-        local: Dataset,
-        receipt: Optional[_Receipt],
-) -> Optional[bool]:
+def _is_stored(job: _Job, store: _Remote, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
     """Whether the remote has this very dataset; None if it may not look, but the condition of the write decides.
 
     Raises Exists if it has another one of that name.
@@ -7551,16 +6144,16 @@ def _is_stored_already(
         raise
     if archive is None:
         return False
-    if not archive.has_contents_of(local, receipt):
+    if not archive.is_same(job, local, receipt):
         raise Exists(f"another '{local.name}' is in {store.url} already",
                      f"push it under another name, or 'etc push -f {local.name}' replaces it")
     _say(f"'{local.name}' is in {store.url} already, and identical")
     return True
 
 
-def _explain_taken(store: _Remote, local: Dataset, receipt: Optional[_Receipt]) -> None:
+def _explain_taken(job: _Job, store: _Remote, local: Dataset, receipt: Optional[_Receipt]) -> None:
     """After a write that was refused because of the name: raises an error, unless this very dataset is there."""
-    is_stored = _is_stored_already(store, local, receipt)
+    is_stored = _is_stored(job, store, local, receipt)
     if is_stored is None:
         raise Exists(f"'{local.name}' is in {store.url} already, and these credentials cannot read it to "
                      'compare', 'push it under another name') from None
@@ -7569,7 +6162,6 @@ def _explain_taken(store: _Remote, local: Dataset, receipt: Optional[_Receipt]) 
                           'try again when it has ended') from None
 
 
-@_api
 def register(
         directory: _Path,
         name: Optional[str] = None,
@@ -7585,62 +6177,56 @@ def register(
     progress: as for pull(), but of the bytes of the files that have been copied.
     Raises InvalidDataset, Exists and other Errors.
     """
-    config = config or Config.load()
+    return _perform(progress, _give_name, directory, name, force, copy, config or Config.load())
+
+
+def _give_name(job: _Job, directory: _Path, name: Optional[str], force: bool, copy: bool, config: Config) -> Dataset:
     root = Path(os.path.realpath(_check_path(directory)))
-    _check_arguments_order(root, name)
     if name is None:
         _validate(root)  # first, or a part of a URL might be taken for a name, and shown
+    elif not _is_name(name) and not root.exists() and os.path.isdir(name):  # as in `etc register NAME DIR`
+        raise InvalidDataset(f'no directory {_masked(str(root))}',
+                             f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
     name, pin = _parse_name(root.name if name is None else name)
     local = Dataset(root, name)
     if pin:
-        _check_pin(name, pin, local.digest)
+        _check_pin(name, pin, _digest_of(job, local, None))
     home = _Home(config.home)
-    installed = os.path.realpath(home.path(name))
-    is_inside = root == Path(installed) or Path(installed) in root.parents
-    if is_inside and not copy and not home.path(name).is_symlink():
+    installed = Path(os.path.realpath(home.path(name)))
+    if installed in (root, *root.parents) and not copy and not home.path(name).is_symlink():
         raise InvalidDataset(f"{root} is what is installed as '{name}'", 'use --copy, or another directory')
     if home.has(name) and not force:
-        if not copy and installed == str(root):
-            _say(f"'{name}' is registered already")
-            return Dataset(home.path(name), name)
-        raise _taken_error(name)
-    if copy:
-        return _install_copy(home, name, root, force, progress)
-    try:
-        with home.changes():
-            home.link(root, name, force)
-    except FileExistsError:
-        raise _taken_error(name) from None
-    _say(f"registered '{name}': {root}")
+        if copy or installed != root:
+            raise _taken_error(name)
+        _say(f"'{name}' is registered already")
+        return Dataset(home.path(name), name)
+    started = time.monotonic()
+    with home.installing(name, force) as install:
+        if copy:
+            segments = _copy(job, root, install)
+            install.commit(_new_receipt(name, segments, segments, root.as_uri(), ''))
+        else:
+            _symlink(root, install.root, "'etc register --copy' installs a copy")
+            install.commit()
+    _say(f'copied {name}: {_tally(segments, started)}' if copy else f"registered '{name}': {root}")
     return Dataset(home.path(name), name)
 
 
-def _check_arguments_order(root: Path, name: Optional[str]) -> None:
-    """As in `etc register NAME DIR`."""
-    if name is not None and not _is_name(name) and not root.exists() and os.path.isdir(name):
-        raise InvalidDataset(f'no directory {_masked(str(root))}',
-                             f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
-
-
-def _install_copy(home: _Home, name: str, root: Path, force: bool, progress: _Progress) -> Dataset:
+def _copy(job: _Job, root: Path, install: _Install) -> List[_Segment]:
     """Copy a dataset as if it had been pushed and pulled."""
-    started = time.monotonic()
-    survey = _survey(root)
+    survey = _Survey(root)
+    job.begin(survey.size)
 
     def blocks() -> Iterator[_Block]:
-        for block in processed:
+        for block in _process(job, pool, survey.listing(), bytes):
+            job.add(block.plan.file_bytes())
             yield _Block(block.plan.path, 0, block.result, block.digest)
 
-    with home.installing(name, force) as install:
-        with _threads(_cores()) as pool, contextlib.closing(
-                _process(survey.listing(), bytes, pool, progress, survey.size)) as processed:
-            segments = _extract(blocks(), None, _Sink(install.root), pool)
-        install.commit(_new_receipt(segments, [segment.path for segment in segments], root.as_uri(), ''))
-    _say(f'copied {name}: {_tally(segments, started)}')
-    return Dataset(home.path(name), name)
+    install.root.mkdir()
+    with _Pool(job, _cores()) as pool:
+        return _extract(blocks(), {}, _Sink(install.root))
 
 
-@_api
 def create(
         name: str,
         partitions: Sequence[str] = ('train', 'test'),
@@ -7657,15 +6243,18 @@ def create(
         if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
             raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
     home = _Home(config.home)
-    with home.installing(name, force) as install:
-        for partition in set(partitions):
-            os.makedirs(_join(install.root, 'data/' + partition))
-        install.commit()
+
+    def work(job: _Job) -> None:
+        with home.installing(name, force) as install:
+            for partition in set(partitions):
+                os.makedirs(_join(install.root, 'data/' + partition))
+            install.commit()
+
+    _perform(None, work)
     _say(f"created '{name}'; now fill {home.path(name) / 'data'}")
     return Dataset(home.path(name), name)
 
 
-@_api
 def verify(name: str, config: Optional[Config] = None, progress: _Progress = None) -> str:
     """Read all files of a local dataset and return their digest.
 
@@ -7673,33 +6262,35 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
     created dataset has nothing to be compared with.
     progress: as for pull(), but of the bytes of the files that have been read.
     """
-    config = config or Config.load()
-    name, pin = _parse_name(name)
+    home = _Home((config or Config.load()).home)
+    bare, pin = _parse_name(name)
     started = time.monotonic()
-    home = _Home(config.home)
-    if not home.has(name):
-        raise _not_installed_error(home, name)
-    _, receipt = home.open(name)
-    found = _digest_segments(home.path(name), progress=progress)
-    digest = _dataset_digest(found)
-    outcome = 'nothing known to compare it with'
-    if receipt:
-        _compare(home, name, receipt, found)
-        digest = receipt.digest
-        outcome = 'partly installed, and unchanged' if receipt.is_partial else 'complete and unchanged'
-    _check_pin(name, pin, digest)
-    if pin:
-        outcome = 'the expected digest'
-    _say(f'verified {name}: {outcome}; {_tally(found, started)}')
-    _say(f'{name}@{digest}', _DEBUG if receipt else _INFO)
-    return digest
+
+    def work(job: _Job) -> str:
+        _check_installed(home, bare)
+        _, receipt = home.open(bare)
+        found = _digest_segments(job, home.path(bare))
+        digest = _dataset_digest(found)
+        outcome = 'nothing known to compare it with'
+        if receipt:
+            _compare(home, bare, receipt, found)
+            digest = receipt.digest
+            outcome = 'partly installed, and unchanged' if receipt.is_partial else 'complete and unchanged'
+        _check_pin(bare, pin, digest)
+        if pin:
+            outcome = 'the expected digest'
+        _say(f'verified {bare}: {outcome}; {_tally(found, started)}')
+        _say(f'{bare}@{digest}', _DEBUG if receipt else _INFO)
+        return digest
+
+    return _perform(progress, work)
 
 
 def _compare(home: _Home, name: str, receipt: _Receipt, found: Iterable[_Segment]) -> None:
     """Raises Corrupt unless the files are what was installed."""
     digests = {segment.path: segment.digest for segment in found}
     promised = {segment.path: segment.digest for segment in receipt.here()}
-    wrong = sorted(path for path in set(digests) | set(promised) if digests.get(path) != promised.get(path))
+    wrong = sorted(path for path in {**digests, **promised} if digests.get(path) != promised.get(path))
     if not wrong:
         return
     remedy = f"'etc pull -f {name}' repairs it" if receipt.version else 'register it again'
@@ -7709,7 +6300,6 @@ def _compare(home: _Home, name: str, receipt: _Receipt, found: Iterable[_Segment
     raise Corrupt(f"'{name}' is not what was installed: {', '.join(wrong)} {verb}", remedy)
 
 
-@_api
 def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -> None:
     """Remove a local dataset, or, without asking, one in the remote storage. A registered directory is not touched.
 
@@ -7721,385 +6311,75 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
     if remote:
         _purge_remote(name, config)
         return
-    name, pin = _parse_name(name)
     home = _Home(config.home)
-    if not home.has(name):
-        raise _not_installed_error(home, name, "'etc ls' lists what there is")
-    if pin:
-        _check_pin(name, pin, home.open(name)[0].digest)
-    with home.changes():
-        home.remove(name)
-    _say(f"purged '{name}'")
+    bare, pin = _parse_name(name)
+
+    def work(job: _Job) -> None:
+        _check_installed(home, bare, "'etc ls' lists what there is")
+        if pin:
+            _check_pin(bare, pin, _digest_of(job, *home.open(bare)))
+        with home.changes():
+            home.remove(bare)
+
+    _perform(None, work)
+    _say(f"purged '{bare}'")
 
 
-@_api
 def _purge_remote(name: str, config: Config, confirm: Optional[Callable[[str], None]] = None) -> None:
     """Remove the version of a remote dataset that is there now.
 
     confirm: is called with a description of it before, and may raise an Error.
     """
-    name, pin = _parse_name(name)
-    with contextlib.closing(_open_remote(config)) as store:
-        store.check_writable()
-        if pin:
-            archive = _find(store, name)
-            _check_pin(name, pin, archive.digest)
-        obj = archive.obj if pin else store.stat(name)  # which finds damaged archives, too
-        if obj is None:
-            raise _not_stored_error(store, name)
-        if confirm:
-            confirm(f"'{name}' ({_size(obj.size)}) in {store.url}")
-        is_kept = store.remove(obj)
-    _say(f"purged '{name}' from {store.url}" + ', which keeps it as an old version' * is_kept)
+    bare, pin = _parse_name(name)
+
+    def find(job: _Job) -> Tuple[_Object, str]:
+        with _open_remote(config, job) as store:
+            store.check_writable()
+            archive = _find(store, bare) if pin else None
+            _check_pin(bare, pin, archive.digest if archive else pin)
+            obj = archive.obj if archive else store.stat(bare)  # which finds damaged archives, too
+            if obj is None:
+                raise _not_stored_error(store, bare)
+            return obj, store.url
+
+    def remove(job: _Job) -> bool:
+        with _open_remote(config, job) as store:
+            return store.remove(obj)
+
+    obj, url = _perform(None, find)
+    if confirm:
+        confirm(f"'{bare}' ({_size(obj.size)}) in {url}")
+    is_kept = _perform(None, remove)
+    _say(f"purged '{bare}' from {url}" + ', which keeps it as an old version' * is_kept)
 
 
 # ---------------------------------------------------------------------------------------
 # Command line
 #
-# Each command parses its arguments, calls one function of the API, and prints what that returns.
+# Each command calls one function of the API, and prints what that returns. Parser, overview and help are made from its
+# row in _COMMANDS.
 # ---------------------------------------------------------------------------------------
 
 _README_LINES = 20  # that `etc info` shows
-_COMPLETION_TIMEOUT = 3  # seconds that shell completion waits for names
-
-
-def _version_line() -> str:
-    return f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})'
-
-
-def _parser(argv: Sequence[str] = ()) -> Any:
-    """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
-    import argparse
-    is_help = any(re.match('-[a-z]*h|--he', word) for word in argv)
-
-    # Without a width, argparse loads modules to ask how wide the terminal is, even where it shows no help.
-    formatter: Any = functools.partial(argparse.RawDescriptionHelpFormatter, width=None if is_help else 80)
-
-    class Parser(argparse.ArgumentParser):
-        """Also keeps what completion and the overview need."""
-
-        what = ''
-        examples: Sequence[Tuple[str, str]] = ()
-        completes = ''  # whether its arguments are 'local', 'remote' or, with -r before each remote one, 'either' names
-        commands: Any  # argparse's action that holds the commands
-
-        def __init__(self, **kwargs: Any) -> None:
-            self.flags: List[str] = []
-            self.flags_with_value: List[str] = []
-            super().__init__(formatter_class=formatter, **kwargs)
-
-        def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-            action = super().add_argument(*args, **kwargs)
-            self.flags += action.option_strings
-            if action.nargs is None:
-                self.flags_with_value += action.option_strings
-            return action
-
-        def error(self, message: str) -> Any:
-            unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
-            if unknown:
-                self.fail(f"no command '{unknown.group(1)}'", _did_you_mean(unknown.group(1), _COMMANDS))
-            self.fail(message.replace('the following arguments are required:', f"'{self.prog}' needs"))
-
-        def fail(self, message: str, remedy: str = '') -> None:
-            _console.show(Error(_masked(message), f"{remedy} '{self.prog} -h' shows how".lstrip()))
-            sys.exit(2)
-
-    parser = Parser(prog='etc', description='Share immutable datasets through cloud storage.',
-                    epilog="For help on a command, run 'etc COMMAND -h'.")
-    parser.set_defaults(config=None, url=None, home=None, quiet=False, verbose=False, names=[None])
-    wants_version = any(word.startswith('--vers') for word in argv)
-    parser.add_argument('--version', action='version', version=_version_line() if wants_version else '')
-    parser.commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND')
-    named = () if is_help else _COMMANDS.keys() & set(argv)
-    for name in named or _COMMANDS:
-        _COMMANDS[name](functools.partial(_add_command, parser.commands, name))
-    for each in (parser, *parser.commands.choices.values()):
-        _add_common_flags(each)
-    return parser
-
-
-_AddCommand = Callable[..., Any]
-
-
-def _add_command(
-        commands: Any,
-        name: str,
-        words: str,
-        what: str,
-        run: Callable[..., Optional[int]],
-        examples: Sequence[Tuple[str, str]],
-) -> Any:
-    """Add a command. words: its arguments. what: it does. run: does it, with (args, name, config).
-
-    run() may return an exit status.
-    """
-    lines = [f'  {example:33}  {note}'.rstrip() for example, note in examples]
-    command = commands.add_parser(
-        name, help=what, usage=f'etc {name} {words} [options]'.replace('  ', ' '),
-        description=what[0].upper() + what[1:] + '.', epilog='examples:\n' + '\n'.join(lines))
-    command.what = what
-    command.examples = examples
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_common_flags(parser: Any) -> None:
-    """The flags that may precede a command or follow it."""
-    import argparse
-    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-
-    add('--config', metavar='FILE', help='settings file, instead of $ETC_CONFIG or ~/.etc.yaml')
-    add('--url', help='where datasets are shared, instead of $ETC_URL or the settings')
-    add('--home', metavar='DIR', help='local store, instead of $ETC_HOME, the settings or ~/.etc')
-    add('-q', '--quiet', action='store_true', help='show nothing but errors')
-    add('-v', '--verbose', action='store_true', help='show more, with a traceback of an error')
-
-
-def _add_force(command: Any) -> None:
-    command.add_argument('-f', '--force', action='store_true', help='replace a different dataset of that name')
-
-
-def _add_remote(command: Any) -> None:
-    command.add_argument('-r', '--remote', action='store_true', help='in the remote storage')
-
-
-def _add_json(command: Any) -> None:
-    command.add_argument('--json', action='store_true', help='as JSON')
-
-
-# The commands: for each, what argparse is to know, and what to do
-
-def _add_register(add: _AddCommand) -> None:
-    command = add('DIR [as] [NAME]', 'give a directory a name', _run_register, [
-        ('etc register ./digits MNIST', 'it stays where it is'),
-        ('etc register ./digits as MNIST', 'the same'),
-        ('etc register --copy ./digits MNIST', 'install a read-only copy of it')])
-    command.add_argument('words', nargs='+', metavar='DIR')
-    _add_force(command)
-    command.add_argument('--copy', action='store_true', help='install a read-only copy instead of a link')
-
-
-def _run_register(args: Any, _: None, config: Config) -> None:
-    directory, name = args.words
-    register(directory, name, args.force, args.copy, config, _meter(f'copying {directory}'))
-
-
-def _add_push(add: _AddCommand) -> None:
-    command = add('NAME...', 'share local datasets', _run_push, [
-        ('etc push MNIST', ''),
-        ('etc push -f MNIST', 'replace a different dataset of that name')])
-    command.add_argument('names', nargs='+', metavar='NAME')
-    command.completes = 'local'
-    _add_force(command)
-
-
-def _run_push(args: Any, name: str, config: Config) -> None:
-    push(name, args.force, config, _meter(f'pushing {name}'))
-
-
-def _add_ls(add: _AddCommand) -> None:
-    command = add('[PATTERN...]', 'list datasets', _run_ls, [
-        ('etc ls -r', 'what is shared'),
-        ('etc ls', 'what is here'),
-        ("etc ls -r 'MNIST*'", 'whose names match'),
-        ('etc ls -l', 'with size, files, when and digest')])
-    command.add_argument('patterns', nargs='*', metavar='PATTERN', help='only names that match, with *, ? and [...]')
-    command.completes = 'local'
-    _add_remote(command)
-    command.add_argument('-l', '--long', action='store_true', help='with size, files, when and digest')
-    _add_json(command)
-
-
-def _run_ls(args: Any, _: None, config: Config) -> None:
-    patterns = args.patterns or None
-    is_short = not (args.long or args.json)
-    summaries = [] if is_short else _list(args.remote, config, patterns)
-    names = ls(args.remote, config, patterns) if is_short else [summary['name'] for summary in summaries]
-    if args.json:
-        _print(json.dumps(summaries, indent=1))
-    elif args.long:
-        _print_list(summaries)
-    else:
-        for name in names:
-            _print(name)
-    unmatched = [pattern for pattern in args.patterns if not any(_matches(name, [pattern]) for name in names)]
-    if unmatched:
-        where = f"in {_masked(config.url or '')}" if args.remote else 'here'
-        raise NotFound(f"no dataset {where} matches {' or '.join(map(repr, map(_masked, unmatched)))}",
-                       'use --url for a URL' if '://' in unmatched[0] else
-                       _did_you_mean(unmatched[0], ls(args.remote, config)))
-
-
-def _add_pull(add: _AddCommand) -> None:
-    command = add('NAME...', 'install remote datasets', _run_pull, [
-        ('etc pull MNIST', ''),
-        ('etc pull MNIST -p test', 'only one partition; the rest may follow later'),
-        ('etc pull -f MNIST', 'replace a different dataset of that name'),
-        ('etc pull MNIST@sha256:...', 'insist on these contents')])
-    command.add_argument('names', nargs='+', metavar='NAME')
-    command.completes = 'remote'
-    _add_force(command)
-    command.add_argument('-p', '--partition', action='append', dest='partitions', metavar='PARTITION',
-                         help='only this partition (can be repeated)')
-
-
-def _run_pull(args: Any, name: str, config: Config) -> None:
-    pull(name, args.force, args.partitions, config, _meter(f'pulling {name}'))
-
-
-def _add_info(add: _AddCommand) -> None:
-    command = add('NAME', 'show what is known of a dataset', _run_info, [
-        ('etc info MNIST', ''),
-        ('etc info -r MNIST', 'of a remote one, without downloading its data')])
-    command.add_argument('names', nargs=1, metavar='NAME')
-    command.completes = 'local'
-    _add_remote(command)
-    _add_json(command)
-
-
-def _run_info(args: Any, name: str, config: Config) -> None:
-    summary = info(name, args.remote, config, _meter(f'reading {name}'))
-    if args.json:
-        _print(json.dumps(summary, indent=1))
-    else:
-        _print_info(summary)
-
-
-def _add_diff(add: _AddCommand) -> None:
-    import argparse
-
-    class Side(argparse.Action):
-        """Keeps the names in the order in which they were typed, with -r or without."""
-
-        def __call__(self, parser: Any, args: Any, values: Any, flag: Optional[str] = None) -> None:
-            args.sides += tuple((name, flag is not None) for name in values)
-
-    command = add('[-r] A [-r] B', 'show what of a dataset is the same, differs, is new or gone', _run_diff, [
-        ('etc diff MNIST -r MNIST', 'what is here, and what is shared'),
-        ('etc diff -r MNIST -r MNIST2', 'both are remote'),
-        ('etc diff --files MNIST MNIST2', 'file by file')])
-    command.set_defaults(sides=())
-    command.add_argument('sides', nargs='*', action=Side, default=(), metavar='NAME', help='a local dataset')
-    command.add_argument('-r', '--remote', nargs=1, action=Side, dest='sides', default=(), metavar='NAME',
-                         help='a remote dataset, for which nothing but its index is read')
-    command.add_argument('--files', action='store_true', help='each file that is not the same, of two local datasets')
-    command.completes = 'either'
-    _add_json(command)
-
-
-def _run_diff(args: Any, _: None, config: Config) -> int:
-    (a, is_a_remote), (b, is_b_remote) = args.sides
-    found = diff(a, b, (is_a_remote, is_b_remote), args.files, config, _meter(f'comparing {a} with {b}'))
-    if args.json and not args.quiet:
-        _print(json.dumps(found, indent=1))
-    elif not args.quiet:
-        _print_diff(found)
-    return 0 if found['equal'] else 1
-
-
-def _add_verify(add: _AddCommand) -> None:
-    command = add('NAME...', 'read all files again and compare them with the digest', _run_verify, [
-        ('etc verify MNIST', ''),
-        ('etc verify MNIST@sha256:...', 'with this digest')])
-    command.add_argument('names', nargs='+', metavar='NAME')
-    command.completes = 'local'
-
-
-def _run_verify(args: Any, name: str, config: Config) -> None:
-    verify(name, config, _meter(f'verifying {name}'))
-
-
-def _add_create(add: _AddCommand) -> None:
-    command = add('NAME [PARTITION...]', 'make an empty dataset to fill', _run_create, [
-        ('etc create MNIST', 'with the partitions train and test'),
-        ('etc create MNIST train val test', '')])
-    command.add_argument('names', nargs=1, metavar='NAME')
-    command.add_argument('partitions', nargs='*', default=(), metavar='PARTITION')
-    _add_force(command)
-
-
-def _run_create(args: Any, name: str, config: Config) -> None:
-    create(name, args.partitions or ('train', 'test'), args.force, config)
-
-
-def _add_purge(add: _AddCommand) -> None:
-    command = add('NAME...', 'remove local datasets, or with -r remote ones', _run_purge, [
-        ('etc purge MNIST', 'a registered directory itself is not touched'),
-        ('etc purge -r MNIST', 'from the remote storage, after a question'),
-        ('etc purge -r MNIST@sha256:...', 'only if it has these contents')])
-    command.add_argument('names', nargs='+', metavar='NAME')
-    command.completes = 'local'
-    _add_remote(command)
-    command.add_argument('-f', '--force', action='store_true', help='with -r: do not ask')
-    command.set_defaults(fail=command.fail)
-
-
-def _run_purge(args: Any, name: str, config: Config) -> None:
-    if not args.remote:
-        purge(name, config)
-    elif args.force:
-        purge(name, config, remote=True)
-    elif all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
-        _purge_remote(name, config, _confirm_removal)
-    else:
-        args.fail("without a terminal to ask on, 'etc purge -r' needs -f")
-
-
-def _confirm_removal(what: str) -> None:
-    """Raises Error unless the person at the terminal agrees."""
-    _console.show(f'remove {what}? [y/N] ', end='')
-    answer = sys.stdin.buffer.readline()  # of any encoding
-    if not answer.endswith(b'\n'):
-        print(file=sys.stderr)
-    if answer.strip().lower() not in (b'y', b'yes'):
-        raise Error(f'{what} stays')
-
-
-def _add_completion(add: _AddCommand) -> None:
-    command = add('SHELL', 'print a shell completion script', _run_completion, [
-        ('eval "$(etc completion bash)"', 'in ~/.bashrc; for zsh: in ~/.zshrc, after compinit'),
-        ('etc completion fish | source', 'in ~/.config/fish/config.fish')])
-    command.add_argument('shell', choices=sorted(_COMPLETION), metavar='SHELL')
-
-
-def _run_completion(args: Any, _: None, config: Config) -> None:
-    _print(_COMPLETION[args.shell])
-
-
-_COMMANDS: Dict[str, Callable[[_AddCommand], None]] = {  # in the order of a first session
-    'register': _add_register,
-    'push': _add_push,
-    'ls': _add_ls,
-    'pull': _add_pull,
-    'info': _add_info,
-    'diff': _add_diff,
-    'verify': _add_verify,
-    'create': _add_create,
-    'purge': _add_purge,
-    'completion': _add_completion,
-}
-
+_METER_TIME = 2.0  # seconds after which there is enough to tell how long the rest will take
 
 # Output
 
-def _overview() -> str:
-    """What `etc` alone shows."""
-    commands = _parser().commands.choices.values()
-    lines = ['etc shares immutable datasets through cloud storage.', '']
-    lines += [f'  {command.examples[0][0]:33} {command.what}' for command in commands]
-    lines += ['', "Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.",
-              "For help on a command, run 'etc pull -h'; for all commands, 'etc -h'."]
-    if os.path.basename(sys.argv[0]) in ('etcetera.py', '-'):
-        lines.append("('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)")
-    return '\n'.join(lines)
-
-
-def _print(text: str = '') -> None:
+def _print(*lines: str) -> None:
     """To stdout, whatever its encoding."""
     if sys.stdout is None:
         raise Error('standard output is closed')
-    print(_encodable(text, sys.stdout))
+    for line in lines:
+        print(_encodable(_printable(line), sys.stdout))
+    sys.stdout.flush()
+
+
+def _print_json(found: object) -> None:
+    _print(*json.dumps(found, indent=1).splitlines())
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()
 
 
 def _ago(when: Optional[str]) -> str:
@@ -8107,273 +6387,340 @@ def _ago(when: Optional[str]) -> str:
     if not when:
         return '-'
     seconds = time.time() - _iso_time(when)
-    for unit, name in ((31557600, 'year'), (2629800, 'month'), (604800, 'week'), (86400, 'day'), (3600, 'hour'),
-                       (60, 'minute')):
+    units = {'year': 31557600, 'month': 2629800, 'week': 604800, 'day': 86400, 'hour': 3600, 'minute': 60}
+    for name, unit in units.items():
         if seconds >= unit:
             return _plural(int(seconds // unit), name) + ' ago'
     return 'just now'
 
 
-def _print_list(summaries: List[Dict[str, Any]]) -> None:
-    """In columns. On a terminal with a heading, and only so much of the digests as tells them apart."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    rows = [('NAME', 'SIZE', 'FILES', 'WHEN', 'DIGEST')] if is_terminal and summaries else []
-    for summary in summaries:
-        files = '-' if summary['files'] is None else f"{summary['files']:,}"
-        digest = summary['digest'] or summary.get('source') or '-'
-        if is_terminal and summary['digest']:
-            digest = digest[:19]
-        rows.append((summary['name'], _size(summary['size']), files, _ago(summary['when']), _printable(digest)))
-    _print_columns(rows, right=(1, 2))
+def _amount(counted: Optional[_Row]) -> str:
+    return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}" if counted else '-'
 
 
-def _print_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """right: the columns whose text is aligned there. What is in the last one may have any length."""
-    widths = [max(map(len, column)) for column in zip(*rows)][:-1]
+def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
+    """The heading is for people, on a terminal."""
+    if rows and _is_terminal(sys.stdout):
+        rows = [heading.split('  '), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [text.rjust(width) if index in right else text.ljust(width)
-                 for index, (text, width) in enumerate(zip(row, widths))]
-        _print('  '.join([*cells, row[-1]]))
+        _print('  '.join(map(str.ljust, row, widths)).rstrip())
 
 
-def _print_diff(found: Dict[str, Any]) -> None:
-    """In columns: of the files that differ, if they were compared, otherwise of all segments."""
-    def cell(side: Optional[Dict[str, Any]]) -> str:
-        if side is None or 'files' in side:
-            return _amount(side) if side else '-'
-        if side['link']:
-            return _printable('-> ' + side['link'])
-        size = 'directory' if side['size'] is None else _size(side['size'])
-        return size + (', executable' if side['executable'] else '')
-
-    rows = [(row['status'], cell(row['a']), cell(row['b']), _printable(path))
-            for path, row in (found['segments'] if found['files'] is None else found['files']).items()]
-    if rows and sys.stdout is not None and sys.stdout.isatty():
-        names = [('-r ' if found[side]['remote'] else '') + found[side]['name'] for side in 'ab']
-        rows.insert(0, ('STATUS', names[0], names[1], 'PATH'))
-    _print_columns(rows)
+def _print_list(summaries: Sequence[_Row]) -> None:
+    """On a terminal with only so much of the digests as tells them apart."""
+    length = 19 if _is_terminal(sys.stdout) else None
+    rows: List[Sequence[str]] = []
+    for summary in summaries:
+        size = f"{_size(summary['size']):>7}"
+        files = '-' if summary['files'] is None else f"{summary['files']:,}"
+        digest = (summary['digest'] or '')[:length] or summary.get('source') or '-'
+        rows.append((summary['name'], size, files, _ago(summary['when']), digest))
+    _print_table('NAME     SIZE  FILES  WHEN  DIGEST', rows)
 
 
-def _amount(counted: Dict[str, Any]) -> str:
-    return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}"
+def _print_diff(found: _Row) -> None:
+    a, b = ('-r ' * found[side]['remote'] + found[side]['name'] for side in 'ab')
+    _print_table(f'STATUS  {a}  {b}  PATH', [(row['status'], _amount(row['a']), _amount(row['b']), path)
+                                             for path, row in found['segments'].items()])
 
 
-def _print_info(summary: Dict[str, Any]) -> None:
-    def line(key: str, value: str) -> None:
-        _print(f'{key:11} {_printable(value)}')
-
-    line('name', summary['name'])
-    line('digest', summary['digest'] or '- (packed by another tool; pull it to learn more)')
+def _print_info(summary: _Row) -> None:
+    _print(f"name        {summary['name']}",
+           f"digest      {summary['digest'] or '- (packed by another tool; pull it to learn more)'}")
     if summary['files'] is not None:
-        line('size', _amount(summary) + (' (partly installed)' if summary.get('partial') else ''))
+        _print(f"size        {_amount(summary)}{' (partly installed)' if summary.get('partial') else ''}")
     if 'archive_size' in summary:
-        line('archive', _size(summary['archive_size']))
-    for key, label in (('root', 'root'), ('source', 'from')):
-        if summary.get(key):
-            line(label, summary[key])
-    if summary.get('when'):
-        line('when', f"{_ago(summary['when'])} ({summary['when']})")
+        _print(f"archive     {_size(summary['archive_size'])}")
+    if 'root' in summary:
+        _print(f"root        {summary['root']}", f"from        {summary['source'] or '-'}")
+    if summary['when']:
+        _print(f"when        {_ago(summary['when'])} ({summary['when']})")
     label = 'partitions'
     for name, partition in (summary['partitions'] or {}).items():
-        line(label, f'{name}: {_amount(partition)}')
+        _print(f'{label:11} {name}: {_amount(partition)}')
         label = ''
-    if summary.get('meta'):
+    if summary['meta']:
         meta = json.dumps(summary['meta'], ensure_ascii=False)
-        line('meta', meta if len(meta) <= 500 else meta[:500] + ' ...')
-    _print_readme(summary.get('readme') or '')
-
-
-def _print_readme(text: str) -> None:
-    lines = text.splitlines()
+        _print(f"meta        {meta[:500]}{' ...' if len(meta) > 500 else ''}")
+    lines = (summary['readme'] or '').splitlines()
     if lines:
-        _print()
-    for line in lines[:_README_LINES]:
-        _print(_printable(line.expandtabs()))
+        _print('', *(line.expandtabs() for line in lines[:_README_LINES]))
     if len(lines) > _README_LINES:
         _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
 
 
-_METER_TIME = 2.0  # seconds after which there is enough to tell how long the rest will take
-
-
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
-    if sys.stderr is None or not sys.stderr.isatty() or os.environ.get('TERM') == 'dumb':
-        return None
-    if _console.level is None or _console.level > _INFO:
+    if _console.level == _WARNING or not _is_terminal(sys.stderr) or os.environ.get('TERM') == 'dumb':
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
     marks: Any = collections.deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
 
     def show(done: int, total: int) -> None:
+        if done == total:  # and the next line tells of the end
+            return
         now = time.monotonic()
         if marks and done < marks[-1][1]:  # the next piece begins
             marks.clear()
-        if marks and now - marks[-1][0] < 0.1:
-            return
         marks.append((now, done))
         since, before = marks[0]
-        seconds = now - since
-        parts = [what, f'{100 * done // max(total, 1)}%', f'{_size(done)} of {_size(total)}']
-        if done > before and seconds > _METER_TIME:
-            rate = (done - before) / seconds
-            parts += [_duration((total - done) / rate) + ' left', _size(rate) + '/s']
-        width = _terminal_width()
-        while len(parts) > 1 and len('  '.join(parts)) >= width:
-            parts.pop()
-        _console.show_progress('  '.join(parts)[:max(1, width - 1)])
+        line = f'{what}  {100 * done // max(total, 1)}%  {_size(done)} of {_size(total)}'
+        if done > before and now - since > _METER_TIME:
+            rate = (done - before) / (now - since)
+            line += f'  {_duration((total - done) / rate)} left  {_size(rate)}/s'
+        columns = 80
+        with contextlib.suppress(OSError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        _console.show_progress(line[:columns - 1])
 
     return show
 
 
-def _terminal_width() -> int:
-    with contextlib.suppress(OSError, ValueError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    return 80
+# What commands do beyond a call of the API
+
+def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False, json: bool = False) -> None:
+    summaries = _list(remote, config, patterns or None) if long or json else []
+    names = [summary['name'] for summary in summaries] or ls(remote, config, patterns or None)
+    if json:
+        _print_json(summaries)
+    elif long:
+        _print_list(summaries)
+    else:
+        _print(*names)
+    where = f"in {_masked(config.url or '')}" if remote else 'here'
+    unmatched = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+    if unmatched:
+        raise NotFound(f"no dataset {where} matches {_masked(' or '.join(map(repr, unmatched)))}",
+                       'use --url for a URL' if '://' in unmatched[0] else
+                       _did_you_mean(unmatched[0], ls(remote, config)))
+    if not names:
+        _say(f'there is no dataset {where}')
 
 
-# Completion: the shells ask `etc completion SHELL WORD...` what the last word may become.
+def _info(name: str, json: bool = False, **options: Any) -> None:
+    found = info(name, **options)
+    (_print_json if json else _print_info)(found)
 
-_COMPLETION = {
-    'bash': r'''_etc() {
-    local line=${COMP_LINE:0:COMP_POINT} IFS=$' \t\n' words
-    read -r -a words <<< "$line"
-    [[ $line == *[[:space:]] ]] && words+=('')
-    IFS=$'\n'
-    COMPREPLY=($("${words[0]}" completion bash "${words[@]:1}" 2>/dev/null))
+
+class _RemoteName(str):
+    """A name of `etc diff` that -r precedes."""
+
+
+def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
+    """Whether they are the same."""
+    found = diff(a, b, (isinstance(a, _RemoteName), isinstance(b, _RemoteName)), **options)
+    if _console.level != _WARNING:
+        (_print_json if json else _print_diff)(found)
+    return found['equal']
+
+
+def _create(name: str, *partitions: str, **options: Any) -> None:
+    create(name, tuple(map(_text, partitions)) or ('train', 'test'), **options)
+
+
+def _text(word: str) -> str:
+    """A word in UTF-8, even where the locale has another encoding."""
+    return os.fsencode(word).decode('utf-8', 'surrogateescape')
+
+
+def _purge(name: str, config: Config, remote: bool = False, force: bool = False) -> None:
+    if force or not remote:
+        purge(name, config, remote=remote)
+    elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
+        _purge_remote(name, config, _confirm_removal)
+    else:
+        _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
+
+
+def _confirm_removal(what: str) -> None:
+    """Raises Error unless the person at the terminal agrees."""
+    _console.write(f'etc: remove {what}? [y/N] ')
+    answer = sys.stdin.buffer.readline()  # of any encoding
+    if not answer.endswith(b'\n'):
+        print(file=sys.stderr)
+    if answer.strip().lower() not in (b'y', b'yes'):
+        raise Error(f'{what} stays')
+
+
+# The commands
+
+class _Command(NamedTuple):
+    usage: str  # its words and flags; NAME... lets it run once for each
+    what: str  # it does
+    run: Callable[..., Any]  # does it, with the words, `config` and the flags; False makes the exit status 1
+    doing: str  # what the line of progress begins with
+    examples: str
+
+
+_FLAGS = {
+    '-f --force': 'replace a different dataset of that name; with purge -r: do not ask',
+    '--copy': 'install a read-only copy instead of a link',
+    '-r --remote': 'in the remote storage',
+    '-r --remote=NAME': 'a remote dataset in place of A or B, for which nothing but its index is read',
+    '-l --long': 'with size, files, when and digest',
+    '--json': 'as JSON',
+    '-p --partition=PARTITION': 'only this partition (can be repeated)',
+    '--version': 'show the versions of etcetera and Python, and what compresses',
+    '--config=FILE': 'settings file, instead of $ETC_CONFIG or ~/.etc.yaml',
+    '--url=URL': 'where datasets are shared, instead of $ETC_URL or the settings',
+    '--home=DIR': 'local store, instead of $ETC_HOME, the settings or ~/.etc',
+    '-q --quiet': 'show nothing but errors',
+    '-v --verbose': 'show more, with a traceback of an error',
 }
-complete -o default -F _etc etc''',
-    'zsh': r'''#compdef etc
-_etc() {
-    local -a found
-    found=(${(f)"$("${words[1]}" completion zsh "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
-    if (( $#found )); then compadd -a found; else _files; fi
-}
-if [[ ${funcstack[1]} == _etc ]]; then _etc "$@"; else compdef _etc etc; fi''',
-    'fish': r"""function __etc
-    set -l words (commandline -opc)
-    set -l word (commandline -ct)
-    set -l found ($words[1] completion fish $words[2..-1] "$word" 2>/dev/null)
-    if count $found >/dev/null
-        printf '%s\n' $found
-    else
-        __fish_complete_path "$word"
-    end
-end
-complete -c etc -f -a '(__etc)'""",
+_COMMON_FLAGS = '[--config FILE] [--url URL] [--home DIR] [-q] [-v]'  # they may precede a command or follow it
+_VALUES: Dict[str, Any] = {  # what argparse must know of some
+    'PARTITION': {'action': 'append', 'dest': 'partitions', 'type': _text},
+    'NAME': {'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName},
 }
 
+_COMMANDS = {  # in the order of a first session
+    'register': _Command('DIR [NAME] [-f] [--copy]', 'give a directory a name', register, 'copying {}', '''
+  etc register ./digits MNIST        it stays where it is
+  etc register ./digits as MNIST     the same
+  etc register --copy ./digits MNIST
+                                     install a read-only copy of it'''),
 
-def _completions(words: Sequence[str]) -> List[str]:
-    """What the last of the words after `etc` may become; nothing where the shell is to offer files."""
-    *before, last = words
-    parser = _parser(['completion', *before])
-    commands = parser.commands.choices
-    command = next((commands[word] for word in before if word in commands), None)
-    known: Iterable[str] = ()
-    if before and before[-1] in (command or parser).flags_with_value:
-        pass
-    elif last.startswith('-'):
-        known = [flag for flag in (command or parser).flags if flag.startswith('--')]
-    elif not command:
-        known = _COMMANDS
-    elif command is commands['completion']:
-        known = _COMPLETION
-    elif command.completes:
-        is_remote = command.completes == 'remote' or bool({'-r', '--remote'} & set(before))
-        place = {flag[2:]: value for flag, value in zip(before, before[1:]) if flag in parser.flags_with_value}
-        if command.completes == 'either':
-            is_remote = before[-1] in ('-r', '--remote')
-            before = []  # both names may be the same
-        known = _names_in_time(is_remote, place)
-    return [word for word in known if word.startswith(last) and word not in before]
+    'push': _Command('NAME... [-f]', 'share local datasets', push, 'pushing {}', '''
+  etc push MNIST
+  etc push -f MNIST                  replace a different dataset of that name'''),
 
+    'ls': _Command('[PATTERN...] [-r] [-l] [--json]', 'list datasets', _ls, '', '''
+  etc ls -r                          what is shared
+  etc ls                             what is here
+  etc ls -r 'MNIST*'                 whose names match, with *, ? and [...]
+  etc ls -l                          with size, files, when and digest'''),
 
-def _names_in_time(is_remote: bool, place: Dict[str, str]) -> List[str]:
-    """What ls() finds before people lose patience; nothing, if it fails."""
-    import threading
-    names: List[str] = []
+    'pull': _Command('NAME... [-f] [-p PARTITION]', 'install remote datasets', pull, 'pulling {}', '''
+  etc pull MNIST
+  etc pull MNIST -p test             only one partition; the rest may follow later
+  etc pull -f MNIST                  replace a different dataset of that name
+  etc pull MNIST@sha256:...          insist on these contents'''),
 
-    def look() -> None:
-        with contextlib.suppress(Error):
-            config = Config.load(place.get('config'), url=place.get('url'), home=place.get('home'))
-            names.extend(ls(is_remote, config))
+    'info': _Command('NAME [-r] [--json]', 'show what is known of a dataset', _info, 'reading {}', '''
+  etc info MNIST
+  etc info -r MNIST                  of a remote one, without downloading its data'''),
 
-    thread = threading.Thread(target=look, daemon=True)
-    with contextlib.suppress(RuntimeError):  # no more threads
-        thread.start()
-        thread.join(_COMPLETION_TIMEOUT)
-    return names
+    'diff': _Command('A B [-r NAME] [--json]', 'show what of a dataset is the same, differs, is new or gone', _diff,
+                     'comparing {} with {}', '''
+  etc diff MNIST -r MNIST            what is here, and what is shared
+  etc diff -r MNIST -r MNIST2        both are remote'''),
 
+    'verify': _Command('NAME...', 'read all files again and compare them with the digest', verify, 'verifying {}', '''
+  etc verify MNIST
+  etc verify MNIST@sha256:...        with this digest'''),
 
-# main()
+    'create': _Command('NAME [PARTITION...] [-f]', 'make an empty dataset to fill', _create, '', '''
+  etc create MNIST                   with the partitions train and test
+  etc create MNIST train val test'''),
 
-@_api
-def _arguments(argv: List[str]) -> Any:
-    """The parsed command line. SystemExit after wrong usage."""
-    parser = _parser(argv)
-    args, rest = parser.parse_known_args(argv)
-    command = parser.commands.choices.get(args.command, parser)
-    has_names = rest and not any(word.startswith('-') for word in rest)  # after a flag, where argparse expects none
-    if has_names and getattr(args, 'partitions', None):
-        args.partitions += rest  # as in `etc pull NAME -p ONE TWO`
-    elif has_names and args.command == 'ls':
-        args.patterns += rest
-    elif has_names and args.command == 'diff':
-        args.sides += tuple((name, False) for name in rest)
-    elif rest:
-        unknown = next((word for word in rest if word.startswith('-')), rest[0])
-        command.fail(f"'{command.prog}' takes no '{unknown}'", _did_you_mean(unknown, command.flags))
-    if not args.command:
-        parser.fail('no command is given')
-    if args.command == 'register':
-        if args.words[1:2] == ['as'] and len(args.words) == 3:
-            del args.words[1]
-        if len(args.words) > 2 or args.words[1:] == ['as']:
-            command.fail('register takes DIR, DIR NAME or DIR as NAME')
-        args.words = (args.words + [None])[:2]
-    if args.command == 'diff':
-        if len(args.sides) != 2:
-            command.fail("diff takes two names, and '-r' before one that is remote")
-        if args.files and any(is_remote for _, is_remote in args.sides):
-            command.fail("'--files' takes two local datasets", 'pull the remote one first;')
-    try:
-        if getattr(args, 'partitions', None):
-            args.partitions = [_from_os(partition) for partition in args.partitions]
-    except UnicodeError:
-        raise InvalidDataset('the names of partitions must be UTF-8', 'rename them') from None
-    return args
+    'purge': _Command('NAME... [-r] [-f]', 'remove local datasets, or with -r remote ones', _purge, '', '''
+  etc purge MNIST                    a registered directory itself is not touched
+  etc purge -r MNIST                 from the remote storage, after a question
+  etc purge -r MNIST@sha256:...      only if it has these contents'''),
+}
+
+_OVERVIEW = '''\
+etc shares immutable datasets through cloud storage.
+
+{}
+
+Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
+For help on a command, run 'etc pull -h'.
+('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)'''
+
+_EXIT_STATUS = '''\
+exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong usage;
+130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP'''
 
 
-def _run(argv: List[str]) -> int:
-    """Run one command, for each dataset that it names, and return the exit status."""
-    is_verbose = False
-    status = 0
-    try:
-        args = _arguments(argv)
-        is_verbose = args.verbose
-        _console.level = _DEBUG if args.verbose else _WARNING if args.quiet else _INFO
-        config = Config.load(args.config, url=args.url, home=args.home)
-        for name in args.names:
-            try:
-                status = args.run(args, name, config) or status
-                if sys.stdout is not None:
-                    sys.stdout.flush()
-            except Error as e:
-                status = 1
-                _show_error(e, is_verbose)
-    except Error as e:
-        status = 1
-        _show_error(e, is_verbose)
-    return status
+def _parser(argv: Sequence[str] = ()) -> Any:
+    """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
+    import argparse
+    options: Any = {'formatter_class': functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
+                    'argument_default': argparse.SUPPRESS}
+    firsts = [f"  {row.examples.split('  ')[1].strip():33} {row.what}" for row in _COMMANDS.values()]
+    overview = _OVERVIEW.format('\n'.join(firsts))
+    parser = argparse.ArgumentParser('etc', description=overview, epilog=_EXIT_STATUS, **options)
+    _add_flags(parser, '[--version] COMMAND')
+    commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND', help=argparse.SUPPRESS)
+    for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
+        usage, what, _, _, examples = _COMMANDS[name]
+        command = commands.add_parser(name, description=what.capitalize(), epilog=f'examples:{examples}', **options)
+        command.add_argument('words', nargs='*', action='append', help=argparse.SUPPRESS)
+        _add_flags(command, usage)
+    return parser
 
 
-def _show_error(e: Error, is_verbose: bool) -> None:
-    if is_verbose:
+def _add_flags(parser: Any, usage: str) -> None:
+    parser.error = functools.partial(_fail, parser.prog)
+    parser.usage = f'{parser.prog} {usage} {_COMMON_FLAGS}'
+    for flag, what in _FLAGS.items():
+        names, _, value = flag.partition('=')
+        if f"[{names.split()[0]}{value and ' ' + value}]" in parser.usage:
+            more = {'metavar': value, **_VALUES.get(value, {})} if value else {'action': 'store_true'}
+            parser.add_argument(*names.split(), help=what, **more)
+
+
+def _fail(prog: str, message: str, remedy: str = '') -> None:
+    """Wrong usage."""
+    unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+    if unknown:
+        message = f"no command '{unknown.group(1)}'"
+        remedy = _did_you_mean(unknown.group(1), _COMMANDS)
+    _show(Error(_masked(message), f"{remedy} '{prog} -h' shows how".lstrip()))
+    sys.exit(2)
+
+
+def _show(e: Error) -> int:
+    """Returns the exit status."""
+    if _console.level == _DEBUG:
         import traceback
         traceback.print_exception(type(e), e, e.__traceback__)
     _console.show(e)
+    return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    """Run one command, for each dataset that it names, and return the exit status. SystemExit after wrong usage."""
+    parser = _parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    keys = 'version command words config url home quiet verbose'.split()
+    version, name, groups, path, url, home, quiet, verbose = (vars(args).pop(key, None) for key in keys)
+    if version:
+        _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
+        return 0
+    prog = f'etc {name}' if name else 'etc'
+    for word in rest:
+        if word.startswith('-'):
+            flags = re.findall('-[-a-z]+', ' '.join(_FLAGS))
+            _fail(prog, f"'{prog}' takes no '{word}'", _did_you_mean(word, flags))
+    if not name:
+        parser.print_help(sys.stderr)
+        return 2
+    usage, _, run, doing, _ = _COMMANDS[name]
+    words = list(itertools.chain(*groups or ()))
+    getattr(args, 'partitions', words).extend(map(_text, rest))  # as in `etc pull NAME -p ONE TWO`
+    if name == 'register' and words[1:-1] == ['as']:
+        del words[1]
+    places = usage.partition(' [-')[0].split()
+    if len(words) < sum(place[0] != '[' for place in places):
+        _fail(prog, f"'{prog}' needs {' '.join(places).rstrip('.')}")
+    if len(words) > len(places) and '...' not in usage:
+        _fail(prog, f"'{prog}' takes no '{words[-1]}'")
+    _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
+    config = Config.load(path, url=url, home=home)
+    status = 0
+    for each in [[word] for word in words] if places == ['NAME...'] else [words]:
+        if doing:
+            args.progress = _meter(doing.format(*each))
+        try:
+            if run(*each, config=config, **vars(args)) is False:
+                status = 1
+        except Error as e:
+            status = _show(e)
+    return status
 
 
 @contextlib.contextmanager
@@ -8383,27 +6730,22 @@ def _ended_by_signals() -> Iterator[None]:
     A signal that is ignored, as by nohup, stays ignored. One that a program around us handles is left to it.
     """
     import signal
-    defaults = {'SIGINT': signal.default_int_handler, 'SIGTERM': signal.SIG_DFL, 'SIGHUP': signal.SIG_DFL}
     replaced: Dict[int, Any] = {}
 
     def end(number: int, _: Any) -> None:
-        for other in replaced:  # a terminal that closes may send several
-            if other != signal.SIGINT:  # which a person may send again
-                signal.signal(other, signal.SIG_IGN)
-        _interrupts.receive(number)
+        for other in replaced.keys() - {signal.SIGINT}:  # a terminal that closes may send several
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt(number)
 
-    _interrupts.forget()
     try:
         with contextlib.suppress(ValueError):  # only the main thread may do so
-            for name, default in defaults.items():
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and signal.getsignal(number) == default:
-                    signal.signal(number, end)
-                    replaced[number] = default
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):  # not on Windows
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    replaced[number] = signal.signal(number, end)
         yield
     finally:
-        for number, default in replaced.items():
-            signal.signal(number, default)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 @_ended_by_signals()
@@ -8412,18 +6754,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C.
     """
+    if '_ARGCOMPLETE' in os.environ:
+        from importlib import import_module  # so that no type checker looks for it
+        import_module('argcomplete').autocomplete(_parser())
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ['completion'] and len(argv) > 2:
-        for word in _completions(argv[2:]):
-            _print(word)
-        return 0
-    if not argv:
-        print(_overview(), file=sys.stderr)
-        return 2
-    if argv[0] == 'help':
+    if argv[:1] == ['help']:
         argv = argv[1:] + ['-h']
     try:
         return _run(argv)
+    except Error as e:
+        return _show(e)
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
@@ -8431,8 +6771,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         _console.show('interrupted')
-        number = e.args[0] if e.args else 2
-        return 128 + int(number)
+        return 128 + int(e.args[0] if e.args else 2)
     finally:
         _console.show_progress('')
         _console.level = None
