@@ -1756,6 +1756,19 @@ class _Sink:
         except OSError as e:
             raise self.explained(e, name) from None
 
+    def write_file(self, name: str, is_executable: bool, size: int, pieces: Iterable[Any]) -> None:
+        """Create a file. It has its full size at once, so that _replay() knows what is to come."""
+        file = self.create_file(name, is_executable)
+        try:
+            for piece in pieces:
+                if len(piece) < size:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(file, size)
+                    size = 0
+                _write(file, piece)
+        finally:
+            os.close(file)
+
     def add_link(self, name: str, target: str) -> None:
         """Note a link. finish() makes it, so that nothing can be written through it."""
         self.path(name)
@@ -1829,9 +1842,13 @@ class _TarReader:
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, path: str, blocks: Iterable[_Block]) -> None:
+    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink) -> None:
         self.path = path
         self.blocks = iter(blocks)
+        self.sink = sink
+        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
+        # before the next header is read.
+        self.ready: List[Tuple[str, bool, int, Tuple[Any]]] = []
         self.block: Optional[_Block] = None  # the last one
         self.digests = _sha256()
         self.data = b''  # the end of the tar stream, as far as it is here
@@ -1842,7 +1859,10 @@ class _TarReader:
         self.own = ''  # the name of the last file in it
 
     def pull(self) -> bool:
-        """Get the next block, if there is one. The one before must have been written by then, but for its end."""
+        """Write what is ready, and get the next block, if there is one."""
+        for file in self.ready:
+            self.sink.write_file(*file)
+        self.ready = []
         block = next(self.blocks, None)
         if block is None:
             return False
@@ -1899,30 +1919,29 @@ class _TarReader:
         self.last = path
         self.parent, self.own = (path, '') if is_directory else (parent, own)
 
-    def write_file(self, name: str, mode: bytes, size: int, sink: _Sink) -> None:
+    def write_file(self, name: str, mode: bytes, size: int) -> None:
         """Write the file whose entry came last, or link what is known to have its bytes."""
+        is_executable = mode == _EXECUTABLE
         here = self.view[self.at:self.at + size]
-        self.at += len(here)
-        left = size - len(here)
-        if self.block and self.block.source and not left:
-            _link_or_copy(_join(self.block.source, name), sink.path(name))
+        if len(here) < size:
+            self.sink.write_file(name, is_executable, size, self.pieces(size))
+        elif self.block and self.block.source:
+            _link_or_copy(_join(self.block.source, name), self.sink.path(name))
+            self.at += size
         else:
-            file = sink.create_file(name, mode == _EXECUTABLE)
-            try:
-                if left:  # with its full size at once, so that _replay() knows what is to come
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(file, size)
-                _write(file, here)
-                while left:
-                    piece = self.take(min(left, _BLOCK))
-                    _write(file, piece)
-                    left -= len(piece)
-            finally:
-                os.close(file)
+            self.ready.append((name, is_executable, size, (here,)))
+            self.at += size
         padding = -size % 512
         if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
             raise self.error('padding')
         self.at += padding
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        left = size
+        while left:
+            piece = self.take(min(left, len(self.data) - self.at or _BLOCK))
+            left -= len(piece)
+            yield piece
 
     def error(self, rule: str) -> Error:
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
@@ -1969,7 +1988,7 @@ def _parse_pax(records: bytes) -> Dict[str, str]:
 def _extract_segment(path: str, blocks: Iterable[_Block], promised: Optional[_Segment], sink: _Sink) -> _Segment:
     """Write a complete segment to a sink, and return it as it was read. Raises Corrupt if it is not what was promised.
     """
-    reader = _TarReader(path, blocks)
+    reader = _TarReader(path, blocks, sink)
     files = size = 0
     has_directory = False
     for name, kind, mode, length, link in iter(reader.entry, None):
@@ -1984,7 +2003,7 @@ def _extract_segment(path: str, blocks: Iterable[_Block], promised: Optional[_Se
         if kind == _LINK:
             sink.add_link(name, link)
         else:
-            reader.write_file(name, mode, length, sink)
+            reader.write_file(name, mode, length)
     segment = _Segment(path, 0, 0, files, size, 'sha256:' + reader.digests.hexdigest())
     if not has_directory or promised and segment != promised._replace(offset=0, length=0):
         raise Corrupt(f"the archive is damaged: '{path}' does not have the digest that the index promises")
