@@ -816,11 +816,10 @@ class _Segment(NamedTuple):
 
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
-        """The reverse of to_json(). Raises _Malformed."""
-        fields: List[Any] = [row.get(key) for key in cls._fields] if isinstance(row, dict) else []
-        if [type(field) for field in fields] != [str, int, int, int, int, str]:
-            raise _Malformed
-        if not _is_utf8(fields[0]) or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
+        """The reverse of to_json(). Raises _Malformed, KeyError or TypeError."""
+        fields: List[Any] = [row[key] for key in cls._fields]
+        is_sound = [type(field) for field in fields] == [str, int, int, int, int, str] and _is_utf8(fields[0])
+        if not is_sound or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
             raise _Malformed
         return cls(*fields)
 
@@ -1063,26 +1062,23 @@ def _pax_record(key: str, value: str) -> bytes:
     return str(length).encode() + record
 
 
-class _Plan(NamedTuple):
-    """A block whose files have not been read yet."""
-
-    path: str  # of its segment
-    # bytes of headers and padding; then bytes of a file: its entry, from where, to where
-    pieces: List[Tuple[bytes, Optional[_Entry], int, int]]
-
-    def read(self) -> bytes:
-        parts = []
-        for head, entry, start, stop in self.pieces:
-            parts.append(head)
-            if entry and start < stop:
-                parts.append(_read_file(entry, start, stop))
-        return b''.join(parts)
+# The pieces of a block: bytes of headers and padding; then bytes of a file: its entry, from where, to where
+_Pieces = List[Tuple[bytes, Optional[_Entry], int, int]]
 
 
-def _plans(listing: _Listing) -> Iterator[_Plan]:
-    """The tar stream of the segments, cut into blocks."""
+def _read_pieces(pieces: _Pieces) -> bytes:
+    parts = []
+    for head, entry, start, stop in pieces:
+        parts.append(head)
+        if entry and start < stop:
+            parts.append(_read_file(entry, start, stop))
+    return b''.join(parts)
+
+
+def _plans(listing: _Listing) -> Iterator[Tuple[str, _Pieces]]:
+    """The tar stream of the segments, cut into blocks: the path of the segment, and what the block consists of."""
     for path, entries in listing:
-        plan = _Plan(path, [])
+        pieces: _Pieces = []
         room = _BLOCK
         padding = b''
         for entry in entries:
@@ -1091,24 +1087,22 @@ def _plans(listing: _Listing) -> Iterator[_Plan]:
             start = 0
             while len(head) + size - start > room:
                 stop = start + max(0, room - len(head))
-                plan.pieces.append((head[:room], entry if stop > start else None, start, stop))
-                yield plan
+                pieces.append((head[:room], entry if stop > start else None, start, stop))
+                yield path, pieces
                 head = head[room:]
                 start = stop
-                plan = _Plan(path, [])
+                pieces = []
                 room = _BLOCK
-            plan.pieces.append((head, entry, start, size))
+            pieces.append((head, entry, start, size))
             room -= len(head) + size - start
             padding = _ZEROS[:-size % 512]
-        plan.pieces.append((padding, None, 0, 0))  # there is room for it, as blocks are multiples of 512 bytes
-        yield plan
+        pieces.append((padding, None, 0, 0))  # there is room for it, as blocks are multiples of 512 bytes
+        yield path, pieces
 
 
 def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
     """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
-    wanted = stop - start
-    if stop == entry.size:
-        wanted += 1  # a byte more would show that the file has grown
+    wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
     file = os.open(entry.source, _READ)
     try:
         if start:
@@ -1146,26 +1140,28 @@ class _Block(NamedTuple):
 
 def _process(job: _Job, pool: _Pool, listing: _Listing, work: Callable[[bytes], Any]) -> Generator[_Block, None, None]:
     """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order."""
-    def process(item: Tuple[_Plan, bytes]) -> _Block:
-        plan, payload = item
+    def process(item: Tuple[str, _Pieces, bytes]) -> _Block:
+        path, pieces, payload = item
         job.add(0)
-        payload = payload or plan.read()
-        files = sum([entry is not None and entry.kind != _DIRECTORY and stop == entry.size
-                     for _, entry, _, stop in plan.pieces])
-        size = sum([stop - start for _, _, start, stop in plan.pieces])
-        return _Block(plan.path, work(payload), _sha256(payload).digest(), files, size)
+        payload = payload or _read_pieces(pieces)
+        files = size = 0
+        for _, entry, start, stop in pieces:
+            size += stop - start
+            if entry and entry.kind != _DIRECTORY and stop == entry.size:
+                files += 1
+        return _Block(path, work(payload), _sha256(payload).digest(), files, size)
 
-    def items() -> Iterator[Tuple[_Plan, bytes]]:
+    def items() -> Iterator[Tuple[str, _Pieces, bytes]]:
         is_fast = True
-        for plan in _plans(listing):
+        for path, pieces in _plans(listing):
             # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
             # is slow: then several threads overlap their waits.
             payload = b''
-            if is_fast and len(plan.pieces) > _MANY_FILES:
+            if is_fast and len(pieces) > _MANY_FILES:
                 begin = time.monotonic()
-                payload = plan.read()
-                is_fast = time.monotonic() - begin < 4e-5 * len(plan.pieces)
-            yield plan, payload
+                payload = _read_pieces(pieces)
+                is_fast = time.monotonic() - begin < 4e-5 * len(pieces)
+            yield path, pieces, payload
 
     return _ordered(pool, process, items(), _for_cores)
 
@@ -1424,10 +1420,10 @@ def _libdeflate_paths() -> List[str]:
         return []
     if os.name == 'nt':
         return [f'{beside}/Library/bin/deflate.dll'] if sys.maxsize > 1 << 32 else []  # 32 bits call otherwise
-    if sys.platform == 'darwin':
-        return [f'{top}/lib/libdeflate.0.dylib' for top in (beside, '/opt/homebrew', '/usr/local', '/opt/local')]
-    debian = f'/usr/lib/{os.uname().machine}-linux-gnu'
-    return [f'{lib}/libdeflate.so.0' for lib in (f'{beside}/lib', debian, '/usr/lib64', '/usr/lib', '/usr/local/lib')]
+    tops = (beside, '/opt/homebrew', '/usr/local', '/opt/local', '/usr')
+    places = ('lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64')
+    name = 'libdeflate.0.dylib' if sys.platform == 'darwin' else 'libdeflate.so.0'
+    return [f'{top}/{place}/{name}' for top in tops for place in places]
 
 
 def _deflate(data: bytes, level: int, only_runs: bool = False) -> bytes:
@@ -1608,19 +1604,17 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
     """
     try:
         index = _parse_json(_index_text(data[:-_FOOTER_SIZE]))
-        if not isinstance(index, dict) or type(index.get('etcetera')) is not int:
+        if type(index['etcetera']) is not int:
             raise _Malformed
         if index['etcetera'] != 1:
             return None
-        if not isinstance(index.get('segments'), list):
-            raise _Malformed
-        segments = [_Segment.from_json(row) for row in index['segments']]
+        segments = list(map(_Segment.from_json, index['segments']))
         _check_order(segments, offset)
-        if index.get('digest') != _dataset_digest(segments):
-            raise _Malformed
-        return segments
-    except _Malformed:
-        raise Corrupt('the archive is damaged: its index is unreadable') from None
+        if index['digest'] == _dataset_digest(segments):
+            return segments
+    except (_Malformed, KeyError, TypeError):
+        pass
+    raise Corrupt('the archive is damaged: its index is unreadable')
 
 
 def _parse_json(data: bytes) -> Any:
@@ -1722,7 +1716,6 @@ class _Sink:
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
         self.links: Dict[str, str] = {}  # targets of links, which finish() makes
-        self.writable: List[Tuple[str, int]] = []  # files that finish() makes read-only, with their modes
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
@@ -1751,8 +1744,10 @@ class _Sink:
             except PermissionError:  # some network file systems do not open a new read-only file for writing
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
-                self.writable.append((path, mode))
-                return os.open(path, _CREATE, mode | 0o200)
+                file = os.open(path, _CREATE, mode | 0o200)
+                with contextlib.suppress(OSError):
+                    os.chmod(path, mode)
+                return file
         except OSError as e:
             raise self.explained(e, name) from None
 
@@ -1780,9 +1775,6 @@ class _Sink:
 
     def finish(self, confined: bool) -> None:
         """Make the links. Raises Corrupt if one leads out of the dataset or, if `confined`, out of its segment."""
-        for path, mode in self.writable:
-            with contextlib.suppress(OSError):
-                os.chmod(path, mode)
         for name, target in self.links.items():
             try:
                 _symlink(_to_os(target), self.path(name))
@@ -1854,9 +1846,8 @@ class _TarReader:
         self.data = b''  # the end of the tar stream, as far as it is here
         self.view = memoryview(b'')  # of it
         self.at = 0  # what of it has been given out
-        self.last = ''  # the path of the last entry
-        self.parent = posixpath.dirname(path)  # the last directory, or the one around the last file
-        self.own = ''  # the name of the last file in it
+        self.last = ''  # by what the last entry is sorted
+        self.around = posixpath.dirname(path)  # the last directory, or the one around the last file
 
     def pull(self) -> bool:
         """Write what is ready, and get the next block, if there is one."""
@@ -1904,20 +1895,20 @@ class _TarReader:
         """The rules for which entries a segment holds, and in which order."""
         is_directory = kind == _DIRECTORY
         path = name[:-1] if is_directory else name
-        parent, _, own = path.rpartition('/')
-        if parent != self.parent or own <= self.own or self.path == '.' or not self.last:
-            if self.path == '.':
-                belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
-            else:
-                belongs = path.startswith(self.path + '/') or is_directory and path == self.path
-            if not belongs:
-                raise self.error('place')
-            if path.split('/') <= self.last.split('/'):
-                raise self.error('order')
-            if parent and not (self.parent + '/').startswith(parent + '/'):
-                raise self.error('directory')
-        self.last = path
-        self.parent, self.own = (path, '') if is_directory else (parent, own)
+        parent = path.rpartition('/')[0]
+        order = path.replace('/', '\0')  # as lists of their components would be
+        if self.path == '.':
+            belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
+        else:
+            belongs = path.startswith(self.path + '/') or is_directory and path == self.path
+        if not belongs:
+            raise self.error('place')
+        if order <= self.last:
+            raise self.error('order')
+        if parent and not (self.around + '/').startswith(parent + '/'):
+            raise self.error('directory')
+        self.last = order
+        self.around = path if is_directory else parent
 
     def write_file(self, name: str, mode: bytes, size: int) -> None:
         """Write the file whose entry came last, or link what is known to have its bytes."""
@@ -2064,33 +2055,40 @@ def _replay(
 _Span = Tuple[_Segment, int]  # a segment, and how many bytes to skip at its start
 
 
+class _Stream:
+    """Chunks of bytes as a file that is read once, from start to end."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.chunks = iter(chunks)
+        self.rest = memoryview(b'')  # of the chunks that have been taken
+
+    def take(self, size: int) -> Any:
+        """The next bytes, or fewer at the end; not copied if they are in one chunk."""
+        parts = []
+        while size:
+            self.rest = self.rest or memoryview(next(self.chunks, b''))
+            if not self.rest:
+                break
+            parts.append(self.rest[:size])
+            self.rest = self.rest[size:]
+            size -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b''.join(parts)
+
+    def read(self, size: int) -> bytes:
+        return bytes(self.take(size))
+
+
 def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[Tuple[str, bytes, Any]]:
     """Cut the bytes of some spans into blocks: the path of the segment, the block's header, and what follows it."""
-    source = iter(chunks)
-    rest = memoryview(b'')
-
-    def take(count: int) -> Any:
-        nonlocal rest
-        taken = []
-        while count:
-            rest = rest or memoryview(next(source, b''))
-            if not rest:
-                raise Corrupt('the archive is damaged: it ends too early')
-            taken.append(rest[:count])
-            rest = rest[count:]
-            count -= len(taken[-1])
-        return taken[0] if len(taken) == 1 else b''.join(taken)
-
+    stream = _Stream(chunks)
     for segment, skipped in spans:
         left = segment.length - skipped
         while left:
-            header = bytes(take(min(left, _BLOCK_HEADER_SIZE)))
+            header = stream.read(_BLOCK_HEADER_SIZE)
             length = _block_length(header)
-            if not length:
-                raise Corrupt('the archive is damaged: a block does not start where it should')
             if not _BLOCK_HEADER_SIZE < length <= min(left, _LONGEST_BLOCK):
-                raise Corrupt('the archive is damaged: a block does not end where it should')
-            yield segment.path, header, take(length - _BLOCK_HEADER_SIZE)
+                raise Corrupt('the archive is damaged: a block does not start or end where it should')
+            yield segment.path, header, stream.take(length - _BLOCK_HEADER_SIZE)
             left -= length
 
 
@@ -2144,47 +2142,10 @@ _TAR_LABEL = b'V'  # GNU tar's name of the volume
 _SPARSE_ZEROS = 1 << 30  # bytes that a sparse file may have beyond 1,024 times those that are stored
 
 
-@contextlib.contextmanager
-def _refuse_damage() -> Iterator[None]:
-    """For code that reads gzip and tar: their errors mean that the archive is damaged."""
-    import tarfile
-    try:
-        yield
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
-        raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
-    except OSError as e:
-        if e.errno is None:  # gzip's way to say that this is not gzip, or that a CRC is wrong
-            raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
-        raise
-
-
-class _Stream:
-    """Chunks of bytes as a file that is read once, from start to end."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self.chunks = iter(chunks)
-        self.rest = memoryview(b'')  # of the chunks that have been taken
-        self.position = 0
-
-    def peek(self, size: int) -> bytes:
-        """The next `size` bytes, or fewer at the end; they stay to be read."""
-        while len(self.rest) < size:
-            chunk = next(self.chunks, None)
-            if chunk is None:
-                break
-            self.rest = memoryview(bytes(self.rest) + chunk)
-        return bytes(self.rest[:size])
-
-    def read(self, size: int) -> bytes:
-        data = self.peek(size)
-        self.rest = self.rest[len(data):]
-        self.position += len(data)
-        return data
-
-
 class _TarStream(_Stream):
     """The bytes of a tar as tarfile reads them."""
 
+    position = 0
     limit: Optional[int] = None  # a position that the headers of one entry may not pass
     kept = 0  # bytes of global headers, which tarfile keeps to the end
 
@@ -2201,11 +2162,19 @@ class _TarStream(_Stream):
             self.read(min(position - self.position, _BLOCK))
 
     def peek(self, size: int) -> bytes:
+        """The next bytes, which stay to be read."""
         if size < 0 or self.limit is not None and self.position + size > self.limit:
             raise EOFError(f'the headers of one entry take more than {_TAR_HEADERS} bytes')
-        data = super().peek(size)
-        if len(data) < size:
+        if len(self.rest) < size:
+            self.rest = memoryview(b''.join((self.take(size), self.rest)))
+        if len(self.rest) < size:
             raise EOFError('it ends too early')
+        return bytes(self.rest[:size])
+
+    def read(self, size: int) -> bytes:
+        data = self.peek(size)
+        self.rest = self.rest[size:]
+        self.position += size
         return data
 
     def finish(self) -> None:
@@ -2216,13 +2185,11 @@ class _TarStream(_Stream):
                               'pack the files of both as one')
 
 
-def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
-    """Each entry of a tar, with the TarFile that reads it."""
+def _strict(stream: _TarStream) -> Any:
+    """A TarInfo that lets no error of a header pass for the end of the archive."""
     import tarfile
 
     class Strict(tarfile.TarInfo):
-        """Lets no error of a header pass for the end of the archive."""
-
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
@@ -2231,8 +2198,9 @@ def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
             is_outermost = stream.limit is None  # otherwise it is the header that an extended one belongs to
             if is_outermost:
                 stream.limit = stream.position + _TAR_HEADERS
+            if header[_KIND_AT:_KIND_AT + 1] in _TAR_PAX:
+                cls.check_pax(header[_KIND_AT:], cls.frombuf(header, tar.encoding, tar.errors).size)
             try:
-                cls.check_pax(tar, header)
                 return super().fromtarfile(tar)
             except tarfile.HeaderError as e:
                 raise tarfile.ReadError(str(e)) from None
@@ -2241,29 +2209,14 @@ def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
                     stream.limit = None
 
         @classmethod
-        def check_pax(cls, tar: Any, header: bytes) -> None:
-            kind = header[_KIND_AT:_KIND_AT + 1]
-            if kind not in _TAR_PAX:
-                return
-            size = cls.frombuf(header, tar.encoding, tar.errors).size
-            if kind == b'g':
+        def check_pax(cls, kind: bytes, size: int) -> None:
+            if kind.startswith(b'g'):
                 stream.kept += size
             if stream.kept > _TAR_HEADERS:
                 raise tarfile.ReadError(f'its global headers take more than {_TAR_HEADERS} bytes')
             _check_pax_records(stream.peek(512 + size)[512:])
 
-    with _refuse_damage():
-        tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict)  # type: ignore
-    with tar:
-        while True:
-            with _refuse_damage():
-                member = tar.next()
-            if member is None:
-                break
-            tar.members = []  # or they would pile up in memory
-            yield tar, member
-    with _refuse_damage():
-        stream.finish()
+    return Strict
 
 
 def _check_pax_records(data: bytes) -> None:
@@ -2281,14 +2234,23 @@ def _check_pax_records(data: bytes) -> None:
         start = stop
 
 
-def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: Any) -> None:
+def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
     """Write what a .tgz holds below `root`. The one thread of `pool` inflates ahead."""
     import gzip
+    import tarfile
     plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
+    stream = _TarStream(itertools.takewhile(len, _ordered(pool, plain.read, itertools.repeat(_BLOCK), lambda n: n < 4)))
     sink = _Sink(root)
-    with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), lambda n: n < 4)) as parts:
-        for tar, member in _tar_members(_TarStream(itertools.takewhile(len, parts))):
+    try:
+        tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))  # type: ignore
+        for member in iter(tar.next, None):
+            tar.members = []  # or they would pile up in memory
             _extract_member(tar, member, sink)
+        stream.finish()
+    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError, OSError) as e:
+        if getattr(e, 'errno', None) is not None:  # without a number, it is gzip's
+            raise
+        raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
     sink.finish(confined=False)
 
 
@@ -2340,18 +2302,9 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
     stored = tar.offset - member.offset_data  # whatever a sparse map says
     if member.size > (stored << 10) + _SPARSE_ZEROS:
         raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
-    file = sink.create_file(name, bool(member.mode & 0o100))
-    try:
-        with _refuse_damage():
-            source = tar.extractfile(member)
-        while True:
-            with _refuse_damage():
-                data = source.read(_BLOCK)
-            if not data:
-                break
-            _write(file, data)
-    finally:
-        os.close(file)
+    source = tar.extractfile(member)
+    pieces = iter(functools.partial(source.read, _BLOCK), b'')
+    sink.write_file(name, bool(member.mode & 0o100), member.size, pieces)
 
 
 # ---------------------------------------------------------------------------------------
