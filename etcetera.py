@@ -810,13 +810,9 @@ class _Segment(NamedTuple):
     def amount(self) -> Dict[str, int]:
         return {'files': self.files, 'size': self.size}
 
-    def to_json(self) -> Dict[str, Any]:
-        """As indexes and receipts hold it."""
-        return dict(zip(self._fields, self))
-
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
-        """The reverse of to_json(). Raises _Malformed, KeyError or TypeError."""
+        """From what indexes and receipts hold. Raises _Malformed, KeyError or TypeError."""
         fields: List[Any] = [row[key] for key in cls._fields]
         is_sound = [type(field) for field in fields] == [str, int, int, int, int, str] and _is_utf8(fields[0])
         if not is_sound or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
@@ -1038,27 +1034,25 @@ def _tar_header(name: str, kind: bytes, mode: bytes, size: int, link: str) -> by
     raw_name = name.encode('utf-8')
     if len(raw_name) == len(name) <= 100 and not link and size < 8 ** 11:  # the most frequent case, made fast
         return _ustar(raw_name, kind, mode, size)
-    raw_name = name.encode('ascii', 'replace')
-    raw_link = link.encode('ascii', 'replace')
     pax = b''
-    if len(raw_name) > 100 or raw_name.decode() != name:
-        pax += _pax_record('path', name)
-    if len(raw_link) > 100 or raw_link.decode() != link:
-        pax += _pax_record('linkpath', link)
+    for key, value in (('path', name), ('linkpath', link)):
+        if len(value) > 100 or len(value.encode('utf-8')) != len(value):
+            pax += _pax_record(key, value)
     if size >= 8 ** 11:
         pax += _pax_record('size', str(size))
         size = 0
-    header = _ustar(raw_name[:100], kind, mode, size, raw_link[:100])
+    raw_name, raw_link = [text.encode('ascii', 'replace')[:100] for text in (name, link)]
+    header = _ustar(raw_name, kind, mode, size, raw_link)
     if not pax:
         return header
-    return _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000') + pax + bytes(-len(pax) % 512) + header
+    before = _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000')
+    return before + pax + bytes(-len(pax) % 512) + header
 
 
 def _pax_record(key: str, value: str) -> bytes:
     """`length key=value`, whose length counts itself (POSIX pax, "Extended Header")."""
     record = f' {key}={value}\n'.encode('utf-8')
-    length = len(record) + len(str(len(record)))
-    length = len(record) + len(str(length))  # it may have a digit more by now
+    length = next(n for n in itertools.count(len(record)) if n == len(record) + len(str(n)))
     return str(length).encode() + record
 
 
@@ -1575,7 +1569,7 @@ def _choose_effort(level: int, payload: bytes) -> Tuple[int, bool]:
 def _archive_end(level: int, segments: _SegmentList) -> bytes:
     """What follows the blocks: the end of the tar, the index and the footer."""
     index = {'etcetera': 1, 'digest': _dataset_digest(segments.segments),
-             'segments': [segment.to_json() for segment in segments.segments]}
+             'segments': [segment._asdict() for segment in segments.segments]}
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     if len(text) > _INDEX_LIMIT * 9 // 10:
         raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
@@ -1814,10 +1808,8 @@ class _Sink:
 
 def _segment_of(name: str) -> str:
     """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
-    parts = name.split('/')
-    if parts[0] == 'data' and len(parts) > 1:
-        return 'data/' + parts[1]
-    return '.' if len(parts) == 1 else parts[0]
+    match = re.match('data/[^/]+|[^/]+(?=/)', name)
+    return match.group() if match else '.'
 
 
 _HEADER_SIZE = 512  # bytes of a ustar header
@@ -1834,10 +1826,11 @@ class _TarReader:
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink) -> None:
+    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         self.path = path
         self.blocks = iter(blocks)
         self.sink = sink
+        self.notes = notes  # the journal
         # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
         # before the next header is read.
         self.ready: List[Tuple[str, bool, int, Tuple[Any]]] = []
@@ -1850,14 +1843,18 @@ class _TarReader:
         self.around = posixpath.dirname(path)  # the last directory, or the one around the last file
 
     def pull(self) -> bool:
-        """Write what is ready, and get the next block, if there is one."""
+        """Write what is ready, note that the block is written, and get the next one, if there is one."""
         for file in self.ready:
             self.sink.write_file(*file)
         self.ready = []
+        last = self.block
+        if last:
+            self.notes.write(json.dumps([last.path, last.length, last.digest.hex()]).encode() + b'\n')
+            os.utime(self.sink.root)  # a sign of life, or this would soon count as abandoned
         block = next(self.blocks, None)
         if block is None:
             return False
-        if self.block and len(self.block.payload) != _BLOCK:  # only the last block may be shorter
+        if last and len(last.payload) != _BLOCK:  # only the last block may be shorter
             raise self.error('block length')
         self.block = block
         self.digests.update(block.digest)
@@ -1976,10 +1973,16 @@ def _parse_pax(records: bytes) -> Dict[str, str]:
     return values
 
 
-def _extract_segment(path: str, blocks: Iterable[_Block], promised: Optional[_Segment], sink: _Sink) -> _Segment:
+def _extract_segment(
+        path: str,
+        blocks: Iterable[_Block],
+        promised: Optional[_Segment],
+        sink: _Sink,
+        notes: Any,
+) -> _Segment:
     """Write a complete segment to a sink, and return it as it was read. Raises Corrupt if it is not what was promised.
     """
-    reader = _TarReader(path, blocks, sink)
+    reader = _TarReader(path, blocks, sink, notes)
     files = size = 0
     has_directory = False
     for name, kind, mode, length, link in iter(reader.entry, None):
@@ -2014,17 +2017,10 @@ def _extract(
     written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
     describes a block: the path of its segment, its length in the archive, its digest.
     """
-    def noted() -> Generator[_Block, None, None]:
-        with open(journal or os.devnull, 'wb', buffering=0) as file:
-            file.write(head.encode() + b'\n')
-            for block in blocks:
-                yield block  # and note it when the next one is wanted
-                file.write(json.dumps([block.path, block.length, block.digest.hex()]).encode() + b'\n')
-                os.utime(sink.root)  # a sign of life, or this would soon count as abandoned
-
-    with contextlib.closing(noted()) as source:
-        segments = [_extract_segment(path, own, promised.get(path), sink)
-                    for path, own in itertools.groupby(source, operator.attrgetter('path'))]
+    with open(journal or os.devnull, 'wb', buffering=0) as notes:
+        notes.write(head.encode() + b'\n')
+        segments = [_extract_segment(path, own, promised.get(path), sink, notes)
+                    for path, own in itertools.groupby(blocks, operator.attrgetter('path'))]
     sink.finish(confined=True)
     return segments
 
@@ -2247,7 +2243,8 @@ def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
             tar.members = []  # or they would pile up in memory
             _extract_member(tar, member, sink)
         stream.finish()
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError, OSError) as e:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, LookupError, ArithmeticError,
+            RecursionError) as e:
         if getattr(e, 'errno', None) is not None:  # without a number, it is gzip's
             raise
         raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
@@ -4949,7 +4946,7 @@ class _Receipt(NamedTuple):
 
     def write(self, directory: Path) -> None:
         text = json.dumps(dict(self._asdict(), digest=self.digest,
-                               segments=[segment.to_json() for segment in self.segments]), indent=1)
+                               segments=[segment._asdict() for segment in self.segments]), indent=1)
         _remove(directory / _RECEIPT)
         with open(os.open(directory / _RECEIPT, _CREATE, 0o444), 'w') as file:
             file.write(text)
