@@ -1535,20 +1535,14 @@ void *libdeflate_alloc_compressor(int level) { return MEMORY ? &it : NULL; }
 void *libdeflate_alloc_decompressor(void) { return MEMORY ? &it : NULL; }
 void libdeflate_free_compressor(void *it) {}
 void libdeflate_free_decompressor(void *it) {}
-size_t libdeflate_deflate_compress(void *c, const void *in, size_t n, void *out, size_t room) {
+size_t libdeflate_gzip_compress(void *c, const void *in, size_t n, void *out, size_t room) {
     return say("deflates\n");
 }
-int libdeflate_deflate_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room,
-                                     size_t *read, size_t *written) {
-    memset(out, 0, *written = 1024);
-    *read = n - 8;
-    return say("inflates\n");
-}
-unsigned libdeflate_crc32(unsigned crc, const unsigned char *data, size_t n) {
-    crc = ~crc;
-    for (size_t at = 0; at < 8 * n; at++)
-        crc = crc >> 1 ^ (0xedb88320 & -((crc ^ data[at / 8] >> at % 8) & 1));
-    return ~crc;
+int libdeflate_gzip_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room,
+                                  size_t *read, size_t *written) {
+    memset(out, 1, room);
+    *read = n;
+    return 1 + say("inflates\n");
 }
 '''
 
@@ -1582,7 +1576,7 @@ class Deflate(Case):
                 self.etc('pull', 'Y', home='two')
                 self.assertEqual(tree(self.tmp / 'two/Y'), tree(root), (writer, level))
                 self.etc('purge', 'Y', home='two')
-        self.assertEqual(sizes[0], zlib_sizes[0])
+        self.assertLess(abs(sizes[0] - zlib_sizes[0]), 1000)
         for ours, others in zip(sizes[1:], zlib_sizes[1:]):
             self.assertLess(ours, min(others, 0.6 * sizes[0]))
 
