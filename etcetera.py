@@ -4151,12 +4151,7 @@ class _S3Remote(_BucketStore):
         payload = _sha256()
         for chunk in body:
             payload.update(chunk)
-        headers = {**self.headers, **headers}
-        # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-        if _CHECKSUM in self.used and 'uploads' in query:
-            headers['x-amz-checksum-algorithm'] = 'SHA256'
-        elif _CHECKSUM in self.used and method == 'PUT' and body:
-            headers['x-amz-checksum-sha256'] = _base64(payload.digest())
+        headers = {**self.headers, **headers, **self.checksum(query, body, payload.digest())}
         keys: Optional[_AwsKeys] = None
 
         def prepare() -> _Request:
@@ -4167,9 +4162,8 @@ class _S3Remote(_BucketStore):
             return self.credentials.sign(request, keys, 's3', self.region, payload.hexdigest())
 
         def judge(reply: _Reply) -> str:
-            # Errors may come with status 200:
-            # https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
-            if reply.status < 300 and method != 'POST' and _COPY_SOURCE not in headers:
+            is_late = method == 'POST' or _COPY_SOURCE in headers  # errors may come with status 200
+            if reply.status < 300 and not is_late:
                 return 'final'
             verdict = self.credentials.judge(reply)
             if verdict == 'final' and self.learn(reply, keys):
@@ -4180,12 +4174,21 @@ class _S3Remote(_BucketStore):
             return verdict
 
         reply = self.http.request(prepare, judge, limit)
-        if 200 <= reply.status < 300 or reply.status in accept:
-            return reply
-        error = self.error(reply, method, key)
-        if _CHECKSUM in error.message.lower():
-            self.write_again(_CHECKSUM, error)
-        raise error
+        if not (200 <= reply.status < 300 or reply.status in accept):
+            error = self.error(reply, method, key)
+            if _CHECKSUM in error.message.lower():
+                self.write_again(_CHECKSUM, error)
+            raise error
+        return reply
+
+    def checksum(self, query: _Headers, body: Sequence[Any], digest: bytes) -> Dict[str, str]:
+        """https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html"""
+        if _CHECKSUM not in self.used:
+            return {}
+        if 'uploads' in query:
+            return {'x-amz-checksum-algorithm': 'SHA256'}
+        is_manifest = 'uploadId' in query and 'partNumber' not in query
+        return {'x-amz-checksum-sha256': _base64(digest)} if body and not is_manifest else {}
 
     def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> bool:
         """Adjust to the refusal of a request with these keys; return whether another try may help."""
@@ -5030,7 +5033,7 @@ class _Home:
             os.rename(old, gone)
 
     def check_movable(self, name: str) -> None:
-        """Raises Error if a dataset cannot be renamed. What is tried has no effect: the other directory is not empty."""
+        """Raises Error if a dataset cannot be renamed. Trying it has no effect, as the other directory is not empty."""
         path = self.path(name)
         _make_movable(path)
         try:
