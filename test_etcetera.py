@@ -7707,7 +7707,7 @@ class Program(Shell, Case):
         self.assertEqual(self.run_(sys.executable, '-c', code), 'train\n')
 
     def test_pipes(self):
-        write('.', {'.etc/D%04d' % number: None for number in range(3000)})
+        write('.', {'.etc/D%04d/data' % number: None for number in range(3000)})
         command = '"%s" "%s" ls' % (sys.executable, SCRIPT)
         for then, said in ((' | head -n 1', ''), (' >/dev/full', 'etc: cannot write to standard output: .*\n'),
                            (' >&-', 'etc: standard output is closed\n')):
