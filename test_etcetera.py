@@ -4282,22 +4282,20 @@ class AwsCredentialsOracle(AwsCredentials):
         regions = [region for partition in session.get_available_partitions()
                    for region in session.get_available_regions('s3', partition)]
         self.assertGreater(len(regions), 30)
-        for service, place in (('s3', {'Bucket': 'bucket'}), ('s3', {'Bucket': 'my.bucket'}), ('s3', {'Bucket': 'Upper_1'}),
-                               ('sts', {})):
+        for service, bucket in (('s3', 'bucket'), ('s3', 'my.bucket'), ('s3', 'Upper_1'), ('sts', 'bucket')):
             rules = botocore.endpoint_provider.EndpointProvider(
                 loader.load_service_model(service, 'endpoint-rule-set-1'), loader.load_data('partitions'))
             self.profile(DEV if service == 'sts' else '[default]\n' + static('STATIC'), BASE)
             for region, fips, dual in itertools.product(regions, (False, True), (False, True)):
-                place.update(Region=region, UseFIPS=fips, UseDualStack=dual)
-                try:
-                    theirs = rules.resolve_endpoint(**place).url
-                except botocore.exceptions.EndpointProviderError:
+                if service == 'sts' and (dual or 'global' in region):
                     continue
                 os.environ.update(AWS_USE_FIPS_ENDPOINT=str(fips), AWS_USE_DUALSTACK_ENDPOINT=str(dual))
-                with self.subTest(service, **place), self.assertRaises(Reached) as caught:
-                    etc.ls(True, etc.Config('s3://' + place.get('Bucket', 'bucket'), region=region))
-                if service == 's3' or not dual and 'global' not in region:
-                    self.assertEqual(caught.exception.args[0], urllib.parse.urlsplit(theirs).netloc, place)
+                place = {'Region': region, 'Bucket': bucket, 'UseFIPS': fips, 'UseDualStack': dual}
+                with self.subTest(service, **place), contextlib.suppress(botocore.exceptions.EndpointProviderError):
+                    theirs = rules.resolve_endpoint(**place).url
+                    with self.assertRaises(Reached) as caught:
+                        etc.ls(True, etc.Config('s3://' + bucket, region=region))
+                    self.assertEqual(caught.exception.args[0], urllib.parse.urlsplit(theirs).netloc)
 
 
 class AwsLife(AwsCase):
@@ -4432,13 +4430,12 @@ class AwsLife(AwsCase):
     def test_processes_that_fail(self):
         python = '"%s" -S -c ' % sys.executable
         for command, problem in (
-                (python + "'import sys; sys.exit(chr(27) + str(12))'", 'fails (1): \\x1b12'),
-                (python + "'print(5)'", 'aws_access_key_id is missing'),
-                (python + "'print(chr(123) + chr(125))'", 'aws_access_key_id is missing'),
-                (python + "'", 'cannot be run: No closing quotation'),
-                ('/nowhere/at/all', 'cannot be run: No such file')):
-            self.refused("the credential_process of the AWS profile 'default'", '[default]\ncredential_process = ' + command)
-            self.refused(problem,
+                (python + "'import sys; sys.exit(chr(27) + str(12))'", ' fails (1): \\x1b12'),
+                (python + "'print(5)'", ': aws_access_key_id is missing'),
+                (python + "'print(chr(123) + chr(125))'", ': aws_access_key_id is missing'),
+                (python + "'", ' cannot be run: No closing quotation'),
+                ('/nowhere/at/all', ' cannot be run: No such file')):
+            self.refused("the credential_process of the AWS profile 'default'" + problem,
                          '[default]\ncredential_process = ' + command)
 
     def test_regions_are_no_hosts(self):
@@ -4496,13 +4493,12 @@ class AwsRenewal(AwsCase):
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
     def test_what_is_transient(self):
-        for status, code, akid, env in ((400, 'Throttling', 'WEB-pod', self.web_identity()),
-                                        (400, 'RequestLimitExceeded', 'WEB-pod', self.web_identity()),
-                                        (400, 'IDPCommunicationError', 'WEB-pod', self.web_identity()),
-                                        (500, 'InternalError', 'CONTAINER', self.container)):
-            left = [code] * 3
-            self.aws.fault = lambda handler: left and (handler.error(status, left.pop()) or True)
-            self.expect(akid, **env)
+        for code in ('Throttling', 'RequestLimitExceeded', 'IDPCommunicationError'):
+            left = [400] * 3
+            self.aws.fault = lambda handler: left and (handler.error(left.pop(), code) or True)
+            self.expect('WEB-pod', **self.web_identity())
+        left = [500] * 3
+        self.expect('CONTAINER', **self.container)
 
 
 @unittest.skipIf(os.name == 'nt', 'a script of the shell')
@@ -4517,10 +4513,12 @@ class AwsCommand(AwsCase):
              'mfa': 'mfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = b\n' + ROLE + 'x\n[profile b]\n' + static('STATIC')}
 
     def setUp(self):
+        from unittest import mock
         super().setUp()
-        saved = dict(sys.modules)
-        self.addCleanup(lambda: (sys.modules.clear(), sys.modules.update(saved)))
-        sys.modules.update({name: None for name in list(saved) + ['boto3', 'botocore'] if name.startswith('boto')})
+        hidden = mock.patch.dict(sys.modules, {name: None for name in [*sys.modules, 'boto3', 'botocore']
+                                               if name.startswith('boto')})
+        hidden.start()
+        self.addCleanup(hidden.stop)
         write(self.tmp / 'bin', {'aws': '#!/bin/sh\necho "$*" >> "$HOME/asked"\ncat "$HOME/answer"\n'})
         (self.tmp / 'bin/aws').chmod(0o755)
         os.environ.update(PATH='%s:/usr/bin:/bin' % (self.tmp / 'bin'), AWS_PROFILE='work')
@@ -4560,8 +4558,7 @@ class AwsLibrary(AwsCase):
 
     def test_kinds(self):
         os.environ.update(AWS_PROFILE='work', AWS_ENDPOINT_URL_STS=self.aws.url, AWS_ENDPOINT_URL_SSO=self.aws.url)
-        token = {'startUrl': 'https://corp', 'region': 'us-east-1', 'accessToken': 'sso-token',
-                 'expiresAt': '2099-01-01T00:00:00Z'}
+        token = {'accessToken': 'sso-token', 'expiresAt': '2099-01-01T00:00:00Z'}
         write(self.tmp / '.aws/sso/cache', {hashlib.sha1(b'corp').hexdigest() + '.json': json.dumps(token)})
         for what, code, signers, words in (
                 ('sso', b'', ['SSO'], ''), ('mfa', b'123456\n', ['x-by-STATIC'], ''),
@@ -4610,8 +4607,6 @@ class MotoIdentity(Case):
         self.settings['aws_profile'] = 'top'
         self.etc('push', 'X')
         self.etc('pull', 'X', home='two')
-        os.environ['AWS_SECRET_ACCESS_KEY'] = 'wrong'
-        self.assertIn('SignatureDoesNotMatch', self.etc('ls', '-r', status=1)[1])
         self.settings.clear()
         os.environ.update(AWS_ACCESS_KEY_ID='', AWS_SECRET_ACCESS_KEY='', AWS_EC2_METADATA_DISABLED='',
                           AWS_EC2_METADATA_SERVICE_ENDPOINT=endpoint)
@@ -4647,14 +4642,12 @@ class Signature(S3Case):
             headers['Authorization'] = (
                 'AWS4-HMAC-SHA256 Credential=AKIAIOSFODNN7EXAMPLE/20130524/us-east-1/s3/aws4_request,'
                 'SignedHeaders=%s,Signature=%s' % (';'.join(sorted(headers)), signature))
-            for secret, status in (('wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY', 404), ('another', 403)):
-                with self.subTest(path, secret=secret):
-                    self.server.secrets = {'AKIAIOSFODNN7EXAMPLE': secret}
-                    connection = http.client.HTTPConnection(*self.server.server_address)
-                    self.addCleanup(connection.close)
-                    connection.request(method, path, body, headers)
-                    self.assertEqual(connection.getresponse().status, status)
-
+            with self.subTest(path):
+                self.server.secrets = {'AKIAIOSFODNN7EXAMPLE': 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY'}
+                connection = http.client.HTTPConnection(*self.server.server_address)
+                self.addCleanup(connection.close)
+                connection.request(method, path, body, headers)
+                self.assertEqual(connection.getresponse().status, 404)
 
     def test_odd_requests(self):
         """Signatures are right for odd keys, of odd hosts and with all kinds of headers."""
@@ -4749,7 +4742,7 @@ class Flaky:
             del headers['Content-Range']
         elif kind == 'flipped':
             body = flipped(body, rng)
-        length = len(body) if length is None else length
+        length = len(body)
         if kind == 'long':
             length += rng.randrange(1, 1000)
         elif kind == 'short':
@@ -4761,7 +4754,7 @@ class Flaky:
         elif kind in ('cut', 'torn', 'stalled'):
             body = body[:rng.randrange(len(body) or 1)]
         with contextlib.suppress(OSError):
-            self.connection.sendall('\r\n'.join(lines).encode() + body * (self.command != 'HEAD'))
+            self.connection.sendall('\r\n'.join(lines).encode() + body)
         if kind == 'torn':
             return self.slam()
         if kind == 'stalled' and length:
@@ -4805,7 +4798,7 @@ class Recorder(Handler):
 class Faults:
     """Each command that reads or writes a remote, with each kind of fault at a random request and byte.
 
-    All end in the right dataset, or with one line and nothing changed. ETC_TEST_SEED repeats a single run.
+    All end in the right dataset, or with one line and nothing changed.
     """
     counts = [1, 1, 1, 2, 2, 4, 10 ** 6, 10 ** 6]
 
@@ -4868,8 +4861,7 @@ class Faults:
             self.requests.clear()
             self.assertEqual(self.etc('-q', *op[0].split(), home=home)[1], '')
             places += [(op, self.requests[:place]) for place in range(1, len(self.requests) + 1)]
-        only = os.environ.get('ETC_TEST_SEED')
-        for seed in [int(only)] if only else range(len(kinds) * RUNS):
+        for seed in range(len(kinds) * RUNS):
             self.rng = rng = random.Random('%s %d' % (self.id(), seed))
             self.kind, self.new = kinds[seed % len(kinds)], rng.choice(others)
             fitting = [(op, requests) for op, requests in places if self.applies(self.kind, requests[-1])]
@@ -4911,11 +4903,11 @@ class Faults:
 
         def check(op, home, out, err):
             command, _, target, before, _ = op
-            possible = [before] if err else [target]
-            if self.kind in ('replaced', 'rewritten') and err:
+            is_replaced = self.kind in ('replaced', 'rewritten')
+            versions = [part_one, part_two] if '-p' in command else [tree_one, tree_two]
+            possible = [before] if err else versions if is_replaced else [target]
+            if err and is_replaced:
                 self.assertRegex(err, "was replaced|no dataset|another 'X' is installed")
-            elif self.kind in ('replaced', 'rewritten'):
-                possible = [part_one, part_two] if '-p' in command else [tree_one, tree_two]
             found = tree(self.tmp / home / 'X') if os.path.lexists(str(self.tmp / home / 'X')) else None
             self.assertTrue(found in possible, (err, sorted(found or {})))
             if found:
@@ -4962,7 +4954,7 @@ class HttpFaults(Faults):
         self.addCleanup(self.server.reopen)
         for name, value in vars(old).items():
             vars(self.server).setdefault(name, value)
-        self.server.case, self.server.finished, self.orphans = self, {}, set()
+        self.server.case, self.orphans = self, set()
         self.settings['endpoint_url'] = os.environ['STORAGE_EMULATOR_HOST'] = self.server.url
         self.other = Server(Recorder)
         self.addCleanup(self.other.stop)
@@ -4974,8 +4966,6 @@ class HttpFaults(Faults):
         method, path, headers = request
         if kind in ('range', 'whole', 'flipped'):
             return method == 'GET' and 'Range' in headers
-        if kind in ('short', 'long', 'cut', 'torn', 'stalled', 'garbage', '400 RequestTimeout'):  # it is told in a body
-            return method != 'HEAD'
         return kind != '200 InternalError' or method == 'POST' and 'uploadId' in path
 
     def pause(self, low, high):
@@ -4996,7 +4986,7 @@ class HttpFaults(Faults):
     def reset(self, archive, conditions=True):
         self.server.reopen()
         self.server.conditions, self.pauses = conditions, 0
-        for kept in (self.server.objects, self.server.uploads, self.server.finished, self.orphans, self.other.log):
+        for kept in (self.server.objects, self.server.uploads, self.orphans, self.other.log):
             kept.clear()
         if archive is not None:
             self.put('X.tgz', archive)
@@ -5069,7 +5059,7 @@ class S3Faults(HttpFaults, S3Case):
 class GsFaults(HttpFaults, GoogleCase):
     class handler(Flaky, GsHandler):
         def error(self, status, code, headers=()):
-            self.answer(status, json.dumps({'error': {'code': status, 'message': code}}).encode() if code else b'', headers)
+            self.json({'error': {'code': status, 'message': code}}, status, headers)
     tries_of_delete = 1
 
     def setUp(self):
@@ -5131,9 +5121,9 @@ class FileFaults(Faults, Case):
         remove(self.archive)
 
     def put(self, name, data):
-        write(self.tmp, {'new/' + name: data})
-        (self.tmp / 'share').mkdir(exist_ok=True)
-        os.replace(str(self.tmp / 'new' / name), str(self.tmp / 'share' / name))
+        write(self.tmp, {'new': data})
+        self.archive.parent.mkdir(exist_ok=True)
+        os.replace(str(self.tmp / 'new'), str(self.archive))
 
     def remote(self):
         return self.archive.read_bytes() if self.archive.exists() else None
@@ -5164,8 +5154,8 @@ class SlowBodies(S3Handler):
         return body
 
     def answer(self, status, body=b'', headers=(), length=None):
-        super().answer(status, b'', headers, len(body) if length is None else length)
-        for start in range(0, len(body) * (self.command != 'HEAD'), 32768):
+        super().answer(status, b'', headers, len(body))
+        for start in range(0, len(body), 32768):
             self.server.slow(self, len(body) - start)
             self.wfile.write(body[start:start + 32768])
 
