@@ -4026,8 +4026,9 @@ class AwsHandler(SignedHandler):
         return temporary(akid + self.server.suffix, self.server.lifetime, token)
 
     def error(self, status, code):
-        self.answer(status, b'<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type>'
-                            b'<Code>%s</Code><Message>about it</Message></Error></ErrorResponse>' % code.encode())
+        xml = '<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Code>%s</Code>' \
+              '<Message>about it</Message></Error></ErrorResponse>'
+        self.answer(status, (xml % code).encode())
 
     def handle_one(self):
         body = self.read_body()
@@ -4046,8 +4047,10 @@ class AwsHandler(SignedHandler):
             self.json(refused or self.temporary('CONTAINER', 'Token'), 401 if refused else 200)
         elif path == '/latest/api/token' and self.command == 'PUT' and headers['x-aws-ec2-metadata-token-ttl-seconds']:
             self.answer(200, b'imds-token')
-        elif headers['X-aws-ec2-metadata-token'] != 'imds-token' or parent != '/latest/meta-data/iam/security-credentials':
+        elif headers['X-aws-ec2-metadata-token'] != 'imds-token':
             self.answer(401)
+        elif parent != '/latest/meta-data/iam/security-credentials':
+            self.answer(404)
         elif role:
             self.json(dict(self.temporary('INSTANCE-' + role, 'Token'), Code='Success'))
         else:
@@ -4075,7 +4078,8 @@ class AwsHandler(SignedHandler):
 def temporary(akid, lifetime=3600, token='SessionToken', form='%Y-%m-%dT%H:%M:%SZ', offset=0):
     """Keys as AWS's services give them, with the time of a clock that is so many seconds ahead of UTC."""
     expires = time.strftime(form, time.gmtime(time.time() + lifetime + offset))
-    return {'AccessKeyId': akid, 'SecretAccessKey': 'secret-of-' + akid, token: 'token/of+' + akid, 'Expiration': expires}
+    return {'AccessKeyId': akid, 'SecretAccessKey': 'secret-of-' + akid, token: 'token/of+' + akid,
+            'Expiration': expires}
 
 
 def static(akid):
@@ -4200,19 +4204,21 @@ class AwsCredentials(AwsCase):
     def test_variables_in_the_paths_of_files(self):
         write(self.tmp / 'place', {'config': '[profile p]\nsource_profile = base\n' + ROLE + 'dev', 'mine.ini': BASE})
         os.environ.update(PLACE=str(self.tmp / 'place'), NAME='mine', AWS_PROFILE='p')
-        for config, credentials in (('$PLACE/config', '~/place/$NAME.ini'), ('$HOME/place/config', '${PLACE}/mine.ini')):
+        for config, credentials in (('$PLACE/config', '~/place/$NAME.ini'),
+                                    ('$HOME/place/config', '${PLACE}/mine.ini')):
             self.expect('dev-by-STATIC-B', AWS_CONFIG_FILE=config, AWS_SHARED_CREDENTIALS_FILE=credentials)
 
     def test_roles(self):
-        chain = ('[profile top]\nsource_profile = mid\n' + ROLE + 'top\n[profile mid]\nsource_profile = base\n' + ROLE + 'mid\n')
-        picky = '[default]\nsource_profile = base\nexternal_id = x y&z\nduration_seconds = 900\nrole_session_name = me\n'
+        chain = ('[profile top]\nsource_profile = mid\n' + ROLE + 'top\n'
+                 '[profile mid]\nsource_profile = base\n' + ROLE + 'mid\n')
+        picky = DEV.replace('dev', 'picky') + 'external_id = x y&z\nduration_seconds = 900\nrole_session_name = me\n'
         source = '[default]\n' + ROLE + 'dev\ncredential_source = '
         self.expect('dev-by-STATIC-B', DEV, BASE)
         self.expect('dev-by-STATIC-B', DEV, BASE + '[default]\n' + static('STATIC'), **self.web_identity())
         self.expect('top-by-mid-by-STATIC-B', chain, BASE, AWS_PROFILE='top')
         self.expect('top-by-STATIC-S', chain + static('STATIC-S'), BASE, AWS_PROFILE='top')
         self.expect('dev-by-STATIC-S', DEV.replace('base', 'default') + static('STATIC-S'))
-        self.expect('picky-by-STATIC-B', picky + ROLE + 'picky\n', BASE)
+        self.expect('picky-by-STATIC-B', picky, BASE)
         self.expect('dev-by-PROCESS', DEV + '[profile base]\n' + self.process('PROCESS'))
         self.expect('dev-by-' + INSTANCE, source + 'Ec2InstanceMetadata')
         self.expect('dev-by-CONTAINER', source + 'EcsContainer', **self.container)
@@ -4236,7 +4242,7 @@ class AwsCredentials(AwsCase):
         os.environ.update(self.container)
         self.expect('CONTAINER')
         self.expect('STATIC', '', '[default]\n' + static('STATIC'))
-        self.expect('CONTAINER', '[profile empty]\nregion = us-east-1\n', AWS_PROFILE='empty')
+        self.expect('CONTAINER', '[profile empty]\n', AWS_PROFILE='empty')
         self.aws.authorization = 'Basic secret'
         self.expect('CONTAINER', **{token: 'Basic secret'})
         self.expect('CONTAINER', **{token: 'wrong', token + '_FILE': self.token('Basic secret')})
@@ -4331,11 +4337,11 @@ class AwsLife(AwsCase):
             self.aws.suffix = '2'
             return signed_by(handler.headers) in refused and (handler.error(400, 'ExpiredToken') or True)
         self.server.fault, refused = refuse, [INSTANCE]
-        self.assertEqual(self.found(), INSTANCE + '2')
-        self.assertEqual(len(self.aws.log), 6)
+        self.assertEqual((self.found(), len(self.aws.log)), (INSTANCE + '2', 6))
         refused.append(INSTANCE + '2')
         self.server.log.clear()
-        self.refused("ExpiredToken: about ExpiredToken; renew the credentials, which come from the instance's role 'my-role'")
+        self.refused('ExpiredToken: about ExpiredToken; renew the credentials, which come from '
+                     "the instance's role 'my-role'")
         self.assertEqual(len(self.server.log), 1)
 
     def test_keys_that_are_changed_in_their_file(self):
@@ -4375,8 +4381,8 @@ class AwsLife(AwsCase):
         self.expect('CONTAINER', **self.container)
 
     def test_containers_that_are_not_trusted(self):
-        for url in ('http://example.com/x http://169.254.170.3/ http://10.0.0.1/ ftp://localhost/ nonsense http://[::2]/ http://[x '
-                    'http://localhost.example.com http://127.0.0.1@example.com/').split():
+        for url in ('http://example.com/x http://169.254.170.3/ http://10.0.0.1/ ftp://localhost/ nonsense '
+                    'http://[::2]/ http://[x http://localhost.example.com http://127.0.0.1@example.com/').split():
             self.refused('must begin with https://, or with http:// and a loopback address',
                          AWS_CONTAINER_CREDENTIALS_FULL_URI=url)
         for path in ('@example.com/', '.example.com/'):
@@ -4405,7 +4411,8 @@ class AwsLife(AwsCase):
         self.refused(needs % 'default', role + 'source_profile = default')
         self.refused(needs % 'default', role + 'source_profile = base\ncredential_source = Environment' + base)
         self.refused(needs % 'a', role + 'source_profile = a\n[profile a]\nsource_profile = default\n' + ROLE + 'x')
-        self.refused("the AWS profile that the source_profile of 'default' names is not in", role + 'source_profile = nope')
+        self.refused("the AWS profile that the source_profile of 'default' names is not in",
+                     role + 'source_profile = nope')
         self.refused("'default' finds no credentials in a", role + 'source_profile = a\n[profile a]\n')
 
     def test_roles_by_a_wrong_clock(self):
@@ -4415,14 +4422,14 @@ class AwsLife(AwsCase):
             stamp = calendar.timegm(time.strptime(handler.headers['x-amz-date'], '%Y%m%dT%H%M%SZ'))
             return abs(stamp - now()) > 300 and (handler.error(403, 'SignatureDoesNotMatch') or True)
         self.server.fault = self.aws.fault = fault
-        stand_in(self, Handler, 'date_time_string', lambda handler, timestamp=None: email.utils.formatdate(now(), usegmt=True))
+        stand_in(self, Handler, 'date_time_string', lambda handler: email.utils.formatdate(now(), usegmt=True))
         self.shift(5 * 3600)
         self.expect('dev-by-STATIC-B', DEV, BASE)
         self.assertEqual((len(self.aws.log), len(self.server.log)), (2, 1))
 
     def test_web_identities_that_cannot_be(self):
         self.refused('web identity: AWS STS answers 403 InvalidIdentityToken', **self.web_identity('another'))
-        self.refused('cannot read the file with a token that web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE names',
+        self.refused('cannot read the file with a token that web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE',
                      AWS_ROLE_ARN='arn:aws:iam::1:role/pod', AWS_WEB_IDENTITY_TOKEN_FILE='/nowhere')
         self.refused('web identity is configured without a role; set role_arn or $AWS_ROLE_ARN',
                      AWS_WEB_IDENTITY_TOKEN_FILE=self.token('web-token'))
@@ -4505,12 +4512,13 @@ class AwsRenewal(AwsCase):
 class AwsCommand(AwsCase):
     """What needs more than the standard library comes from the command `aws`, where boto3 is not installed."""
 
-    KINDS = {'sso': 'sso_session = corp\nsso_account_id = 1\nsso_role_name = R\n[sso-session corp]\nsso_region = us-east-1\n'
-                    'sso_start_url = https://corp\n',
+    KINDS = {'sso': 'sso_session = corp\nsso_account_id = 1\nsso_role_name = R\n[sso-session corp]\n'
+                    'sso_region = us-east-1\nsso_start_url = https://corp\n',
              'sso without a session': 'sso_account_id = 1\nsso_role_name = R\nsso_region = us-east-1\n'
                                       'sso_start_url = https://corp\n',
              'login': 'login_session = arn:aws:iam::1:user/me\n',
-             'mfa': 'mfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = b\n' + ROLE + 'x\n[profile b]\n' + static('STATIC')}
+             'mfa': 'mfa_serial = arn:aws:iam::1:mfa/me\nsource_profile = b\n' + ROLE + 'x\n[profile b]\n'
+                    + static('STATIC')}
 
     def setUp(self):
         from unittest import mock
@@ -4581,7 +4589,8 @@ class MotoIdentity(Case):
 
     def test_roles_and_metadata(self):
         import boto3
-        process, endpoint = serve(tool('moto_server'), '-H', '127.0.0.1', '-p', 'PORT', INITIAL_NO_AUTH_ACTION_COUNT='1000')
+        process, endpoint = serve(tool('moto_server'), '-H', '127.0.0.1', '-p', 'PORT',
+                                  INITIAL_NO_AUTH_ACTION_COUNT='1000')
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         self.url = 's3://bucket/prefix'
@@ -4675,8 +4684,9 @@ class Signature(S3Case):
 class Flaky:
     """Mixed into a handler: commits the fault that `server.case` plans for a request, on the real socket."""
 
-    GARBAGE = [b'', b'<', b'[]', b'null', b'"x"', b'{"items": 5}', b'\xff\xfe' * 99, b'<Error/>', b'{"' * 5000, b'[' * 200000,
-               b'[' + b'1' * 100000 + b']', b'<html><body>Welcome to our hotel</body></html>', b'<ListBucketResult><Contents>',
+    GARBAGE = [b'', b'<', b'[]', b'null', b'"x"', b'{"items": 5}', b'\xff\xfe' * 99, b'<Error/>', b'{"' * 5000,
+               b'[' * 200000, b'[' + b'1' * 100000 + b']', b'<html><body>Welcome to our hotel</body></html>',
+               b'<ListBucketResult><Contents>',
                b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;">]>'
                b'<ListBucketResult>&b;</ListBucketResult>']
     damage = ''
@@ -4804,8 +4814,8 @@ class Faults:
 
     def setUp(self):
         super().setUp()
-        self.requests, self.hits, self.is_armed, self.mutex = [], [], False, threading.RLock()
-        self.rng = random.Random()
+        self.requests, self.hits, self.is_armed = [], [], False
+        self.mutex, self.rng = threading.RLock(), random.Random()
         for name in ('_TIMEOUT', '_READ_TIMEOUT'):
             stand_in(self, etc, name, 60)
 
@@ -4832,8 +4842,9 @@ class Faults:
     def make(self, version, size):
         """A version of X: its archive, its tree, and what of it `pull -p test` installs."""
         root = write(self.tmp / version, {
-            'data/train/noise': noise(size, version), 'data/train/x/text': (version + '\n') * 5000, 'README.md': version,
-            'data/train/l': ('->', 'noise'), 'data/test/t': 'the same in all', 'meta.json': '{"version": "%s"}' % version})
+            'data/train/noise': noise(size, version), 'data/train/x/text': (version + '\n') * 5000,
+            'data/train/l': ('->', 'noise'), 'data/test/t': 'the same in all', 'README.md': version,
+            'meta.json': '{"version": "%s"}' % version})
         local = etc.Config((self.tmp / 'made' / version).as_uri(), self.tmp / 'makers' / version)
         etc.register(root, 'X', config=local)
         etc.push('X', config=local)
@@ -4850,7 +4861,7 @@ class Faults:
         return home
 
     def strike(self, kinds, ops, check, others=(None,)):
-        """Let each kind of fault strike one of the operations, which begin with a command and the archive that is there.
+        """Let each kind of fault strike one of the operations, which begin with a command and the archive there.
 
         check(op, home, out, err) looks at what came of it; without an error, err is ''.
         others: what may take the archive's place when it is replaced.
@@ -4939,12 +4950,13 @@ class Faults:
 
 
 class HttpFaults(Faults):
-    SECRETS = [AKID, SECRET, SECRET[:20], 'AWS4-HMAC', 'Signature', 'session/token', 'ya29.token', 'Bearer', 'refresh-secret']
-    MENDED = ('refused, reset, silence, lost, cut, torn, stalled, long, 408, 429 SlowDown, 500 InternalError, 502, 503 SlowDown, '
-              '503 ServiceUnavailable, 504').split(', ')
-    ENDED = ('replaced, short, garbage, range, whole, flipped, headless, 301 PermanentRedirect, 302, 303, 307 TemporaryRedirect, '
-             '308, 400 InvalidRequest, 401, 403 AccessDenied, 404 NoSuchKey, 409 OperationAborted, 410 Gone, 412, 416, 501'
-             ).split(', ')
+    SECRETS = [AKID, SECRET, SECRET[:20], 'AWS4-HMAC', 'Signature', 'session/token', 'ya29.token', 'Bearer',
+               'refresh-secret']
+    MENDED = ('refused, reset, silence, lost, cut, torn, stalled, long, 408, 429 SlowDown, 500 InternalError, 502, '
+              '503 SlowDown, 503 ServiceUnavailable, 504').split(', ')
+    ENDED = ('replaced, short, garbage, range, whole, flipped, headless, 301 PermanentRedirect, 302, 303, '
+             '307 TemporaryRedirect, 308, 400 InvalidRequest, 401, 403 AccessDenied, 404 NoSuchKey, '
+             '409 OperationAborted, 410 Gone, 412, 416, 501').split(', ')
 
     def setUp(self):
         super().setUp()
@@ -4969,7 +4981,7 @@ class HttpFaults(Faults):
         return kind != '200 InternalError' or method == 'POST' and 'uploadId' in path
 
     def pause(self, low, high):
-        """The client pauses between two tries, here for no time. A server that refuses connections is back after two."""
+        """The client pauses, here for no time. A server that refuses connections is back after one or two."""
         with self.server.lock:
             self.pauses += 1
             if self.count < 3 and self.pauses > self.rng.randrange(2):
@@ -4980,8 +4992,7 @@ class HttpFaults(Faults):
         self.server.objects.clear()
 
     def remote(self):
-        found = self.server.objects.get('some/prefix/X.tgz')
-        return found and found[0]
+        return self.server.objects.get('some/prefix/X.tgz', [None])[0]
 
     def reset(self, archive, conditions=True):
         self.server.reopen()
@@ -5205,7 +5216,7 @@ class Links(S3Case):
                 self.etc('pull', 'X', home=str(connections))
                 self.assertEqual(tree(self.tmp / str(connections) / 'X'), tree(root))
                 self.assertEqual(max(most), connections)
-                self.assertLess(self.server.sent, 26 * MIB)
+                self.assertLess(self.server.sent, 22.5 * MIB)
 
     def test_silence(self):
         """A connection that says nothing is given up early, if the request only reads."""
@@ -5241,13 +5252,14 @@ class Links(S3Case):
         """How many requests the commands make at most."""
         self.share(small(self.tmp / 'ds'))
         self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB), 'README.md': 'large'}), 'Large')
-        for most, words in ((6, 'push Large'), (1, 'push Large'), (1, 'info -r X'), (2, 'info -r Large'), (1, 'diff X -r X'),
-                            (2, 'diff -r Large -r Large'), (1, 'ls -r'), (3, 'ls -r -l'), (2, 'ls -r --json L*'),
-                            (0, 'purge X'), (1, 'pull X')):
+        rows = '6 push Large, 1 push Large, 1 info -r X, 2 info -r Large, 1 diff X -r X, 2 diff -r Large -r Large, ' \
+               '1 ls -r, 3 ls -r -l, 2 ls -r --json L*, 0 purge X, 1 pull X'
+        for row in rows.split(', '):
+            most, words = row.split(' ', 1)
             with self.subTest(words):
                 self.server.log.clear()
                 self.etc(*words.split())
-                self.assertLessEqual(len(self.server.log), most, self.requests())
+                self.assertLessEqual(len(self.server.log), int(most))
 
     def test_ranges_from_the_end(self):
         """Servers that refuse or misread them are asked otherwise."""
@@ -5258,7 +5270,7 @@ class Links(S3Case):
                 ('the whole object', 0, size, None), ('refused', 0, 0, None), ('from the start', 0, 8193, size),
                 ('the last bytes but one', size - 8193, size - 1, size), ('fewer bytes', size - 4000, size, size),
                 ('no size', size - 8192, size, '*'), ('another length', size - 8192, size, size)):
-            headers, asked = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}, []
+            headers, asked = {'ETag': etag}, []
             if total:
                 headers['Content-Range'] = 'bytes %d-%d/%s' % (start, stop - 1, total)
 
@@ -5276,7 +5288,7 @@ class Links(S3Case):
     def test_lost_upload(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
         self.server.fault = lambda handler: 'partNumber=2' in handler.path and self.server.uploads.clear()
-        self.assertRegex(self.etc('push', 'X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push again')
+        self.assertRegex(self.etc('push', 'X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push ')
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_while_the_server_is_silent(self):
@@ -5296,7 +5308,7 @@ class Links(S3Case):
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_at_any_time(self):
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB), 'data/train/y': 'y' * 99}))
+        self.share(write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}))
         for command, delay in itertools.product(('push -f X', 'pull -f X'), (0, 0.03, 0.1, 0.2)):
             with self.subTest(command, delay=delay):
                 self.server.log.clear()
