@@ -126,6 +126,7 @@ from typing import (
     Callable,
     Container,
     Dict,
+    FrozenSet,
     Generator,
     Iterable,
     Iterator,
@@ -575,14 +576,22 @@ class _Job:
         self.lock = threading.Lock()
         self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
         self.is_ended = False
+        self.wake: Optional[Callable[[], Any]] = None  # the caller, if there is one who listens
+        self.is_heard = False
         self.begin(0)
 
     def begin(self, total: int) -> None:
-        """Count anew, up to `total`."""
-        self.total = total  # bytes that progress is to reach
+        """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
         self.moved = 0  # bytes that have been read, sent or received
+        self.total = total  # bytes that progress is to reach
         self.packed = 0  # bytes of files that a push has packed so far
         self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
+        if self.wake:
+            self.is_heard = False
+            self.wake()
+            while not (self.is_heard or self.is_ended):
+                time.sleep(_TICK / 100)
+            self.add(0)
 
     def add(self, count: int) -> None:
         """Count bytes. Raises _Ended."""
@@ -600,6 +609,7 @@ class _Job:
             self.add(0)
 
     def report(self, progress: _Progress) -> None:
+        self.is_heard = True
         if progress and self.total:
             done = self.moved
             if self.produced:
@@ -624,7 +634,11 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
     import threading
     job = _Job()
     outcome: List[Tuple[Any, Optional[BaseException]]] = []
-    finished = threading.Lock()
+    news = threading.Lock()  # held while there are none
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # there are some already
+            news.release()
 
     def work() -> None:
         try:
@@ -633,21 +647,25 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
                 outcome.append((function(job, *args), None))
         except BaseException as e:
             outcome.append((None, e))
-        finished.release()
+        finally:
+            wake()
 
-    finished.acquire()
+    news.acquire()
     thread = threading.Thread(target=work, daemon=True)
     try:
         try:
+            job.wake = wake if progress else None
             thread.start()
         except (RuntimeError, MemoryError):
+            job.wake = None
             work()
-        while not finished.acquire(timeout=_TICK):
+        while not outcome:
             job.report(progress)
+            news.acquire(timeout=_TICK)
     except BaseException:
         job.end()
         while not outcome and thread.is_alive():
-            finished.acquire(timeout=_TICK)
+            news.acquire(timeout=_TICK)
         raise
     result, error = outcome[0]
     if error:
@@ -692,14 +710,22 @@ class _Pool:
         import threading
         from concurrent.futures import Future
         future: Any = Future()
-        self.tasks.put(functools.partial(self.settle, future, function, item))
-        if len(self.threads) < self.wanted:
-            thread = threading.Thread(target=self.work, daemon=True)
+
+        def task() -> None:
             try:
+                if not self.is_closed:
+                    future.set_result(function(item))
+            except BaseException as e:
+                future.set_exception(e)
+
+        self.tasks.put(task)
+        try:
+            if len(self.threads) < self.wanted:
+                thread = threading.Thread(target=self.work, daemon=True)
                 thread.start()
                 self.threads.append(thread)
-            except (RuntimeError, MemoryError):
-                self.wanted = len(self.threads)
+        except (RuntimeError, MemoryError):
+            self.wanted = len(self.threads)
         if not self.threads:
             self.tasks.get()()
         return future
@@ -708,13 +734,6 @@ class _Pool:
         for task in iter(self.tasks.get, None):
             task()
             del task  # or memory would hold it until the next one comes
-
-    def settle(self, future: Any, function: Callable[[Any], Any], item: Any) -> None:
-        if not self.is_closed:
-            try:
-                future.set_result(function(item))
-            except BaseException as e:
-                future.set_exception(e)
 
 
 def _ordered(
@@ -759,7 +778,7 @@ def _for_cores(count: int) -> bool:
 # ---------------------------------------------------------------------------------------
 
 _BLOCK = 1 << 20  # bytes of a block
-_MTIME = 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
+_MTIME = b'%011o' % 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
 _DEPTH = 256  # levels of directories that a dataset may have
 _MAX_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
@@ -768,6 +787,7 @@ _MANY_FILES = 32  # in a block, above which one thread may read them faster than
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
 _FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'  # type flags of tar
+_PLAIN, _EXECUTABLE = b'0000644', b'0000755'  # modes, as in tar
 
 _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
 
@@ -780,7 +800,7 @@ class _Entry(NamedTuple):
 
     name: str  # in the archive; a directory's ends in a slash
     kind: bytes  # _FILE, _DIRECTORY or _LINK
-    mode: int
+    mode: bytes  # _PLAIN or _EXECUTABLE
     size: int
     link: str  # target of a link
     source: str = ''  # path of a file
@@ -812,17 +832,12 @@ class _Segment(NamedTuple):
     def amount(self) -> Dict[str, int]:
         return {'files': self.files, 'size': self.size}
 
-    def to_json(self) -> Dict[str, Any]:
-        """As indexes and receipts hold it."""
-        return dict(zip(self._fields, self))
-
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
-        """The reverse of to_json(). Raises _Malformed."""
-        fields: List[Any] = [row.get(key) for key in cls._fields] if isinstance(row, dict) else []
-        if [type(field) for field in fields] != [str, int, int, int, int, str]:
-            raise _Malformed
-        if not _is_utf8(fields[0]) or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
+        """From what indexes and receipts hold. Raises _Malformed, KeyError or TypeError."""
+        fields: List[Any] = [row[key] for key in cls._fields]
+        is_sound = [type(field) for field in fields] == [str, int, int, int, int, str] and _is_utf8(fields[0])
+        if not is_sound or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
             raise _Malformed
         return cls(*fields)
 
@@ -833,42 +848,31 @@ def _segment_order(path: str) -> Tuple[int, str]:
 
 
 # Names are text in UTF-8 everywhere but on disk, where the locale decides (Python 3.6 with LANG=C reads ASCII only).
-_OS_IS_UTF8 = sys.getfilesystemencoding().lower().replace('-', '') == 'utf8'
-
 
 def _from_os(name: str) -> str:
     """A file name as text. Raises UnicodeError if its bytes are not UTF-8."""
-    if not _OS_IS_UTF8:
-        return os.fsencode(name).decode('utf-8')
-    name.encode('utf-8')
-    return name
+    return os.fsencode(name).decode('utf-8')
 
 
 def _to_os(name: str) -> str:
     """A name as the system's functions take it. Raises UnicodeError if UTF-8 cannot encode it."""
-    raw = name.encode('utf-8')
-    return name if _OS_IS_UTF8 else os.fsdecode(raw)
+    return os.fsdecode(name.encode('utf-8'))
 
 
 def _join(root: _Path, name: str) -> str:
     return os.fspath(root) + os.sep + _to_os(name)
 
 
-def _scan(path: _Path) -> Tuple[List[str], Set[str]]:
-    """The names in a directory, sorted by code points, and those among them that are links."""
-    names = []
-    links = set()
+_Items = List[Tuple[str, bool]]  # names in a directory, sorted by code points, and whether they are links
+
+
+def _scan(path: _Path) -> _Items:
     with os.scandir(path) as items:
-        for item in items:
-            try:
-                name = _from_os(item.name)
-            except UnicodeError:
-                raise InvalidDataset(f'the name {os.fsencode(item.path)!r} is not valid UTF-8', 'rename it') from None
-            names.append(name)
-            if item.is_symlink():
-                links.add(name)
-    names.sort()
-    return names, links
+        try:
+            return sorted([(_from_os(item.name), item.is_symlink()) for item in items])
+        except UnicodeDecodeError as e:
+            raise InvalidDataset(f'the name {os.path.join(os.fsencode(path), e.object)!r} is not valid UTF-8',
+                                 'rename it') from None
 
 
 def _stat(name: str, path: str) -> os.stat_result:
@@ -897,13 +901,13 @@ def _is_litter(name: str) -> bool:
     return bool(re.match(_LITTER, name))
 
 
-def _partitions(root: _Path) -> List[str]:
-    """The names of a dataset's partitions, sorted. Raises InvalidDataset if there is anything else beside them."""
+def _partitions(root: _Path) -> _Items:
+    """A dataset's partitions, sorted. Raises InvalidDataset if there is anything else beside them."""
     partitions = []
-    for name in _scan(_join(root, 'data'))[0]:
+    for name, is_link in _scan(_join(root, 'data')):
         path = 'data/' + name
         if _is_directory(root, path):
-            partitions.append(name)
+            partitions.append((name, is_link))
         elif not _is_litter(path):
             raise InvalidDataset(f"'data' may hold only directories (partitions), but '{path}' is a file", 'move it')
     return partitions
@@ -911,56 +915,54 @@ def _partitions(root: _Path) -> List[str]:
 
 def _segments(root: Path, only: Optional[Container[str]] = None) -> _Listing:
     """The segments of a dataset, or only those with the given paths, each with its entries."""
-    names, links = _scan(root)
-    names = [name for name in names if name != _RECEIPT]
-    directories = [name for name in names if name != 'data' and _is_directory(root, name)]
-    inside = {'.': sorted(set(names) - set(directories))}
-    for path in directories + ['data/' + name for name in _partitions(root)]:
-        inside[path] = [path]
-    for path, tops in inside.items():
+    files: _Items = []
+    segments = {'.': files}
+    for path, is_link in _scan(root):
+        if path == _RECEIPT:
+            continue
+        if path != 'data' and _is_directory(root, path):
+            segments[path] = [(path, is_link)]
+        else:
+            files.append((path, is_link))
+    for name, is_link in _partitions(root):
+        segments['data/' + name] = [('data/' + name, is_link)]
+    for path, items in segments.items():
         if only is None or path in only:
-            yield path, _entries(root, tops, links, path)
+            yield path, _entries(root, path, items)
 
 
-def _entries(root: Path, names: Iterable[str], links: Set[str], segment: str) -> Iterator[_Entry]:
-    """Everything at and below `names`, a directory before its contents."""
+def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
+    """Everything at and below `tops`, a directory before its contents."""
     followed = itertools.count(1)
 
     def visit(
-            prefix: str,  # of the names
-            place: str,  # of their paths
-            names: Iterable[str],
-            links: Set[str],
+            prefix: str,
+            items: _Items,
             above: Tuple[Tuple[int, int], ...],  # device and inode of the directories around them
             through_link: bool,
     ) -> Iterator[_Entry]:
-        for own in names:
+        for own, is_link in items:
             name = prefix + own
             if through_link and next(followed) > _MAX_FOLLOWED or len(above) >= _DEPTH:
                 raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
                                      'remove links')
-            path = place + _to_os(own)
+            path = _join(root, name)
             status = _stat(name, path)
-            is_directory = stat.S_ISDIR(status.st_mode)
-            is_link = own in links
-            link = ''
-            if is_link and name != segment and not (is_directory and segment == '.'):
-                link = _kept_link(root, name, segment)
+            link = _kept_link(root, name, segment) if is_link and name != 'data' else ''
             if link:
-                yield _Entry(name, _LINK, 0o644, 0, link)
-            elif not is_directory:
-                yield _Entry(name, _FILE, 0o755 if status.st_mode & 0o100 else 0o644, status.st_size, '', path)
+                yield _Entry(name, _LINK, _PLAIN, 0, link)
+            elif not stat.S_ISDIR(status.st_mode):
+                mode = _EXECUTABLE if status.st_mode & 0o100 else _PLAIN
+                yield _Entry(name, _FILE, mode, status.st_size, '', path)
             else:
-                yield _Entry(name + '/', _DIRECTORY, 0o755, 0, '')
+                yield _Entry(name + '/', _DIRECTORY, _EXECUTABLE, 0, '')
                 identity = status.st_dev, status.st_ino
                 if identity in above:
                     raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
                 if segment != '.':
-                    inner, inner_links = _scan(path)
-                    yield from visit(name + '/', path + os.sep, inner, inner_links, above + (identity,),
-                                     through_link or is_link)
+                    yield from visit(name + '/', _scan(path), above + (identity,), through_link or is_link)
 
-    return visit('', _join(root, ''), names, links, (), False)
+    return visit('', tops, (), False)
 
 
 def _kept_link(root: Path, name: str, segment: str) -> str:
@@ -996,16 +998,18 @@ class _Survey:
     """
 
     def __init__(self, root: Path) -> None:
-        self.kept: List[Tuple[str, bytes]] = []  # the path of a segment, and a batch of its entries
+        self.kept: Dict[str, List[bytes]] = {}  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.size = 0  # bytes of all files
+        self.count = 0  # of entries
         for path, entries in _segments(root):
             files = size = 0
-            rest = iter(entries)
-            for batch in iter(lambda: list(itertools.islice(rest, _BATCH)), []):  # noqa: B023
+            self.kept[path] = []
+            for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
+                self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
+                self.count += len(batch)
                 files += sum([entry.kind != _DIRECTORY for entry in batch])
                 size += sum([entry.size for entry in batch])
-                self.kept.append((path, zlib.compress(marshal.dumps(list(map(tuple, batch))), 1)))
             self.segments[path] = _Segment(path, files=files, size=size)
             self.size += size
 
@@ -1013,138 +1017,108 @@ class _Survey:
     def limit(self) -> int:
         """Bytes that the archive will not exceed."""
         longest_header = 12288  # with a name and a link target that the system can hold
-        tar = self.size + longest_header * (_BATCH * len(self.kept) + 100)
+        tar = self.size + longest_header * (self.count + 100)
         return tar + tar // 250  # as _LONGEST_BLOCK allows
 
     def listing(self, only: Optional[Container[str]] = None) -> _Listing:
         """The segments, or only those with the given paths, each with its entries."""
-        for path, batches in itertools.groupby(self.kept, operator.itemgetter(0)):
+        for path, batches in self.kept.items():
             if only is None or path in only:
-                rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for _, batch in batches)
+                rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
                 yield path, itertools.starmap(_Entry, rows)
 
 
-@functools.lru_cache(maxsize=64)
-def _ustar_frame(kind: bytes, mode: int, link: bytes, mtime: int) -> Tuple[bytes, bytes, bytes, int]:
-    """What many headers share: the fields around name, size and checksum, and the sum of their bytes."""
-    header = struct.pack('100x8s8s8s12x12s8sc100s8s247x', b'%07o' % mode, b'%07o' % 0, b'%07o' % 0, b'%011o' % mtime,
-                         b' ' * 8, kind, link, b'ustar\x0000')
-    return header[100:124], header[135:148], header[156:], sum(header)
+_USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
+_NO_ONE = b'0000000'  # uid and gid
 
 
 def _ustar(
         name: bytes,
         kind: bytes,
-        mode: int,
+        mode: bytes,
         size: int,
         link: bytes = b'',
-        mtime: int = _MTIME,
+        mtime: bytes = _MTIME,
 ) -> bytes:
     """A ustar header of ASCII fields."""
-    before_size, before_checksum, after_checksum, total = _ustar_frame(kind, mode, link, mtime)
-    digits = b'%011o' % size
+    header = _USTAR.pack(
+        name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
     # Adler-32 starts at 1 and adds bytes up modulo 65521 in its lower half (RFC 1950, 8.2), far quicker than sum().
-    total += (zlib.adler32(digits, zlib.adler32(name)) & 0xffff) - 1
-    return b''.join((name.ljust(100, b'\0'), before_size, digits, before_checksum, b'%06o\0 ' % total, after_checksum))
+    return header[:148] + b'%06o\0' % ((zlib.adler32(header) & 0xffff) - 1) + header[155:]
 
 
-def _tar_header(name: str, kind: bytes, mode: int, size: int, link: str) -> bytes:
+def _tar_header(name: str, kind: bytes, mode: bytes, size: int, link: str) -> bytes:
     """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
     fills devmajor and devminor otherwise.
     """
     raw_name = name.encode('utf-8')
-    if len(raw_name) == len(name) <= 100 and not link and size < 8 ** 11:  # the most frequent case: all is ASCII
+    if len(raw_name) == len(name) <= 100 and not link and size < 8 ** 11:  # the most frequent case, made fast
         return _ustar(raw_name, kind, mode, size)
-    raw_name = name.encode('ascii', 'replace')
-    raw_link = link.encode('ascii', 'replace')
     pax = b''
-    for key, value, raw in (('path', name, raw_name), ('linkpath', link, raw_link)):
-        if len(raw) > 100 or raw.decode() != value:
+    for key, value in (('path', name), ('linkpath', link)):
+        if len(value) > 100 or len(value.encode('utf-8')) != len(value):
             pax += _pax_record(key, value)
     if size >= 8 ** 11:
         pax += _pax_record('size', str(size))
         size = 0
-    header = _ustar(raw_name[:100], kind, mode, size, raw_link[:100])
+    raw_name, raw_link = [text.encode('ascii', 'replace')[:100] for text in (name, link)]
+    header = _ustar(raw_name, kind, mode, size, raw_link)
     if not pax:
         return header
-    return _ustar(b'././@PaxHeader', _PAX, 0, len(pax), mtime=0) + pax + bytes(-len(pax) % 512) + header
+    before = _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000')
+    return before + pax + bytes(-len(pax) % 512) + header
 
 
 def _pax_record(key: str, value: str) -> bytes:
     """`length key=value`, whose length counts itself (POSIX pax, "Extended Header")."""
     record = f' {key}={value}\n'.encode('utf-8')
-    length = len(record) + len(str(len(record)))
-    length = len(record) + len(str(length))  # it may have a digit more by now
+    length = next(n for n in itertools.count(len(record)) if n == len(record) + len(str(n)))
     return str(length).encode() + record
 
 
-# A part of a block: bytes of headers and padding; then bytes of a file: its entry, from where, to where
-_Piece = Tuple[bytes, Optional[_Entry], int, int]
+# The pieces of a block: bytes of headers and padding; then bytes of a file: its entry, from where, to where
+_Pieces = List[Tuple[bytes, Optional[_Entry], int, int]]
 
 
-class _BlockPlan(NamedTuple):
-    """A block whose files have not been read yet."""
-
-    path: str  # of its segment
-    files: int  # number of files and links whose header begins in this block
-    size: int  # bytes of these files
-    pieces: List[_Piece]
-
-    def file_bytes(self) -> int:
-        """Bytes of files that this block holds."""
-        return sum([stop - start for _, _, start, stop in self.pieces])
-
-    def read(self) -> bytes:
-        parts = []
-        for head, entry, start, stop in self.pieces:
-            parts.append(head)
-            if entry and start < stop:
-                parts.append(_read_file(entry, start, stop))
-        return b''.join(parts)
+def _read_pieces(pieces: _Pieces) -> bytes:
+    parts = []
+    for head, entry, start, stop in pieces:
+        parts.append(head)
+        if entry and start < stop:
+            parts.append(_read_file(entry, start, stop))
+    return b''.join(parts)
 
 
-def _heads(entries: Iterable[_Entry]) -> Iterator[Tuple[bytes, Optional[_Entry], int]]:
-    """What stands before the bytes of each entry, the entry, and its size; at the end the last padding."""
-    padding = b''
-    for entry in entries:
-        name, kind, mode, size, link, _ = entry
-        yield padding + _tar_header(name, kind, mode, size, link), entry, size
-        padding = _ZEROS[:-size % 512]
-    yield padding, None, 0
-
-
-def _blocks(listing: _Listing) -> Iterator[_BlockPlan]:
-    """The tar stream of the segments, cut into blocks."""
+def _plans(listing: _Listing) -> Iterator[Tuple[str, _Pieces]]:
+    """The tar stream of the segments, cut into blocks: the path of the segment, and what the block consists of."""
     for path, entries in listing:
-        pieces: List[_Piece] = []
+        pieces: _Pieces = []
         room = _BLOCK
-        files = size = 0
-        for head, entry, entry_size in _heads(entries):
-            if entry and entry.kind != _DIRECTORY:
-                files += 1
-                size += entry_size
+        padding = b''
+        for entry in entries:
+            name, kind, mode, size, link, _ = entry
+            head = padding + _tar_header(name, kind, mode, size, link)
             start = 0
-            while len(head) + entry_size - start > room:
+            while len(head) + size - start > room:
                 stop = start + max(0, room - len(head))
-                pieces.append((head[:room], entry, start, stop))
-                yield _BlockPlan(path, files, size, pieces)
+                pieces.append((head[:room], entry if stop > start else None, start, stop))
+                yield path, pieces
                 head = head[room:]
                 start = stop
                 pieces = []
                 room = _BLOCK
-                files = size = 0
-            pieces.append((head, entry, start, entry_size))
-            room -= len(head) + entry_size - start
-        yield _BlockPlan(path, files, size, pieces)
+            pieces.append((head, entry, start, size))
+            room -= len(head) + size - start
+            padding = _ZEROS[:-size % 512]
+        pieces.append((padding, None, 0, 0))  # there is room for it, as blocks are multiples of 512 bytes
+        yield path, pieces
 
 
 def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
     """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
-    wanted = stop - start
-    if stop == entry.size:
-        wanted += 1  # a byte more would show that the file has grown
+    wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
     file = os.open(entry.source, _READ)
     try:
         if start:
@@ -1168,34 +1142,44 @@ def _sha256(data: bytes = b'') -> Any:
         raise MemoryError from None
 
 
-class _Processed(NamedTuple):
-    """A block after its files have been read."""
+class _Block(NamedTuple):
+    """A block that was read, from files or from an archive."""
 
-    plan: _BlockPlan
+    path: str  # of its segment
+    payload: Any  # its bytes, or what was made of them
     digest: bytes  # SHA-256 of its bytes
-    result: Any  # of the work that was asked for
+    files: int = 0  # number of files and links that end in it
+    size: int = 0  # bytes of files in it
+    length: int = 0  # bytes in the archive
+    source: str = ''  # the directory whose files it was read from, if they may be linked
 
 
-def _process(job: _Job, pool: _Pool, listing: _Listing, work: Callable[[bytes], Any]) -> Iterator[_Processed]:
-    """Read, hash and give to `work` every block, in parallel; yield them in order."""
-    def process(plan: _BlockPlan) -> _Processed:
+def _process(job: _Job, pool: _Pool, listing: _Listing, work: Callable[[bytes], Any]) -> Generator[_Block, None, None]:
+    """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order."""
+    def process(item: Tuple[str, _Pieces, bytes]) -> _Block:
+        path, pieces, payload = item
         job.add(0)
-        payload = plan.read()
-        return _Processed(plan, _sha256(payload).digest(), work(payload))
+        payload = payload or _read_pieces(pieces)
+        files = size = 0
+        for _, entry, start, stop in pieces:
+            size += stop - start
+            if entry and entry.kind != _DIRECTORY and stop == entry.size:
+                files += 1
+        return _Block(path, work(payload), _sha256(payload).digest(), files, size)
 
-    def plans() -> Iterator[_BlockPlan]:
+    def items() -> Iterator[Tuple[str, _Pieces, bytes]]:
         is_fast = True
-        for plan in _blocks(listing):
+        for path, pieces in _plans(listing):
             # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
             # is slow: then several threads overlap their waits.
-            if is_fast and len(plan.pieces) > _MANY_FILES:
+            payload = b''
+            if is_fast and len(pieces) > _MANY_FILES:
                 begin = time.monotonic()
-                payload = plan.read()
-                is_fast = time.monotonic() - begin < 4e-5 * len(plan.pieces)
-                plan = plan._replace(pieces=[(payload, None, 0, plan.file_bytes())])
-            yield plan
+                payload = _read_pieces(pieces)
+                is_fast = time.monotonic() - begin < 4e-5 * len(pieces)
+            yield path, pieces, payload
 
-    return _ordered(pool, process, plans(), _for_cores)
+    return _ordered(pool, process, items(), _for_cores)
 
 
 class _SegmentList:
@@ -1206,25 +1190,25 @@ class _SegmentList:
         self.digests = _sha256()  # of the last segment's blocks
         self.ends: Dict[str, List[bytes]] = {}  # digests of each segment's first and last block, by path
 
-    def add(self, block: _Processed, length: int = 0) -> None:
+    def add(self, block: _Block, length: int = 0) -> None:
         """Count a block, which takes `length` bytes in the archive."""
-        path, files, size, _ = block.plan
-        if not self.segments or self.segments[-1].path != path:
-            self.segments.append(_Segment(path, self.archive_length()))
+        if not self.segments or self.segments[-1].path != block.path:
+            self.segments.append(_Segment(block.path, self.archive_length()))
             self.digests = _sha256()
-            self.ends[path] = [block.digest]
+            self.ends[block.path] = [block.digest]
         self.digests.update(block.digest)
-        self.ends[path][1:] = [block.digest]
+        self.ends[block.path][1:] = [block.digest]
         last = self.segments[-1]
-        self.segments[-1] = last._replace(length=last.length + length, files=last.files + files, size=last.size + size,
-                                          digest='sha256:' + self.digests.hexdigest())
+        self.segments[-1] = last._replace(
+            length=last.length + length,
+            files=last.files + block.files,
+            size=last.size + block.size,
+            digest='sha256:' + self.digests.hexdigest(),
+        )
 
     def archive_length(self) -> int:
         """Bytes of all blocks in the archive."""
         return self.segments[-1].stop if self.segments else 0
-
-    def digest(self) -> str:
-        return _dataset_digest(self.segments)
 
 
 def _dataset_digest(segments: Iterable[_Segment]) -> str:
@@ -1241,7 +1225,7 @@ def _hash(job: _Job, listing: _Listing) -> _SegmentList:
     with _Pool(job, _cores()) as pool:
         for block in _process(job, pool, listing, len):
             found.add(block)
-            job.add(block.plan.file_bytes())
+            job.add(block.size)
     return found
 
 
@@ -1348,7 +1332,7 @@ def _validate(root: Path, label: str = '') -> List[str]:
             raise InvalidDataset(f'{label} is a file, not a directory', 'unpack it first')
         raise InvalidDataset(f'no directory {_masked(label)}')
     try:
-        partitions = _partitions(root) if (root / 'data').is_dir() else []
+        partitions = [name for name, _ in _partitions(root)] if (root / 'data').is_dir() else []
         if not partitions:
             raise InvalidDataset("it needs a directory 'data' with a directory for each partition",
                                  _nearby_dataset(root, label))
@@ -1417,13 +1401,14 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
 # ---------------------------------------------------------------------------------------
 # Deflate
 #
-# RFC 1951 by this machine's libdeflate, which takes about half of zlib's time, and fewer bytes; by Python's zlib if
-# there is none, or if $ETC_LIBDEFLATE is 0. Each reads what the other writes, and what libdeflate cannot read as it
-# should be, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path: from beside the standard
+# gzip (RFC 1951 and 1952) by this machine's libdeflate, which takes about half of zlib's time, and fewer bytes; by
+# Python's zlib if there is none, or if $ETC_LIBDEFLATE is 0. Each reads what the other writes, and what libdeflate
+# cannot read, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path: from beside the standard
 # library, or from where the system's own libraries and those of its package manager are.
 # ---------------------------------------------------------------------------------------
 
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
+_GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 
 
 def _libdeflate() -> Any:
@@ -1433,17 +1418,15 @@ def _libdeflate() -> Any:
 
 @functools.lru_cache(maxsize=None)
 def _load_libdeflate() -> Any:
-    """The first libdeflate that is there, or None if it does not work."""
-    try:
+    with contextlib.suppress(ImportError, OSError, AttributeError, StopIteration):
         import ctypes
         library = ctypes.CDLL(next(filter(os.path.exists, _libdeflate_paths())))
         library.libdeflate_alloc_compressor.restype = ctypes.c_void_p
-        library.libdeflate_deflate_compress.restype = ctypes.c_size_t
+        library.libdeflate_gzip_compress.restype = ctypes.c_size_t
         library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
-        library.libdeflate_crc32.restype = ctypes.c_uint32
+        library.libdeflate_gzip_decompress_ex.restype = ctypes.c_int
         return library
-    except (StopIteration, ImportError, OSError, AttributeError):
-        return None
+    return None
 
 
 def _libdeflate_paths() -> List[str]:
@@ -1452,52 +1435,50 @@ def _libdeflate_paths() -> List[str]:
     if not os.path.isabs(beside) or sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
         return []
     if os.name == 'nt':
-        names = ('deflate.dll', 'libdeflate.dll') if sys.maxsize > 1 << 32 else ()  # 32 bits have another convention
-        return [os.path.join(beside, 'Library', 'bin', name) for name in names]
-    if sys.platform == 'darwin':
-        return [f'{top}/lib/libdeflate.0.dylib' for top in (beside, '/opt/homebrew', '/usr/local', '/opt/local')]
-    debian = f'/usr/lib/{os.uname().machine}-linux-gnu'
-    return [f'{lib}/libdeflate.so.0' for lib in (f'{beside}/lib', debian, '/usr/lib64', '/usr/lib', '/usr/local/lib')]
+        return [f'{beside}/Library/bin/deflate.dll'] if sys.maxsize > 1 << 32 else []  # 32 bits call otherwise
+    tops = (beside, '/opt/homebrew', '/usr/local', '/opt/local', '/usr')
+    places = ('lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64')
+    name = 'libdeflate.0.dylib' if sys.platform == 'darwin' else 'libdeflate.so.0'
+    return [f'{top}/{place}/{name}' for top in tops for place in places]
 
 
 def _deflate(data: bytes, level: int, only_runs: bool = False) -> bytes:
-    """A deflate stream. Level 0 stores. only_runs: be fast, since nothing but runs of a byte shrinks."""
+    """What follows the header of a gzip member. Level 0 stores. only_runs: be fast, as only runs of a byte shrink."""
     library = _libdeflate()
-    deflated = b''
-    if library and level:
+    if library:
         from ctypes import c_size_t, c_void_p
         room = bytes(len(data) + 4096)  # as nothing else knows this object yet, the library may write to it
         state = c_void_p(library.libdeflate_alloc_compressor(1 if only_runs else level))
-        if state:
-            length = library.libdeflate_deflate_compress(
-                state, data, c_size_t(len(data)), room, c_size_t(len(room)))
-            deflated = room[:length]
+        length = state and library.libdeflate_gzip_compress(
+            state, data, c_size_t(len(data)), room, c_size_t(len(room)))
         library.libdeflate_free_compressor(state)
-    if not deflated:
-        strategy = _Z_RLE if only_runs else zlib.Z_DEFAULT_STRATEGY
-        deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 8, strategy)
-        deflated = deflate.compress(data) + deflate.flush()
-    return deflated
+        if length:
+            return room[_GZIP_HEADER_SIZE:length]
+    deflate = zlib.compressobj(level, zlib.DEFLATED, 31, 8, _Z_RLE if only_runs else zlib.Z_DEFAULT_STRATEGY)
+    return (deflate.compress(data) + deflate.flush())[_GZIP_HEADER_SIZE:]
 
 
-def _inflate_by_libdeflate(library: Any, body: bytes) -> Tuple[bytes, bytes]:
-    """What a stream holds, of the size at the end of `body`, and the bytes that follow it; empty if that fails."""
-    from ctypes import byref, c_size_t, c_void_p
-    payload = bytes(min(int.from_bytes(body[-4:], 'little'), _BLOCK))  # which the library may write to, as above
-    read, written = c_size_t(), c_size_t()
-    state = c_void_p(library.libdeflate_alloc_decompressor())
-    failed = not state or library.libdeflate_deflate_decompress_ex(
-        state, body, c_size_t(len(body)), payload, c_size_t(len(payload)), byref(read), byref(written))
-    library.libdeflate_free_decompressor(state)
-    return (b'', b'') if failed else (payload[:written.value], body[read.value:])
-
-
-def _crc32(data: bytes) -> int:
+def _inflate(member: bytes) -> bytes:
+    """What a gzip member holds, of at most _BLOCK bytes; b'' if it is damaged, or anything else."""
     library = _libdeflate()
-    if not library:
-        return zlib.crc32(data)
-    from ctypes import c_size_t
-    return int(library.libdeflate_crc32(0, data, c_size_t(len(data))))
+    if library:
+        from ctypes import byref, c_size_t, c_void_p
+        payload = bytes(min(int.from_bytes(member[-4:], 'little'), _BLOCK))  # which the library may write to, as above
+        taken = c_size_t()
+        state = c_void_p(library.libdeflate_alloc_decompressor())
+        failed = not state or library.libdeflate_gzip_decompress_ex(
+            state, member, c_size_t(len(member)), payload, c_size_t(len(payload)), byref(taken), None)
+        library.libdeflate_free_decompressor(state)
+        if not failed and taken.value == len(member):
+            return payload
+    inflater = zlib.decompressobj(31)
+    try:
+        payload = inflater.decompress(member, _BLOCK + 1)
+    except zlib.error as e:
+        if 'Error -4' in str(e):  # Z_MEM_ERROR
+            raise MemoryError from None
+        return b''
+    return payload if inflater.eof and not inflater.unused_data and len(payload) <= _BLOCK else b''
 
 
 def _deflater() -> str:
@@ -1565,7 +1546,6 @@ _EMPTY = b'\x03\0' + bytes(8)  # an empty deflate stream, its CRC-32 and its siz
 _EXTRA = struct.Struct('<H2sH')  # RFC 1952, 2.3.1.1: length of all fields, tag and length of the only one
 _FIELD_OFFSET = len(_GZIP) + _EXTRA.size  # where the data of the extra field start
 _BLOCK_HEADER_SIZE = _FIELD_OFFSET + 4  # bytes before a block's deflate stream
-_TRAILER = struct.Struct('<II')  # CRC-32 and size
 _FOOTER_SIZE = _FIELD_OFFSET + 8 + len(_EMPTY)
 _LONGEST_BLOCK = _BLOCK + 4096  # bytes in the archive: stored, a block grows by 5 bytes in each 16 KiB or more
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
@@ -1583,8 +1563,7 @@ def _compress(level: int, payload: bytes) -> bytes:
     body = _deflate(payload, level, only_runs)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
-    length = struct.pack('<I', _BLOCK_HEADER_SIZE + len(body) + _TRAILER.size)
-    return b''.join((_member(b'et', length), body, _TRAILER.pack(_crc32(payload), len(payload))))
+    return _member(b'et', struct.pack('<I', _BLOCK_HEADER_SIZE + len(body))) + body
 
 
 def _choose_effort(level: int, payload: bytes) -> Tuple[int, bool]:
@@ -1592,72 +1571,34 @@ def _choose_effort(level: int, payload: bytes) -> Tuple[int, bool]:
 
     JPEG, Parquet, npz and the like do not shrink: they are stored. Small files of that kind do not shrink either, but
     the padding between them does. The default level is to take at most 2 % more bytes than gzip's; zlib's level below
-    often achieves that, in two thirds of the time, and its run-length encoding takes a third for what hardly shrinks.
-    libdeflate takes fewer bytes anyway.
+    often achieves that, in two thirds of the time.
     """
     if not level or len(payload) <= 65536:
         return level, False
-    by_zlib = _libdeflate() is None
     step = len(payload) // 4
     samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
-    if len(_deflate(samples, level)) > 0.97 * len(samples):
+    best = len(_deflate(samples, level))
+    if best > 0.97 * len(samples):
         return 0, False
-    without_padding = re.sub(b'\0{8,}', b'', samples)
-    if len(_deflate(without_padding, level)) > (0.9 if by_zlib else 0.95) * len(without_padding):
+    if len(_deflate(samples, level, only_runs=True)) < 1.06 * best:
         return level, True
-    if by_zlib and level == _DEFAULT_LEVEL:
+    if level == _DEFAULT_LEVEL and not _libdeflate():
         middle = payload[len(payload) // 2:][:32768]
-        if len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level)):
-            level -= 1
+        level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
     return level, False
-
-
-def _inflate(body: Any) -> bytes:
-    """The bytes that a block holds, from what follows its header."""
-    is_deflated = body[0] & 6  # zlib takes fewer copies to read what is stored
-    library = _libdeflate() if is_deflated else None
-    payload, rest = _inflate_by_libdeflate(library, bytes(body)) if library else (b'', b'')
-    if not _is_sound(payload, rest):
-        payload, rest = _inflate_by_zlib(body)
-    if not _is_sound(payload, rest):
-        raise Corrupt('the archive is damaged: a block does not match its checksum or size')
-    return payload
-
-
-def _inflate_by_zlib(body: Any) -> Tuple[bytes, bytes]:
-    """What the deflate stream of a block holds, and what follows it, or b'' if the stream has no end."""
-    inflater = zlib.decompressobj(-15)
-    try:
-        payload = inflater.decompress(body, _BLOCK + 1)
-    except zlib.error as e:
-        if 'Error -4' in str(e):  # Z_MEM_ERROR
-            raise MemoryError from None
-        raise Corrupt(f'the archive is damaged: {e}') from None
-    return payload, inflater.unused_data
-
-
-def _is_sound(payload: bytes, trailer: bytes) -> bool:
-    """Whether these can be the contents and the trailer of a block."""
-    is_block = 0 < len(payload) <= _BLOCK and len(payload) % 512 == 0
-    return is_block and trailer == _TRAILER.pack(_crc32(payload), len(payload))
 
 
 def _archive_end(level: int, segments: _SegmentList) -> bytes:
     """What follows the blocks: the end of the tar, the index and the footer."""
-    end = _compress(level, _ZEROS)
-    return end + _index(segments.segments, segments.archive_length() + len(end))
-
-
-def _index(segments: Sequence[_Segment], offset: int) -> bytes:
-    """The index and the footer, for an index that starts at `offset`."""
-    index = {'etcetera': 1, 'digest': _dataset_digest(segments),
-             'segments': [segment.to_json() for segment in segments]}
+    index = {'etcetera': 1, 'digest': _dataset_digest(segments.segments),
+             'segments': [segment._asdict() for segment in segments.segments]}
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     if len(text) > _INDEX_LIMIT * 9 // 10:
         raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
-    steps = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
-    members = [_member(b'ei', step) + _EMPTY for step in steps]
-    return b''.join(members) + _member(b'ef', struct.pack('<Q', offset)) + _EMPTY
+    end = _compress(level, _ZEROS)
+    offset = struct.pack('<Q', segments.archive_length() + len(end))
+    members = [_member(b'ei', text[start:start + _INDEX_STEP]) for start in range(0, len(text), _INDEX_STEP)]
+    return end + b''.join([member + _EMPTY for member in [*members, _member(b'ef', offset)]])
 
 
 def _find_index(tail: bytes, size: int) -> Optional[int]:
@@ -1679,19 +1620,17 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
     """
     try:
         index = _parse_json(_index_text(data[:-_FOOTER_SIZE]))
-        if not isinstance(index, dict) or type(index.get('etcetera')) is not int:
+        if type(index['etcetera']) is not int:
             raise _Malformed
         if index['etcetera'] != 1:
             return None
-        if not isinstance(index.get('segments'), list):
-            raise _Malformed
-        segments = [_Segment.from_json(row) for row in index['segments']]
+        segments = list(map(_Segment.from_json, index['segments']))
         _check_order(segments, offset)
-        if index.get('digest') != _dataset_digest(segments):
-            raise _Malformed
-        return segments
-    except _Malformed:
-        raise Corrupt('the archive is damaged: its index is unreadable') from None
+        if index['digest'] == _dataset_digest(segments):
+            return segments
+    except (_Malformed, KeyError, TypeError):
+        pass
+    raise Corrupt('the archive is damaged: its index is unreadable')
 
 
 def _parse_json(data: bytes) -> Any:
@@ -1704,16 +1643,15 @@ def _parse_json(data: bytes) -> Any:
 def _index_text(data: bytes) -> bytes:
     """The JSON in the members of an index. Raises _Malformed, also for what would take much memory or time to parse."""
     parts = []
-    at = 0
-    while at < len(data):
-        header = data[at:at + _FIELD_OFFSET]
-        length = int.from_bytes(header[-2:], 'little')
-        end = at + _FIELD_OFFSET + length + len(_EMPTY)
-        part = data[at + _FIELD_OFFSET:at + _FIELD_OFFSET + length]
-        if data[at:end] != _member(b'ei', part) + _EMPTY:
+    rest = memoryview(data)
+    while rest:
+        length = int.from_bytes(rest[_FIELD_OFFSET - 2:_FIELD_OFFSET], 'little')
+        part = bytes(rest[_FIELD_OFFSET:_FIELD_OFFSET + length])
+        member = _member(b'ei', part) + _EMPTY
+        if rest[:len(member)] != member:
             raise _Malformed
         parts.append(part)
-        at = end
+        rest = rest[len(member):]
     text = b''.join(parts)
     if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
         raise _Malformed
@@ -1723,14 +1661,14 @@ def _index_text(data: bytes) -> bytes:
 def _check_order(segments: List[_Segment], end: int) -> None:
     """Raises _Malformed unless these segments can follow one another from the archive's start to `end`, or before."""
     offset = 0
-    order = []
     for segment in segments:
+        path = segment.path
         if segment.offset != offset or segment.length <= 0 or segment.files < 0 or segment.size < 0:
             raise _Malformed
-        offset += segment.length
-        order.append(_segment_order(segment.path))
-        if segment.path != '.' and (not _is_safe(segment.path) or segment.path != _segment_of(segment.path + '/x')):
+        if path != '.' and (not _is_safe(path) or path != _segment_of(path + '/x')):
             raise _Malformed
+        offset = segment.stop
+    order = [_segment_order(segment.path) for segment in segments]
     if order[:1] != [(0, '')] or order != sorted(set(order)) or offset > end:
         raise _Malformed
 
@@ -1794,7 +1732,6 @@ class _Sink:
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
         self.links: Dict[str, str] = {}  # targets of links, which finish() makes
-        self.writable: List[Tuple[str, int]] = []  # files that finish() makes read-only, with their modes
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
@@ -1809,16 +1746,14 @@ class _Sink:
         path = self.path(name)
         try:
             os.mkdir(path)
-        except FileExistsError:
+        except OSError as e:
             if not exist_ok or not os.path.isdir(path):
-                raise self.duplicate_error(name) from None
-        except (FileNotFoundError, NotADirectoryError):
-            raise self.orphan_error(name) from None
+                raise self.explained(e, name) from None
 
-    def create_file(self, name: str, executable: bool) -> int:
+    def create_file(self, name: str, is_executable: bool) -> int:
         """Create a read-only file, and return a descriptor to write to it."""
         path = self.path(name)
-        mode = 0o555 if executable else 0o444
+        mode = 0o555 if is_executable else 0o444
         try:
             try:
                 return os.open(path, _CREATE, mode)
@@ -1826,16 +1761,15 @@ class _Sink:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
                 file = os.open(path, _CREATE, mode | 0o200)
-                self.writable.append((path, mode))
+                with contextlib.suppress(OSError):
+                    os.chmod(path, mode)
                 return file
-        except FileExistsError:
-            raise self.duplicate_error(name) from None
-        except (FileNotFoundError, NotADirectoryError):
-            raise self.orphan_error(name) from None
+        except OSError as e:
+            raise self.explained(e, name) from None
 
-    def write_file(self, name: str, executable: bool, size: int, pieces: Iterable[Any]) -> None:
-        """Create a file of `size` bytes. It has this size at once, so that _replay() knows what is to come."""
-        file = self.create_file(name, executable)
+    def write_file(self, name: str, is_executable: bool, size: int, pieces: Iterable[Any]) -> None:
+        """Create a file. It has its full size at once, so that _replay() knows what is to come."""
+        file = self.create_file(name, is_executable)
         try:
             for piece in pieces:
                 if len(piece) < size:
@@ -1850,46 +1784,44 @@ class _Sink:
         """Note a link. finish() makes it, so that nothing can be written through it."""
         self.path(name)
         if name in self.links:
-            raise self.duplicate_error(name)
+            raise self.explained(FileExistsError(), name)
         if not 0 < len(target) < 4096 or '\0' in target or not _is_utf8(target):
             raise self.link_error(name, ascii(target)[1:-1])
         self.links[name] = target
 
     def finish(self, confined: bool) -> None:
         """Make the links. Raises Corrupt if one leads out of the dataset or, if `confined`, out of its segment."""
-        for path, mode in self.writable:
-            with contextlib.suppress(OSError):
-                os.chmod(path, mode)
         for name, target in self.links.items():
             try:
                 _symlink(_to_os(target), self.path(name))
-            except FileExistsError:
-                raise self.duplicate_error(name) from None
+            except OSError as e:
+                raise self.explained(e, name) from None
         root = os.path.realpath(self.root)
         for name, target in self.links.items():
-            if os.path.isabs(target) or not self.stays_inside(root, name, confined):
+            segment = _segment_of(name) if confined else ''
+            if os.path.isabs(target) or not self.leads_into(root, name, segment):
                 raise self.link_error(name, target)
 
-    def stays_inside(self, root: str, name: str, confined: bool) -> bool:
-        """Whether a link leads to something in the dataset or, if `confined`, in its segment."""
-        try:
-            os.stat(self.path(name))  # the system bounds chains of links, which realpath() may follow for ever
-        except OSError:
+    def leads_into(self, root: str, name: str, segment: str) -> bool:
+        """Whether a link leads to something in a segment, or with '' anywhere in the dataset."""
+        path = self.path(name)
+        if not os.path.exists(path):  # the system bounds chains of links, which realpath() may follow for ever
             return False
-        real = os.path.realpath(self.path(name))
-        segment = _segment_of(name) if confined else ''
+        real = os.path.realpath(path)
         if segment == '.':
             return os.path.dirname(real) == root and os.path.isfile(real)
         inside = os.path.normpath(os.path.join(root, _to_os(segment)))
-        return real == inside or real.startswith(inside + os.sep)
+        return (real + os.sep).startswith(inside + os.sep)
 
-    def orphan_error(self, name: str) -> Error:
+    def explained(self, error: OSError, name: str) -> Exception:
+        """What to raise when the system refuses an entry."""
+        if isinstance(error, FileExistsError):
+            return Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)")
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return error
         if not os.path.isdir(self.root):
             return Error(f'{self.root} was removed while it was being filled', 'run the command again')
         return Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it")
-
-    def duplicate_error(self, name: str) -> Error:
-        return Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)")
 
     def link_error(self, name: str, target: str) -> Error:
         return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
@@ -1898,20 +1830,16 @@ class _Sink:
 
 def _segment_of(name: str) -> str:
     """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
-    parts = name.split('/')
-    if parts[0] == 'data' and len(parts) > 1:
-        return 'data/' + parts[1]
-    return '.' if len(parts) == 1 else parts[0]
+    match = re.match('data/[^/]+|[^/]+(?=/)', name)
+    return match.group() if match else '.'
 
 
-class _Block(NamedTuple):
-    """A block that was read from an archive or from the files of a dataset."""
+_HEADER_SIZE = 512  # bytes of a ustar header
+_SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
+_KIND_AT = 156
 
-    path: str  # of its segment
-    length: int  # bytes in the archive
-    payload: bytes
-    digest: bytes  # SHA-256 of the payload
-    source: str = ''  # the directory whose files it was read from, if they may be linked
+
+_Fields = Tuple[str, bytes, bytes, int, str]  # of an _Entry
 
 
 class _TarReader:
@@ -1920,59 +1848,53 @@ class _TarReader:
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, path: str, blocks: Iterable[_Block]) -> None:
+    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         self.path = path
         self.blocks = iter(blocks)
+        self.sink = sink
+        self.notes = notes  # the journal
+        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
+        # before the next header is read.
+        self.ready: List[Tuple[str, bool, int, Tuple[Any]]] = []
         self.block: Optional[_Block] = None  # the last one
         self.digests = _sha256()
         self.data = b''  # the end of the tar stream, as far as it is here
+        self.view = memoryview(b'')  # of it
         self.at = 0  # what of it has been given out
-        self.has_directory = False  # whether the entry of one has come
-        # the last entry
-        self.name = ''
-        self.parent = ''  # the directory that it is in; itself, if it is a directory
-        self.own = ''  # its name there
+        self.last = ''  # by what the last entry is sorted
+        self.around = posixpath.dirname(path)  # the last directory, or the one around the last file
 
     def pull(self) -> bool:
-        """Get the next block, if there is one."""
+        """Write what is ready, note that the block is written, and get the next one, if there is one."""
+        for file in self.ready:
+            self.sink.write_file(*file)
+        self.ready = []
+        last = self.block
+        if last:
+            self.notes.write(json.dumps([last.path, last.length, last.digest.hex()]).encode() + b'\n')
+            os.utime(self.sink.root)  # a sign of life, or this would soon count as abandoned
         block = next(self.blocks, None)
         if block is None:
             return False
-        if self.block and len(self.block.payload) != _BLOCK:  # only the last block may be shorter
+        if last and len(last.payload) != _BLOCK:  # only the last block may be shorter
             raise self.error('block length')
         self.block = block
         self.digests.update(block.digest)
         self.data = self.data[self.at:] + block.payload
+        self.view = memoryview(self.data)
         self.at = 0
         return True
 
     def take(self, size: int) -> bytes:
+        """The next bytes."""
         while len(self.data) - self.at < size:
             if not self.pull():
                 raise self.error('end')
         self.at += size
         return self.data[self.at - size:self.at]
 
-    def pieces(self, size: int) -> Iterator[Any]:
-        """The bytes of the file whose entry came last. A block is only read when the bytes before it have been used."""
-        left = size
-        while left:
-            if self.at == len(self.data) and not self.pull():
-                raise self.error('end')
-            piece = memoryview(self.data)[self.at:self.at + left]
-            self.at += len(piece)
-            left -= len(piece)
-            yield piece
-        padding = -size % 512
-        if padding and self.take(padding) != _ZEROS[:padding]:
-            raise self.error('padding')
-
-    def source(self, size: int) -> str:
-        """The directory that holds the file whose entry came last, if all of it is here already, or ''."""
-        return self.block.source if self.block and size <= len(self.data) - self.at else ''
-
-    def entry(self) -> Optional[_Entry]:
-        """The next entry; None at the end. The pieces() of a file must be read before the next one."""
+    def entry(self) -> Optional[_Fields]:
+        """The next entry; None at the end. The bytes of a file must be taken before the next one."""
         if self.at == len(self.data) and not self.pull():
             return None
         header = self.take(_HEADER_SIZE)
@@ -1985,103 +1907,121 @@ class _TarReader:
             entry = _parse_header(header)
         except ValueError:
             raise self.error('header') from None
-        self.check_place(entry)
+        self.check_place(entry[0], entry[1])
         return entry
 
-    def check_place(self, entry: _Entry) -> None:
+    def check_place(self, name: str, kind: bytes) -> None:
         """The rules for which entries a segment holds, and in which order."""
-        is_directory = entry.kind == _DIRECTORY
-        path = entry.name[:-1] if is_directory else entry.name
-        parent, _, own = path.rpartition('/')
-        if parent != self.parent or own <= self.own or not self.name or self.path == '.':
-            if self.path == '.':
-                belongs = path == 'data' if is_directory else '/' not in path and path != _RECEIPT
-            elif not self.name:
-                belongs = path == self.path and is_directory  # the segment's own directory comes first
-            else:
-                belongs = path.startswith(self.path + '/')
-            if not belongs:
-                raise self.error('place')
-            if path.split('/') <= self.name.split('/'):
-                raise self.error('order')
-            # The directory around it must have come: it is the directory of the last entry, or one above that.
-            if self.name and not (self.parent + '/').startswith(parent + '/' * bool(parent)):
-                raise self.error('directory')
-        self.name = path
-        self.has_directory = self.has_directory or is_directory
-        self.parent, self.own = (path, '') if is_directory else (parent, own)
+        is_directory = kind == _DIRECTORY
+        path = name[:-1] if is_directory else name
+        parent = path.rpartition('/')[0]
+        order = path.replace('/', '\0')  # as lists of their components would be
+        if self.path == '.':
+            belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
+        else:
+            belongs = path.startswith(self.path + '/') or is_directory and path == self.path
+        if not belongs:
+            raise self.error('place')
+        if order <= self.last:
+            raise self.error('order')
+        if parent and not (self.around + '/').startswith(parent + '/'):
+            raise self.error('directory')
+        self.last = order
+        self.around = path if is_directory else parent
+
+    def write_file(self, name: str, mode: bytes, size: int) -> None:
+        """Write the file whose entry came last, or link what is known to have its bytes."""
+        is_executable = mode == _EXECUTABLE
+        here = self.view[self.at:self.at + size]
+        if len(here) < size:
+            self.sink.write_file(name, is_executable, size, self.pieces(size))
+        elif self.block and self.block.source:
+            _link_or_copy(_join(self.block.source, name), self.sink.path(name))
+            self.at += size
+        else:
+            self.ready.append((name, is_executable, size, (here,)))
+            self.at += size
+        padding = -size % 512
+        if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
+            raise self.error('padding')
+        self.at += padding
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        left = size
+        while left:
+            piece = self.take(min(left, len(self.data) - self.at or _BLOCK))
+            left -= len(piece)
+            yield piece
 
     def error(self, rule: str) -> Error:
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
 
 
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
-_HEADER_SIZE = 512  # bytes of a ustar header
-_SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
-_KIND_AT = 156
 
 
-def _parse_header(header: bytes) -> _Entry:
+def _parse_header(header: bytes) -> _Fields:
     """The entry of a canonical header. Raises ValueError if another header would be written for it."""
     raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
-    name = raw_name.rstrip(b'\0').decode('ascii')
-    link = raw_link.rstrip(b'\0').decode('ascii')
+    name = raw_name.rstrip(b'\0').decode('utf-8')
+    link = raw_link.rstrip(b'\0').decode('utf-8')
     size = int(digits, 8)
     if len(header) > _HEADER_SIZE:
-        pax = _parse_pax(header[_HEADER_SIZE:_HEADER_SIZE + int(header[_SIZE_FIELD], 8)])
-        name = pax.get(b'path', raw_name.rstrip(b'\0')).decode('utf-8')
-        link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
-        size = int(pax.get(b'size', size))
-    is_executable = mode == b'0000755'
-    is_consistent = {
-        _FILE: not link and name[-1:] != '/' and size >= 0,
-        _DIRECTORY: not link and name[-1:] == '/' and not size and is_executable,
-        _LINK: name[-1:] != '/' and not size and not is_executable and link == _relative(name, link),
-    }
-    entry = _Entry(name, kind, 0o755 if is_executable else 0o644, size, link)
-    if not is_consistent.get(kind) or header != _tar_header(*entry[:-1]):
-        raise ValueError('not canonical')
-    return entry
+        pax = _parse_pax(header[_HEADER_SIZE:])
+        name = pax.get('path', name)
+        link = pax.get('linkpath', link)
+        size = int(pax.get('size', size))
+    if kind == _FILE:
+        mode, link = mode if mode == _EXECUTABLE else _PLAIN, ''
+    elif kind == _LINK:
+        mode, size, link = _PLAIN, 0, _relative(name, link)
+    else:
+        kind, mode, size, link = _DIRECTORY, _EXECUTABLE, 0, ''
+    is_canonical = header == _tar_header(name, kind, mode, size, link)
+    if not is_canonical or size < 0 or name.endswith('/') != (kind == _DIRECTORY):
+        raise ValueError
+    return name, kind, mode, size, link
 
 
-def _parse_pax(records: bytes) -> Dict[bytes, bytes]:
+def _parse_pax(records: bytes) -> Dict[str, str]:
     """The records of a pax header. For what _tar_header() would not write, any result or ValueError."""
     values = {}
-    while records:
-        length = int(records[:20].split(b' ', 1)[0])
-        if length <= 0:
-            raise ValueError('a pax record')
-        key, _, value = records[:length].partition(b' ')[2][:-1].partition(b'=')
-        values[key] = value
-        records = records[length:]
+    for key in ('path', 'linkpath', 'size'):
+        match = re.match(rb'(\d{1,5}) %b=' % key.encode(), records)
+        if match:
+            stop = int(match.group(1))
+            values[key] = records[match.end():stop - 1].decode('utf-8')
+            records = records[stop:]
     return values
 
 
-def _extract_segment(path: str, blocks: Iterable[_Block], promised: Optional[_Segment], sink: _Sink) -> _Segment:
+def _extract_segment(
+        path: str,
+        blocks: Iterable[_Block],
+        promised: Optional[_Segment],
+        sink: _Sink,
+        notes: Any,
+) -> _Segment:
     """Write a complete segment to a sink, and return it as it was read. Raises Corrupt if it is not what was promised.
     """
-    reader = _TarReader(path, blocks)
+    reader = _TarReader(path, blocks, sink, notes)
     files = size = 0
-    for name, kind, mode, file_size, link, _ in iter(reader.entry, None):
+    has_directory = False
+    for name, kind, mode, length, link in iter(reader.entry, None):
         if kind == _DIRECTORY:
-            sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions may have made
+            has_directory = True
+            sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
             continue
         files += 1
-        size += file_size
+        size += length
         if promised and size > promised.size:
             raise reader.error('size')
         if kind == _LINK:
             sink.add_link(name, link)
-            continue
-        source = reader.source(file_size)
-        pieces = reader.pieces(file_size)
-        if source:
-            _link_or_copy(_join(source, name), sink.path(name))
-            collections.deque(pieces, 0)
         else:
-            sink.write_file(name, mode == 0o755, file_size, pieces)
+            reader.write_file(name, mode, length)
     segment = _Segment(path, 0, 0, files, size, 'sha256:' + reader.digests.hexdigest())
-    if not reader.has_directory or promised and segment != promised._replace(offset=0, length=0):
+    if not has_directory or promised and segment != promised._replace(offset=0, length=0):
         raise Corrupt(f"the archive is damaged: '{path}' does not have the digest that the index promises")
     return segment
 
@@ -2099,100 +2039,110 @@ def _extract(
     written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
     describes a block: the path of its segment, its length in the archive, its digest.
     """
-    def noted() -> Generator[_Block, None, None]:
-        with open(journal or os.devnull, 'wb', buffering=0) as file:
-            file.write(head.encode() + b'\n')
-            for block in blocks:
-                yield block  # and note it when the next one is wanted
-                file.write(json.dumps([block.path, block.length, block.digest.hex()]).encode() + b'\n')
-                os.utime(sink.root)  # a sign of life, or this would soon count as abandoned
-
-    with contextlib.closing(noted()) as source:
-        segments = [_extract_segment(path, own, promised.get(path), sink)
-                    for path, own in itertools.groupby(source, operator.attrgetter('path'))]
+    with open(journal or os.devnull, 'wb', buffering=0) as notes:
+        notes.write(head.encode() + b'\n')
+        segments = [_extract_segment(path, own, promised.get(path), sink, notes)
+                    for path, own in itertools.groupby(blocks, operator.attrgetter('path'))]
     sink.finish(confined=True)
     return segments
 
 
-def _replay(job: _Job, pool: _Pool, root: Path, journal: Path, head: str, paths: Container[str]) -> Iterator[_Block]:
+def _replay(
+        job: _Job,
+        pool: _Pool,
+        root: Path,
+        journal: Path,
+        head: str,
+        paths: Container[str],
+) -> Iterator[_Block]:
     """The first blocks of some segments, from the files and the journal of an extraction that was interrupted.
 
     Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
     cut.
     """
-    def notes() -> Iterator[Tuple[str, int, str]]:
-        with open(journal, 'rb') as file:
-            if file.readline() == head.encode() + b'\n':
-                for line in file:
-                    path, length, digest = json.loads(line.decode('ascii'))
-                    if path in paths:
-                        yield str(path), int(length), digest
-
-    def read(item: Tuple[Tuple[str, int, str], _BlockPlan]) -> _Block:
-        (path, length, expected), plan = item
-        job.add(0)
-        payload = plan.read()
-        digest = _sha256(payload).digest()
-        if digest.hex() != expected or plan.path != path:
-            raise Corrupt
-        return _Block(path, length, payload, digest, str(root))
-
-    with contextlib.suppress(OSError, InvalidDataset, Corrupt, ValueError, TypeError):
-        yield from _ordered(pool, read, zip(notes(), _blocks(_segments(root, paths))), _for_cores)
+    with contextlib.suppress(OSError, InvalidDataset, ValueError, TypeError), open(journal, 'rb') as file:
+        if file.readline() != head.encode() + b'\n':
+            return
+        notes = (note for note in map(json.loads, file) if note[0] in paths)
+        for (path, length, digest), block in zip(notes, _process(job, pool, _segments(root, paths), bytes)):
+            if (block.path, block.digest.hex()) != (path, digest):
+                break
+            yield block._replace(length=int(length), source=str(root))
 
 
 _Span = Tuple[_Segment, int]  # a segment, and how many bytes to skip at its start
 
 
-def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[Tuple[str, Any]]:
-    """Cut the bytes of some spans into blocks: the path of the segment, and what follows the block's header."""
-    source = iter(chunks)
-    rest = memoryview(b'')
+class _Stream:
+    """Chunks of bytes as a file that is read once, from start to end."""
 
-    def take(count: int) -> Any:
-        nonlocal rest
-        taken = []
-        while count:
-            rest = rest or memoryview(next(source, b''))
-            if not rest:
-                raise Corrupt('the archive is damaged: it ends too early')
-            taken.append(rest[:count])
-            rest = rest[count:]
-            count -= len(taken[-1])
-        return taken[0] if len(taken) == 1 else b''.join(taken)
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self.chunks = iter(chunks)
+        self.rest = memoryview(b'')  # of the chunks that have been taken
 
+    def take(self, size: int) -> Any:
+        """The next bytes, or fewer at the end; not copied if they are in one chunk."""
+        parts = []
+        while size:
+            self.rest = self.rest or memoryview(next(self.chunks, b''))
+            if not self.rest:
+                break
+            parts.append(self.rest[:size])
+            self.rest = self.rest[size:]
+            size -= len(parts[-1])
+        return parts[0] if len(parts) == 1 else b''.join(parts)
+
+    def read(self, size: int) -> bytes:
+        return bytes(self.take(size))
+
+
+def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[Tuple[str, bytes, Any]]:
+    """Cut the bytes of some spans into blocks: the path of the segment, the block's header, and what follows it."""
+    stream = _Stream(chunks)
     for segment, skipped in spans:
         left = segment.length - skipped
         while left:
-            header = bytes(take(min(left, _BLOCK_HEADER_SIZE)))
-            length = int.from_bytes(header[_FIELD_OFFSET:], 'little')
-            if header != _member(b'et', header[_FIELD_OFFSET:]):
-                raise Corrupt('the archive is damaged: a block does not start where it should')
-            if not _BLOCK_HEADER_SIZE + _TRAILER.size < length <= min(left, _LONGEST_BLOCK):
-                raise Corrupt('the archive is damaged: a block does not end where it should')
-            yield segment.path, take(length - _BLOCK_HEADER_SIZE)
+            header = stream.read(_BLOCK_HEADER_SIZE)
+            length = _block_length(header)
+            if not _BLOCK_HEADER_SIZE < length <= min(left, _LONGEST_BLOCK):
+                raise Corrupt('the archive is damaged: a block does not start or end where it should')
+            yield segment.path, header, stream.take(length - _BLOCK_HEADER_SIZE)
             left -= length
+
+
+def _block_length(data: bytes, start: int = 0) -> int:
+    """The length of the block that starts there; 0 if none does."""
+    header = data[start:start + _BLOCK_HEADER_SIZE]
+    length = header[_FIELD_OFFSET:]
+    return int.from_bytes(length, 'little') if header == _member(b'et', length) else 0
+
+
+def _inflate_block(member: bytes) -> bytes:
+    payload = _inflate(member)
+    if not payload or len(payload) % 512:
+        raise Corrupt('the archive is damaged: a block does not match its checksum or size')
+    return payload
 
 
 def _inflate_blocks(pool: _Pool, chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[_Block]:
     """The blocks in the bytes of some spans."""
-    def inflate(item: Tuple[str, Any]) -> _Block:
-        path, body = item
-        payload = _inflate(body)
-        return _Block(path, _BLOCK_HEADER_SIZE + len(body), payload, _sha256(payload).digest())
+    def inflate(item: Tuple[str, bytes, Any]) -> _Block:
+        path, *parts = item
+        member = b''.join(parts)
+        payload = _inflate_block(member)
+        return _Block(path, payload, _sha256(payload).digest(), length=len(member))
 
     return _ordered(pool, inflate, _split_blocks(chunks, spans), _for_cores)
 
 
 def _end_digests(first: bytes, last: bytes) -> List[bytes]:
     """The digests of the block that some bytes of an archive begin with, and of the one that others end with."""
-    blocks = [bytes(next(_split_blocks([first], [(_Segment('', length=len(first)), 0)]))[1])]
-    for match in re.finditer(re.escape(_member(b'et', bytes(4))[:_FIELD_OFFSET]), last):
-        body = match.end() + 4
-        if match.start() + int.from_bytes(last[match.end():body], 'little') == len(last):
-            blocks.append(last[body:])
-            return [_sha256(_inflate(block)).digest() for block in blocks]
-    raise Corrupt('the archive is damaged: a block does not end where it should')
+    blocks = [first[:_block_length(first)], b'']
+    for match in re.finditer(re.escape(_GZIP), last):
+        start = match.start()
+        if start + _block_length(last, start) == len(last):
+            blocks[1] = last[start:]
+    return [_sha256(_inflate_block(block)).digest() for block in blocks]
 
 
 # ---------------------------------------------------------------------------------------
@@ -2210,47 +2160,10 @@ _TAR_LABEL = b'V'  # GNU tar's name of the volume
 _SPARSE_ZEROS = 1 << 30  # bytes that a sparse file may have beyond 1,024 times those that are stored
 
 
-@contextlib.contextmanager
-def _refuse_damage() -> Iterator[None]:
-    """For code that reads gzip and tar: their errors mean that the archive is damaged."""
-    import tarfile
-    try:
-        yield
-    except (tarfile.TarError, EOFError, zlib.error, ValueError, LookupError, OverflowError, RecursionError) as e:
-        raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
-    except OSError as e:
-        if e.errno is None:  # gzip's way to say that this is not gzip, or that a CRC is wrong
-            raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
-        raise
-
-
-class _Stream:
-    """Chunks of bytes as a file that is read once, from start to end."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self.chunks = iter(chunks)
-        self.rest = memoryview(b'')  # of the chunks that have been taken
-        self.position = 0
-
-    def peek(self, size: int) -> bytes:
-        """The next `size` bytes, or fewer at the end; they stay to be read."""
-        while len(self.rest) < size:
-            chunk = next(self.chunks, None)
-            if chunk is None:
-                break
-            self.rest = memoryview(bytes(self.rest) + chunk)
-        return bytes(self.rest[:size])
-
-    def read(self, size: int) -> bytes:
-        data = self.peek(size)
-        self.rest = self.rest[len(data):]
-        self.position += len(data)
-        return data
-
-
 class _TarStream(_Stream):
     """The bytes of a tar as tarfile reads them."""
 
+    position = 0
     limit: Optional[int] = None  # a position that the headers of one entry may not pass
     kept = 0  # bytes of global headers, which tarfile keeps to the end
 
@@ -2267,11 +2180,19 @@ class _TarStream(_Stream):
             self.read(min(position - self.position, _BLOCK))
 
     def peek(self, size: int) -> bytes:
+        """The next bytes, which stay to be read."""
         if size < 0 or self.limit is not None and self.position + size > self.limit:
             raise EOFError(f'the headers of one entry take more than {_TAR_HEADERS} bytes')
-        data = super().peek(size)
-        if len(data) < size:
+        if len(self.rest) < size:
+            self.rest = memoryview(b''.join((self.take(size), self.rest)))
+        if len(self.rest) < size:
             raise EOFError('it ends too early')
+        return bytes(self.rest[:size])
+
+    def read(self, size: int) -> bytes:
+        data = self.peek(size)
+        self.rest = self.rest[size:]
+        self.position += size
         return data
 
     def finish(self) -> None:
@@ -2282,13 +2203,11 @@ class _TarStream(_Stream):
                               'pack the files of both as one')
 
 
-def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
-    """Each entry of a tar, with the TarFile that reads it."""
+def _strict(stream: _TarStream) -> Any:
+    """A TarInfo that lets no error of a header pass for the end of the archive."""
     import tarfile
 
     class Strict(tarfile.TarInfo):
-        """Lets no error of a header pass for the end of the archive."""
-
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
@@ -2297,8 +2216,9 @@ def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
             is_outermost = stream.limit is None  # otherwise it is the header that an extended one belongs to
             if is_outermost:
                 stream.limit = stream.position + _TAR_HEADERS
+            if header[_KIND_AT:_KIND_AT + 1] in _TAR_PAX:
+                cls.check_pax(header[_KIND_AT:], cls.frombuf(header, tar.encoding, tar.errors).size)
             try:
-                cls.check_pax(tar, header)
                 return super().fromtarfile(tar)
             except tarfile.HeaderError as e:
                 raise tarfile.ReadError(str(e)) from None
@@ -2307,29 +2227,14 @@ def _tar_members(stream: _TarStream) -> Iterator[Tuple[Any, Any]]:
                     stream.limit = None
 
         @classmethod
-        def check_pax(cls, tar: Any, header: bytes) -> None:
-            kind = header[_KIND_AT:_KIND_AT + 1]
-            if kind not in _TAR_PAX:
-                return
-            size = cls.frombuf(header, tar.encoding, tar.errors).size
-            if kind == b'g':
+        def check_pax(cls, kind: bytes, size: int) -> None:
+            if kind.startswith(b'g'):
                 stream.kept += size
             if stream.kept > _TAR_HEADERS:
                 raise tarfile.ReadError(f'its global headers take more than {_TAR_HEADERS} bytes')
             _check_pax_records(stream.peek(512 + size)[512:])
 
-    with _refuse_damage():
-        tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict)  # type: ignore
-    with tar:
-        while True:
-            with _refuse_damage():
-                member = tar.next()
-            if member is None:
-                break
-            tar.members = []  # or they would pile up in memory
-            yield tar, member
-    with _refuse_damage():
-        stream.finish()
+    return Strict
 
 
 def _check_pax_records(data: bytes) -> None:
@@ -2347,14 +2252,24 @@ def _check_pax_records(data: bytes) -> None:
         start = stop
 
 
-def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: Any) -> None:
+def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
     """Write what a .tgz holds below `root`. The one thread of `pool` inflates ahead."""
     import gzip
+    import tarfile
     plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
+    stream = _TarStream(itertools.takewhile(len, _ordered(pool, plain.read, itertools.repeat(_BLOCK), lambda n: n < 4)))
     sink = _Sink(root)
-    with contextlib.closing(_ordered(pool, plain.read, itertools.repeat(_BLOCK), lambda n: n < 4)) as parts:
-        for tar, member in _tar_members(_TarStream(itertools.takewhile(len, parts))):
+    try:
+        tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))  # type: ignore
+        for member in iter(tar.next, None):
+            tar.members = []  # or they would pile up in memory
             _extract_member(tar, member, sink)
+        stream.finish()
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, LookupError, ArithmeticError,
+            RecursionError) as e:
+        if getattr(e, 'errno', None) is not None:  # without a number, it is gzip's
+            raise
+        raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
     sink.finish(confined=False)
 
 
@@ -2406,18 +2321,9 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
     stored = tar.offset - member.offset_data  # whatever a sparse map says
     if member.size > (stored << 10) + _SPARSE_ZEROS:
         raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
-    file = sink.create_file(name, bool(member.mode & 0o100))
-    try:
-        with _refuse_damage():
-            source = tar.extractfile(member)
-        while True:
-            with _refuse_damage():
-                data = source.read(_BLOCK)
-            if not data:
-                break
-            _write(file, data)
-    finally:
-        os.close(file)
+    source = tar.extractfile(member)
+    pieces = iter(functools.partial(source.read, _BLOCK), b'')
+    sink.write_file(name, bool(member.mode & 0o100), member.size, pieces)
 
 
 # ---------------------------------------------------------------------------------------
@@ -4888,7 +4794,7 @@ class _Receipt(NamedTuple):
 
     name: str
     segments: Tuple[_Segment, ...]  # of the whole dataset
-    installed: Tuple[str, ...]  # paths of the segments that are here; none while the directory is being removed
+    installed: FrozenSet[str]  # paths of the segments that are here; none while the directory is being removed
     source: str  # URL from which it was pulled or copied
     version: str  # of the object; '' if it was copied
     when: str  # UTC
@@ -4909,13 +4815,12 @@ class _Receipt(NamedTuple):
         return [path for path in paths if path not in self.installed]
 
     def write(self, directory: Path) -> None:
-        text = json.dumps(dict(self._asdict(), digest=self.digest,
-                               segments=[segment.to_json() for segment in self.segments]), indent=1)
-        _remove(directory / _RECEIPT)
-        with open(os.open(directory / _RECEIPT, _CREATE, 0o444), 'w') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        row = dict(self._asdict(), digest=self.digest, installed=sorted(self.installed),
+                   segments=[segment._asdict() for segment in self.segments])
+        sink = _Sink(directory)
+        with open(sink.create_file(_RECEIPT, False), 'w') as file:
+            json.dump(row, file, indent=1)
+        sink.finish(confined=False)
 
     @classmethod
     def read(cls, directory: Path) -> Optional['_Receipt']:
@@ -4925,7 +4830,7 @@ class _Receipt(NamedTuple):
             if directory.is_symlink() or path.is_symlink():
                 return None
             row = _parse_json(path.read_bytes())
-            receipt = cls(row['name'], tuple(map(_Segment.from_json, row['segments'])), tuple(row['installed']),
+            receipt = cls(row['name'], tuple(map(_Segment.from_json, row['segments'])), frozenset(row['installed']),
                           row['source'], row['version'], row['when'])
             texts = [receipt.source, receipt.version, receipt.when, *receipt.installed]
             is_sound = all(isinstance(text, str) for text in texts)
@@ -4940,22 +4845,26 @@ class _Home:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.inner = root / '.etcetera'
+        for work in self.works():
+            with contextlib.suppress(OSError):
+                if os.path.lexists(work / 'old') and not self.is_alive(work):
+                    self.settle(work)
 
     def path(self, name: str) -> Path:
         return self.root / name
 
     def names(self) -> List[str]:
         """The names of the datasets that are here, sorted."""
-        try:
-            found = [path for path in self.root.iterdir() if _is_name(path.name)]
-        except FileNotFoundError:
-            return []
-        return sorted(path.name for path in found if (path.is_symlink() or path.is_dir()) and self.has(path.name))
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(name for name in os.listdir(self.root) if _is_name(name) and self.has(name))
+        return []
 
     def has(self, name: str) -> bool:
-        self.recover(name)
+        path = self.path(name)
         receipt = self.receipt(name)
-        return os.path.lexists(self.path(name)) and (receipt is None or bool(receipt.installed))
+        if receipt:
+            return bool(receipt.installed)
+        return path.is_symlink() or path.is_dir() and os.listdir(path) != []
 
     def receipt(self, name: str) -> Optional[_Receipt]:
         """The receipt of what is installed; None if it was registered or created, or is not here."""
@@ -4970,9 +4879,10 @@ class _Home:
         return self.dataset(name, receipt), receipt
 
     def dataset(self, name: str, receipt: Optional[_Receipt]) -> Dataset:
-        absent = [segment.partition for segment in receipt.segments
-                  if segment.partition and segment.path not in receipt.installed] if receipt else []
-        return Dataset(self.path(name), name, receipt.digest if receipt else None, absent)
+        if not receipt:
+            return Dataset(self.path(name), name)
+        absent = receipt.missing(segment.path for segment in receipt.segments)
+        return Dataset(self.path(name), name, receipt.digest, [path.partition('data/')[2] for path in absent])
 
     # Work under way
 
@@ -5003,14 +4913,17 @@ class _Home:
             install.work.mkdir(parents=True)
             is_kept = False
             try:
+                self.clear(name)
+                if replace:
+                    self.check_movable(name)
                 self.take_over(install)
                 self.sweep(name)
                 yield install
-            except (RemoteError, _Ended):
-                is_kept = any(map(os.path.exists, [install.journal, install.earlier / 'journal']))
+            except BaseException as e:
+                is_kept = isinstance(e, RemoteError) or not isinstance(e, Exception)
                 raise
             finally:
-                if is_kept or os.path.lexists(install.gone):
+                if is_kept and _resumable(install.work) or os.path.lexists(install.work / 'gone'):
                     os.utime(install.work)
                     os.rename(install.work, self.work_path(name, pid=0))
                 else:
@@ -5023,35 +4936,30 @@ class _Home:
         _own_names.add(path.name)
         return path
 
-    def works(self, name: str = '') -> List[Path]:
+    def works(self, name: str = '*') -> List[Path]:
         """What processes work on, or were working on when they died: all, or for one name."""
-        try:
-            return [path for path in self.inner.iterdir() if re.match(f'{re.escape(name) or "[^@]+"}@', path.name)]
-        except FileNotFoundError:
-            return []
+        return list(self.inner.glob(f'{name}@*@[0-9]*@*'))
 
     def is_alive(self, work: Path) -> bool:
         """Whether the process that made this may still be at work."""
-        _, host, pid, _ = (work.name.split('@') + [''] * 3)[:4]
+        host, pid = work.name.split('@')[1:3]
         if pid == '0':
             return False
-        if os.name != 'posix' or host != _host() or not pid.isdigit():
+        if os.name != 'posix' or host != _host():
             return _age(work) < _STALE
         if int(pid) == os.getpid():  # in a container, another process may have had this number before
             return work.name in _own_names
         try:
             os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            pass
+        except OSError as e:
+            return e.errno != errno.ESRCH
         return True
 
     def take_over(self, install: '_Install') -> None:
         """Take what dead processes have left of an install of this name."""
         with contextlib.suppress(OSError):  # another process was faster
-            dead = [work for work in self.works(install.name) if not work.is_symlink() and not self.is_alive(work)]
-            places = [place for work in dead for place in (work, work / 'earlier') if (place / 'journal').exists()]
+            dead = [work for work in self.works(install.name) if not self.is_alive(work)]
+            places = [place for work in dead for place in _resumable(work)]
             if places:
                 os.rename(max(places, key=lambda place: (place / 'journal').stat().st_size), install.earlier)
 
@@ -5059,46 +4967,30 @@ class _Home:
         """Remove what dead processes left behind; but keep what pulls of other datasets may still resume."""
         for work in self.works():
             with contextlib.suppress(OSError):
-                is_other = not work.name.startswith(name + '@')
-                is_resumable = is_other and (work / 'journal').exists() and _age(work) < _RESUMABLE
-                is_being_read = os.path.lexists(work / 'gone') and _age(work) < _GRACE
-                if not (is_resumable or is_being_read or os.path.lexists(work / 'old') or self.is_alive(work)):
+                is_resumable = not work.name.startswith(name + '@') and _resumable(work)
+                keep = _GRACE if os.path.lexists(work / 'gone') else _RESUMABLE if is_resumable else 0
+                if _age(work) >= keep and not os.path.lexists(work / 'old') and not self.is_alive(work):
                     own = self.work_path(name)
                     os.rename(work, own)  # if its owner lives after all, it must not install it
                     _remove(own)
 
-    def recover(self, name: str) -> None:
-        """Finish a replacement whose process was killed: put the old dataset back if there is no new one."""
-        for work in self.works(name):
-            with contextlib.suppress(OSError):
-                if os.path.lexists(work / 'old') and not self.is_alive(work):
-                    os.rename(work / 'old', work / 'gone' if os.path.lexists(self.path(name)) else self.path(name))
-
     @contextlib.contextmanager
     def lock(self, job: _Job, name: str) -> Iterator[None]:
         """Let one process at a time work on `name`, if the system can. It only saves work."""
-        file: Any = None
-        with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
-            import fcntl
-            (self.inner / 'locks').mkdir(parents=True, exist_ok=True)
-            file = open(self.inner / 'locks' / name, 'ab')
-        is_waiting = False
-        try:
-            while file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a blocking call would stop green threads
-                    break
-                except OSError as e:
-                    if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        path = self.inner / 'locks' / name
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
+                import fcntl
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, 'ab'))
+                for attempt in itertools.count():
+                    with contextlib.suppress(BlockingIOError, PermissionError):
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as waiting would stop green threads
                         break
-                if not is_waiting:
-                    _say(f"waiting for another process that works on '{name}'")
-                is_waiting = True
-                job.sleep(_TICK)
+                    if not attempt:
+                        _say(f"waiting for another process that works on '{name}'")
+                    job.sleep(_TICK)
             yield
-        finally:
-            if file:
-                file.close()
 
     # Putting datasets in place
 
@@ -5107,58 +4999,79 @@ class _Home:
         target = self.path(install.name)
         _flush(install.root)
         _remove(install.journal)  # from here on, nobody may go on with it
-        if install.replace:
-            _make_movable(target)
+        _remove(install.earlier)
         while True:
-            _remove(install.old)  # which another process has replaced meanwhile
             if install.replace:
                 with contextlib.suppress(FileNotFoundError):
-                    self.set_aside(target, install.old)
+                    os.rename(target, install.work / 'old')
             try:
-                if os.path.lexists(target):
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-                os.rename(install.root, target)
-                break
+                if not os.path.lexists(target):
+                    os.rename(install.root, target)
+                    return
             except OSError:
                 if not os.path.lexists(target):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.rename(install.old, target)
                     raise
-                if not install.replace:
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(install.old, install.gone)
+            finally:
+                self.settle(install.work)
+            if not install.replace:
+                raise FileExistsError
 
-    def set_aside(self, path: Path, aside: Path) -> None:
+    def settle(self, work: Path) -> None:
+        """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
+        target = self.path(work.name.split('@')[0])
+        old, gone = work / 'old', work / 'gone'
+        if not os.path.lexists(old):
+            return
+        if not os.path.lexists(target):
+            os.rename(old, target)
+        elif os.path.lexists(gone):
+            _remove(old)
+        else:
+            os.rename(old, gone)
+
+    def check_movable(self, name: str) -> None:
+        """Raises Error if a dataset cannot be renamed. What is tried has no effect: the other directory is not empty."""
+        path = self.path(name)
+        _make_movable(path)
         try:
-            os.rename(path, aside)
+            os.rename(path, self.inner)
         except OSError as e:
-            if e.errno != errno.EXDEV:
-                raise
-            raise Error(f'{path} is part of a container image, whose directories cannot be renamed',
-                        f"run 'etc purge {path.name}' first") from None
+            if e.errno == errno.EXDEV:
+                raise Error(f'{path} is part of a container image, whose directories cannot be renamed',
+                            f"run 'etc purge {name}' first") from None
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        gone = self.work_path(name)
-        gone.parent.mkdir(parents=True, exist_ok=True)
+        work = self.work_path(name)
+        work.mkdir(parents=True)
         _make_movable(path)
         try:
-            os.rename(path, gone)
+            os.rename(path, work / 'new')
         except OSError as e:
             if e.errno != errno.EXDEV:
+                _remove(work)
                 raise
-            # As above; so first of all it stops counting as a dataset.
-            (self.receipt(name) or _Receipt(name, (), (), '', '', ''))._replace(installed=()).write(path)
+            # It is part of a container image; so first of all it stops counting as a dataset.
+            receipt = self.receipt(name) or _Receipt(name, (), frozenset(), '', '', '')
+            receipt._replace(installed=frozenset()).write(work)
+            _flush(work)
+            os.rename(work / _RECEIPT, path / _RECEIPT)
+            self.clear(name)
+        _remove(work)
+        for other in self.works(name):  # or it would be put back
+            if not self.is_alive(other):
+                _remove(other)
+        self.sweep(name)
+
+    def clear(self, name: str) -> None:
+        """Remove a directory that no longer counts as a dataset; last its receipt, which says so."""
+        path = self.path(name)
+        if path.is_dir() and not self.has(name):
             for item in os.listdir(path):
                 if item != _RECEIPT:
                     _remove(path / item)
-            _remove(path)
-        _remove(gone)
-        for work in self.works(name):  # or recover() would put it back
-            if not self.is_alive(work):
-                _remove(work)
-        self.sweep(name)
+            if os.listdir(path) in ([], [_RECEIPT]):
+                _remove(path)
 
     def keeps_x_bits(self) -> bool:
         """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
@@ -5184,20 +5097,18 @@ class _Install:
         self.root = work / 'new'  # to be filled
         self.journal = work / 'journal'
         self.earlier = work / 'earlier'  # what an interrupted install has left
-        self.old = work / 'old'
-        self.gone = work / 'gone'
 
-    def reuse(self, job: _Job, wanted: Iterable[_Segment]) -> Set[str]:
+    def reuse(self, job: _Job, wanted: Sequence[_Segment]) -> Set[str]:
         """Link the wanted segments that any installed dataset has, and return their paths."""
-        lacking = {segment.path: segment for segment in wanted}
+        lacking = {segment.path: segment.digest for segment in wanted}
         reused: Set[str] = set()
         for name in sorted(self.home.names(), key=lambda name: name != self.name):
             receipt = self.home.receipt(name)
-            here = {segment.path: segment.digest for segment in receipt.here()} if receipt else {}
-            same = {path: segment for path, segment in lacking.items() if here.get(path) == segment.digest}
-            linked = self.link(job, name, same) if same else set()
-            reused |= linked
-            lacking = {path: segment for path, segment in lacking.items() if path not in linked}
+            here = receipt.here() if receipt else []
+            same = {segment.path: segment for segment in here if segment.digest == lacking.get(segment.path)}
+            for path in self.link(job, name, same) if same else ():
+                reused.add(path)
+                del lacking[path]
         return reused
 
     def link(self, job: _Job, name: str, promised: Mapping[str, _Segment]) -> Set[str]:
@@ -5213,12 +5124,11 @@ class _Install:
             found = _hash(job, _segments(self.root, promised)).segments  # of what nobody can exchange any more
             linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
         for path in promised.keys() - linked:
-            if path != '.':
-                _remove(Path(_join(self.root, path)))
-                continue
-            for item in self.root.iterdir():
-                if item.is_symlink() or not item.is_dir():
-                    item.unlink()
+            litter = [self.root / path]
+            if path == '.':
+                litter = [item for item in self.root.iterdir() if item.is_symlink() or item.is_file()]
+            for item in litter:
+                _remove(item)
         return linked
 
     def link_entry(self, entry: _Entry) -> None:
@@ -5242,21 +5152,25 @@ class _Install:
             self.home.put(self)
             return True
         except FileExistsError:
-            if receipt and self.home.open(self.name)[0].digest == receipt.digest:
-                return False
-            raise _taken_error(self.name) from None
+            other = self.home.receipt(self.name)
+            if not receipt or not other or other.digest != receipt.digest or other.missing(receipt.installed):
+                raise _taken_error(self.name) from None
+            return False
 
 
 def _taken_error(name: str, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
     return Exists(f"another '{name}' is installed already", remedy)
 
 
+def _resumable(work: Path) -> List[Path]:
+    """The interrupted pulls in a directory of work."""
+    return [place for place in (work, work / 'earlier') if (place / 'journal').exists()]
+
+
 def _age(work: Path) -> float:
     """Seconds since a sign of life."""
-    newest = os.lstat(work).st_mtime
-    with contextlib.suppress(OSError):
-        newest = max(newest, os.lstat(work / 'new').st_mtime)
-    return time.time() - newest
+    signs = [path.stat().st_mtime for path in (work, work / 'new') if path.exists()]
+    return time.time() - max(signs, default=0)
 
 
 @functools.lru_cache(maxsize=None)
@@ -5290,7 +5204,7 @@ def _flush(directory: Path) -> None:
         os.close(file)
 
 
-def _make_movable(path: Path) -> None:
+def _make_movable(path: _Path) -> None:
     """Let a read-only directory be renamed, which otherwise only root can."""
     with contextlib.suppress(OSError):
         if not os.path.islink(path):
@@ -5305,14 +5219,11 @@ def _remove(path: Path) -> None:
             path.unlink()
         else:
             shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
     except OSError:  # read-only directories, or on Windows files
         _make_movable(path)
         for top, directories, files in os.walk(path):
             for name in directories + (files if os.name == 'nt' else []):
-                if not os.path.islink(os.path.join(top, name)):
-                    os.chmod(os.path.join(top, name), 0o700)
+                _make_movable(os.path.join(top, name))
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -5495,8 +5406,8 @@ def _new_receipt(
         source: str,
         version: str,
 ) -> _Receipt:
-    paths = sorted(segment.path for segment in installed)
-    return _Receipt(name, tuple(segments), tuple(paths), source, version, _utc(time.time()))
+    paths = frozenset(segment.path for segment in installed)
+    return _Receipt(name, tuple(segments), paths, source, version, _utc(time.time()))
 
 
 # Pushing
@@ -5565,7 +5476,7 @@ def _archive_blocks(
     """The blocks of a dataset's archive; `segments` grows on the way."""
     listing = survey.listing(survey.segments.keys() - copies.keys())
     blocks = _process(job, pool, listing, functools.partial(_compress, level))
-    packed = itertools.groupby(blocks, lambda block: block.plan.path)
+    packed = itertools.groupby(blocks, operator.attrgetter('path'))
     for path in survey.segments:
         if path in copies:
             obj, segment = copies[path]
@@ -5573,10 +5484,10 @@ def _archive_blocks(
             yield _Range(obj, segment.offset, segment.stop)
             continue
         for block in next(packed)[1]:
-            segments.add(block, len(block.result))
-            job.produced += len(block.result)
-            job.packed += block.plan.file_bytes()
-            yield block.result
+            segments.add(block, len(block.payload))
+            job.produced += len(block.payload)
+            job.packed += block.size
+            yield block.payload
 
 
 def _is_whole(
@@ -5625,7 +5536,7 @@ def _write_archive(
     """
     def archive(pool: _Pool) -> Iterator[_Chunk]:
         yield from _archive_blocks(job, pool, survey, level, copies, segments)
-        digest = segments.digest()
+        digest = _dataset_digest(segments.segments)
         if expected and expected != digest:
             raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
                           f"'etc verify {local.name}' tells more")
@@ -5961,8 +5872,7 @@ def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config)
             new = archive.receipt(wanted)
             is_new = install.commit(new)
         old = f'; it replaces {receipt.digest}' if receipt and receipt.digest != new.digest else ''
-        place = home.path(name)
-        _say(f'pulled {name} to {place}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
+        _say(f'pulled {name}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
         _say(f'{name}@{archive.digest}', _DEBUG)
         return home.dataset(name, new)
 
@@ -6108,8 +6018,8 @@ def _copy(job: _Job, root: Path, install: _Install) -> List[_Segment]:
 
     def blocks() -> Iterator[_Block]:
         for block in _process(job, pool, survey.listing(), bytes):
-            job.add(block.plan.file_bytes())
-            yield _Block(block.plan.path, 0, block.result, block.digest)
+            job.add(block.size)
+            yield block
 
     install.root.mkdir()
     with _Pool(job, _cores()) as pool:
@@ -6204,10 +6114,11 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
     bare, pin = _parse_name(name)
 
     def work(job: _Job) -> None:
-        _check_installed(home, bare, "'etc ls' lists what there is")
-        if pin:
-            _check_pin(bare, pin, _digest_of(job, *home.open(bare)))
-        with home.changes():
+        with home.changes(), home.lock(job, bare):
+            home.clear(bare)
+            _check_installed(home, bare, "'etc ls' lists what there is")
+            if pin:
+                _check_pin(bare, pin, _digest_of(job, *home.open(bare)))
             home.remove(bare)
 
     _perform(None, work)

@@ -1535,20 +1535,14 @@ void *libdeflate_alloc_compressor(int level) { return MEMORY ? &it : NULL; }
 void *libdeflate_alloc_decompressor(void) { return MEMORY ? &it : NULL; }
 void libdeflate_free_compressor(void *it) {}
 void libdeflate_free_decompressor(void *it) {}
-size_t libdeflate_deflate_compress(void *c, const void *in, size_t n, void *out, size_t room) {
+size_t libdeflate_gzip_compress(void *c, const void *in, size_t n, void *out, size_t room) {
     return say("deflates\n");
 }
-int libdeflate_deflate_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room,
-                                     size_t *read, size_t *written) {
-    memset(out, 0, *written = 1024);
-    *read = n - 8;
-    return say("inflates\n");
-}
-unsigned libdeflate_crc32(unsigned crc, const unsigned char *data, size_t n) {
-    crc = ~crc;
-    for (size_t at = 0; at < 8 * n; at++)
-        crc = crc >> 1 ^ (0xedb88320 & -((crc ^ data[at / 8] >> at % 8) & 1));
-    return ~crc;
+int libdeflate_gzip_decompress_ex(void *d, const void *in, size_t n, void *out, size_t room,
+                                  size_t *read, size_t *written) {
+    memset(out, 1, room);
+    *read = n;
+    return 1 + say("inflates\n");
 }
 '''
 
@@ -1582,7 +1576,7 @@ class Deflate(Case):
                 self.etc('pull', 'Y', home='two')
                 self.assertEqual(tree(self.tmp / 'two/Y'), tree(root), (writer, level))
                 self.etc('purge', 'Y', home='two')
-        self.assertEqual(sizes[0], zlib_sizes[0])
+        self.assertLess(abs(sizes[0] - zlib_sizes[0]), 1000)
         for ours, others in zip(sizes[1:], zlib_sizes[1:]):
             self.assertLess(ours, min(others, 0.6 * sizes[0]))
 
@@ -5349,8 +5343,16 @@ def run_python(program, *args, flags=(), **kwargs):
     return done.returncode, done.stdout
 
 
-class Words:
-    """For a Case: lets a command's words stand in one text."""
+POSIX = unittest.skipIf(os.name == 'nt', 'only where there are signals, modes, links and pseudoterminals')
+
+
+class Shell:
+    """For a Case: works in its directory, and lets a command's words stand in one text."""
+
+    def setUp(self):
+        super().setUp()
+        os.chdir(self.tmp)
+        self.addCleanup(os.chdir, HERE)
 
     def etc(self, *words, **kwargs):
         return super().etc(*self.split(words), **kwargs)
@@ -5366,18 +5368,18 @@ class Words:
         self.assertIn(problem, self.etc(*words, status=1, **kwargs)[1])
 
 
-class Installing(Words, S3Case):
+class Installing(Shell, S3Case):
     def setUp(self):
         super().setUp()
         self.here = self.tmp / 'home/X'
 
     def publish(self, size=20 * MIB):
-        self.root = write(self.tmp / 'ds', {'data/train/%d' % n: noise(size // 10, n) for n in range(10)})
+        self.root = write('ds', {'data/train/%d' % n: noise(size // 10, n) for n in range(10)})
         self.share(self.root, home='pub')
 
     def check(self, home='home'):
         """X is here as it was published, and no work is left."""
-        self.assertEqual((tree(self.tmp / home / 'X'), self.leftovers(home)), (tree(self.root), []))
+        self.assertEqual((tree(Path(home, 'X')), self.leftovers(home)), (tree(self.root), []))
 
     def pulled(self, home='home'):
         """Pull; returns how much the server sent."""
@@ -5409,38 +5411,43 @@ class Installing(Words, S3Case):
 
 
 class Install(Installing):
-    @unittest.skipIf(os.name == 'nt', 'no signals to send')
-    def test_interrupted(self):
+    @POSIX
+    def test_interrupted_pull(self):
         self.publish()
         for name, status in (('SIGKILL', -9), ('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
-            for command, home in (('pull', name), ('push', 'pub')):
-                with self.subTest(name, command=command):
-                    when = self.reads(3) if command == 'pull' else lambda handler: 'partNumber=2' in handler.path
-                    process, go_on = self.start(when, command, '-f', 'X', home=home)
+            with self.subTest(name):
+                process, go_on = self.start(self.reads(3), 'pull X', home=name)
+                self.end(process, name, status)
+                go_on.set()
+                self.assertEqual((self.installed(name), len(self.leftovers(name))), ([], 1))  # for the next to go on from
+                self.pulled(name)
 
-                    def fault(handler):  # a terminal that closes may send several signals
-                        if handler.command == 'DELETE' and later:
-                            while later:
-                                process.send_signal(later.pop())
-                            return handler.answer(503) or True
-                    later = [signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]
-                    self.server.fault = fault
-                    begin = time.time()
-                    process.send_signal(getattr(signal, name))
-                    err = process.communicate()[1].decode()
-                    self.assertLess(time.time() - begin, 15, 'it waits for no answer')
-                    self.assertEqual(process.returncode, status)
-                    self.assertRegex(err, r'\Aetc: interrupted[^\n]*\n\Z' if status > 0 else r'\A\Z')
-                    self.server.fault = None
-                    go_on.set()
-                    if command == 'pull':
-                        self.assertEqual((self.installed(home), len(self.leftovers(home))), ([], 1))  # to go on from
-                        self.pulled(home)
-                    elif status > 0:
-                        self.assertEqual((len(self.server.uploads), later), (0, []))
-                    self.server.uploads.clear()
+    @POSIX
+    def test_interrupted_push(self):
+        self.publish()
+        for name, status in (('SIGINT', 130), ('SIGTERM', 143), ('SIGHUP', 129)):
+            with self.subTest(name):
+                process, _ = self.start(lambda handler: 'partNumber=2' in handler.path, 'push -f X', home='pub')
+                later = [signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]  # as from a terminal that closes
 
-    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+                def fault(handler):
+                    if handler.command == 'DELETE' and later:
+                        while later:
+                            process.send_signal(later.pop())
+                        return handler.answer(503) or True
+                self.end(process, name, status, fault)
+                self.assertEqual((len(self.server.uploads), later), (0, []))
+
+    def end(self, process, name, status, fault=None):
+        """End a command that hangs by a signal."""
+        begin, self.server.fault = time.time(), fault
+        process.send_signal(getattr(signal, name))
+        err = process.communicate()[1].decode()
+        self.assertLess(time.time() - begin, 15, 'it waits for no answer')
+        self.assertEqual(process.returncode, status)
+        self.assertRegex(err, r'\Aetc: interrupted[^\n]*\n\Z' if status > 0 else r'\A\Z')
+
+    @POSIX
     @unittest.skipIf(hasattr(sys, 'pypy_version_info'), 'PyPy does not tell which signals it inherited as ignored')
     def test_signals_that_are_not_for_us(self):
         """nohup's SIGHUP is ignored; a program that calls main() keeps its handlers, also in another thread."""
@@ -5453,16 +5460,14 @@ class Install(Installing):
         self.addCleanup(signal.signal, signal.SIGHUP, signal.getsignal(signal.SIGHUP))
         during = []
         self.server.fault = lambda handler: during.append(signal.getsignal(signal.SIGHUP))
-        pool = ThreadPoolExecutor(1)
-        self.addCleanup(pool.shutdown)
         for own in (signal.SIG_IGN, lambda number, frame: None, signal.SIG_DFL):
-            with self.subTest(own):
+            with self.subTest(own), ThreadPoolExecutor(1) as pool:
                 signal.signal(signal.SIGHUP, own)
+                pool.submit(self.etc, 'info -r X').result()
                 self.etc('info -r X')
+                self.assertEqual((during[0], signal.getsignal(signal.SIGHUP)), (own, own))
                 self.assertEqual(during.pop() == own, own != signal.SIG_DFL)
-                pool.submit(self.etc, 'info', '-r', 'X').result()
-                self.assertEqual((during.pop(), signal.getsignal(signal.SIGHUP)), (own, own))
-                del during[:]
+                during.clear()
 
     def test_work_of_the_living_stays(self):
         """However old it is; that of the dead goes, and that of other hosts after a day."""
@@ -5488,7 +5493,7 @@ class Install(Installing):
         """They see the old dataset or the new one, whole, and for a quarter of an hour."""
         self.publish(MIB)
         self.etc('pull X')
-        versions = [tree(self.root), tree(write(self.tmp / 'new', {'data/train/x': 'new'}))]
+        versions = [tree(self.root), tree(write('new', {'data/train/x': 'new'}))]
         stop = threading.Event()
         kept = os.open(self.here, os.O_RDONLY)
         self.addCleanup(os.close, kept)
@@ -5501,7 +5506,7 @@ class Install(Installing):
                     os.close(opened)
         with ThreadPoolExecutor(1) as pool:
             watching = pool.submit(watch)
-            for root in [self.tmp / 'new', self.root] * 5:
+            for root in ['new', self.root] * 5:
                 self.etc('register -f', root, 'X', home='pub')
                 self.etc('push -f X', home='pub')
                 self.etc('pull -f X')
@@ -5511,7 +5516,7 @@ class Install(Installing):
         self.check()
         self.etc('create Y')
         self.assertEqual(tree('/proc/self/fd/%d' % kept), versions[0])
-        replaced = [path for path in (self.tmp / 'home/.etcetera').rglob('data') if path.is_dir()]
+        replaced = [path for path in Path('home/.etcetera').rglob('data') if path.is_dir()]
         self.assertGreaterEqual(len(replaced), 10)
         for path in replaced:
             self.age(path.parent, path.parent.parent)
@@ -5520,7 +5525,7 @@ class Install(Installing):
 
     def test_what_cannot_be_moved(self):
         """Neither aside nor in, as where the store's own directory is on another disk: the old one stays."""
-        self.etc('register --copy', small(self.tmp / 'ds'), 'X')
+        self.etc('register --copy', small('ds'), 'X')
         rename = os.rename
         self.addCleanup(setattr, os, 'rename', rename)
         for what, code, refused in (('aside', 13, lambda old, new: old == self.here),
@@ -5532,11 +5537,11 @@ class Install(Installing):
                 rename(old, new)
             with self.subTest(what):
                 os.rename = busy
-                err = self.etc('register --copy -f', self.tmp / 'ds', 'X', status=1)[1]
+                err = self.etc('register --copy -f ds X', status=1)[1]
                 os.rename = rename
                 self.assertIn(os.strerror(code), err)
                 self.etc('verify X')
-                self.assertEqual((tree(self.here), self.leftovers()), (tree(self.tmp / 'ds'), []))
+                self.assertEqual((tree(self.here), self.leftovers()), (tree('ds'), []))
 
     STEPS = """
 import errno, itertools
@@ -5544,7 +5549,7 @@ import etcetera as etc
 steps, in_image = itertools.count(1), sys.argv[2] == 'image'
 def slow(function):
     def step(path, *args, **kwargs):
-        if in_image and function.__name__ == 'rename' and os.path.dirname(path) == sys.argv[4]:
+        if in_image and function.__name__ == 'rename' and os.path.dirname(path) == os.path.abspath(sys.argv[4]):
             raise OSError(errno.EXDEV, 'Invalid cross-device link', path)
         result = function(path, *args, **kwargs)
         if next(steps) == int(sys.argv[1]):
@@ -5559,7 +5564,7 @@ sys.exit(etc.main(sys.argv[3:]))
     def steps(self, words, kind=''):
         """Kill a command at each of its steps; 'image': where the directories of the store cannot be renamed."""
         for number in itertools.count(1):
-            place = '--home', self.tmp / 'home', '--url', self.url
+            place = '--home', 'home', '--url', self.url
             code, out = run_python(self.STEPS, number, kind, *place, *words.split())
             if code != 9:
                 self.assertEqual((code, number > 2), (0, True), out)
@@ -5570,11 +5575,9 @@ sys.exit(etc.main(sys.argv[3:]))
     def test_killed_at_each_step(self):
         """What was moved aside is put back by whatever comes next, but not if another one stands there."""
         self.url = (self.tmp / 'share').as_uri()
-        old, new = [write(self.tmp / name, {'data/train/x': name}) for name in ('old', 'new')]
+        old, new = [write(name, {'data/train/x': name}) for name in ('old', 'new')]
         self.share(new, home='pub')
         commands = itertools.cycle(['ls', 'verify X', 'info X', 'create Y -f', 'ls -l'])
-        os.chdir(self.tmp)
-        self.addCleanup(os.chdir, HERE)
         for words in 'register --copy -f new X', 'pull -f X', 'register -f new X', 'purge X':
             is_purge = words == 'purge X'
             self.etc('register --copy -f', old, 'X')
@@ -5591,7 +5594,7 @@ sys.exit(etc.main(sys.argv[3:]))
     def test_killed_while_it_removes_what_cannot_be_renamed(self):
         """As in a container's image: nothing half-removed passes for a whole dataset."""
         self.url = (self.tmp / 'share').as_uri()
-        self.root = write(self.tmp / 'ds', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r'})
+        self.root = write('ds', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r'})
         self.share(self.root, home='pub')
         self.etc('pull X')
         for _ in self.steps('purge X', kind='image'):
@@ -5609,14 +5612,14 @@ sys.exit(etc.main(sys.argv[3:]))
         self.server.sent = 0
         code = '''import etcetera as etc
 print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).digest)
-''' % (self.url, str(self.tmp / 'home'), self.settings)
+''' % (self.url, 'home', self.settings)
         with ThreadPoolExecutor(8) as pool:
             results = set(pool.map(run_python, [code] * 8))
         self.assertEqual(results, {(0, etc.Dataset(self.root).digest + '\n')})
         self.check()
         self.assertLess(self.server.sent, 1.5 * 20 * MIB)
 
-    @unittest.skipIf(os.name == 'nt', 'no such locks there')
+    @POSIX
     def test_many_at_once_where_locks_do_nothing(self):
         """As on some cluster file systems, where all of them succeed."""
         import fcntl
@@ -5629,7 +5632,7 @@ print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).
         self.etc('verify X')
         self.check()
 
-    @unittest.skipIf(os.name == 'nt', 'no such locks there')
+    @POSIX
     def test_waiting_blocks_no_process(self):
         """As its other green threads may hold the lock: it is asked for, again and again."""
         import fcntl
@@ -5644,7 +5647,7 @@ print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).
                 waited.set()
             flock(file, operation | fcntl.LOCK_NB)
         fcntl.flock = polled
-        with open(write(self.tmp / 'home', {'.etcetera/locks/X': ''}) / '.etcetera/locks/X', 'ab') as held:
+        with open(write('home', {'.etcetera/locks/X': ''}) / '.etcetera/locks/X', 'ab') as held:
             flock(held, fcntl.LOCK_EX)
             with ThreadPoolExecutor(1) as pool:
                 pull = pool.submit(etc.pull, 'X', config=self.config())
@@ -5654,8 +5657,31 @@ print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).
         self.assertEqual(pull.result().digest, etc.Dataset(self.root).digest)
         self.assertTrue(all(operation & fcntl.LOCK_NB for operation in asked))
 
+    def test_as_python_ends(self):
+        """In a thread that outlives the main one, and at exit."""
+        self.publish(MIB)
+        code, out = run_python("""
+import atexit, sys, threading, time
+import etcetera as etc
+def get(home, seconds):
+    time.sleep(seconds)
+    config = etc.Config(sys.argv[1], home=sys.argv[2] + home, **%r)
+    print(home, *etc.dataset('X', auto_install=True, config=config), flush=True)
+threading.Thread(target=get, args=('late', 0.5)).start()
+atexit.register(get, 'exit', 0)
+""" % self.settings, self.url, str(self.tmp) + os.sep)
+        self.assertEqual((code, out.split()), (0, ['late', 'train', 'exit', 'train']), out)
+        for home in 'late', 'exit':
+            self.check(home)
 
-@unittest.skipIf(os.name == 'nt', 'no signals to send')
+    def test_home_that_is_a_file(self):
+        self.publish(MIB)
+        write(self.tmp, {'file': 'x'})
+        err = self.etc('pull', 'X', home='file/home', status=1)[1]
+        self.assertIn(('Not a directory: ' if os.name == 'posix' else '') + str(self.tmp / 'file'), err)
+
+
+@POSIX
 class Resume(Installing):
     """What an interrupted pull has left is verified, and not fetched again."""
 
@@ -5666,7 +5692,7 @@ class Resume(Installing):
         files.update({'data/train/%04d' % n: noise(1500) for n in range(1500)})
         files.update({'data/train/m/%d' % n: noise(MIB // 2) for n in range(20)})
         files.update({'data/test/%d' % n: noise(300000) for n in range(10)})
-        self.root = write(self.tmp / 'ds', files)
+        self.root = write('ds', files)
         (self.root / 'data/train/0000').chmod(0o755)
         self.share(self.root, home='pub')
         self.size = len(self.server.objects['some/prefix/X.tgz'][0])
@@ -5682,12 +5708,12 @@ class Resume(Installing):
         def is_late(handler):
             start, stop = self.start_of(handler)
             return start and (start >= share * self.size or stop > self.size - 65536)
-        process, go_on = self.start(is_late, '--config', self.tmp / 'settings.yaml', 'pull', 'X')
+        process, go_on = self.start(is_late, '--config', 'settings.yaml', 'pull', 'X')
         until, written = time.time() + 30, 0
         while written < share * self.size - 8 * MIB:
             self.assertLess(time.time(), until)
             time.sleep(0.02)
-            lines = b''.join(path.read_bytes() for path in (self.tmp / 'home/.etcetera').rglob('journal'))
+            lines = b''.join(path.read_bytes() for path in Path('home/.etcetera').rglob('journal'))
             written = sum(map(int, re.findall(rb'^\[".*?", (\d+), ', lines, re.M)))
         process.send_signal(number)
         process.communicate()
@@ -5705,8 +5731,8 @@ class Resume(Installing):
 
     def test_nothing_is_trusted(self):
         self.broken_off(0.9)
-        journal, = (self.tmp / 'home/.etcetera').rglob('journal')
-        inside = journal.parent.relative_to(self.tmp / 'home')
+        journal, = Path('home/.etcetera').rglob('journal')
+        inside = journal.parent.relative_to('home')
 
         def change(path, old, new):
             path.chmod(0o644)
@@ -5718,12 +5744,12 @@ class Resume(Installing):
                 ('a new file', lambda work: write(work / 'new', {'data/test/00': 'new'})),
                 ('a forged length', lambda work: change(work / 'journal', b'"data/train", ', b'"data/train", 1')),
                 ('a link', lambda work: (remove(work / 'new/data/train'), write(
-                    work / 'new', {'data/train': ('->', str(self.root / 'data/train'))}))),
+                    work / 'new', {'data/train': ('->', str(self.tmp / 'ds/data/train'))}))),
                 ('another dataset', lambda work: (write(self.root, {'data/train/0001': 'other'}), self.etc(
                     'push', '-f', 'X', home='pub')))):
             with self.subTest(home):
-                shutil.copytree(self.tmp / 'home', self.tmp / home)
-                harm(self.tmp / home / inside)
+                shutil.copytree('home', home)
+                harm(Path(home, inside))
                 self.etc('pull X', home=home, status=None)  # it may be refused in the end, and then forgotten
                 self.pulled(home)
 
@@ -5740,21 +5766,21 @@ class Resume(Installing):
         self.server.fault = None
         self.etc('create Y')
         self.assertEqual((self.installed(), len(self.leftovers())), (['Y'], 1), 'another dataset leaves it alone')
-        shutil.copytree(self.tmp / 'home', self.tmp / 'two')
+        shutil.copytree('home', 'two')
         self.assertLess(self.pulled(), 0.8 * self.size)
         self.age(*self.leftovers('two'))
         self.etc('create Z', home='two')
         self.assertEqual(self.leftovers('two'), [])
 
 
-class Receipts(Words, Case):
+class Receipts(Shell, Case):
     """What is known of a dataset goes where it goes, and is believed of no other."""
 
     def setUp(self):
         super().setUp()
-        self.root = small(self.tmp / 'ds')
+        self.root = small('ds')
         self.share(self.root, home='pub')
-        self.here = self.tmp / 'home/X'
+        self.here = Path('home/X')
 
     def known(self, name='X', home='home'):
         """Whether there is a receipt, and whether it tells of more than is here."""
@@ -5771,23 +5797,25 @@ class Receipts(Words, Case):
                               ('tar', 'mkdir tar && tar -cf - -C home . | tar -xf - -C tar'),
                               ('touched', 'cp -r home touched && touch touched/X')):
             with self.subTest(home):
-                subprocess.check_call(['sh', '-c', command], cwd=str(self.tmp))
+                subprocess.check_call(['sh', '-c', command])
                 self.assertEqual(self.known(home=home), (True, True))
                 self.fails_with('only partly installed', 'push X', home=home)
                 with self.assertRaisesRegex(etc.NotFound, 'only partly installed, without assets, data/train;'):
                     etc.dataset('X', config=self.config(home))
+                self.etc('pull -p train X', home=home)
+                self.assertEqual(self.known(home=home), (True, True))
                 self.assertEqual(etc.dataset('X', True, config=self.config(home)).keys(), {'test', 'train'})
-                self.etc('verify X', home=home)
-                self.damage(self.tmp / home / 'X/data/test/c.txt')
+                self.assertEqual(self.known(home=home), (True, False))
+                self.damage(Path(home, 'X/data/test/c.txt'))
                 err = self.etc('verify X', home=home, status=1)[1]
                 self.assertIn("'X' is not what was installed: data/test differs", err)
 
-    @unittest.skipIf(os.name == 'nt', 'no links there')
+    @POSIX
     def test_believed_of_no_other(self):
         self.etc('pull -p test X')
-        shutil.copytree(self.here, self.tmp / 'home/Y')
+        shutil.copytree(self.here, 'home/Y')
         self.etc('register', self.here, 'Z')
-        write(self.tmp, {'two/X': ('->', str(self.here))})
+        write('.', {'two/X': ('->', str(self.tmp / 'home/X'))})
         for name, home in (('Y', 'home'), ('Z', 'home'), ('X', 'two')):
             with self.subTest(name, home=home):
                 self.assertEqual(self.known(name, home), (False, False))
@@ -5801,18 +5829,10 @@ class Receipts(Words, Case):
             for words in 'push -f', 'pull', 'verify', 'info':
                 self.etc(words, name, home='pub')
             self.etc('pull', name, home='two')
-            self.assertEqual(tree(self.tmp / 'two' / name), tree(self.root))
+            self.assertEqual(tree(Path('two', name)), tree(self.root))
             self.assertEqual(self.known(name, 'two'), (True, False))
         self.assertEqual(sorted(os.listdir(self.root)), before)
         self.assertEqual(etc.Dataset(self.here).digest, etc.Dataset(self.root).digest)
-
-    def test_partitions_one_by_one(self):
-        remove(self.root / 'assets')
-        self.etc('push -f X', home='pub')
-        for partition, partial in (('test', True), ('test', True), ('train', False)):
-            self.etc('pull -p', partition, 'X')
-            self.assertEqual(self.known(), (True, partial))
-        self.assertEqual(tree(self.here), tree(self.root))
 
     def test_odd_ones(self):
         """What is no receipt tells nothing; one with odd times is still one."""
@@ -5912,20 +5932,20 @@ int symlinkat(const char *a, int b, const char *c) { errno = EPERM; return -1; }
 """
 
 
-class PullReuse(Words, S3Case):
+class PullReuse(Shell, S3Case):
     """What any installed dataset has is not fetched again."""
 
     def setUp(self):
         super().setUp()
-        self.old = write(self.tmp / 'old', {'data/train/%d' % n: noise(MIB, n) for n in range(4)})
+        self.old = write('old', {'data/train/%d' % n: noise(MIB, n) for n in range(4)})
         write(self.old, {'data/test/x': noise(2 * MIB, 9), 'data/test/y': ('->', 'x'), 'README.md': 'one'})
-        self.new = self.tmp / 'new'
+        self.new = Path('new')
         shutil.copytree(self.old, self.new, symlinks=True)
         write(self.new, {'README.md': 'the second one'})
         self.share(self.old, 'Old', home='pub')
         self.share(self.new, 'New', home='pub')
         self.etc('pull Old')
-        self.here = self.tmp / 'home'
+        self.here = Path('home')
 
     def pulled(self, words, root=None):
         """Pull; returns how many MiB the server sent, and what was said."""
@@ -5938,15 +5958,15 @@ class PullReuse(Words, S3Case):
 
     def test_versions_and_names(self):
         self.share(self.old, 'Renamed', home='pub')
-        self.share(write(self.tmp / 'third', {'data/val/v': noise(3 * MIB, 7)}), 'Third', home='pub')
-        write(self.tmp / 'sum', {'data/val/v': noise(3 * MIB, 7), 'data/more/m': noise(MIB, 8)})
-        shutil.copytree(self.old / 'data/train', self.tmp / 'sum/data/train')
-        self.share(self.tmp / 'sum', 'Sum', home='pub')
+        self.share(write('third', {'data/val/v': noise(3 * MIB, 7)}), 'Third', home='pub')
+        write('sum', {'data/val/v': noise(3 * MIB, 7), 'data/more/m': noise(MIB, 8)})
+        shutil.copytree(self.old / 'data/train', 'sum/data/train')
+        self.share('sum', 'Sum', home='pub')
         self.etc('pull Third')
         for name, root, least, said in (
                 ('New', self.new, 0, 'pulled New: 7 files, 6.29 MB in .*; 6.29 MB were here already'),
                 ('Renamed', self.old, 0, 'pulled Renamed: .*; 6.29 MB were here already'),
-                ('Sum', self.tmp / 'sum', 1, '; 7.34 MB were here already')):
+                ('Sum', 'sum', 1, '; 7.34 MB were here already')):
             with self.subTest(name):
                 sent, err = self.pulled(name, root=root)
                 self.assertTrue(least < sent < least + 0.03, sent)
@@ -5965,11 +5985,6 @@ class PullReuse(Words, S3Case):
         self.assertTrue(4 < sent < 4.1, sent)
         self.assertIn('; 2.1 MB were here already', err)
 
-    def test_forced(self):
-        self.etc('register', self.new, 'Old', '-f', home='pub')
-        self.etc('push -f Old', home='pub')
-        self.assertLess(self.pulled('-f Old')[0], 0.02)
-
     def test_what_changed_is_fetched(self):
         """And nothing that was damaged here spreads."""
         path = self.here / 'Old/data/train/2'
@@ -5984,27 +5999,27 @@ class PullReuse(Words, S3Case):
                 self.assertTrue(4 < sent < 4.1, sent)
                 self.etc('purge New')
 
-    @unittest.skipIf(os.name == 'nt', 'no modes and links there')
+    @POSIX
     def test_odd_files(self):
         """What cannot be read is fetched; what is writable, or a link, is copied, so that nobody changes it in both."""
         old, linked = self.here / 'Old/data/test/x', self.here / 'Old/data/train/2'
         old.chmod(0)
-        with unprivileged(self.here, self.tmp):
+        with unprivileged('.'):
             self.assertGreater(self.pulled('New')[0], 2)
         self.etc('purge New')
         old.chmod(0o644)
-        linked.rename(self.tmp / 'blob')
+        linked.rename('blob')
         linked.symlink_to(self.tmp / 'blob')
         self.etc('pull New')
         self.assertEqual(stat.S_IMODE((self.here / 'New/data/test/x').stat().st_mode), 0o444)
         old.write_bytes(b'changed')
-        remove(self.tmp / 'blob')
+        remove('blob')
         self.etc('verify New')
         self.assertEqual(tree(self.here / 'New'), tree(self.new))
 
     def test_changed_meanwhile(self):
         """What is linked is what was hashed, whatever happens to the other dataset."""
-        changed = self.tmp / 'changed'
+        changed = Path('changed')
         shutil.copytree(self.old, changed, symlinks=True)
         self.share(write(changed, {'data/train/2': noise(MIB, 22)}), 'Changed', home='pub')
         for words in ('purge Old', 'register --copy -f %s Old' % changed):
@@ -6032,16 +6047,16 @@ def refusing(status, code):
     return lambda handler: handler.error(status, code) or True
 
 
-class PushReuse(Words, S3Case):
+class PushReuse(Shell, S3Case):
     """What archives in the bucket hold is copied there, and not sent."""
 
     def setUp(self):
         super().setUp()
-        self.old = write(self.tmp / 'old', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
+        self.old = write('old', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
                                             'data/val/z': noise(11 * MIB, 3), 'README.md': 'one', 'assets/a': 'a'})
         self.share(self.old, 'Old')
         self.kept = self.server.objects['some/prefix/Old.tgz']
-        self.new = self.tmp / 'new'
+        self.new = Path('new')
         shutil.copytree(self.old, self.new, copy_function=os.link)
         self.change('README.md', 'the second one')
 
@@ -6067,8 +6082,8 @@ class PushReuse(Words, S3Case):
         self.assertEqual(self.server.uploads, {})
         name = words.split()[-1]
         self.etc('pull', name, home='other')
-        self.assertEqual(tree(self.tmp / 'other' / name), tree(self.tmp / 'home' / name))
-        remove(self.tmp / 'other')
+        self.assertEqual(tree('other/' + name), tree('home/' + name))
+        remove('other')
         return sum(sent) / MIB, err
 
     def copies(self):
@@ -6113,7 +6128,7 @@ class PushReuse(Words, S3Case):
                 sent, err = self.pushed(words)
                 self.assertTrue(34 < sent < 35, sent)
                 self.assertNotIn('already', err)
-        self.etc('register', write(self.tmp / 'less', {'data/x/x': noise(16 * MIB, 2)}), 'Less')
+        self.etc('register', write('less', {'data/x/x': noise(16 * MIB, 2)}), 'Less')
         self.pushed('Less')
         self.assertEqual([path for path in self.requests('GET') if 'Old' in path], [], 'it is not worth a look')
 
@@ -6265,7 +6280,7 @@ class PushReuse(Words, S3Case):
         self.server.must_check = True
         self.assertLess(self.pushed('New')[0], 11)  # the first part twice, as this is learned by a refusal
 
-    @unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
+    @POSIX
     def test_killed(self):
         """At each request of a push: nothing, or all, is there, and the next push succeeds."""
         self.pushed('New')
@@ -6283,25 +6298,25 @@ class PushReuse(Words, S3Case):
                 self.assertEqual(self.server.objects['some/prefix/New.tgz'][0], whole)
 
 
-class Disks(Words, Case):
+class Disks(Shell, Case):
     """File systems that cannot do all that is usual."""
 
     def setUp(self):
         super().setUp()
-        self.share(odd(self.tmp / 'ds', 40), home='pub')
-        self.here = self.tmp / 'home'
+        self.share(odd(Path('ds'), 40), home='pub')
+        self.here = Path('home')
 
     def preload(self, source):
         """Put functions in C before those of the system, in the processes that are spawned."""
         if sys.platform != 'linux' or not shutil.which('gcc'):
             self.skipTest('no gcc here')
-        write(self.tmp, {'disk.c': source})
-        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', 'disk.so', 'disk.c', '-ldl'], cwd=str(self.tmp))
+        write('.', {'disk.c': source})
+        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', 'disk.so', 'disk.c', '-ldl'])
         os.environ['LD_PRELOAD'] = str(self.tmp / 'disk.so')
 
     def test_disk_without_modes_and_links(self):
         """As exFAT: all files are executable, and there are no symbolic links."""
-        self.share(small(self.tmp / 'small'), 'Y', home='pub')
+        self.share(small('small'), 'Y', home='pub')
         self.preload(NO_MODES)
         no_links = 'this disk cannot hold links: Operation not permitted; '
         for words, said in (
@@ -6309,19 +6324,19 @@ class Disks(Words, Case):
                 ('register ds', no_links + "'etc register --copy'"),
                 ('verify Y', "; this disk does not keep executable bits; set 'home' to a place on another")):
             with self.subTest(words):
-                self.assertIn(said, self.spawn(words, cwd=str(self.tmp)).communicate()[1].decode())
+                self.assertIn(said, self.spawn(words).communicate()[1].decode())
 
     def test_disk_that_is_picky(self):
         """It opens no read-only file for writing, makes no hard links, and changes no modes."""
         self.preload(PICKY)
         for words in ('pull -p test X', 'pull X', 'pull -f X', 'verify X', 'register --copy ds Y', 'push Y', 'purge Y'):
             with self.subTest(words):
-                process = self.spawn(words, cwd=str(self.tmp))
+                process = self.spawn(words)
                 self.assertEqual((process.communicate()[1][:5], process.returncode), (b'etc: ', 0))
         del os.environ['LD_PRELOAD']
-        self.assertEqual(tree(self.here / 'X'), tree(self.tmp / 'ds'))
+        self.assertEqual(tree(self.here / 'X'), tree('ds'))
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_files_are_read_only(self):
         """Even where opening them so is refused, but chmod is not."""
         opened = os.open
@@ -6334,7 +6349,7 @@ class Disks(Words, Case):
             return opened(path, flags, mode, **kwargs)
         for os.open in opened, picky:
             self.etc('pull X')
-            self.assertEqual(tree(self.here / 'X'), tree(self.tmp / 'ds'))
+            self.assertEqual(tree(self.here / 'X'), tree('ds'))
             for path in (self.here / 'X').rglob('*'):
                 mode = 0o755 if path.is_dir() else 0o555 if path.name in ('run.sh', 'up') else 0o444
                 self.assertEqual(stat.S_IMODE(path.stat().st_mode), mode, path)
@@ -6345,30 +6360,28 @@ class Disks(Words, Case):
             if path.is_dir() and not path.is_symlink():
                 path.chmod(mode)
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_read_only_store(self):
         self.etc('pull X')
         remove(self.here / '.etcetera/locks')
         self.etc('ls -r')  # writes the settings
         self.lock(self.here)
         self.addCleanup(self.lock, self.here, 0o755)
-        problem = "cannot change what is in %s: Permission denied; ask who owns it, or set 'home'" % self.here
-        os.chdir(self.tmp)
-        self.addCleanup(os.chdir, HERE)
-        with unprivileged(self.tmp / 'settings.yaml'):
+        problem = "cannot change what is in %s: Permission denied; ask who owns it, or set 'home'" % (self.tmp / 'home')
+        with unprivileged('settings.yaml'):
             for words, said in (('pull X', 'installed already'), ('ls', ''), ('verify X', 'complete and unchanged')):
                 self.assertIn(said, self.etc(words)[1])
             self.assertEqual(len(etc.dataset('X', auto_install=True, config=self.config())), 3)
             for words in ('pull -f X', 'purge X', 'create Y', 'register ds Y', 'register -f ds X', 'register --copy ds Y'):
                 with self.subTest(words):
                     self.fails_with(problem, words)
-        self.assertEqual(tree(self.here / 'X'), tree(self.tmp / 'ds'))
+        self.assertEqual(tree(self.here / 'X'), tree('ds'))
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_read_only_directories_are_replaced(self):
         """And what was private stays private."""
         self.etc('pull -p test X')
-        with unprivileged(self.tmp):
+        with unprivileged('.'):
             for words in 'pull X', 'pull -f X', 'purge X':
                 self.lock(self.here / 'X', 0o500)
                 self.etc(words)
@@ -6379,9 +6392,8 @@ class Disks(Words, Case):
     def test_directories_of_an_image(self):
         """As in a container, where overlayfs renames none: replacing is refused, and removing works in place."""
         self.etc('pull -p test X', home='image')
-        self.etc('register --copy', small(self.tmp / 'small'), 'Y', home='image')
+        self.etc('register --copy', small('small'), 'Y', home='image')
         script = '''
-            cd "%s"
             mkdir over home
             mount -t tmpfs tmpfs over && mkdir over/upper over/work || exit 77
             mount -t overlay overlay -o lowerdir=image,upperdir=over/upper,workdir=over/work home || exit 77
@@ -6389,7 +6401,7 @@ class Disks(Words, Case):
             etc() { echo "$*"; "%s" "%s" --url "%s" --home home "$@" || echo failed; }
             etc pull X; etc pull -f X; etc verify X; etc register --copy -f ds Y; etc verify Y
             etc purge X; etc ls; etc pull X; etc verify X; etc pull -f X; etc purge Y; etc ls
-            ''' % (self.tmp, sys.executable, SCRIPT, self.url)
+            ''' % (sys.executable, SCRIPT, self.url)
         if not shutil.which('unshare'):
             self.skipTest('nothing can be mounted here')
         done = subprocess.run(['unshare', '-m', 'sh', '-ec', script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -6402,8 +6414,8 @@ class Disks(Words, Case):
             'pull X\n.*pulled X.*\n', 'verify X\n.*\n', 'pull -f X\n.*\n', 'purge Y\n.*\n', 'ls\nX\n\\Z')))
 
 
-@unittest.skipIf(os.name == 'nt', 'no SIGKILL to send')
-class Kills(Words, S3Case):
+@POSIX
+class Kills(Shell, S3Case):
     """kill -9 at random moments: what stands under a name is what stood there before, or what was to come, whole."""
 
     # what is installed and remote before, what may be installed and remote after: in the bucket, in the directory
@@ -6426,16 +6438,14 @@ class Kills(Words, S3Case):
         self.trees, self.archives = {'-': {}}, {'-': None}
         for version in 'one', 'two':
             files = {'data/train/%02d' % n: noise(100000, '%s %d' % (version, n)) for n in range(30)}
-            root = write(self.tmp / version, dict(files, **{
+            root = write(version, dict(files, **{
                 'data/test/noise': noise(6 * MIB, version), 'meta.json': '{"v": "%s"}' % version, 'data/train/00': 'shared'}))
             self.etc('register', root, 'X', home='maker-' + version)
             self.etc('push X', home='maker-' + version, url=self.urls['file'])
             self.trees[version] = tree(root)
-            self.archives[version] = (self.tmp / 'share/X.tgz').read_bytes()
-            remove(self.tmp / 'share/X.tgz')
-        self.etc('register --copy', small(self.tmp / 'other'), 'Other')
-        os.chdir(self.tmp)
-        self.addCleanup(os.chdir, HERE)
+            self.archives[version] = Path('share/X.tgz').read_bytes()
+            remove('share/X.tgz')
+        self.etc('register --copy', small('other'), 'Other')
 
     def prepare(self, local, remote):
         """Let the store and both remotes hold these versions."""
@@ -6445,24 +6455,24 @@ class Kills(Words, S3Case):
             self.etc('register --copy', local, 'X')
         self.server.uploads.clear()
         self.server.objects.clear()
-        remove(self.tmp / 'share')
-        write(self.tmp, {'share': None})
+        remove('share')
+        write('.', {'share': None})
         if remote != '-':
             self.server.objects['some/prefix/X.tgz'] = self.archives[remote], '"%s"' % remote, {}
-            write(self.tmp / 'share', {'X.tgz': self.archives[remote]})
+            write('share', {'X.tgz': self.archives[remote]})
 
     def local(self):
         """The version that is installed; it must be one, and verify."""
         names = set(self.installed())
         self.assertTrue({'Other'} <= names <= {'X', 'Other', 'Z'})
-        self.assertEqual('X' in names, os.path.lexists(self.tmp / 'home/X'))
+        self.assertEqual('X' in names, os.path.lexists('home/X'))
         for name in names - {'Z'}:
             self.etc('verify', name)
-        found = tree(self.tmp / 'home/X')
+        found = tree('home/X')
         return [version for version in self.trees if self.trees[version] == found][0]
 
     def remotes(self):
-        path = self.tmp / 'share/X.tgz'
+        path = Path('share/X.tgz')
         self.assertLessEqual(set(self.server.objects), {'some/prefix/X.tgz'})
         both = self.server.objects.get('some/prefix/X.tgz', [None])[0], path.read_bytes() if path.exists() else None
         return ','.join(version for data in both for version in self.archives if self.archives[version] == data)
@@ -6471,7 +6481,7 @@ class Kills(Words, S3Case):
         """What a change to the store or the share would alter."""
         for name in ('home/X', 'home/X/data', 'home/X/data/train', 'share', 'share/X.tgz'):
             try:
-                status = os.lstat(self.tmp / name)
+                status = os.lstat(name)
                 yield status.st_ino, status.st_mtime_ns, status.st_size
             except OSError:
                 yield None
@@ -6525,7 +6535,7 @@ class Kills(Words, S3Case):
 # Locked-down interpreters
 # ---------------------------------------------------------------------------------------
 
-class Locked:
+class Locked(Shell):
     """Each command works, and says nothing it should not, where much of Python and of a user's surroundings is missing.
 
     Subclasses set `url` and `settings`, and put(name, data) stores an object behind etcetera's back.
@@ -6550,19 +6560,19 @@ class Locked:
     def setUp(self):
         super().setUp()
         self.put('Bad.tgz', block(bytes(1024)) * 3)
-        odd(self.tmp / 'ds', 3)
+        odd(Path('ds'), 3)
 
     def test_strict_interpreter(self):
         python = ['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
         os.environ.update(LC_ALL='C', LANG='C')
         for home, words in self.COMMANDS:
             with self.subTest(words):
-                process = self.spawn('-q', *words.split(), home=home, python=python, cwd=str(self.tmp),
+                process = self.spawn('-q', *words.split(), home=home, python=python,
                                      stdin=subprocess.DEVNULL, start_new_session=True)
                 err, problem = process.communicate()[1].decode(), self.FAILED.get(words)
                 self.assertEqual(process.returncode, int(words in self.FAILED), err)
                 self.assertRegex(err, r'\Aetc: %s[^\n]+\n\Z' % problem if problem else r'\A\Z')
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertEqual(tree('two/X'), tree('ds'))
 
     def test_what_is_missing(self):
         """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
@@ -6590,16 +6600,16 @@ class Locked:
                 gc.collect()
             '''
         self.etc('ls')  # writes the settings
-        code, out = run_python(program, self.tmp / 'settings.yaml', self.url, json.dumps(self.COMMANDS), list(self.FAILED),
-                               flags=['-I', '-S', '-W', 'error'], cwd=str(self.tmp), stdin=subprocess.DEVNULL)
+        code, out = run_python(program, 'settings.yaml', self.url, json.dumps(self.COMMANDS), list(self.FAILED),
+                               flags=['-I', '-S', '-W', 'error'], stdin=subprocess.DEVNULL)
         self.assertEqual(code, 0, out)
         self.assertRegex(out, r'\Aetc: %s[^\n]+\netc: %s[^\n]+\n\Z' % tuple(self.FAILED.values()))
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(self.tmp / 'ds'))
+        self.assertEqual(tree('two/X'), tree('ds'))
 
 
 class FileLocked(Locked, Case):
     def put(self, name, data):
-        write(self.tmp / 'share', {name: data})
+        write('share', {name: data})
 
 
 class S3Locked(Locked, S3Case):
@@ -6615,7 +6625,7 @@ class GsLocked(Locked, GsCase):
 # Secrets
 # ---------------------------------------------------------------------------------------
 
-class Hush:
+class Hush(Shell):
     """Runs commands with -v and looks for secrets wherever they could come to light."""
 
     secrets = ()  # type: tuple
@@ -6648,17 +6658,14 @@ class Hush:
     def everything(self, problem, least=1):
         """All commands, in both ways, of which so many fail, and say that there is this problem."""
         del self.said[:]
-        write(self.tmp, {'settings.yaml': ''.join(
-            '%s: %s\n' % (key, json.dumps(value)) for key, value in self.settings.items())})
-        (self.tmp / 'settings.yaml').chmod(0o600)
-        remove(self.tmp / 'two')
-        small(self.tmp / 'ds')
-        failed = 0
-        for words in ('register -f %s/ds X', 'push -f X', 'push X', 'ls -rl', 'info -r X', '--home %s/two pull X',
-                      '--home %s/two verify X', 'pull Nope'):
-            line = '-v --config %s/settings.yaml --url %s --home %s/home ' + words
-            line = line.replace('--url %s', '--url ' + self.url).replace('%s', str(self.tmp))
-            code, last = self.type(*line.split())
+        write('.', {'settings.yaml': ''.join('%s: %s\n' % (key, json.dumps(value)) for key, value in self.settings.items())})
+        os.chmod('settings.yaml', 0o600)
+        remove('two')
+        small('ds')
+        failed, place = 0, ['-v', '--config', 'settings.yaml', '--url', self.url, '--home', 'home']
+        for words in ('register -f ds X', 'push -f X', 'push X', 'ls -rl', 'info -r X', '--home two pull X',
+                      '--home two verify X', 'pull Nope'):
+            code, last = self.type(*place + words.split())
             self.assertIn(code, (0, 1), last)
             if code:
                 self.assertRegex(last, problem + "|no local dataset 'X'" * ('verify' in words))
@@ -6683,9 +6690,8 @@ class Hush:
                 e = e.__cause__ or (None if e.__suppress_context__ else e.__context__)
 
     def search(self):
-        own = tuple(str(self.tmp / name) for name in ('settings.yaml', '.aws', 'key.json'))
-        for path in self.tmp.rglob('*'):
-            if path.is_file() and not str(path).startswith(own):
+        for path in Path('.').rglob('*'):
+            if path.is_file() and path.parts[0] not in ('settings.yaml', '.aws', 'key.json'):
                 self.said.append(path.read_bytes().decode('latin-1'))
         for text in self.said:
             for secret in self.secrets:
@@ -6695,7 +6701,7 @@ class Hush:
 
 class Secrets(Hush, S3Case):
     secrets = SECRET, 'wJalrXUtnFEMI', 'session/hush', 'hush'
-    NOPE, WRONG = "no dataset 'Nope' in", 'aws_secret_access_key holds characters that it cannot have'
+    NOPE, WRONG = "no dataset 'Nope' in", 'aws_secret_access_key is missing, or holds characters that it cannot have'
 
     def test_settings_and_environment(self):
         self.settings['aws_session_token'] = 'session/hush'
@@ -6718,25 +6724,25 @@ class Secrets(Hush, S3Case):
         self.settings = {'endpoint_url': self.server.url}
         for text, problem, least in (
                 (keys + 'aws_secret_access_key = %s\naws_session_token = session/hush' % SECRET, self.NOPE, 1),
-                ('[default]\naws_secret_access_key = hush', 'aws_access_key_id and aws_secret_access_key go together', 6),
+                ('[default]\naws_secret_access_key = hush', 'aws_access_key_id is missing', 6),
                 ('hush', unreadable, 6), ('[default\nhush = hush', unreadable, 6), (keys + 'hush\nhush', unreadable, 6),
                 (keys + 'aws_secret_access_key = hu\u00e9hush', self.WRONG, 6)):
             with self.subTest(text):
-                write(self.tmp, {'.aws/credentials': text})
+                write('.', {'.aws/credentials': text})
                 self.everything(problem, least)
 
     def test_settings_that_cannot_be_read(self):
-        path = self.tmp / 'settings.yaml'
-        for line in ('aws_secret_access_key: "hush|1: a quoted value must end on its line',
+        path = Path('settings.yaml')
+        for line in ('aws_secret_access_key: "hush|1: this YAML syntax is not supported',
                      'aws_secret_access_key: [hush]|1: this YAML syntax is not supported',
                      'aws_secret_access_key: hush: hush|1: this YAML syntax is not supported',
-                     "hush|1: not of the form 'key: value'", 'aws_secret_access_key: "\\hush"|1: unknown escape',
+                     "hush|1: not of the form 'key: value'", 'aws_secret_access_key: "\\hush"|1: this YAML syntax is not supported',
                      "aws_secret_key: hush|1: unknown setting 'aws_secret_key'",
                      "aws_session_token: hush\naws_session_token: hush|2: 'aws_session_token' is set a second time"):
             with self.subTest(line):
                 text, problem = line.split('|')
                 path.write_text(text + '\n')
-                code, last = self.type('-v', '--config', str(path), '--url', self.url, 'ls', '-r')
+                code, last = self.type('-v', '--config', 'settings.yaml', '--url', self.url, 'ls', '-r')
                 self.assertEqual((code, 'settings.yaml:' + problem in last), (1, True), last)
                 with self.heard():
                     etc.Config.load(path)
@@ -6758,21 +6764,6 @@ class Secrets(Hush, S3Case):
         self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode()) or True
         self.everything('does not answer (as S3 does|with the range that was asked for)', 5)
 
-    def test_urls(self):
-        """Passwords in URLs, where they cannot be used or are of proxies; Places looks at more of them."""
-        url, endpoint = self.url, self.settings['endpoint_url']
-        for self.url, problem in (('https://user:hush@127.0.0.1:1/x', 'the url has a user or password in it'),
-                                  ('s3://user:hush@bucket', 'not of the form s3://bucket')):
-            self.everything(problem, 6)
-        self.url, self.settings['endpoint_url'] = url, endpoint.replace('//', '//user:hush@')
-        self.everything('the endpoint_url must look like https://host', 6)
-        self.settings['endpoint_url'] = 'http://storage.invalid'
-        proxy = Server(Recorder)
-        self.addCleanup(proxy.stop)
-        os.environ.update(no_proxy='', http_proxy=proxy.url.replace('//', '//user:hush@'))
-        self.everything("does not answer as S3 does|another 'X' is in|it ends too early", 5)
-        self.assertIn('Basic ', proxy.log[0])
-
 
 # what stands between the marks of a secret
 ALPHABETS = {'slash': '/', 'hash': '#', 'at': '@', 'unicode': '\u00e9', 'newline': '\n'}
@@ -6788,13 +6779,11 @@ class Places(Hush, S3Case):
 
     def setUp(self):
         super().setUp()
-        os.chdir(self.tmp)
-        self.addCleanup(os.chdir, HERE)
-        os.environ.update(ETC_HOME=str(self.tmp / 'home'), ETC_URL=self.url, AWS_ENDPOINT_URL=self.server.url,
+        os.environ.update(ETC_HOME='home', ETC_URL=self.url, AWS_ENDPOINT_URL=self.server.url,
                           NO_GCE_CHECK='true', AWS_ACCESS_KEY_ID=AKID, AWS_SECRET_ACCESS_KEY=SECRET)
         self.settings = {}
-        write(self.tmp, {'file': 'x'})
-        etc.register(small(self.tmp / 'ds'), 'X')
+        write('.', {'file': 'x'})
+        etc.register(small('ds'), 'X')
 
     def told(self, words, status, says, env=(), sent=True):
         """Let the command line, at each verbosity, and the API say what they say, and look for secrets there."""
@@ -6825,10 +6814,10 @@ class Places(Hush, S3Case):
                 pairs = [pair.split('=', 1) for pair in (variables + more).split()]
                 name, value = pairs[0][0], pairs[0][1].replace('%', mark.join(self.secrets))
                 self.settings = {name: value} if name.islower() else {}
-                write(self.tmp, {'settings.yaml': ''.join('%s: %s' % (key, json.dumps(value)) for key in self.settings)})
-                (self.tmp / 'settings.yaml').chmod(0o600)
+                write('.', {'settings.yaml': ''.join('%s: %s' % (key, json.dumps(value)) for key in self.settings)})
+                Path('settings.yaml').chmod(0o600)
                 env = dict(pairs[1:], **{'ETC_CONFIG' if self.settings else name:
-                                         str(self.tmp / 'settings.yaml') if self.settings else value})
+                                         'settings.yaml' if self.settings else value})
                 if mark == '\n' and (name.islower() or name in ('ETC_URL', 'ETC_HOME')):
                     said = 'holds characters that cannot be printed'
                 self.told(list(words), 1, said.strip() or says, env)
@@ -6913,22 +6902,20 @@ class Places(Hush, S3Case):
         """A password may have any character; what is no plain proxy is asked nothing."""
         proxy = Server(Recorder)
         self.addCleanup(proxy.stop)
-        os.environ['no_proxy'] = ''
-        at = proxy.url[len('http://'):]
-        templates = ('https://user:%s@' + at, 'socks5://user:%s@' + at, 'socks5h://' + at + '/%s', 'http://user:%s@',
-                     'user:%s@127.0.0.1:x', 'http://user:%s@127.0.0.1:99999', 'http://user:%s@[')
+        bad = ('https://user:%@PROXY socks5://user:%@PROXY socks5h://PROXY/% http://user:%@ user:%@127.0.0.1:x '
+               'http://user:%@127.0.0.1:99999 http://user:%@[')
         for (alphabet, mark), scheme in itertools.product(ALPHABETS.items(), ('http', 'https')):
-            secret, site = mark.join(self.secrets), {'AWS_ENDPOINT_URL': scheme + '://storage.invalid'}
-            for template in templates:
-                with self.subTest(alphabet=alphabet, scheme=scheme, template=template):
-                    self.told(['ls', '-r'], 1, scheme + '_proxy is not of the form http://',
-                              dict(site, **{scheme + '_proxy': template % secret}))
-                    self.assertEqual(proxy.log, [])
-            if mark != '\n':
-                with self.subTest(alphabet=alphabet, scheme=scheme):
-                    self.told(['ls', '-r'], 1, 'does not answer as S3|cannot reach https://storage.invalid', dict(
-                        site, **{scheme + '_proxy': 'http://user:%s@%s/' % (secret, at)}))
-                    if scheme == 'http':
+            secret = mark.join(self.secrets)
+            for template in bad.split() + ['http://user:%@PROXY/'] * (mark != '\n'):
+                with self.subTest(template, alphabet=alphabet, scheme=scheme):
+                    is_bad = template in bad
+                    says = scheme + '_proxy is not of the form http://' if is_bad else 'does not answer as S3|cannot reach https://'
+                    value = template.replace('%', secret).replace('PROXY', proxy.url[len('http://'):])
+                    self.told(['ls', '-r'], 1, says, {
+                        'no_proxy': '', 'AWS_ENDPOINT_URL': scheme + '://storage.invalid', scheme + '_proxy': value})
+                    if is_bad:
+                        self.assertEqual(proxy.log, [])
+                    elif scheme == 'http':
                         sent = re.search('Proxy-Authorization: Basic (.*)', proxy.log[0]).group(1)
                         self.assertEqual(base64.b64decode(sent).decode(), 'user:' + urllib.parse.unquote(secret))
                     del proxy.log[:]
@@ -6995,29 +6982,29 @@ class GoogleSecrets(Hush, GoogleCase):
         others = {'token_url': 'http://user:hush@127.0.0.1:1/x?key=hush', 'client_secret': 'hush'}
         nope, unused, none = "no dataset 'Nope' in", 'key.json cannot be used: ', 'key.json holds no Google credentials;'
         cases = [(user, nope), (dict(user, refresh_token=['hush']), nope),
-                 (dict(user, token_uri='nonsense'), unused + 'the address of a token'),
-                 (dict(account, private_key='hush'), unused + 'private_key'), (dict(account, private_key=['hush']), unused),
-                 (dict(account, private_key=pem), unused + 'private_key'), (['hush'], none), ({'private_key': 'hush'}, none),
+                 (dict(user, token_uri='nonsense'), 'a URL from the settings, the credentials or a server'),
+                 (dict(account, private_key='hush'), unused + "'private_key'"), (dict(account, private_key=['hush']), unused),
+                 (dict(account, private_key=pem), unused + "'private_key'"), (['hush'], none), ({'private_key': 'hush'}, none),
                  ({'type': 'service_account', 'private_key': 'hush'}, unused + "'client_email'"),
                  (dict(others, type='external_account'), '.'), (dict(others, type='odd'), '.')]
         for secret in ('hush\nX: y', 'hush\u20ac', 'hu/sh@hush#hush?hush'):
             url = 'http://user:%s@127.0.0.1:1/x?key=%s' % (secret, secret)
             cases += [(dict(user, token_uri=url), 'does not have the form|cannot reach http://127.0.0.1:1: '),
-                      (dict(user, token_uri=secret), unused + 'the address of a token'),
+                      (dict(user, token_uri=secret), 'a URL from the settings, the credentials or a server'),
                       (dict(user, quota_project_id=secret + '\n'), 'a header for http://.* contains invalid characters')]
         for info, problem in cases:
             with self.subTest(info=info):
                 self.use(info)
                 self.everything(problem, 1 if problem == nope else 6)
-        (self.tmp / 'key.json').write_text('{"type": "authorized_user", "refresh_token": "hush')
+        Path('key.json').write_text('{"type": "authorized_user", "refresh_token": "hush')
         self.everything(none, 6)
 
     def test_answers(self):
         self.use(self.user(client_secret='hush', refresh_token='hush'))
         good = {'access_token': 'ya29.token', 'expires_in': 3600}
-        for answer, problem in ((dict(good, access_token='hu\nsh hush'), 'cannot be used: access_token'),
-                                (dict(good, access_token='hush\u20ac'), 'cannot be used: access_token'),
-                                (dict(good, access_token=['hush']), 'cannot be used: access_token'),
+        for answer, problem in ((dict(good, access_token='hu\nsh hush'), "cannot be used: 'access_token'"),
+                                (dict(good, access_token='hush\u20ac'), "cannot be used: 'access_token'"),
+                                (dict(good, access_token=['hush']), "cannot be used: 'access_token'"),
                                 (dict(good, expires_in='soon'), 'cannot be used: '), (['hush'], 'cannot be used: '),
                                 ({'hush': 1}, "cannot be used: 'access_token'"), ('no', 'gives no access token: no;')):
             with self.subTest(answer):
@@ -7060,7 +7047,7 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
     return process.wait(), shown.decode('utf-8', 'replace').replace('\r\n', '\n')
 
 
-class Progress(Words, Case):
+class Progress(Shell, Case):
     def told(self, function, *args, home='home'):
         """What `progress` is told in the end, after a look whether all of it makes sense."""
         calls, here = [], threading.get_ident()
@@ -7074,13 +7061,13 @@ class Progress(Words, Case):
         return calls[-1][0]
 
     def test_api(self):
-        root = odd(self.tmp / 'ds', 20)
+        root = odd(Path('ds'), 20)
         self.etc('register', root, 'X')
         size = etc.info('X', config=self.config())['size']
         self.assertEqual(self.told(etc.push, 'X'), size)
-        with tarfile.open(self.tmp / 'share/Foreign.tgz', 'w:gz') as tar:
+        with tarfile.open('share/Foreign.tgz', 'w:gz') as tar:
             tar.add(root, '.')
-        archive = os.path.getsize(self.tmp / 'share/X.tgz')
+        archive = os.path.getsize('share/X.tgz')
         for home, function, args, least, most in (
                 ('two', etc.pull, ['X'], archive - 4096, archive), ('three', etc.pull, ['X', False, ['empty']], 1, 4096),
                 ('three', etc.dataset, ['X', True], archive - 8192, archive),
@@ -7089,14 +7076,14 @@ class Progress(Words, Case):
                 ('home', etc.register, [root, 'Y', False, True], size, size)):
             with self.subTest(function.__name__, args=args):
                 self.assertTrue(least <= self.told(function, *args, home=home) <= most)
-        self.assertEqual([tree(self.tmp / home / 'X') for home in ('two', 'three')], [tree(root)] * 2)
+        self.assertEqual([tree(Path(home, 'X')) for home in ('two', 'three')], [tree(root)] * 2)
 
-    @unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
+    @POSIX
     def test_terminal(self):
-        write(self.tmp / 'ds', {'data/train/big': noise(24 * MIB), 'data/train/small': 'x'})
-        etc.register(self.tmp / 'ds', 'MNIST', config=etc.Config())
+        write('ds', {'data/train/big': noise(24 * MIB), 'data/train/small': 'x'})
+        etc.register('ds', 'MNIST', config=etc.Config())
         for columns in 80, 40, 12:
-            for words in ('push -f MNIST', 'verify MNIST', '--home %s pull MNIST' % (self.tmp / str(columns))):
+            for words in ('push -f MNIST', 'verify MNIST', '--home %d pull MNIST' % columns):
                 with self.subTest(words, columns=columns):
                     code, shown = on_terminal('--url', self.url, *words.split(), columns=columns, stdout=subprocess.DEVNULL)
                     *drawn, last = [line for line in shown.split('\r\033[J') if line]
@@ -7110,15 +7097,15 @@ class Progress(Words, Case):
         self.assertNotRegex(self.etc('pull MNIST')[1], r'[\r\033]')
 
 
-@unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
-class Question(Case):
+@POSIX
+class Question(Shell, Case):
     """`etc purge -r` as a person on a terminal meets it."""
 
     def purge(self, *words, **kwargs):
         """The exit status, what is left, and what was shown."""
-        write(self.tmp / 'share', {'X.tgz': 'x' * 1500, 'Y.tgz': 'y'})
+        write('share', {'X.tgz': 'x' * 1500, 'Y.tgz': 'y'})
         code, shown = on_terminal('--url', self.url, 'purge', *words, **kwargs)
-        return code, sorted(path.stem for path in (self.tmp / 'share').iterdir()), shown
+        return code, sorted(path.stem for path in Path('share').iterdir()), shown
 
     def test_answers(self):
         asked = "etc: remove 'X' (1.5 kB) in %s? [y/N] " % self.url
@@ -7140,12 +7127,12 @@ class Question(Case):
 
     def test_another_push_before_the_answer(self):
         newer = {'X.tgz': 'newer'}
-        code, _, shown = self.purge('-r', 'X', answers=[b'y\n'], meanwhile=lambda: write(self.tmp / 'share', newer))
-        self.assertEqual((code, (self.tmp / 'share/X.tgz').read_text()), (1, 'newer'))
+        code, _, shown = self.purge('-r', 'X', answers=[b'y\n'], meanwhile=lambda: write('share', newer))
+        self.assertEqual((code, Path('share/X.tgz').read_text()), (1, 'newer'))
         self.assertIn("etc: 'X' in %s was replaced meanwhile; look again: " % self.url, shown)
 
     def test_only_one_end_is_a_terminal(self):
-        with open(self.tmp / 'err', 'w+') as err:
+        with open('err', 'w+') as err:
             for streams in ({'stdin': subprocess.DEVNULL}, {'stderr': err}):
                 with self.subTest(streams):
                     code, left, shown = self.purge('-r', 'X', **streams)
@@ -7154,7 +7141,7 @@ class Question(Case):
                     self.assertIn("etc: without a terminal to ask on, 'etc purge -r' needs -f;", shown + err.read())
 
 
-class Mistakes(Words, Case):
+class Mistakes(Shell, Case):
     """What people mistype or mistake, and the one line that each prints."""
 
     # HERE is the current directory, SHARE the url, and ... "'etc COMMAND -h' shows how", after wrong usage
@@ -7204,9 +7191,7 @@ the first a letter or digit
         """
 
     def test_each_gets_its_line(self):
-        os.chdir(self.tmp)
-        self.addCleanup(os.chdir, HERE)
-        write(self.tmp, {'digits/data/train/1': 'one', 'digits/data/test/2': 'two', 'images/1.png': 'png', 'digits.tgz': 'x',
+        write('.', {'digits/data/train/1': 'one', 'digits/data/test/2': 'two', 'images/1.png': 'png', 'digits.tgz': 'x',
                          'my~data/data/train/x': 'x', 'typo.yaml': '# mine\nulr: s3://bucket\n', 'toml.yaml': 'url = "s3://b"\n'})
         for name in 'MNIST', 'Partly', 'Other':
             self.share('digits', name)
@@ -7243,9 +7228,9 @@ the first a letter or digit
                     self.etc(example.split(' | ')[0], '-f' * (command == 'purge'), status=None)  # which is not 2, as after wrong usage
 
 
-class People(Words, Case):
+class People(Shell, Case):
     def test_lists(self):
-        root = small(self.tmp / 'ds')
+        root = small('ds').resolve()
         self.etc('register', root, 'Registered')
         self.etc('register --copy', root, 'C')
         self.assertEqual(self.etc('ls -l')[0].splitlines(), [
@@ -7256,7 +7241,7 @@ class People(Words, Case):
             for item in json.loads(self.etc('ls --json', *flags)[0]):
                 self.assertEqual(set(item), both | more)
         three_days_ago = time.time() - 3 * 86400 - 60
-        os.utime(self.tmp / 'share/C.tgz', (three_days_ago, three_days_ago))
+        os.utime('share/C.tgz', (three_days_ago, three_days_ago))
         self.assertIn('  3 days ago  ', self.etc('ls -l -r')[0])
 
     def test_patterns(self):
@@ -7280,7 +7265,7 @@ class People(Words, Case):
 
     def test_info(self):
         readme = ''.join('%d\n' % n for n in range(50))
-        root = write(self.tmp / 'ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': readme})
+        root = write('ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': readme})
         self.etc('register --copy', root, 'X')
         shown = self.etc('info X')[0]
         for line in ('name        X', 'digest      ' + etc.Dataset(root).digest, 'size        1.64 kB in 3 files',
@@ -7289,14 +7274,14 @@ class People(Words, Case):
         self.assertTrue(shown.endswith('\n18\n19\n... (30 more lines of README.md)\n'))
 
 
-class Diff(Words, Case):
+class Diff(Shell, Case):
     """Of local datasets; RemoteSuite compares remote ones."""
 
     def setUp(self):
         super().setUp()
         files = {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r', 'assets/a': 'a'}
-        self.a = write(self.tmp / 'A', dict(files, **{'+/p': 'p'}))
-        self.b = write(self.tmp / 'B', {'data/val/v': '', 'more/m': 'm', 'data/train/x': 'other', 'README.md': 'r', 'assets/a': 'a'})
+        self.a = write('A', dict(files, **{'+/p': 'p'}))
+        self.b = write('B', {'data/val/v': '', 'more/m': 'm', 'data/train/x': 'other', 'README.md': 'r', 'assets/a': 'a'})
         for root in self.a, self.b:
             self.share(root, root.name)
 
@@ -7366,21 +7351,21 @@ class Diff(Words, Case):
         changed = dict(same, **{'data/test': 'differs', 'data/val': 'new'})
         self.assertEqual(self.statuses('A', 'Y', home='two'), changed)
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_nothing_is_read_that_a_receipt_knows(self):
         self.etc('pull A', home='two')
-        for path in self.a.glob('*/*/*'), (self.tmp / 'two/A/data').glob('*/*'):
+        for path in self.a.glob('*/*/*'), Path('two/A/data').glob('*/*'):
             for file in path:
                 file.chmod(0)
-        with unprivileged(self.tmp):
+        with unprivileged('.'):
             self.etc('diff A -r A', home='two')
             self.fails_with('Permission denied', 'verify A', home='two')
             self.assertIn("no dataset 'Z'", self.etc('diff A -r Z', status=1)[1], 'before anything is read')
 
-    @unittest.skipIf(os.name == 'nt', 'no pseudoterminals')
+    @POSIX
     def test_heading(self):
-        code, shown = on_terminal('--url', self.url, '--home', self.tmp / 'home', 'diff', 'A', '-r', 'A')
-        self.assertRegex(shown, r'\rSTATUS  A +-r A +PATH\n')
+        code, shown = on_terminal('--url', self.url, '--home', 'home', 'diff', 'A', '-r', 'A')
+        self.assertRegex(shown, r'STATUS  A +-r A +PATH\n')
 
 
 def paths_of(ds):
@@ -7388,14 +7373,14 @@ def paths_of(ds):
     return sorted(str(path) for partition in ds.values() for path in partition.iterdir()), ds.digest, ds.name
 
 
-class Python(Words, Case):
+class Python(Shell, Case):
     def test_copies(self):
         import copy
         import pickle
-        ds = etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
+        ds = etc.register(small('ds'), 'X', config=self.config())
         digest = ds.digest
         copies = [copy.copy(ds), copy.deepcopy(ds)] + [pickle.loads(pickle.dumps(ds, protocol)) for protocol in range(5)]
-        write(self.tmp / 'ds', {'data/train/a.txt': 'of which they know nothing'})
+        write('ds', {'data/train/a.txt': 'of which they know nothing'})
         for other in copies:
             self.assertEqual((other, other.name, other.root, other.digest), (ds, 'X', ds.root, digest))
             self.assertEqual(repr(other), '<Dataset X: test, train>')
@@ -7405,7 +7390,7 @@ class Python(Words, Case):
 
     def test_worker_processes(self):
         import multiprocessing
-        ds = etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
+        ds = etc.register(small('ds'), 'X', config=self.config())
         expected = paths_of(ds)
         self.assertEqual(len(expected[0]), 3)
         for method in multiprocessing.get_all_start_methods():
@@ -7413,7 +7398,7 @@ class Python(Words, Case):
                 self.assertEqual(pool.map(paths_of, [ds] * 4), [expected] * 4)
 
     def test_logging(self):
-        etc.register(small(self.tmp / 'ds'), 'X', config=self.config())
+        etc.register(small('ds'), 'X', config=self.config())
         with self.assertLogs('etcetera', 'DEBUG') as logged:
             digest = etc.push('X', config=self.config())
         self.assertEqual([record.levelname for record in logged.records], ['INFO', 'DEBUG'])
@@ -7430,13 +7415,13 @@ class Python(Words, Case):
         self.assertNotRegex(text, r'(?m)^    (class )?_[a-z]')
 
 
-class Refusals(Words, Case):
+class Refusals(Shell, Case):
     """Whatever goes wrong is an etc.Error in one line; what is no user's fault comes out as it is."""
 
     def run_(self, program, number, words, home='home', **kwargs):
         """Run a program of a test; its exit status, and what it prints."""
         return run_python('import etcetera as etc\n' + program + 'sys.exit(etc.main(sys.argv[2:]))', number, '--url', self.url,
-                          '--home', self.tmp / home, *words.split(), **kwargs)
+                          '--home', home, *words.split(), **kwargs)
 
     def test_no_ssl(self):
         os.environ.update(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', NO_GCE_CHECK='true')
@@ -7448,7 +7433,7 @@ class Refusals(Words, Case):
     @unittest.skipUnless(sys.platform == 'linux', 'no /proc here')
     def test_few_threads(self):
         """Fewer are used where the system gives no more, and none while the interpreter ends."""
-        self.etc('register', odd(self.tmp / 'ds', 30), 'X')
+        self.etc('register', odd(Path('ds'), 30), 'X')
         program = """
 started, start, lock = [0], threading.Thread.start, threading.Lock()
 def limited(thread):
@@ -7471,8 +7456,8 @@ def limited(thread):
         raise
 threading.Thread.start = limited
 """
-        write(self.tmp, {'one.yaml': 'connections: 1\n'})
-        for limit, settings in ((5, ''), (3, ''), (2, ' --config %s/one.yaml' % self.tmp)):
+        write('.', {'one.yaml': 'connections: 1\n'})
+        for limit, settings in ((5, ''), (3, ''), (2, ' --config one.yaml')):
             for home, words in (('home', 'push -f X'), ('two', 'pull X'), ('two', 'verify X'), ('two', 'purge X')):
                 with self.subTest(words, limit=limit):
                     code, out = self.run_(program, limit, words + settings, home)
@@ -7481,9 +7466,9 @@ threading.Thread.start = limited
         self.assertRegex(out, r'\Aetc: pushed X .*\n\Z' if code == 0 else
                          r"\Aetc: the system does not allow this process any more threads; set 'connections: 1', or .*\n\Z")
 
-    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    @POSIX
     def test_interrupted_while_threads_start(self):
-        self.etc('register', odd(self.tmp / 'ds', 30), 'X')
+        self.etc('register', odd(Path('ds'), 30), 'X')
         program = """
 start, last = threading.Thread.start, int(sys.argv[1])
 def interrupted(thread):
@@ -7503,7 +7488,7 @@ threading.Thread.start = interrupted
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
         """As with ulimit -v: the command succeeds, or says what to do."""
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(30 * MIB)}))
+        self.share(write('ds', {'data/train/x': noise(30 * MIB)}))
         program = r"""
 import resource
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
@@ -7532,11 +7517,11 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
                 return function(seconds)
             return limited
 
-        self.share(small(self.tmp / 'ds'))
+        self.share(small('ds'))
         later, server = 2524608000, Server(S3Handler)
         self.addCleanup(server.stop)
         try:
-            os.utime(self.tmp / 'share/X.tgz', (later, later))
+            os.utime('share/X.tgz', (later, later))
         except OverflowError:
             self.skipTest('this system cannot set such times')
         for name, function in (('gmtime', narrow(time.gmtime)), ('localtime', narrow(time.localtime)), ('time', time.time)):
@@ -7549,7 +7534,7 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info X', home='two')[0])
         server.respell = lambda name, value: 'Sat, 01 Jan 2050 00:00:00 GMT' if name == 'Date' else value
         self.settings = {'endpoint_url': server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
-        self.assertEqual(self.etc('ls -r', url='s3://bucket'), ('', ''))
+        self.assertEqual(self.etc('-q ls -r', url='s3://bucket'), ('', ''))
         self.assertEqual(server.log[-1][2]['x-amz-date'], '20500101T000000Z')
 
     def test_addresses_that_nothing_can_have(self):
@@ -7576,10 +7561,10 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
 
     def test_what_a_progress_function_raises(self):
         """It ends the work, and comes out as it is; nothing is left."""
-        self.share(odd(self.tmp / 'ds', 20))
-        with tarfile.open(self.tmp / 'share/Y.tgz', 'w:gz') as tar:
-            tar.add(self.tmp / 'ds', '.')
-        before, config, two = tree(self.tmp / 'share'), self.config(), self.config('two')
+        self.share(odd(Path('ds'), 20))
+        with tarfile.open('share/Y.tgz', 'w:gz') as tar:
+            tar.add('ds', '.')
+        before, config, two = tree('share'), self.config(), self.config('two')
         for kind in (ValueError, OSError, KeyError, EOFError, UnicodeError, MemoryError, etc.Corrupt, KeyboardInterrupt,
                      SystemExit, tarfile.ReadError, RecursionError):
             error = kind('mine')
@@ -7588,17 +7573,17 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
                 raise error
             for function, settings, args in (
                     (etc.pull, two, ['X']), (etc.pull, two, ['Y']), (etc.dataset, two, ['X', True]),
-                    (etc.push, config, ['X', True]), (etc.register, config, [self.tmp / 'ds', 'Z', False, True]),
+                    (etc.push, config, ['X', True]), (etc.register, config, ['ds', 'Z', False, True]),
                     (etc.verify, config, ['X']), (etc.info, config, ['X'])):
                 with self.subTest(function, error=error), self.assertRaises(kind) as caught:
                     function(*args, config=settings, progress=progress)
                 self.assertIs(caught.exception, error)
             self.assertEqual((self.installed('two'), self.installed()), ([], ['X']))
-        self.assertEqual(tree(self.tmp / 'share'), before)
+        self.assertEqual(tree('share'), before)
 
     def test_faults_of_ours_are_not_called_damage(self):
         """As if it called a function of the system wrongly."""
-        self.share(small(self.tmp / 'ds'))
+        self.share(small('ds'))
         opened = os.open
         self.addCleanup(setattr, os, 'open', opened)
         for error in (TypeError, ValueError, KeyError):
@@ -7611,31 +7596,31 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
                 etc.pull('X', config=self.config('two'))
 
 
-class Before(Case):
+class Before(Shell, Case):
     """What users of etcetera 0.0.x have: its settings, its local store, its calls."""
 
     def test_settings(self):
-        write(self.tmp, {'.etc.toml': '''# mine
-            url = "s3://my-bucket"
-            public = true
-              aws_access_key_id="A\\\\x"  # quoted
-            endpoint_url = 'http://h:1'
-            aws_access_key_secret = "s"
-            '''.replace('\n' + ' ' * 12, '\n'), 'other.toml': 'url = "s3://other"\n'}).joinpath('.etc.toml').chmod(0o600)
+        write('.', {'other.toml': 'url = "s3://other"\n', '.etc.toml': """# mine
+url = "s3://my-bucket"
+public = true
+  aws_access_key_id="A\\\\x"  # quoted
+endpoint_url = 'http://h:1'
+aws_access_key_secret = "s"
+"""})
+        os.chmod('.etc.toml', 0o600)
         config = etc.Config.load()
         self.assertEqual((config.url, config.public, config.aws_access_key_id, config.aws_secret_access_key,
                           config.endpoint_url), ('s3://my-bucket', True, 'A\\x', 's', 'http://h:1'))
-        write(self.tmp, {'.etc.toml': 'url = "s3://b"\n[profile]\n'})
+        write('.', {'.etc.toml': 'url = "s3://b"\n[profile]\n'})
         with self.assertRaisesRegex(etc.ConfigError, r'\.etc\.toml:2: '):
             etc.Config.load()
-        write(self.tmp, {'.etc.yaml': 'url: s3://newer\n'})
-        self.assertEqual(etc.Config.load().url, 's3://newer')
-        self.assertEqual(etc.Config.load(self.tmp / 'other.toml').url, 's3://other')
+        write('.', {'.etc.yaml': 'url: s3://newer\n'})
+        self.assertEqual([etc.Config.load(path).url for path in (None, 'other.toml')], ['s3://newer', 's3://other'])
 
     def test_store_and_calls(self):
-        root = small(self.tmp / 'ds')
-        write(self.tmp, {'.etc/Registered': ('->', str(root)), '.etc.toml': 'url = "%s"\n' % self.url})
-        shutil.copytree(root, self.tmp / '.etc/Pulled')
+        root = small('ds')
+        write('.', {'.etc/Registered': ('->', str(self.tmp / 'ds')), '.etc.toml': 'url = "%s"\n' % self.url})
+        shutil.copytree(root, '.etc/Pulled')
         self.assertEqual(list(etc.ls()), ['Pulled', 'Registered'])
         etc.push('Registered')
         etc.push('Pulled')
@@ -7646,7 +7631,7 @@ class Before(Case):
         self.assertEqual((ds.partitions(), ds.keys(), dict(ds.items())['test']),
                          (['test', 'train'], {'test', 'train'}, ds['test']))
         etc.pull('Registered', force=True)
-        self.assertFalse((self.tmp / '.etc/Registered').is_symlink())
+        self.assertFalse(Path('.etc/Registered').is_symlink())
         self.assertTrue((root / 'data').is_dir())
 
 
@@ -7682,31 +7667,31 @@ except (etc.NotFound, etc.UnknownPartition) as e:
 
 
 @needs(importable('mypy'), 'mypy is not installed')
-class Mypy(Case):
+class Mypy(Shell, Case):
     def check(self, program, python, status):
-        write(self.tmp, {'user.py': program})
+        write('.', {'user.py': program})
         done = subprocess.run([sys.executable, '-m', 'mypy', '--strict', '--python-executable', str(python), 'user.py'],
-                              cwd=str(self.tmp), stdout=subprocess.PIPE, universal_newlines=True)
+                              stdout=subprocess.PIPE, universal_newlines=True)
         self.assertEqual(done.returncode, status, done.stdout)
         return done.stdout
 
     def test_a_users_program(self):
         """Where etcetera is vendored, and where it is installed: there mypy wants to be told to follow it."""
-        subprocess.check_call([sys.executable, '-m', 'venv', '--without-pip', str(self.tmp / 'venv')])
+        subprocess.check_call([sys.executable, '-m', 'venv', '--without-pip', 'venv'])
         python = self.tmp / 'venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python'
         site = subprocess.check_output([str(python), '-c', 'import site; print(site.getsitepackages()[-1])'])
         shutil.copy(SCRIPT, site.decode().strip())
         self.assertIn('import-untyped', self.check(USER, python, 1))
-        write(self.tmp, {'mypy.ini': '[mypy-etcetera]\nfollow_untyped_imports = True\n'})
+        write('.', {'mypy.ini': '[mypy-etcetera]\nfollow_untyped_imports = True\n'})
         self.check(USER, python, 0)  # without the optional libraries
         self.assertIn('"Path" has no attribute "nope"', self.check(USER + 'train.nope\n', python, 1))
         self.assertIn('incompatible type "int"', self.check(USER + 'etc.pull(3)\n', python, 1))
-        shutil.copy(SCRIPT, self.tmp)
-        remove(self.tmp / 'mypy.ini')
+        shutil.copy(SCRIPT, '.')
+        remove('mypy.ini')
         self.check(USER, sys.executable, 0)
 
 
-class Program(Words, Case):
+class Program(Shell, Case):
     def run_(self, *command, **kwargs):
         """What a command prints; it must succeed, and say nothing else."""
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **kwargs)
@@ -7714,17 +7699,17 @@ class Program(Words, Case):
         return done.stdout
 
     def test_ways_to_start(self):
-        etc.create('X', config=etc.Config(home=self.tmp / '.etc'))
-        shutil.copy(SCRIPT, write(self.tmp / 'vendored', {'__init__.py': ''}))
+        etc.create('X', config=etc.Config(home='.etc'))
+        shutil.copy(SCRIPT, write('vendored', {'__init__.py': ''}))
         for words, cwd in (([SCRIPT], self.tmp), (['-m', 'etcetera'], HERE), (['-m', 'vendored.etcetera'], self.tmp)):
             self.assertEqual(self.run_(sys.executable, *words, 'ls', cwd=str(cwd)), 'X\n')
         with open(SCRIPT, 'rb') as script:
             self.assertEqual(self.run_(sys.executable, '-', 'ls', stdin=script), 'X\n')
         code = 'import pickle, vendored.etcetera as e; print(pickle.loads(pickle.dumps(e.dataset("X")))["train"].name)'
-        self.assertEqual(self.run_(sys.executable, '-c', code, cwd=str(self.tmp)), 'train\n')
+        self.assertEqual(self.run_(sys.executable, '-c', code), 'train\n')
 
     def test_pipes(self):
-        write(self.tmp, {'.etc/D%04d' % number: None for number in range(3000)})
+        write('.', {'.etc/D%04d' % number: None for number in range(3000)})
         command = '"%s" "%s" ls' % (sys.executable, SCRIPT)
         for then, said in ((' | head -n 1', ''), (' >/dev/full', 'etc: cannot write to standard output: .*\n'),
                            (' >&-', 'etc: standard output is closed\n')):
@@ -7737,9 +7722,9 @@ class Program(Words, Case):
                           ({'ETC_HOME': 'rel'}, 'the current directory is gone, so no relative path can be found;')):
             with self.subTest(**env):
                 os.environ.update(env)
-                write(self.tmp, {'gone': None})
+                write('.', {'gone': None})
                 done = subprocess.run(['sh', '-c', 'rmdir ../gone; "%s" "%s" ls' % (sys.executable, SCRIPT)],
-                                      cwd=str(self.tmp / 'gone'), stderr=subprocess.PIPE)
+                                      cwd='gone', stderr=subprocess.PIPE)
                 self.assertEqual((done.returncode, done.stderr.decode()[:len(said) + 5]), (1, 'etc: ' + said))
 
     MEMORY = """
@@ -7757,21 +7742,20 @@ sys.exit(status)
     @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux measures it')
     def test_memory_is_flat(self):
         """With many files, which take one walk, in flat directories, and with large ones."""
-        outside = write(self.tmp / 'outside', {'%04d' % number: '' for number in range(1000)})
-        write(self.tmp / 'Many', {'data/train/%03d' % number: ('->', str(outside)) for number in range(150)})
-        flat = write(self.tmp / 'Flat', {'data/train': None}) / 'data/train'
+        write('outside', {'%04d' % number: '' for number in range(1000)})
+        write('Many', {'data/train/%03d' % number: ('->', str(self.tmp / 'outside')) for number in range(150)})
+        flat = write('Flat', {'data/train': None}) / 'data/train'
         for number in range(60000):
             os.close(os.open('%s/%06d' % (flat, number), os.O_CREAT))
-        write(self.tmp / 'Large', {'data/train/zeros': ''})
-        os.truncate(self.tmp / 'Large/data/train/zeros', 300 * MIB)
+        write('Large', {'data/train/zeros': ''})
+        os.truncate('Large/data/train/zeros', 300 * MIB)
         extra = 100 if sys.implementation.name == 'pypy' else 0
         for name in 'Many', 'Flat', 'Large':
-            self.etc('register', self.tmp / name)
+            self.etc('register', name)
         for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 200),
                                    ('two', 'pull Large', 200)):
             with self.subTest(words):
-                place = '--url', self.url, '--home', self.tmp / home
-                code, out = run_python(self.MEMORY, *place, *words.split())
+                code, out = run_python(self.MEMORY, '--url', self.url, '--home', home, *words.split())
                 self.assertEqual(code, 0, out)
                 walks, peak = map(int, out.split())
                 self.assertTrue(walks < 2 and peak < limit + extra, out)  # MiB, with the interpreter itself
@@ -7780,7 +7764,7 @@ sys.exit(status)
         """And no library of a cloud is loaded for what needs none."""
         heavy = {'ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
                  'logging', 'socket', 'email', 'configparser', 'ctypes'}
-        write(self.tmp, {'share': None})
+        write('.', {'share': None})
         code = '''if True:
             before = set(sys.modules)
             import etcetera
@@ -7788,25 +7772,25 @@ sys.exit(status)
             etcetera.main(sys.argv[1:])
             print([name for name in sys.modules if name.startswith(('google', 'boto'))])
             ''' % heavy
-        self.assertEqual(run_python(code, '--url', self.url, 'ls', '-r'), (0, '[]\n[]\n'))
+        self.assertEqual(run_python(code, '--url', self.url, '-q', 'ls', '-r'), (0, '[]\n[]\n'))
 
     @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux does it')
     def test_plain_locale_and_warnings_as_errors(self):
-        root = odd(self.tmp / 'ds', 3)
+        root = odd(Path('ds'), 3)
         os.environ.update(LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
         run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)) + [SCRIPT, '-q', '--url', self.url]
         for words in ('register ds X', 'push X', '--home two pull X', '--home two pull -f X', '--home two verify X',
                       'info -r X'):
             with self.subTest(words):
-                self.run_(*run + words.split(), cwd=str(self.tmp))
-        self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+                self.run_(*run + words.split())
+        self.assertEqual(tree('two/X'), tree(root))
         self.assertEqual(etc.info('X', True, self.config())['digest'], etc.Dataset(root).digest)
 
     def test_readme_quick_start(self):
         text = (HERE / 'README.md').read_text(encoding='utf-8')
         block = re.search(r'```(?:sh|bash)\n(.*?)```', text, re.S).group(1)
-        shutil.copy(SCRIPT, write(self.tmp, {'new user': None}) / 'new user')
-        (write(self.tmp, {'bin/python3': '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable}) / 'bin/python3').chmod(0o755)
+        shutil.copy(SCRIPT, write('.', {'new user': None}) / 'new user')
+        (write('.', {'bin/python3': '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable}) / 'bin/python3').chmod(0o755)
         os.environ.update(HOME=str(self.tmp / 'new user'), PATH='%s:%s' % (self.tmp / 'bin', os.environ['PATH']))
         shown = self.run_('sh', '-e', '-c', 'exec 2>&1\n' + block + '\nls "$HOME"/*/digits.tgz', cwd=os.environ['HOME'])
         self.assertIn('digits.tgz', shown)
