@@ -5853,29 +5853,33 @@ def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config)
         if archive.digest:
             _check_pin(name, pin, archive.digest)
         wanted = archive.wanted(partitions)
-        is_same = receipt = None
-        if home.has(name):
+        receipt = home.receipt(name)
+        is_same: Optional[bool] = bool(receipt and receipt.digest == archive.digest)
+        if home.has(name) and not force:
             local, receipt = home.open(name)
-            if receipt or not force:
-                is_same = archive.is_same(job, local, receipt)
-            if is_same is False and not force:
+            is_same = archive.is_same(job, local, receipt)
+            if is_same is False:
                 raise _taken_error(name, f"'etc pull -f {name}' replaces it")
-            if is_same and not force and not (receipt and receipt.missing(segment.path for segment in wanted)):
+            if is_same and not (receipt and receipt.missing(segment.path for segment in wanted)):
                 if pin:
                     _check_pin(name, pin, _digest_of(job, local, receipt))
                 if not receipt and (home.inner / 'receipts').exists() and not local.root.is_symlink():
                     archive.receipt(archive.segments).write(local.root)  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
-            if is_same:
-                wanted = archive.wanted(partitions, receipt)
+        if is_same:
+            wanted = archive.wanted(partitions, receipt)
         with home.installing(name, replace=force or bool(is_same)) as install:
             reused = archive.extract(job, install, wanted)
             _check_pin(name, pin, archive.digest)
             new = archive.receipt(wanted)
             is_new = install.commit(new)
-        old = f'; it replaces {receipt.digest}' if receipt and receipt.digest != new.digest else ''
-        _say(f'pulled {name}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
+        old = ''
+        if receipt and receipt.digest != new.digest:
+            partitions = [segment.partition for segment in receipt.here() if segment.partition]
+            old = f"; it replaces another one with {', '.join(partitions)}"
+        place = home.path(name)
+        _say(f'pulled {name} to {place}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
         _say(f'{name}@{archive.digest}', _DEBUG)
         return home.dataset(name, new)
 

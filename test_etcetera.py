@@ -5964,8 +5964,8 @@ class PullReuse(Shell, S3Case):
         self.share('sum', 'Sum', home='pub')
         self.etc('pull Third')
         for name, root, least, said in (
-                ('New', self.new, 0, 'pulled New: 7 files, 6.29 MB in .*; 6.29 MB were here already'),
-                ('Renamed', self.old, 0, 'pulled Renamed: .*; 6.29 MB were here already'),
+                ('New', self.new, 0, 'pulled New to .*: 7 files, 6.29 MB in .*; 6.29 MB were here already'),
+                ('Renamed', self.old, 0, 'pulled Renamed to .*; 6.29 MB were here already'),
                 ('Sum', 'sum', 1, '; 7.34 MB were here already')):
             with self.subTest(name):
                 sent, err = self.pulled(name, root=root)
@@ -5979,7 +5979,7 @@ class PullReuse(Shell, S3Case):
     def test_some_partitions_and_the_rest(self):
         sent, err = self.pulled('-p test New')
         self.assertEqual((sent < 0.02, os.listdir(self.here / 'New/data')), (True, ['test']))
-        self.assertIn('pulled New: 3 files, 2.1 MB', err)
+        self.assertRegex(err, 'pulled New to .*: 3 files, 2.1 MB')
         self.etc('purge Old')
         sent, err = self.pulled('New')
         self.assertTrue(4 < sent < 4.1, sent)
