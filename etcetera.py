@@ -2446,12 +2446,16 @@ class _Http:
         self.successes = 0
         self.answered: Set[str] = set()  # sites that have answered
         self.interruptions = 0
+        self.respite = 0.0  # seconds that an interruption leaves to requests
         self.tls: Any = None
         job.at_end.append(self.interrupt)
 
     def interrupt(self) -> None:
         """Let all requests fail that are under way."""
         import socket
+        until = time.monotonic() + self.respite
+        while self.busy and time.monotonic() < until:
+            time.sleep(_TICK / 10)
         self.interruptions += 1
         for connection in list(self.busy):
             # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
@@ -2477,6 +2481,15 @@ class _Http:
             yield
         finally:
             self.job, self.tries, self.timeout = before
+
+    @contextlib.contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """For a request whose answer must not be lost: an interruption waits for it, if not for long."""
+        job, self.job, self.respite = self.job, _Job(), _LAST_TIMEOUT
+        try:
+            yield
+        finally:
+            self.job, self.respite = job, 0.0
 
     def request(
             self,
@@ -4273,7 +4286,8 @@ class _S3Remote(_BucketStore):
         parts = itertools.chain([first], parts)
         del first  # or memory would hold it to the end
         key = self.key(name)
-        reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
+        with self.http.unbroken():  # or nobody would know which upload to abort
+            reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
         upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()

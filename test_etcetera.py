@@ -6397,11 +6397,11 @@ class Disks(Shell, Case):
             mkdir over home
             mount -t tmpfs tmpfs over && mkdir over/upper over/work || exit 77
             mount -t overlay overlay -o lowerdir=image,upperdir=over/upper,workdir=over/work home || exit 77
-            ! mv -T home/X home/Z 2>/dev/null
+            ! "%s" -c 'import os; os.rename("home/X", "home/Z")' 2>/dev/null || exit 77
             etc() { echo "$*"; "%s" "%s" --url "%s" --home home "$@" || echo failed; }
             etc pull X; etc pull -f X; etc verify X; etc register --copy -f ds Y; etc verify Y
             etc purge X; etc ls; etc pull X; etc verify X; etc pull -f X; etc purge Y; etc ls
-            ''' % (sys.executable, SCRIPT, self.url)
+            ''' % (sys.executable, sys.executable, SCRIPT, self.url)
         if not shutil.which('unshare'):
             self.skipTest('nothing can be mounted here')
         done = subprocess.run(['unshare', '-m', 'sh', '-ec', script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
