@@ -2142,7 +2142,7 @@ def _end_digests(first: bytes, last: bytes) -> List[bytes]:
         start = match.start()
         if start + _block_length(last, start) == len(last):
             blocks[1] = last[start:]
-    return [_sha256(_inflate_block(block)).digest() for block in blocks]
+    return [_sha256(_inflate_block(bytes(block))).digest() for block in blocks]
 
 
 # ---------------------------------------------------------------------------------------
