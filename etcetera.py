@@ -2567,6 +2567,7 @@ class _Http:
         except (ConnectionError, http.client.BadStatusLine):
             if not connection.idle_since or interruptions != self.interruptions:
                 raise
+            self.close()  # the server has closed the others, too
         except OSError:  # a time-out: whatever has forgotten this connection has forgotten the others, too
             self.close()
             raise
