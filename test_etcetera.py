@@ -5197,7 +5197,7 @@ class Links(S3Case):
         def fault(handler):
             now.add(handler)
             most.add(len(now))
-            time.sleep(random.random() / 10)
+            time.sleep(random.random() / 20)
             now.discard(handler)
         self.server.fault = fault
         for connections in (1, 4):
