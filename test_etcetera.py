@@ -2370,7 +2370,7 @@ class S3Remote(BucketSuite, S3Case):
                 (no_range, 206, ten, {'Content-Range': 'bytes 0-9/10'}, None),
                 (no_range, 206, b'0\r\n\r\n', {'Transfer-Encoding': 'chunked'}, None),
                 ("'X' in %s was replaced while it was read" % self.url, 206, ten, {'ETag': '"other"'}, None),
-                ('IncompleteRead(10 bytes read, 990 more expected)', 206, ten, no_headers, 1000),
+                ('IncompleteRead(', 206, ten, no_headers, 1000),
                 (too_much, 206, b'x' * 3 * MIB, no_headers, None), (too_much, 200, b'x' * 90 * MIB, no_headers, None)):
             def fault(handler):
                 if not handler.headers.get('Range', 'bytes=-').startswith('bytes=-'):
