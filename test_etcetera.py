@@ -4982,7 +4982,7 @@ class HttpFaults(Faults):
         return 0
 
     def remove(self):
-        self.server.objects.clear()
+        self.server.objects.pop('some/prefix/X.tgz', None)
 
     def remote(self):
         return self.server.objects.get('some/prefix/X.tgz', [None])[0]
@@ -5036,7 +5036,7 @@ class HttpFaults(Faults):
         def check(op, home, out, err):
             if out and err:  # an archive that cannot be read does not hide the others
                 found, expected = json.loads(out), json.loads(clean[op])
-                self.assertEqual([item['name'] for item in found], ['X', 'a', 'b', 'c'])
+                self.assertEqual([item['name'] for item in found], ['X', 'a', 'b', 'c'], err)
                 self.assertTrue(all(item in expected or item['digest'] is None for item in found), out)
                 self.assertRegex(err, r'\A(etc: [^\n]+\n)+\Z')
             elif self.kind != 'replaced':
