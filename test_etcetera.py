@@ -5725,7 +5725,7 @@ class Resume(Installing):
             with self.subTest(shares=shares):
                 for share in shares:
                     self.broken_off(share, number)
-                self.assertLess(self.pulled(), (1.25 - max(shares)) * self.size)  # what is under way is lost
+                self.assertLess(self.pulled(), (1.5 - max(shares)) * self.size)  # what is under way is lost
                 self.etc('purge X')
 
     def test_nothing_is_trusted(self):
