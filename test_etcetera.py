@@ -2623,6 +2623,26 @@ class S3Remote(BucketSuite, S3Case):
         self.assertIn("the storage is overloaded; try again later, or with 'connections: ",
                       self.etc('push', 'X', status=1)[1])
 
+    def test_stores_that_take_few_requests_at_once(self):
+        class Narrow(S3Handler):
+            def handle_one(self):
+                if not slots.acquire(blocking=False):
+                    return self.error(429, 'SlowDown')
+                with contextlib.ExitStack() as stack:
+                    stack.callback(slots.release)
+                    time.sleep(0.02)
+                    return super().handle_one()
+
+        self.server.RequestHandlerClass = Narrow
+        root = write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)})
+        self.etc('register', root, 'X')
+        for most in 1, 2:
+            with self.subTest(most):
+                slots = threading.Semaphore(most)
+                self.etc('push', '-f', 'X')
+                self.etc('pull', '-f', 'X', home='two')
+                self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+
     def test_parts_are_sent_while_packing_goes_on(self):
         write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(12)})
         self.etc('register', write(self.tmp / 'ds', {'data/train/last': 'x'}), 'X')
