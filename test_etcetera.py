@@ -2624,6 +2624,9 @@ class S3Remote(BucketSuite, S3Case):
                       self.etc('push', 'X', status=1)[1])
 
     def test_stores_that_take_few_requests_at_once(self):
+        self.addCleanup(setattr, etc, '_backoff', etc._backoff)
+        etc._backoff = lambda failures: 0.01
+
         class Narrow(S3Handler):
             def handle_one(self):
                 if not slots.acquire(blocking=False):
