@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -67,11 +68,9 @@ def needs(condition, reason):
 
 def importable(*names):
     try:
-        for name in names:
-            __import__(name)
-    except ImportError:
+        return all(map(importlib.util.find_spec, names))
+    except ImportError:  # of the package of a submodule
         return False
-    return True
 
 
 # ---------------------------------------------------------------------------------------
@@ -527,6 +526,9 @@ class S3Case(Case):
         self.addCleanup(self.server.stop)
         self.url = 's3://bucket/some/prefix'
         self.settings = {'endpoint_url': self.server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
+
+    def put(self, name, data):
+        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
 
     def requests(self, method=None):
         return [path for m, path, _ in self.server.log if method in (None, m)]
@@ -1734,7 +1736,7 @@ class RemoteSuite:
         self.assertEqual((info['meta'], info['readme']), ({'classes': 10}, '# Small\n'))
         self.assertEqual(info['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
         self.assertFalse((self.tmp / 'fresh').exists())
-        self.assertIn("did you mean 'One'", self.etc('pull', 'Onne', status=1)[1])
+        self.fails_with("did you mean 'One'", 'pull', 'Onne')
 
     def test_push_again(self):
         root = small(self.tmp / 'ds')
@@ -1742,10 +1744,10 @@ class RemoteSuite:
         old = etc.Dataset(root).digest
         self.assertIn('identical', self.etc('push', 'X')[1])
         write(root, {'data/train/new': 'new'})
-        self.assertIn('push -f', self.etc('push', 'X', status=1)[1])
+        self.fails_with('push -f', 'push', 'X')
         for pin in (old, 'sha256:' + '1' * 64):  # of other files than there are now
             with self.subTest(pin):
-                self.assertIn("'X': expected digest " + pin, self.etc('push', 'X@' + pin, '-f', status=1)[1])
+                self.fails_with("'X': expected digest " + pin, 'push', 'X@' + pin, '-f')
         self.etc('push', '-f', 'X@' + etc.Dataset(root).digest)
         assert_pulls(self, root)
         err = self.etc('push', 'Gone', 'X', status=1)[1]
@@ -1761,8 +1763,8 @@ class RemoteSuite:
             self.assertIn('installed already', self.etc('pull', 'X', home=home)[1])
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
-        self.assertIn('pull -f', self.etc('pull', 'X', home='two', status=1)[1])
-        self.assertIn('expected digest', self.etc('pull', '-f', 'X@' + old, home='two', status=1)[1])
+        self.fails_with('pull -f', 'pull', 'X', home='two')
+        self.fails_with('expected digest', 'pull', '-f', 'X@' + old, home='two')
         self.assertEqual(etc.dataset('X@' + old, config=two).digest, old)
         assert_pulls(self, root, 'X@' + new, force=True)
         with self.assertRaisesRegex(etc.Corrupt, "'X': expected digest %s, found %s" % (old, new)):
@@ -1858,11 +1860,11 @@ class RemoteSuite:
         assert_pulls(self, root, home='home', partitions=['test'])
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '2' * 64
         self.assertIn('installed already', self.etc('pull', 'X@' + digest)[1])
-        self.assertIn("'X': expected digest " + wrong, self.etc('pull', '-f', 'X@' + wrong, status=1)[1])
+        self.fails_with("'X': expected digest " + wrong, 'pull', '-f', 'X@' + wrong)
         self.etc('verify', 'X')
         self.assertIn('is in %s already, and identical' % self.url, self.etc('push', 'X')[1])
         self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
-        self.assertIn('push -f', self.etc('push', 'X', home='another', status=1)[1])
+        self.fails_with('push -f', 'push', 'X', home='another')
         self.etc('push', '-f', 'X')
         self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], digest)
 
@@ -1976,8 +1978,7 @@ class FileRemote(RemoteSuite, Case):
         shutil.copytree(str(self.tmp / 'two'), str(self.tmp / 'copy'), symlinks=True)
         for home in ('two', 'copy'):
             with self.subTest(home):
-                self.assertIn('is only partly installed, so it cannot be pushed',
-                              self.etc('push', 'X', home=home, status=1)[1])
+                self.fails_with('is only partly installed, so it cannot be pushed', 'push', 'X', home=home)
                 ds = etc.dataset('X@' + etc.Dataset(root).digest, partitions=['test'], config=self.config(home))
                 self.assertEqual(ds.keys(), {'test'})
                 modes = {path: path.stat().st_mode for path in ds.root.rglob('*') if path.is_file()}
@@ -1988,7 +1989,7 @@ class FileRemote(RemoteSuite, Case):
                 self.assertEqual(modes, {path: path.stat().st_mode for path in modes})
                 self.etc('pull', '-f', '-p', 'test', 'X', home=home)
                 wrong = 'X@sha256:' + '0' * 64
-                self.assertIn("'X': expected digest sha256:000", self.etc('purge', wrong, home=home, status=1)[1])
+                self.fails_with("'X': expected digest sha256:000", 'purge', wrong, home=home)
                 self.etc('purge', 'X@' + ds.digest, home=home)
 
     def test_pull_mends(self):
@@ -1999,8 +2000,7 @@ class FileRemote(RemoteSuite, Case):
         victim.chmod(0o644)
         victim.write_text('broken')
         (self.tmp / 'two/X/data/val/v').unlink()
-        self.assertIn("'X' is not what was installed: data/train, data/val differ;",
-                      self.etc('verify', 'X', home='two', status=1)[1])
+        self.fails_with("'X' is not what was installed: data/train, data/val differ;", 'verify', 'X', home='two')
         assert_pulls(self, root, force=True)
         self.etc('verify', 'X', home='two')
 
@@ -2017,7 +2017,7 @@ class FileRemote(RemoteSuite, Case):
             False, {'status': 'differs', 'a': {'files': 2, 'size': 5006}, 'b': {'files': 3, 'size': 5009}}))
         self.etc('pull', '-p', 'test', 'X', home='two')
         self.etc('diff', 'X', '-r', 'X', home='two')  # what a receipt knows of the whole
-        self.assertIn("no dataset 'Z' in", self.etc('diff', 'X', '-r', 'Z', status=1)[1])
+        self.fails_with("no dataset 'Z' in", 'diff', 'X', '-r', 'Z')
 
     def test_urls(self):
         start, bucket = 'cannot use the url; it must start with file://', 'the url is not of the form s3://bucket'
@@ -2027,7 +2027,7 @@ class FileRemote(RemoteSuite, Case):
                 ('nonsense', start), ('ftp://x/y', start), ('s3:/x', start), ('S3://x', start), ('s3://', bucket),
                 ('s3://a b', bucket), (nowhere.as_uri(), 'no directory %s;' % nowhere)):
             with self.subTest(url):
-                self.assertIn('etc: ' + problem, self.etc('ls', '-r', url=url, status=1)[1])
+                self.fails_with('etc: ' + problem, 'ls', '-r', url=url)
         nowhere.mkdir()
         self.assertEqual(self.etc('ls', '-r', url=nowhere.as_uri()),
                          ('', 'etc: there is no dataset in %s\n' % nowhere.as_uri()))
@@ -2037,7 +2037,7 @@ class FileRemote(RemoteSuite, Case):
         self.assertEqual(self.etc('ls', '-r')[0], '')
         for name in 'XY':
             with self.subTest(name):
-                self.assertIn("no dataset '%s'" % name, self.etc('pull', name, status=1)[1])
+                self.fails_with("no dataset '%s'" % name, 'pull', name)
 
     def test_killed_push_leaves_nothing_under_the_name(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(20)}), 'X')
@@ -2133,7 +2133,7 @@ class FileRemote(RemoteSuite, Case):
             for words, problem in ((['push', '-f'], denied), (['pull'], ask), (['info', '-r'], ask),
                                    (['--url', home.as_uri(), 'push'], denied)):  # below which the file lies
                 with self.subTest(words):
-                    self.assertIn(problem, self.etc(*words, 'X', status=1)[1])
+                    self.fails_with(problem, *words, 'X')
 
     def test_purge_while_others_push(self):
         """Just before, and perhaps also just after the file is set aside."""
@@ -2267,9 +2267,6 @@ class PurgeSuite:
 
 
 class S3Purge(PurgeSuite, S3Case):
-    def put(self, name, data):
-        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
-
     def test_refusals(self):
         for status, code, message, remedy in (
                 (403, 'AccessDenied', 'Access Denied',
@@ -2328,7 +2325,6 @@ class S3Purge(PurgeSuite, S3Case):
 
 class S3Remote(BucketSuite, S3Case):
     copies = True
-    put = S3Purge.put
 
     def parts(self):
         return [path for path in self.requests('PUT') if 'partNumber=' in path]
@@ -2382,7 +2378,7 @@ class S3Remote(BucketSuite, S3Case):
             with self.subTest(problem, status=status, headers=headers):
                 self.server.log.clear()
                 self.server.fault = fault
-                self.assertIn(problem, self.etc('pull', 'X', home='two', status=1)[1])
+                self.fails_with(problem, 'pull', 'X', home='two')
                 self.assertEqual(self.installed('two'), [])
                 self.assertLess(len(self.server.log), 30)
 
@@ -2461,7 +2457,7 @@ class S3Remote(BucketSuite, S3Case):
             with self.subTest(word):
                 self.server.fault = lambda handler: handler.command == method and word in handler.path and (
                     handler.error(status, code) if code else handler.answer(status, PORTAL)) is None
-                self.assertIn(problem, self.etc('push', 'X', status=1)[1])
+                self.fails_with(problem, 'push', 'X')
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_errors_that_hide(self):
@@ -2488,7 +2484,7 @@ class S3Remote(BucketSuite, S3Case):
                 super().answer(status, b' \n' * 3 + body if body[:6] == b'<?xml ' else body, headers, length)
         self.server.RequestHandlerClass = Slow
         self.test_replaced_meanwhile()
-        self.assertIn('NoSuchBucket', self.etc('ls', '-r', url='s3://other', status=1)[1])
+        self.fails_with('NoSuchBucket', 'ls', '-r', url='s3://other')
 
     @unittest.skipIf(os.name == 'nt', 'no SIGTERM to send')
     def test_interrupted_while_the_store_is_busy(self):
@@ -2517,7 +2513,7 @@ class S3Remote(BucketSuite, S3Case):
                 assert_pulls(self, 'ds', 'Y', home=str(self.server.must_check))
         self.server.fault = lambda handler: handler.headers['x-amz-checksum-sha256'] and (
             handler.error(400, 'InvalidRequest', message='Content-MD5 is required') or True)
-        self.assertIn('Content-MD5 is required', self.etc('push', '-f', 'X', status=1)[1])  # a store that wants MD5
+        self.fails_with('Content-MD5 is required', 'push', '-f', 'X')  # a store that wants MD5
 
     def test_lists_that_are_not_understood(self):
         page = b'<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken>' \
@@ -2532,7 +2528,7 @@ class S3Remote(BucketSuite, S3Case):
             with self.subTest(what):
                 self.server.log.clear()
                 self.server.fault = lambda handler: handler.answer(200, body()) or True
-                self.assertIn(problem, self.etc('ls', '-r', status=1)[1])
+                self.fails_with(problem, 'ls', '-r')
                 self.assertLess(len(self.server.log), 5)
 
     def test_one_bad_archive_does_not_hide_the_others(self):
@@ -2577,7 +2573,7 @@ class S3Remote(BucketSuite, S3Case):
             with self.subTest(moderate):
                 stand_in(self, etc, '_LONG_PART', moderate)
                 self.server.log.clear()
-                self.server.fault = lambda handler: re.search('partNumber=([5-9]|1\d)', handler.path) and (
+                self.server.fault = lambda handler: re.search(r'partNumber=([5-9]|1\d)', handler.path) and (
                     handler.error(400, 'InvalidArgument', message='Part number must be between 1 and 4') or True)
                 self.etc('push', '-f', 'X')
                 self.assertEqual(sum('uploads' in path for path in self.requests('POST')), begun)
@@ -2614,14 +2610,13 @@ class S3Remote(BucketSuite, S3Case):
             self.server.objects = other
             handler.answer(200, COMPLETED.replace(b'&quot;', b'') % (b'', b'', b'', b''))
         self.server.final = final
-        self.assertIn("another 'X' is in", self.etc('push', 'X', status=1)[1])
+        self.fails_with("another 'X' is in", 'push', 'X')
 
     def test_overload(self):
         skip_pauses(self)
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.server.fault = lambda handler: handler.error(503, 'SlowDown') or True
-        self.assertIn("the storage is overloaded; try again later, or with 'connections: ",
-                      self.etc('push', 'X', status=1)[1])
+        self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push', 'X')
 
     def test_stores_that_take_few_requests_at_once(self):
         self.addCleanup(setattr, etc, '_backoff', etc._backoff)
@@ -2705,11 +2700,11 @@ class S3Remote(BucketSuite, S3Case):
     def test_unreachable(self):
         self.server.stop()
         skip_pauses(self)
-        self.assertIn('cannot reach http://127.0.0.1', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('cannot reach http://127.0.0.1', 'ls', '-r')
         for bad in ('h:1', 'ftp://h', 'http://user:pw@h', 'http://h/?q'):
             with self.subTest(bad):
                 self.settings['endpoint_url'] = bad
-                self.assertIn('the endpoint_url must look like https://host[:port];', self.etc('ls', '-r', status=1)[1])
+                self.fails_with('the endpoint_url must look like https://host[:port];', 'ls', '-r')
 
 
 class AnyHost(S3Handler):
@@ -2766,7 +2761,7 @@ class S3Kinds(S3Case):
 
     def test_access_points(self):
         url = 's3://arn:aws:s3:eu-west-1:123456789012:accesspoint/mine'
-        self.assertIn('-s3alias', self.etc('ls', '-r', url=url, status=1)[1])
+        self.fails_with('-s3alias', 'ls', '-r', url=url)
 
     def test_hosts_of_amazon(self):
         """The region comes from the settings, or else from the profile."""
@@ -2818,7 +2813,7 @@ class S3Kinds(S3Case):
                 self.etc(*words)
                 self.assertEqual(len(refused), 1)
         region = b'a/b'
-        self.assertIn('AuthorizationHeaderMalformed', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('AuthorizationHeaderMalformed', 'ls', '-r')
 
     def test_regions_of_amazon(self):
         self.as_amazon()
@@ -2833,7 +2828,7 @@ class S3Kinds(S3Case):
                     self.assertEqual(self.etc('ls', '-r')[0], '')
                     self.assertEqual(self.hosts(), [here, there])
         status, region = 301, 'evil.example/'
-        self.assertIn('PermanentRedirect', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('PermanentRedirect', 'ls', '-r')
         self.assertEqual(set(self.hosts()), {here})
 
     def test_amazon_knows_conditions(self):
@@ -2841,13 +2836,13 @@ class S3Kinds(S3Case):
         self.etc('push', 'X')
         self.server.fault = lambda handler: 'If-Match' in handler.headers and handler.command == 'DELETE' and (
             handler.error(501, 'NotImplemented') or True)
-        self.assertIn('answers 501 NotImplemented', self.etc('purge', '-r', '-f', 'X', status=1)[1])
+        self.fails_with('answers 501 NotImplemented', 'purge', '-r', '-f', 'X')
         self.assertEqual(len(self.server.objects), 1)
 
     def test_keys_that_may_not_list(self):
         """Without s3:ListBucket what is missing is forbidden; on Amazon's hosts the condition of the write decides."""
         self.server.may_list = False
-        self.assertIn('s3:ListBucket', self.etc('push', 'X', status=1)[1])  # this store may ignore conditions
+        self.fails_with('s3:ListBucket', 'push', 'X')  # this store may ignore conditions
         self.as_amazon()
         self.etc('push', 'X')
         self.assertIn('already, and identical', self.etc('push', 'X')[1])
@@ -2862,7 +2857,7 @@ class S3Kinds(S3Case):
         for answer, problem in (((), 'cannot read it to compare'),
                                 ((501, 'NotImplemented'), 'NotImplemented')):  # nobody would tell if there is another
             with self.subTest(problem):
-                self.assertIn(problem, self.etc('push', 'X', status=1)[1])
+                self.fails_with(problem, 'push', 'X')
                 self.assertEqual(self.server.objects, before)
         answer = ()
         self.share(self.tmp / 'ds', 'Y')
@@ -2888,7 +2883,7 @@ class S3Kinds(S3Case):
                 self.assertEqual(len(refused), 1)
                 self.etc('pull', 'X', '-f', home='two')
         Handler.date_time_string = lambda handler, timestamp=None: 'no date'
-        self.assertIn("set this machine's clock", self.etc('ls', '-r', status=1)[1])
+        self.fails_with("set this machine's clock", 'ls', '-r')
 
     def test_headers_that_are_asked_for(self):
         self.etc('register', write(self.tmp / 'big', {'data/train/x': noise(9 * MIB)}), 'Big')
@@ -2918,8 +2913,7 @@ class S3Kinds(S3Case):
         for bad in ('a b', 'caf\u00e9'):
             with self.subTest(bad):
                 self.settings['sse'] = bad
-                self.assertIn('the header x-amz-server-side-encryption a value that cannot',
-                              self.etc('ls', '-r', status=1)[1])
+                self.fails_with('the header x-amz-server-side-encryption a value that cannot', 'ls', '-r')
 
     def test_who_is_to_blame(self):
         self.etc('push', 'X')
@@ -2946,7 +2940,7 @@ class S3Kinds(S3Case):
                 self.assertIn('answers %d%s;' % (status, ' %s: why' % code if code else ': no explanation'), err)
         self.server.fault = None
         for command in ('pull', 'push'):
-            self.assertIn('NoSuchBucket', self.etc(command, 'X', url='s3://missing', status=1)[1])
+            self.fails_with('NoSuchBucket', command, 'X', url='s3://missing')
 
 
 class GsHandler(Handler):
@@ -3105,7 +3099,7 @@ class GsRemote(BucketSuite, GsCase):
                     self.assertEqual(len(self.server.objects), int(stored))
         self.server.fault = lambda handler: '/*' in handler.headers.get('Content-Range', '') and (
             handler.answer(200, b'{}') or True)
-        self.assertIn('does not answer as Google', self.etc('push', 'Y', status=1)[1])
+        self.fails_with('does not answer as Google', 'push', 'Y')
 
     def test_lists_that_are_not_understood(self):
         """They must not pass for an empty bucket, either."""
@@ -3118,11 +3112,11 @@ class GsRemote(BucketSuite, GsCase):
             with self.subTest(body[:99]):
                 self.server.fault = lambda handler: handler.answer(200, body) or True
                 for words in (['ls', '-r'], ['pull', 'X']):
-                    self.assertIn('does not answer as Google', self.etc(*words, status=1)[1])
+                    self.fails_with('does not answer as Google', *words)
         tokens = itertools.cycle('abc')
         self.server.fault = lambda handler: handler.json(
             {'kind': 'storage#objects', 'nextPageToken': next(tokens)}) or True
-        self.assertIn('same page of its listing twice', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('same page of its listing twice', 'ls', '-r')
 
     def test_accounts_that_may_only_create(self):
         """The condition of the write decides where storage.objects.get is missing."""
@@ -3130,7 +3124,7 @@ class GsRemote(BucketSuite, GsCase):
         self.server.fault = lambda handler: handler.command == 'GET' and (
             handler.problem(403, 'no storage.objects.get access') or True)
         self.etc('push', 'X')
-        self.assertIn('cannot read it to compare', self.etc('push', 'X', status=1)[1])
+        self.fails_with('cannot read it to compare', 'push', 'X')
 
     def test_emulator_host(self):
         del self.settings['endpoint_url']
@@ -3144,7 +3138,7 @@ class GsRemote(BucketSuite, GsCase):
     def test_public(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.settings['public'] = self.server.uniform = True
-        self.assertIn('allUsers', self.etc('push', 'X', status=1)[1])
+        self.fails_with('allUsers', 'push', 'X')
         self.server.uniform = False
         self.etc('push', 'X')
         self.assertEqual(self.server.objects['some/prefix/X.tgz'][2]['predefinedAcl'], 'publicRead')
@@ -3170,13 +3164,13 @@ class GsRemote(BucketSuite, GsCase):
                 ('it refuses a part', '16777216-', lambda h: h.problem(403, 'no'), 'answers 403: no;')):
             with self.subTest(what):
                 self.server.fault = lambda h: place in (h.headers.get('Content-Range') or '') and (answer(h) or True)
-                self.assertIn(problem, self.etc('push', 'X', status=1)[1])
+                self.fails_with(problem, 'push', 'X')
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_md5(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.server.garble = True
-        self.assertIn('did not arrive', self.etc('push', 'X', status=1)[1])
+        self.fails_with('did not arrive', 'push', 'X')
         self.assertEqual(self.server.objects, {})
         stand_in(self, hashlib, 'md5', no_md5)  # the server has its own
         self.etc('push', 'X')
@@ -3286,7 +3280,7 @@ class GoogleCredentials(GoogleCase):
                                (['list'], "'access_token' is missing"), ('', "'access_token' is missing")):
             with self.subTest(token):
                 self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
-                self.assertIn(problem, self.etc('ls', '-r', status=1)[1])
+                self.fails_with(problem, 'ls', '-r')
 
     @unittest.skipUnless(shutil.which('openssl') or os.environ.get('ETC_TEST_REQUIRE_PEERS'), 'no openssl here')
     def test_service_account(self):
@@ -3314,7 +3308,7 @@ class GoogleCredentials(GoogleCase):
                 self.use(dict(info, private_key=openssl(*form, '-in', 'key.pem')))
                 self.works()
         self.use(dict(info, private_key='garbage'))
-        self.assertIn('private_key', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('private_key', 'ls', '-r')
 
     def library(self, load):
         """Let Google's library be installed, with this load_credentials_from_file(); or not, if that is None."""
@@ -3340,7 +3334,8 @@ class GoogleCredentials(GoogleCase):
                     ('gcloud', None, right, None),
                     ('library that fails', lambda path, scopes: 1 / 0, right, 'key.json cannot be used: '),
                     ('gcloud that fails', None, 'echo ya29.token; echo please log in >&2; exit 1', 'please log in'),
-                    ('gcloud that says nothing', None, 'true', 'key.json cannot be used: '), ('neither', None, '', 'gcloud')):
+                    ('gcloud that says nothing', None, 'true', 'key.json cannot be used: '),
+                    ('neither', None, '', 'gcloud')):
                 with self.subTest(kind, what=what):
                     remove(self.tmp / 'bin')
                     if script:
@@ -3356,13 +3351,13 @@ class GoogleCredentials(GoogleCase):
             handler.headers['Metadata-Flavor'] == 'Google') else 'no'
         self.works()
         self.tokens.respell = lambda name, value: None if name == 'Metadata-Flavor' else value
-        self.assertIn('no credentials were found', self.etc('ls', '-r', status=1)[1])  # an impostor
+        self.fails_with('no credentials were found', 'ls', '-r')  # an impostor
 
     def test_places(self):
         """From the last one that is looked at to the first."""
         self.respond({'refresh_token': 'right'})
         right, wrong = (json.dumps(self.user(refresh_token=token)) for token in ('right', 'wrong'))
-        self.assertIn('no credentials were found', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('no credentials were found', 'ls', '-r')
         name, home, sdk = 'application_default_credentials.json', self.tmp / '.config/gcloud', self.tmp / 'sdk'
         if os.name != 'nt':
             write(home, {name: right})
@@ -3407,7 +3402,7 @@ class GoogleCredentials(GoogleCase):
         self.server.fault = lambda h: h.command == 'POST' and (
             h.answer(200, b'', {'Location': other.url + '/session?upload_id=1'}) or True)
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.assertIn('answers 404', self.etc('push', 'X', status=1)[1])
+        self.fails_with('answers 404', 'push', 'X')
         self.assertEqual({headers.get('Authorization') for _, _, headers in other.log}, {None})
 
 
@@ -3463,7 +3458,7 @@ class WebSuite:
         self.etc('pull', '-p', 'test', 'X', home='three')
         self.assertEqual(etc.dataset('X', partitions=['test'], config=self.config('three')).keys(), {'test'})
         assert_pulls(self, 'ds', home='three')
-        self.assertIn("did you mean 'Odd'", self.etc('pull', 'Odds', status=1)[1])
+        self.fails_with("did you mean 'Odd'", 'pull', 'Odds')
 
     def test_read_only(self):
         write(self.tmp / 'ds', {'data/train/new': ''})
@@ -3551,8 +3546,7 @@ class Web(WebSuite, Case):
         for status in (403, 404):
             with self.subTest(status):
                 self.server.fault = lambda h: h.path.endswith('/') and (h.answer(status) or True)
-                self.assertIn('shows no list of what it has (%d); pull works by name' % status,
-                              self.etc('ls', '-r', status=1)[1])
+                self.fails_with('shows no list of what it has (%d); pull works by name' % status, 'ls', '-r')
                 assert_pulls(self, 'ds', force=True)
 
     def test_redirects(self):
@@ -3589,7 +3583,7 @@ class Web(WebSuite, Case):
                 self.server.fault = fault
                 assert_pulls(self, 'ds', force=True)
                 self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
-                self.assertIn("no dataset 'Z'", self.etc('pull', 'Z', status=1)[1])
+                self.fails_with("no dataset 'Z'", 'pull', 'Z')
         for status, body, span, problem in (
                 (403, b'', None, 'answers 403'), (206, b'x', 'bytes 0-0/*', "does not say how large 'X' is"),
                 (416, b'out of range', 'bytes */0', 'the archive is damaged or not a .tgz: it ends too early')):
@@ -3597,7 +3591,7 @@ class Web(WebSuite, Case):
                 self.server.fault = lambda handler: handler.path.endswith('.tgz') and (
                     handler.answer(405) if handler.command == 'HEAD' else
                     handler.answer(status, body, {'Content-Range': span})) is None
-                self.assertIn(problem, self.etc('pull', 'X', home='three', status=1)[1])
+                self.fails_with(problem, 'pull', 'X', home='three')
 
     def test_compressed_against_the_request(self):
         """A page is understood; an archive would have other bytes, perhaps under the same version."""
@@ -3613,8 +3607,8 @@ class Web(WebSuite, Case):
         suffix, body = '.tgz', gzip.compress(path.read_bytes(), 1)
         for self.server.ranges in (True, False):
             with self.subTest(ranges=self.server.ranges):
-                self.assertIn("compresses 'X' although it is asked not to; ask who runs it",
-                              self.etc('pull', 'X', home='three', status=1)[1])
+                self.fails_with("compresses 'X' although it is asked not to; ask who runs it",
+                                'pull', 'X', home='three')
 
 
 class Rfc9110(S3Case):
@@ -3653,7 +3647,7 @@ class Rfc9110(S3Case):
             handler.close_connection = True
             return True
         self.server.fault = flood
-        self.assertIn('interim answers', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('interim answers', 'ls', '-r')
 
     def test_spelling_of_ranges(self):
         self.etc('push', 'X')
@@ -3701,8 +3695,8 @@ class Rfc9110(S3Case):
         for coding in ('gzip', 'X-GZIP', 'deflate'):
             with self.subTest(coding):
                 self.round_trip()
-                self.assertIn("no dataset 'Y'", self.etc('pull', 'Y', status=1)[1])
-                self.assertIn('NoSuchBucket: about NoSuchBucket', self.etc('ls', '-r', url='s3://other', status=1)[1])
+                self.fails_with("no dataset 'Y'", 'pull', 'Y')
+                self.fails_with('NoSuchBucket: about NoSuchBucket', 'ls', '-r', url='s3://other')
 
 
 def serve(*command, conf=None, **env):
@@ -3790,7 +3784,7 @@ class Nginx(Peer, WebSuite, Case):
     def test_proxy_and_ca(self):
         self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
         self.assertIn('CONNECT ' + self.origin, Path(self.log).read_text())
-        self.assertIn('without encryption', self.etc('ls', '-r', url='https://%s/away' % self.origin, status=1)[1])
+        self.fails_with('without encryption', 'ls', '-r', url='https://%s/away' % self.origin)
         skip_pauses(self)
         bundle = self.settings.pop('ca_bundle')
         self.assertRegex(self.etc('pull', 'X', home='two', status=1)[1],
@@ -3799,7 +3793,7 @@ class Nginx(Peer, WebSuite, Case):
         with socket.socket() as closed:
             closed.bind(('127.0.0.1', 0))
             os.environ['HTTPS_PROXY'] = 'http://127.0.0.1:%d' % closed.getsockname()[1]
-            self.assertIn('check the network, the proxy settings', self.etc('pull', 'X', home='two', status=1)[1])
+            self.fails_with('check the network, the proxy settings', 'pull', 'X', home='two')
         self.assertEqual(self.installed('two'), [])
 
 
@@ -3854,7 +3848,7 @@ class Rclone(S3Peer, Case):
 
     def test_wrong_secret(self):
         self.settings['aws_secret_access_key'] = 'wrong'
-        self.assertIn('SignatureDoesNotMatch', self.etc('ls', '-r', status=1)[1])
+        self.fails_with('SignatureDoesNotMatch', 'ls', '-r')
 
 
 @needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
@@ -4512,7 +4506,7 @@ class AwsRenewal(AwsCase):
             return 'partNumber=2' in handler.path and (handler.error(403, 'AccessDenied') or True)
         self.server.fault = fault
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
-        self.assertIn('AccessDenied', self.etc('push', 'X', status=1)[1])
+        self.fails_with('AccessDenied', 'push', 'X')
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
     def test_what_is_transient(self):
@@ -4628,14 +4622,14 @@ class MotoIdentity(Case):
                                             'credential_source = Environment\n' + ROLE + 'mid\n'})
         os.environ.update(AWS_ACCESS_KEY_ID=key['AccessKeyId'], AWS_SECRET_ACCESS_KEY=key['SecretAccessKey'])
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.assertIn('AccessDenied', self.etc('push', 'X', status=1)[1])
+        self.fails_with('AccessDenied', 'push', 'X')
         self.settings['aws_profile'] = 'top'
         self.etc('push', 'X')
         self.etc('pull', 'X', home='two')
         self.settings.clear()
         os.environ.update(AWS_ACCESS_KEY_ID='', AWS_SECRET_ACCESS_KEY='', AWS_EC2_METADATA_DISABLED='',
                           AWS_EC2_METADATA_SERVICE_ENDPOINT=endpoint)
-        self.assertIn('InvalidAccessKeyId', self.etc('ls', '-r', status=1)[1])  # it does not know those of its metadata
+        self.fails_with('InvalidAccessKeyId', 'ls', '-r')  # it does not know those of its metadata
 
 
 class Plain(http.client.HTTPConnection):
@@ -5079,9 +5073,6 @@ class S3Faults(HttpFaults, S3Case):
         super().setUp()
         self.settings['aws_session_token'] = 'session/token'
 
-    def put(self, name, data):
-        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
-
 
 class GsFaults(HttpFaults, GoogleCase):
     class handler(Flaky, GsHandler):
@@ -5385,10 +5376,6 @@ class Shell:
     def split(self, words):
         return [part for word in words for part in (word.split() if isinstance(word, str) else [word])]
 
-    def fails_with(self, problem, *words, **kwargs):
-        """The command line fails and says this."""
-        self.assertIn(problem, self.etc(*words, status=1, **kwargs)[1])
-
 
 class Installing(Shell, S3Case):
     def setUp(self):
@@ -5441,7 +5428,8 @@ class Install(Installing):
                 process, go_on = self.start(self.reads(3), 'pull X', home=name)
                 self.end(process, name, status)
                 go_on.set()
-                self.assertEqual((self.installed(name), len(self.leftovers(name))), ([], 1))  # for the next to go on from
+                # for the next to go on from
+                self.assertEqual((self.installed(name), len(self.leftovers(name))), ([], 1))
                 self.pulled(name)
 
     @POSIX
@@ -6174,7 +6162,8 @@ class PushReuse(Shell, S3Case):
         """The ends of what would be copied are compared with the files before anything is copied."""
         data = self.kept[0]
         at, end = data.index(b'data/test/\0'), data.index(noise(11 * MIB, 2)[-99:])
-        for what, bad in (('first block', data[:at] + b'D' + data[at + 1:]), ('last', data[:end] + b'D' + data[end + 1:]),
+        for what, bad in (('first block', data[:at] + b'D' + data[at + 1:]),
+                          ('last', data[:end] + b'D' + data[end + 1:]),
                           ('sound, but for its checksums', data.replace(b'data/test/y\0', b'data/test/z\0'))):
             with self.subTest(what):
                 self.restore(bad)
@@ -6204,8 +6193,10 @@ class PushReuse(Shell, S3Case):
         copying, completing = 'x-amz-copy-source', 'POST .*uploadId='
         for at, fault, said in (
                 (copying, store_nothing, ''), (copying, no_etag, ''), (copying, copy_all, ''),
-                (copying, refusing(200, 'InvalidRequest'), ''), (copying, refusing(403, 'AccessDenied'), '403 AccessDenied'),
-                (copying, refusing(501, 'NotImplemented'), '501 NotImplemented'), ('list-type', refusing(403, 'AccessDenied'), '403'),
+                (copying, refusing(200, 'InvalidRequest'), ''),
+                (copying, refusing(403, 'AccessDenied'), '403 AccessDenied'),
+                (copying, refusing(501, 'NotImplemented'), '501 NotImplemented'),
+                ('list-type', refusing(403, 'AccessDenied'), '403'),
                 (completing, refusing(400, 'PartsMustBeOfOneSize'), 'PartsMustBeOfOneSize'),  # as R2
                 (copying, replace, '(replaced|412)'), (copying, lambda handler: self.server.objects.clear(), '404')):
             with self.subTest(said, fault=fault):
@@ -6247,7 +6238,8 @@ class PushReuse(Shell, S3Case):
 
     def test_damage_does_not_stay(self):
         """Whether or not the rest can be sent."""
-        for refused, left, said in (('POST', ['Old'], '403 AccessDenied'), ('DELETE', ['New', 'Old'], "'etc push -f New' replaces it")):
+        for refused, left, said in (('POST', ['Old'], '403 AccessDenied'),
+                                    ('DELETE', ['New', 'Old'], "'etc push -f New' replaces it")):
             with self.subTest(refused):
                 self.restore()
                 self.server.copied = lambda data, start, stop: data[start:stop] + b'more'
@@ -6270,23 +6262,25 @@ class PushReuse(Shell, S3Case):
                 self.server.objects['some/prefix/New.tgz'] = self.kept
         deleted = []
         self.server.fault = fault
-        self.assertIn("another 'New' is in", self.etc('push', '-f', 'New', status=1)[1])
+        self.fails_with("another 'New' is in", 'push', '-f', 'New')
         self.assertEqual(self.server.objects['some/prefix/New.tgz'], self.kept)
 
     def test_another_push_is_faster(self):
-        """It is said, and nothing is sent again, if it ends before this one copies, or before this one looks at the end."""
+        """It is said, and nothing is sent again, if it ends before this one copies, or before it looks at the end."""
         def overtake(handler):
             self.server.objects.update(then)
             return handler.command == 'POST' and handler.answer(200, COMPLETED % (b'', b'', b'', b'mine'))
 
         new = {'some/prefix/New.tgz': self.kept}
-        for then, at_end, said in ((new, False, "another 'New' is in"), (new, True, "New' .*(another|replaced|overtaken)"),
+        for then, at_end, said in ((new, False, "another 'New' is in"),
+                                   (new, True, "New' .*(another|replaced|overtaken)"),
                                    ({}, True, "New' .*(removed|gone|no longer)")):
             with self.subTest(said):
                 self.restore()
                 self.server.log.clear()
                 if at_end:
-                    self.server.final = lambda handler: (self.server.objects.pop('some/prefix/New.tgz'), overtake(handler))
+                    self.server.final = lambda handler: (
+                        self.server.objects.pop('some/prefix/New.tgz'), overtake(handler))
                 else:
                     self.server.fault = lambda handler: handler.headers['x-amz-copy-source'] and overtake(handler)
                 err = self.etc('push New', status=None)[1]
@@ -6394,9 +6388,9 @@ class Disks(Shell, Case):
             for words, said in (('pull X', 'installed already'), ('ls', ''), ('verify X', 'complete and unchanged')):
                 self.assertIn(said, self.etc(words)[1])
             self.assertEqual(len(etc.dataset('X', auto_install=True, config=self.config())), 3)
-            for words in ('pull -f X', 'purge X', 'create Y', 'register ds Y', 'register -f ds X', 'register --copy ds Y'):
-                with self.subTest(words):
-                    self.fails_with(problem, words)
+            for words in ('pull -f X', 'purge X', 'create Y', 'register ds Y', 'register -f ds X',
+                          'register --copy ds Y'):
+                self.fails_with(problem, words)
         self.assertEqual(tree(self.here / 'X'), tree('ds'))
 
     @POSIX
@@ -6409,7 +6403,7 @@ class Disks(Shell, Case):
                 self.etc(words)
                 for data in (self.here / '.etcetera').rglob('data'):
                     self.assertEqual(stat.S_IMODE(data.parent.stat().st_mode), 0o700)
-        self.assertEqual((self.installed(), self.leftovers()), ([], []))
+        self.nothing_is_left()
 
     def test_directories_of_an_image(self):
         """As in a container, where overlayfs renames none: replacing is refused, and removing works in place."""
@@ -6461,7 +6455,8 @@ class Kills(Shell, S3Case):
         for version in 'one', 'two':
             files = {'data/train/%02d' % n: noise(100000, '%s %d' % (version, n)) for n in range(30)}
             root = write(version, dict(files, **{
-                'data/test/noise': noise(6 * MIB, version), 'meta.json': '{"v": "%s"}' % version, 'data/train/00': 'shared'}))
+                'data/test/noise': noise(6 * MIB, version), 'meta.json': '{"v": "%s"}' % version,
+                'data/train/00': 'shared'}))
             self.etc('register', root, 'X', home='maker-' + version)
             self.etc('push X', home='maker-' + version, url=self.urls['file'])
             self.trees[version] = tree(root)
@@ -6635,8 +6630,7 @@ class FileLocked(Locked, Case):
 
 
 class S3Locked(Locked, S3Case):
-    def put(self, name, data):
-        self.server.objects['some/prefix/' + name] = data, '"%s"' % hashlib.sha1(data).hexdigest(), {}
+    pass
 
 
 class GsLocked(Locked, GsCase):
@@ -6680,7 +6674,8 @@ class Hush(Shell):
     def everything(self, problem, least=1):
         """All commands, in both ways, of which so many fail, and say that there is this problem."""
         del self.said[:]
-        write('.', {'settings.yaml': ''.join('%s: %s\n' % (key, json.dumps(value)) for key, value in self.settings.items())})
+        lines = ['%s: %s\n' % (key, json.dumps(value)) for key, value in self.settings.items()]
+        write('.', {'settings.yaml': ''.join(lines)})
         os.chmod('settings.yaml', 0o600)
         remove('two')
         small('ds')
@@ -6696,7 +6691,8 @@ class Hush(Shell):
         with self.heard():
             config = self.config()
             self.said += [repr(config), str(config)]
-            for function, args in ((etc.ls, [True]), (etc.info, ['X', True]), (etc.push, ['X', True]), (etc.pull, ['X', True])):
+            for function, args in ((etc.ls, [True]), (etc.info, ['X', True]), (etc.push, ['X', True]),
+                                   (etc.pull, ['X', True])):
                 with self.heard():
                     self.said.append(repr(function(*args, config=config)))
         self.search()
@@ -6735,14 +6731,16 @@ class Secrets(Hush, S3Case):
                 self.everything(problem, 6)
         os.environ.update(AWS_ACCESS_KEY_ID=AKID, AWS_SESSION_TOKEN='session/hush')
         self.settings = {'endpoint_url': self.server.url}
-        for value, problem, least in ((SECRET, self.NOPE, 1), ('hush\nhush', self.WRONG, 6), ('hush\u00e9', self.WRONG, 6),
-                                      ('hush hush', self.WRONG, 6), ('hush', '403 SignatureDoesNotMatch', 6)):
+        for value, problem, least in ((SECRET, self.NOPE, 1), ('hush\nhush', self.WRONG, 6),
+                                      ('hush\u00e9', self.WRONG, 6), ('hush hush', self.WRONG, 6),
+                                      ('hush', '403 SignatureDoesNotMatch', 6)):
             with self.subTest(value):
                 os.environ['AWS_SECRET_ACCESS_KEY'] = value
                 self.everything(problem, least)
 
     def test_files(self):
-        keys, unreadable = '[default]\naws_access_key_id = %s\n' % AKID, 'credentials cannot be read as an AWS settings file'
+        keys = '[default]\naws_access_key_id = %s\n' % AKID
+        unreadable = 'credentials cannot be read as an AWS settings file'
         self.settings = {'endpoint_url': self.server.url}
         for text, problem, least in (
                 (keys + 'aws_secret_access_key = %s\naws_session_token = session/hush' % SECRET, self.NOPE, 1),
@@ -6758,7 +6756,8 @@ class Secrets(Hush, S3Case):
         for line in ('aws_secret_access_key: "hush|1: this YAML syntax is not supported',
                      'aws_secret_access_key: [hush]|1: this YAML syntax is not supported',
                      'aws_secret_access_key: hush: hush|1: this YAML syntax is not supported',
-                     "hush|1: not of the form 'key: value'", 'aws_secret_access_key: "\\hush"|1: this YAML syntax is not supported',
+                     "hush|1: not of the form 'key: value'",
+                     'aws_secret_access_key: "\\hush"|1: this YAML syntax is not supported',
                      "aws_secret_key: hush|1: unknown setting 'aws_secret_key'",
                      "aws_session_token: hush\naws_session_token: hush|2: 'aws_session_token' is set a second time"):
             with self.subTest(line):
@@ -6775,7 +6774,8 @@ class Secrets(Hush, S3Case):
         self.settings['aws_session_token'] = 'session/hush'
         for status in (301, 400, 401, 403, 404, 409, 412, 500, 503):
             def fault(handler):
-                xml = '<Error><Code>SignatureDoesNotMatch</Code><Message>no</Message><StringToSign>%s</StringToSign></Error>'
+                xml = ('<Error><Code>SignatureDoesNotMatch</Code><Message>no</Message>'
+                       '<StringToSign>%s</StringToSign></Error>')
                 told, location = escape(str(handler.headers)), {'Location': self.server.url + '/elsewhere'}
                 return handler.answer(status, (xml % told).encode(), location) or True
             with self.subTest(status):
@@ -6795,7 +6795,7 @@ if RUNS > 1:  # all of them take minutes
 
 
 class Places(Hush, S3Case):
-    """Secrets where a URL, a path, a name or a choice should be: nothing that is printed, kept or sent may tell them."""
+    """Secrets where a URL, a path, a name or a choice should be: nothing printed, kept or sent may tell them."""
 
     secrets = '1hush', '2HUSH', '3hush'
 
@@ -6829,7 +6829,7 @@ class Places(Hush, S3Case):
         self.search()
 
     def everywhere(self, table, words=('ls', '-r'), more='', says=''):
-        """table: lines with a variable or a setting, =, what it holds (% is a secret), other variables, |, what is said."""
+        """table: lines with a variable or setting, =, its value (% is a secret), other variables, |, what is said."""
         for (alphabet, mark), line in itertools.product(ALPHABETS.items(), table.strip().splitlines()):
             with self.subTest(line, alphabet=alphabet, more=more):
                 variables, _, said = line.partition('|')
@@ -6850,10 +6850,11 @@ class Places(Hush, S3Case):
         self.everywhere(r"""
             AWS_WEB_IDENTITY_TOKEN_FILE=% AWS_ROLE_ARN=arn:aws:iam::1:role/x     | \$AWS_WEB_IDENTITY_TOKEN_FILE names:
             AWS_ROLE_ARN=% AWS_WEB_IDENTITY_TOKEN_FILE=file                      | \$AWS_ROLE_ARN
-            AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=% AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:1/ | TOKEN_FILE names:
             AWS_SHARED_CREDENTIALS_FILE=%                                        | no credentials were found
             AWS_CONFIG_FILE=%                                                    | no credentials were found
             """, more=self.KEYLESS)
+        full_uri = ' AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:1/'
+        self.everywhere('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=% | TOKEN_FILE names:', more=full_uri + self.KEYLESS)
         self.everywhere(r"""
             GOOGLE_APPLICATION_CREDENTIALS=% ETC_URL=gs://bucket AWS_ENDPOINT_URL= | \$GOOGLE_APPLICATION_CREDENTIALS
             google_credentials=% ETC_URL=gs://bucket AWS_ENDPOINT_URL=           | google_credentials
@@ -6905,8 +6906,9 @@ class Places(Hush, S3Case):
             AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=:%
             AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=@%
             AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=%
-            """, more=self.KEYLESS, says=r'\$AWS_CONTAINER_CREDENTIALS_(FULL_URI must begin with https://|RELATIVE_URI must be a '
-                                         r'path)|does not have the form https://host|cannot reach http://127\.0\.0\.1:1: ')
+            """, more=self.KEYLESS, says=r'\$AWS_CONTAINER_CREDENTIALS_(FULL_URI must begin with https://|'
+                                         r'RELATIVE_URI must be a path)|does not have the form https://host|'
+                                         r'cannot reach http://127\.0\.0\.1:1: ')
 
     def test_queries_that_are_legal(self):
         """In the name of a "directory" of a bucket."""
@@ -6931,7 +6933,8 @@ class Places(Hush, S3Case):
             for template in bad.split() + ['http://user:%@PROXY/'] * (mark != '\n'):
                 with self.subTest(template, alphabet=alphabet, scheme=scheme):
                     is_bad = template in bad
-                    says = scheme + '_proxy is not of the form http://' if is_bad else 'does not answer as S3|cannot reach https://'
+                    says = (scheme + '_proxy is not of the form http://' if is_bad else
+                            'does not answer as S3|cannot reach https://')
                     value = template.replace('%', secret).replace('PROXY', proxy.url[len('http://'):])
                     self.told(['ls', '-r'], 1, says, {
                         'no_proxy': '', 'AWS_ENDPOINT_URL': scheme + '://storage.invalid', scheme + '_proxy': value})
@@ -7002,18 +7005,22 @@ class GoogleSecrets(Hush, GoogleCase):
         account = {'type': 'service_account', 'client_email': 'e', 'token_uri': self.tokens.url}
         pem = '-----BEGIN PRIVATE KEY-----\nhush\n-----END PRIVATE KEY-----'
         others = {'token_url': 'http://user:hush@127.0.0.1:1/x?key=hush', 'client_secret': 'hush'}
-        nope, unused, none = "no dataset 'Nope' in", 'key.json cannot be used: ', 'key.json holds no Google credentials;'
+        nope, none = "no dataset 'Nope' in", 'key.json holds no Google credentials;'
+        unused = 'key.json cannot be used: '
         cases = [(user, nope), (dict(user, refresh_token=['hush']), nope),
                  (dict(user, token_uri='nonsense'), 'a URL from the settings, the credentials or a server'),
-                 (dict(account, private_key='hush'), unused + "'private_key'"), (dict(account, private_key=['hush']), unused),
-                 (dict(account, private_key=pem), unused + "'private_key'"), (['hush'], none), ({'private_key': 'hush'}, none),
+                 (dict(account, private_key='hush'), unused + "'private_key'"),
+                 (dict(account, private_key=['hush']), unused),
+                 (dict(account, private_key=pem), unused + "'private_key'"),
+                 (['hush'], none), ({'private_key': 'hush'}, none),
                  ({'type': 'service_account', 'private_key': 'hush'}, unused + "'client_email'"),
                  (dict(others, type='external_account'), '.'), (dict(others, type='odd'), '.')]
         for secret in ('hush\nX: y', 'hush\u20ac', 'hu/sh@hush#hush?hush'):
             url = 'http://user:%s@127.0.0.1:1/x?key=%s' % (secret, secret)
             cases += [(dict(user, token_uri=url), 'does not have the form|cannot reach http://127.0.0.1:1: '),
                       (dict(user, token_uri=secret), 'a URL from the settings, the credentials or a server'),
-                      (dict(user, quota_project_id=secret + '\n'), 'a header for http://.* contains invalid characters')]
+                      (dict(user, quota_project_id=secret + '\n'),
+                       'a header for http://.* contains invalid characters')]
         for info, problem in cases:
             with self.subTest(info=info):
                 self.use(info)
@@ -7054,7 +7061,8 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
     streams = dict(dict.fromkeys(('stdin', 'stdout', 'stderr'), theirs), **streams)
     process = subprocess.Popen(
         [sys.executable, SCRIPT] + [str(word) for word in words], env=dict(os.environ, TERM=term),
-        start_new_session=True, preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
+        start_new_session=True,
+        preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
     os.close(theirs)
     guard = threading.Timer(60, process.kill)
     guard.start()
@@ -7091,7 +7099,8 @@ class Progress(Shell, Case):
             tar.add(root, '.')
         archive = os.path.getsize('share/X.tgz')
         for home, function, args, least, most in (
-                ('two', etc.pull, ['X'], archive - 4096, archive), ('three', etc.pull, ['X', False, ['empty']], 1, 4096),
+                ('two', etc.pull, ['X'], archive - 4096, archive),
+                ('three', etc.pull, ['X', False, ['empty']], 1, 4096),
                 ('three', etc.dataset, ['X', True], archive - 8192, archive),
                 ('two', etc.pull, ['Foreign'], size, size), ('two', etc.verify, ['X'], size, size),
                 ('home', etc.diff, ['X', 'X', (True, False)], size, size),  # registered here, so it must be read
@@ -7107,7 +7116,8 @@ class Progress(Shell, Case):
         for columns in 80, 40, 12:
             for words in ('push -f MNIST', 'verify MNIST', '--home %d pull MNIST' % columns):
                 with self.subTest(words, columns=columns):
-                    code, shown = on_terminal('--url', self.url, *words.split(), columns=columns, stdout=subprocess.DEVNULL)
+                    code, shown = on_terminal('--url', self.url, *words.split(), columns=columns,
+                                              stdout=subprocess.DEVNULL)
                     *drawn, last = [line for line in shown.split('\r\033[J') if line]
                     self.assertEqual((code, bool(drawn)), (0, True), shown)
                     for line in drawn:
@@ -7131,18 +7141,21 @@ class Question(Shell, Case):
 
     def test_answers(self):
         asked = "etc: remove 'X' (1.5 kB) in %s? [y/N] " % self.url
-        for answers, code, left in (('\n|n\n|no\n|yy\n|\xff\n| \n|\x04', 1, ['X', 'Y']), ('y\n|Y\n|yes\n| yes \n', 0, ['Y'])):
+        for answers, code, left in (('\n|n\n|no\n|yy\n|\xff\n| \n|\x04', 1, ['X', 'Y']),
+                                    ('y\n|Y\n|yes\n| yes \n', 0, ['Y'])):
             for answer in answers.split('|'):
                 with self.subTest(answer):
                     *found, shown = self.purge('-r', '-q', 'X', answers=[answer.encode('latin-1')])
                     self.assertEqual((found, shown[:len(asked)]), ([code, left], asked))
-                    self.assertTrue(shown.endswith("\netc: 'X' (1.5 kB) in %s stays\n" % self.url if code else answer), shown)
+                    end = "\netc: 'X' (1.5 kB) in %s stays\n" % self.url if code else answer
+                    self.assertTrue(shown.endswith(end), shown)
 
     def test_outcomes(self):
         purged = "etc: purged '%s' from " + self.url + '\n'
         for words, answers, code, left, said in (
                 ('-r X Y', [b'\x03'], 130, ['X', 'Y'], 'etc: interrupted'), ('-r -f X', [], 0, ['Y'], purged % 'X'),
-                ('-r Nope X Y', [b'n\n', b'y\n'], 1, ['X'], purged % 'Y'), ('-r y', [], 1, ['X', 'Y'], "did you mean 'Y'?")):
+                ('-r Nope X Y', [b'n\n', b'y\n'], 1, ['X'], purged % 'Y'),
+                ('-r y', [], 1, ['X', 'Y'], "did you mean 'Y'?")):
             with self.subTest(words):
                 *found, shown = self.purge(*words.split(), answers=answers)
                 self.assertEqual((found, said in shown), ([code, left], True), shown)
@@ -7186,18 +7199,20 @@ class Mistakes(Shell, Case):
         pull MNIST.tgz         no dataset 'MNIST.tgz' in SHARE; did you mean 'MNIST'?
         pull Flowers           no dataset 'Flowers' in SHARE; 'etc ls -r' lists what is there
         pull Partly -p trian   no partition 'trian' in Partly; it has: test, train; did you mean 'train'?
-        pull s3://bucket/X     's3://bucket/X' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and \
-'-', the first a letter or digit; use --url for a URL
+        pull s3://bucket/X     's3://bucket/X' cannot be a dataset's name: it takes at most 128 letters, digits, '.', \
+'_' and '-', the first a letter or digit; use --url for a URL
         pull MNIST@sha256:abc  'MNIST@sha256:abc' is not NAME@sha256:... with 64 hexadecimal digits
-        push Other             another 'Other' is in SHARE already; push it under another name, or 'etc push -f Other' replaces it
+        push Other             another 'Other' is in SHARE already; push it under another name, or \
+'etc push -f Other' replaces it
         pull Other             another 'Other' is installed already; 'etc pull -f Other' replaces it
         register MNIST ./digits  no directory HERE/MNIST; the directory comes first: 'etc register ./digits MNIST'
-        register ./digits/data as X  HERE/digits/data is no dataset: it needs a directory 'data' with a directory for each \
-partition; HERE/digits is one
-        register ./images X    HERE/images is no dataset: it needs a directory 'data' with a directory for each partition
+        register ./digits/data as X  HERE/digits/data is no dataset: it needs a directory 'data' with a directory \
+for each partition; HERE/digits is one
+        register ./images X    HERE/images is no dataset: it needs a directory 'data' with a directory for each \
+partition
         register digits.tgz    HERE/digits.tgz is a file, not a directory; unpack it first
-        register ./my~data     'my~data' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', \
-the first a letter or digit
+        register ./my~data     'my~data' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' \
+and '-', the first a letter or digit
         register ./my~data MNIST  another 'MNIST' is installed already; choose another name, or -f (force) to replace it
         push Flowers           no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name
         purge Flowers          no local dataset 'Flowers'; 'etc ls' lists what there is
@@ -7208,13 +7223,15 @@ the first a letter or digit
         --url file://x ls -r   the url is no absolute path; write file:///path, with three slashes
         --url file://HERE/no ls -r  no directory HERE/no; check the url, or make it with the first push
         --config typo.yaml ls  HERE/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?
-        --config toml.yaml ls  HERE/toml.yaml:1: not of the form 'key: value' (lists, nesting and indentation are not supported)
+        --config toml.yaml ls  HERE/toml.yaml:1: not of the form 'key: value' (lists, nesting and indentation are not \
+supported)
         --config no.yaml ls    no settings file HERE/no.yaml; create it, or drop --config and $ETC_CONFIG
         """
 
     def test_each_gets_its_line(self):
         write('.', {'digits/data/train/1': 'one', 'digits/data/test/2': 'two', 'images/1.png': 'png', 'digits.tgz': 'x',
-                         'my~data/data/train/x': 'x', 'typo.yaml': '# mine\nulr: s3://bucket\n', 'toml.yaml': 'url = "s3://b"\n'})
+                         'my~data/data/train/x': 'x', 'typo.yaml': '# mine\nulr: s3://bucket\n',
+                         'toml.yaml': 'url = "s3://b"\n'})
         for name in 'MNIST', 'Partly', 'Other':
             self.share('digits', name)
         self.etc('purge Partly')
@@ -7247,7 +7264,8 @@ the first a letter or digit
                 examples = re.findall(r'^  .*?etc (\w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
                 self.assertIn('etc ' + examples[0], overview.getvalue())
                 for example in examples:
-                    self.etc(example.split(' | ')[0], '-f' * (command == 'purge'), status=None)  # which is not 2, as after wrong usage
+                    # a status that is not 2, as after wrong usage
+                    self.etc(example.split(' | ')[0], '-f' * (command == 'purge'), status=None)
 
 
 class People(Shell, Case):
@@ -7256,7 +7274,8 @@ class People(Shell, Case):
         self.etc('register', root, 'Registered')
         self.etc('register --copy', root, 'C')
         self.assertEqual(self.etc('ls -l')[0].splitlines(), [
-            'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest, 'Registered        -  -  -         ' + root.as_uri()])
+            'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest,
+            'Registered        -  -  -         ' + root.as_uri()])
         self.etc('push C')
         both = {'digest', 'files', 'name', 'partitions', 'size', 'when'}
         for flags, more in (([], {'partial', 'root', 'source'}), (['-r'], {'archive_size', 'meta', 'readme'})):
@@ -7270,7 +7289,8 @@ class People(Shell, Case):
         for name in ('MNIST', 'MNIST-small', 'svhn', 'CIFAR'):
             self.etc('create', name)
         for patterns, names in (('MNIST*', 'MNIST MNIST-small'), ('*-small [a-z]*', 'MNIST-small svhn'), ('M', ''),
-                                ('????? svhn', 'CIFAR MNIST svhn'), ('[!M]*', 'CIFAR svhn'), ('', ''), ('mnist [z-a] [', '')):
+                                ('????? svhn', 'CIFAR MNIST svhn'), ('[!M]*', 'CIFAR svhn'), ('', ''),
+                                ('mnist [z-a] [', '')):
             with self.subTest(patterns):
                 patterns, names = patterns.split(), names.split()
                 self.assertEqual(etc.ls(patterns=patterns, config=self.config()), names)
@@ -7303,7 +7323,8 @@ class Diff(Shell, Case):
         super().setUp()
         files = {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r', 'assets/a': 'a'}
         self.a = write('A', dict(files, **{'+/p': 'p'}))
-        self.b = write('B', {'data/val/v': '', 'more/m': 'm', 'data/train/x': 'other', 'README.md': 'r', 'assets/a': 'a'})
+        self.b = write('B', {'data/val/v': '', 'more/m': 'm', 'data/train/x': 'other', 'README.md': 'r',
+                             'assets/a': 'a'})
         for root in self.a, self.b:
             self.share(root, root.name)
 
@@ -7335,9 +7356,9 @@ class Diff(Shell, Case):
     def test_how_names_are_typed(self):
         """In which order, and before or after flags, on every version of argparse; what is remote has a * here."""
         for case in """
-                A B|A B; B A|B A; A -r B|A B*; -r A B|A* B; -r A -r B|A* B*; -r B -r A|B* A*; --remote=A B|A* B; B -rA|B A*;
-                A -v B|A B; -v A B|A B; A -v -r B|A B*; -r A -v B|A* B; -v -r A -v -r B -v|A* B*; B -r B|B B*; -- A B|A B;
-                -r A -- B|A* B""".split(';'):
+                A B|A B; B A|B A; A -r B|A B*; -r A B|A* B; -r A -r B|A* B*; -r B -r A|B* A*; --remote=A B|A* B;
+                B -rA|B A*; A -v B|A B; -v A B|A B; A -v -r B|A B*; -r A -v B|A* B; -v -r A -v -r B -v|A* B*;
+                B -r B|B B*; -- A B|A B; -r A -- B|A* B""".split(';'):
             words, sides = case.strip().split('|')
             with self.subTest(words):
                 found = json.loads(self.etc('diff --json', words, status=None)[0])
@@ -7401,7 +7422,8 @@ class Python(Shell, Case):
         import pickle
         ds = etc.register(small('ds'), 'X', config=self.config())
         digest = ds.digest
-        copies = [copy.copy(ds), copy.deepcopy(ds)] + [pickle.loads(pickle.dumps(ds, protocol)) for protocol in range(5)]
+        copies = [copy.copy(ds), copy.deepcopy(ds)]
+        copies += [pickle.loads(pickle.dumps(ds, protocol)) for protocol in range(5)]
         write('ds', {'data/train/a.txt': 'of which they know nothing'})
         for other in copies:
             self.assertEqual((other, other.name, other.root, other.digest), (ds, 'X', ds.root, digest))
@@ -7442,12 +7464,13 @@ class Refusals(Shell, Case):
 
     def run_(self, program, number, words, home='home', **kwargs):
         """Run a program of a test; its exit status, and what it prints."""
-        return run_python('import etcetera as etc\n' + program + 'sys.exit(etc.main(sys.argv[2:]))', number, '--url', self.url,
-                          '--home', home, *words.split(), **kwargs)
+        return run_python('import etcetera as etc\n' + program + 'sys.exit(etc.main(sys.argv[2:]))', number,
+                          '--url', self.url, '--home', home, *words.split(), **kwargs)
 
     def test_no_ssl(self):
         os.environ.update(AWS_ACCESS_KEY_ID='a', AWS_SECRET_ACCESS_KEY='b', NO_GCE_CHECK='true')
-        said = 'etc: this Python has no ssl module, so it cannot use https://; use another Python, or a url that needs none\n'
+        said = ('etc: this Python has no ssl module, so it cannot use https://; '
+                'use another Python, or a url that needs none\n')
         for url in 'https://127.0.0.1:1/x', 's3://bucket', 'gs://bucket':
             with self.subTest(url):
                 self.assertEqual(self.run_('sys.modules["ssl"] = None\n', 0, 'ls -r --url ' + url), (1, said))
@@ -7486,7 +7509,8 @@ threading.Thread.start = limited
                     self.assertEqual(code, 0, out)
         code, out = self.run_(program, 0, 'push -f X')
         self.assertRegex(out, r'\Aetc: pushed X .*\n\Z' if code == 0 else
-                         r"\Aetc: the system does not allow this process any more threads; set 'connections: 1', or .*\n\Z")
+                         r"\Aetc: the system does not allow this process any more threads; "
+                         r"set 'connections: 1', or .*\n\Z")
 
     @POSIX
     def test_interrupted_while_threads_start(self):
@@ -7524,7 +7548,8 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
                 if room == 1 or re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
                     self.assertTrue(code == 0 or 'pulled' not in out, out)  # the interpreter itself gave up
                     continue
-                out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)  # Python's own words, where it lacks memory
+                # Python's own words, where it lacks memory
+                out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)
                 self.assertRegex(out, r'\Aetc: (pulled X.*|.*(memory|threads).*; set .connections: 1..*)\n\Z')
                 self.assertEqual('pulled' in out, code == 0)
                 outcomes.add(code)
@@ -7546,7 +7571,8 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
             os.utime('share/X.tgz', (later, later))
         except OverflowError:
             self.skipTest('this system cannot set such times')
-        for name, function in (('gmtime', narrow(time.gmtime)), ('localtime', narrow(time.localtime)), ('time', time.time)):
+        for name, function in (('gmtime', narrow(time.gmtime)), ('localtime', narrow(time.localtime)),
+                               ('time', time.time)):
             self.addCleanup(setattr, etc.time, name, getattr(time, name))
             setattr(etc.time, name, function)
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info -r X')[0])
@@ -7562,7 +7588,8 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
     def test_addresses_that_nothing_can_have(self):
         os.environ.update(NO_GCE_CHECK='true')
         for said, cases in (
-                ('has an invalid host name; check the url', 'https://data..example.org|http://%s.example|s3://bucket https://d..e'
+                ('has an invalid host name; check the url',
+                 'https://data..example.org|http://%s.example|s3://bucket https://d..e'
                  '|gs://bucket https://d..e' % ('x' * 70)),
                 ('the form https://host', 'http://[::::]/|http://127.0.0.1:65536|http://127.0.0.1:0'
                  '|s3://bucket http://127.0.0.1:99999|gs://bucket http://[1:::]')):
@@ -7716,7 +7743,8 @@ class Mypy(Shell, Case):
 class Program(Shell, Case):
     def run_(self, *command, **kwargs):
         """What a command prints; it must succeed, and say nothing else."""
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, **kwargs)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                              **kwargs)
         self.assertEqual((done.returncode, done.stderr), (0, ''), command)
         return done.stdout
 
@@ -7784,8 +7812,8 @@ sys.exit(status)
 
     def test_import_is_light(self):
         """And no library of a cloud is loaded for what needs none."""
-        heavy = {'ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse', 'tarfile',
-                 'logging', 'socket', 'email', 'configparser', 'ctypes'}
+        heavy = {'ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse',
+                 'tarfile', 'logging', 'socket', 'email', 'configparser', 'ctypes'}
         write('.', {'share': None})
         code = '''if True:
             before = set(sys.modules)
@@ -7800,7 +7828,8 @@ sys.exit(status)
     def test_plain_locale_and_warnings_as_errors(self):
         root = odd(Path('ds'), 3)
         os.environ.update(LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
-        run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)) + [SCRIPT, '-q', '--url', self.url]
+        run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
+        run += [SCRIPT, '-q', '--url', self.url]
         for words in ('register ds X', 'push X', '--home two pull X', '--home two pull -f X', '--home two verify X',
                       'info -r X'):
             with self.subTest(words):
