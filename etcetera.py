@@ -709,7 +709,10 @@ class _Pool:
         """A concurrent.futures.Future of function(item)."""
         import threading
         from concurrent.futures import Future
-        future: Any = Future()
+        try:
+            future: Any = Future()
+        except RuntimeError:  # "can't allocate lock"
+            raise MemoryError from None
 
         def task() -> None:
             try:
