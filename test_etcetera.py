@@ -7580,7 +7580,8 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
         etc.time.time = lambda: later + 0.5
         self.etc('pull X', home='two')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info X', home='two')[0])
-        server.respell = lambda name, value: 'Sat, 01 Jan 2050 00:00:00 GMT' if name == 'Date' else value
+        server.RequestHandlerClass = type('Dated', (S3Handler,), {
+            'date_time_string': lambda self, timestamp=None: 'Sat, 01 Jan 2050 00:00:00 GMT'})
         self.settings = {'endpoint_url': server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
         self.assertEqual(self.etc('-q ls -r', url='s3://bucket'), ('', ''))
         self.assertEqual(server.log[-1][2]['x-amz-date'], '20500101T000000Z')
