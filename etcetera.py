@@ -669,7 +669,8 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
         raise
     result, error = outcome[0]
     if error:
-        raise error
+        with _system_errors():  # again, as memory may have lacked even for that
+            raise error
     job.moved = job.total
     job.produced = 0
     job.report(progress)
