@@ -4260,7 +4260,7 @@ class _S3Remote(_BucketStore):
     def stat(self, name: str) -> Optional[_Object]:
         """As above. By a GET, which needs no other permission than reading."""
         try:
-            reply = self.get(name, '0-0', 1)
+            reply = self.get(name, '0-1', 2)  # as s3rver takes 0-0 for all
         except RemoteError as e:
             if 'InvalidObjectState' not in e.message:
                 raise
