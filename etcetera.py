@@ -2843,14 +2843,16 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
 class _Renewed:
     """Something that must be fetched anew before it expires. Threads share it."""
 
-    def __init__(self, fetch: Callable[[], Tuple[Any, float]]) -> None:
-        """fetch: gives the thing, or None if there is none, and the unix time at which it expires."""
+    def __init__(self) -> None:
         import threading
-        self.fetch = fetch
         self.lock = threading.Lock()
         self.value: Any = None
         self.expires = 0.0
         self.next = 0.0  # when to fetch it anew
+
+    def fetch(self) -> Tuple[Any, float]:
+        """The thing, or None if there is none, and the unix time at which it expires."""
+        raise NotImplementedError
 
     def get(self) -> Any:
         """What is there serves until it expires, if it cannot be renewed; nor does it ever become None."""
@@ -2885,7 +2887,11 @@ class _Renewed:
 # _Renewed), and then that is an error. Only where nothing answers at first is there no metadata service.
 # ---------------------------------------------------------------------------------------
 
-_AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
+_AWS_KEYS = (  # what settings call the parts of credentials, and services
+    ('aws_access_key_id', 'AccessKeyId'),
+    ('aws_secret_access_key', 'SecretAccessKey'),
+    ('aws_session_token', 'SessionToken', 'Token'),
+)
 _AWS_IDENTITY = ('web_identity_token_file', 'role_arn', 'role_session_name')
 _AWS_ROLE = ('role_arn', 'role_session_name', 'external_id', 'duration_seconds', 'web_identity_token')
 _AWS_CLOCK_ERRORS = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
@@ -2909,29 +2915,42 @@ _TOKEN_LIMIT = 1 << 20  # bytes of an answer that holds credentials
 class _AwsKeys(NamedTuple):
     access_key: str
     secret_key: str
-    token: str = ''
-    expires: float = 1e12  # unix time
-    source: str = ''  # where they were found, for people
+    token: str
+    expires: float  # unix time
+    source: str  # where they were found, for people
 
 
-class _AwsProfile:
-    """A profile of ~/.aws/config and ~/.aws/credentials, and what the environment says instead."""
+class _Aws(_Renewed):
+    """What AWS's tools go by: keys, and the settings of a profile and of the environment, which precedes.
 
-    def __init__(self, config: Config) -> None:
+    get() gives the _AwsKeys to sign requests with; None means unsigned requests.
+    """
+
+    def __init__(self, config: Config, job: _Job) -> None:
+        super().__init__()
+        self.config = config
+        self.skew = 0.0  # seconds by which the services' clock is ahead of ours
         self.name = config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default'
+        self.read_files()
+        self.http = _Http(job, config.ca_bundle or self.setting('ca_bundle'))
+        self.region = (
+            config.region
+            or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
+            or self.values.get('region')
+            or 'us-east-1')
+        if not re.match(_AWS_REGION, self.region):
+            raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
+
+    def read_files(self) -> None:
         self.sections = _aws_sections()
         self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
-        region = config.region or _env('AWS_REGION', 'AWS_DEFAULT_REGION') or self.values.get('region')
-        self.region = _check_region(region or 'us-east-1')
-        self.ca_bundle = config.ca_bundle or self.setting('ca_bundle')
 
     def section(self, name: str, source: str) -> Dict[str, str]:
         """The settings of a profile that `source` names."""
-        section = self.sections.get('profile ' + name)
-        if section is None and name != 'default':
+        if name != 'default' and f'profile {name}' not in self.sections:
             raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
                               'check both')
-        return section or {}
+        return self.sections[f'profile {name}']
 
     def setting(self, key: str) -> str:
         """What the environment says, else the profile; or ''."""
@@ -2944,54 +2963,29 @@ class _AwsProfile:
         """The address that is set for a service instead of its own, or ''."""
         if self.flag('ignore_configured_endpoint_urls'):
             return ''
-        services = self.sections.get(f"services {self.values.get('services')}", {})
+        services = self.sections[f"services {self.values.get('services')}"]
         return _check_endpoint(
-            _env('AWS_ENDPOINT_URL_' + service.upper(), 'AWS_ENDPOINT_URL')
-            or _aws_nested(services, service, 'endpoint_url')
+            _env(f'AWS_ENDPOINT_URL_{service.upper()}', 'AWS_ENDPOINT_URL')
+            or services.get(f'{service}.endpoint_url')
             or self.values.get('endpoint_url', ''))
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
-        _check_region(region)
-        if self.flag('use_fips_endpoint') and (service == 's3' or not region.startswith('us-gov-')):
+        suffix = _AWS_SUFFIXES.get(region.rsplit('-', 2)[0], 'amazonaws.com')
+        is_s3 = service == 's3'
+        if self.flag('use_fips_endpoint') and (is_s3 or not region.startswith('us-gov-')):
             service += '-fips'
-        if self.flag('use_dualstack_endpoint') and service in ('s3', 's3-fips'):
+        if self.flag('use_dualstack_endpoint') and is_s3:
             service += '.dualstack'
-        partition = region.rsplit('-', 2)[0]
-        return f"https://{service}.{region}.{_AWS_SUFFIXES.get(partition, 'amazonaws.com')}"
-
-
-class _AwsCredentials:
-    """Keys to sign requests with. They are kept until they expire."""
-
-    def __init__(self, config: Config, profile: _AwsProfile, http: _Http) -> None:
-        self.config = config
-        self.profile = profile
-        self.http = http
-        self.skew = 0.0  # seconds by which the services' clock is ahead of ours
-        self.current = _Renewed(self.find)
-
-    def keys(self) -> Optional[_AwsKeys]:
-        """The keys to sign with now; None means unsigned requests."""
-        return self.current.get()  # type: ignore[no-any-return]
-
-    def renew(self, keys: Optional[_AwsKeys]) -> None:
-        """Look for new keys; these were refused."""
-        self.current.renew(keys)
-
-    def learn_clock(self, reply: _Reply, code: str) -> bool:
-        """Go by the server's clock if it refuses a signature and the two differ much. Returns whether that is new."""
-        ahead = _http_time(reply.headers.get('Date', '')) - time.time()
-        if code not in _AWS_CLOCK_ERRORS or not 300 < abs(ahead - self.skew) < 1e9:
-            return False
-        self.skew = ahead
-        _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
-        return True
+        return f'https://{service}.{region}.{suffix}'
 
     def judge(self, reply: _Reply) -> str:
-        """For _Http.request(): errors are judged by their code, too."""
+        """For _Http.request(): errors are judged by their code, too. One may tell that our clock is wrong."""
         code = _aws_error(reply)[0]
-        if self.learn_clock(reply, code):
+        ahead = _http_time(reply.headers.get('Date')) - time.time()
+        if code in _AWS_CLOCK_ERRORS and 300 < abs(ahead - self.skew) < 1e9:
+            self.skew = ahead
+            _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
             return 'at once'
         return 'later' if code in _AWS_TRANSIENT else _judge(reply)
 
@@ -2999,13 +2993,12 @@ class _AwsCredentials:
             self,
             request: _Request,
             keys: Optional[_AwsKeys],
-            service: str,
-            region: str,
+            place: str,
             digest: str,
     ) -> _Request:
         """The request with AWS Signature Version 4, by the clock as it is known now; as it is if there are no keys.
 
-        request: its query is sorted, and encoded by _query(). digest: SHA-256 of its body.
+        request: its query is sorted, and encoded by _query(). place: region/service. digest: SHA-256 of its body.
         https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
         """
         import hmac
@@ -3014,15 +3007,14 @@ class _AwsCredentials:
         scheme, netloc, path, query, _ = urlsplit(request.url)
         stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
         headers = {**request.headers, 'x-amz-date': stamp, 'x-amz-content-sha256': digest}
+        headers['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
         if keys.token:
             headers['x-amz-security-token'] = keys.token
-        signed = {name.lower(): ' '.join(value.split()) for name, value in headers.items()}
-        signed['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
-        names = ';'.join(sorted(signed))
-        lines = ''.join(f'{name}:{value}\n' for name, value in sorted(signed.items()))
-        canonical = f"{request.method}\n{path or '/'}\n{query}\n{lines}\n{names}\n{digest}"
+        lines = sorted(f"{name.lower()}:{' '.join(value.split())}\n" for name, value in headers.items())
+        names = ';'.join(line.partition(':')[0] for line in lines)
+        canonical = f"{request.method}\n{path or '/'}\n{query}\n{''.join(lines)}\n{names}\n{digest}"
 
-        scope = f'{stamp[:8]}/{region}/{service}/aws4_request'
+        scope = f'{stamp[:8]}/{place}/aws4_request'
         text = f'AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{_sha256(canonical.encode()).hexdigest()}'
         key = f'AWS4{keys.secret_key}'.encode()
         for part in scope.split('/') + [text]:
@@ -3031,41 +3023,39 @@ class _AwsCredentials:
                                     f'Signature={key.hex()}')
         return request._replace(headers=headers)
 
-    def find(self) -> Tuple[Optional[_AwsKeys], float]:
-        """From the settings, else the environment, the profile, the container, or the machine; and when they expire."""
-        self.profile = _AwsProfile(self.config)  # as other tools may have changed the files meanwhile
+    def fetch(self) -> Tuple[Optional[_AwsKeys], float]:
+        """From the settings, else the environment, the profile, the container, or the machine."""
+        self.read_files()  # as other tools may have changed them meanwhile
         keys = _aws_static(vars(self.config), 'the settings')
         if not keys and not self.config.aws_profile:  # which precedes the environment
             keys = self.from_environment()
-        keys = keys or self.from_profile(self.profile.name) or self.from_container() or self.from_instance()
+        keys = keys or self.from_profile(self.name) or self.from_container() or self.from_instance()
         if not keys:
             return None, 1e12
         # Some services give out the same keys until shortly before they expire, and our clock may be wrong.
         return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> Optional[_AwsKeys]:
-        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
+        return _aws_static({key: _env(key.upper()) for key, *_ in _AWS_KEYS}, 'the environment')
 
     def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
-        """The first of: a role, a web identity, SSO, `aws login`, a credential_process, keys.
+        """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
         """
         source = f"the AWS profile '{name}'"
-        values = self.profile.section(name, f"the source_profile of '{''.join(users[-1:])}'")
+        values = self.section(name, f"the source_profile of '{''.join(users[-1:])}'")
         keys = _aws_static(values, source)
         if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and keys):
             return self.from_role(name, values, users)
         if not users and not self.config.aws_profile:
-            values = {**values, **{key: self.profile.setting(key) for key in _AWS_IDENTITY}}
-        path = values.get('web_identity_token_file')
-        if path:
-            token = _read_token(path, 'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE')
+            values = {**values, **{key: self.setting(key) for key in _AWS_IDENTITY}}
+        if values.get('web_identity_token_file'):
+            place = 'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE'
+            token = _read_token(values['web_identity_token_file'], place)
             return self.from_sts('web identity', {**values, 'web_identity_token': token})
-        if 'sso_account_id' in values or 'sso_role_name' in values:
-            return self.from_tools(name, f'aws sso login --profile {name}')
-        if values.get('login_session'):
-            return self.from_tools(name, f'aws login --profile {name}')
+        if any(map(values.get, ('sso_account_id', 'sso_role_name', 'login_session'))):
+            return self.from_tools(name)
         if values.get('credential_process'):
             return self.from_process(values['credential_process'], f'the credential_process of {source}')
         return keys
@@ -3073,7 +3063,7 @@ class _AwsCredentials:
     def from_role(self, name: str, values: Dict[str, str], users: Tuple[str, ...]) -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
         if 'mfa_serial' in values:
-            return self.from_tools(name, f'eval "$(aws configure export-credentials --profile {name} --format env)"')
+            return self.from_tools(name)
         source = values.get('source_profile', '')
         kind = values.get('credential_source', '')
         kinds = {
@@ -3081,9 +3071,10 @@ class _AwsCredentials:
             'EcsContainer': self.from_container,
             'Ec2InstanceMetadata': self.from_instance,
         }
-        if bool(source) == bool(kind) or kind and kind not in kinds or source in users:
+        if bool(source) == (kind in kinds) or source and kind or source in users:
             raise ConfigError(f"the AWS profile '{name}' needs, besides role_arn, either a source_profile that does "
-                              f"not lead back to it, or a credential_source of {', '.join(sorted(kinds))}")
+                              'not lead back to it, or a credential_source of Environment, EcsContainer or '
+                              'Ec2InstanceMetadata')
         keys = self.from_profile(source, users + (name,)) if source else kinds[kind]()
         if not keys:
             raise ConfigError(f"the AWS profile '{name}' finds no credentials in {source or kind}")
@@ -3099,52 +3090,46 @@ class _AwsCredentials:
             'Version': '2011-06-15',
             'RoleSessionName': f'etcetera-{time.time():.0f}',
         }
-        form.update((key.title().replace('_', ''), values[key]) for key in _AWS_ROLE if values.get(key))
+        for key in _AWS_ROLE:
+            if values.get(key):
+                form[key.title().replace('_', '')] = values[key]
         body = urlencode(form).encode()
         digest = _sha256(body).hexdigest()
-        region = self.profile.region
-        url = self.profile.endpoint('sts') or self.profile.host('sts', region)
-        headers = {'Content-Type': 'application/x-www-form-urlencoded; charset=utf-8'}
-        request = _Request('POST', url + '/', headers, [body])
-        reply = self.http.request(lambda: self.sign(request, keys, 'sts', region, digest), self.judge, _TOKEN_LIMIT)
-        if reply.status == 200:
-            return _aws_temporary(_xml_items(reply, 'Credentials'), source)
-        code, message, _ = _aws_error(reply)
-        remedy = f'check the role_arn {_printable(role)} and who may assume it'
-        if self.judge(reply) == 'later':
-            remedy = 'try again later'
-        raise RemoteError(f'{source}: AWS STS answers {_status(reply, code, message)}', remedy, reply.status)
+        url = self.endpoint('sts') or self.host('sts', self.region)
+        request = _Request('POST', url + '/', {'Content-Type': 'application/x-www-form-urlencoded'}, [body])
 
-    def from_tools(self, name: str, login: str) -> _AwsKeys:
+        def prepare() -> _Request:
+            return self.sign(request, keys, f'{self.region}/sts', digest)
+
+        reply = self.http.request(prepare, self.judge, _TOKEN_LIMIT)
+        if reply.status == 200:
+            return _aws_keys(_xml_items(reply, 'Credentials'), source)
+        code, message, _ = _aws_error(reply)
+        raise RemoteError(f'{source}: AWS STS answers {_status(reply, code, message)}',
+                          f'check the role_arn {_printable(role)} and who may assume it, or try again later',
+                          reply.status)
+
+    def from_tools(self, name: str) -> _AwsKeys:
         """Keys that take a prompt, or more than the standard library: from boto3, else from the command `aws`."""
-        from importlib import import_module  # so that no type checker looks for it
-        from shutil import which
         source = f"the AWS profile '{name}'"
-        try:
+        remedy = (f"install boto3 or the command aws, and run 'aws sso login --profile {name}' or 'aws login --profile "
+                  f"{name}'")
+        with _optional_library(source, remedy) as import_module:
             session = import_module('botocore.session').Session(profile=name)
             cache = import_module('botocore.utils').JSONFileCache(_expanduser('~/.aws/cli/cache'))
             provider = session.get_component('credential_provider').get_provider('assume-role')
             provider.cache = cache  # so that it asks for a code once an hour
             found = session.get_credentials()
-            if found:
-                keys = found.get_frozen_credentials()
-                return _aws_keys(keys[:3], source)._replace(expires=time.time() + 600)
-        except ImportError:
-            pass
-        except Exception as e:  # it lets out AttributeErrors and the like, too
-            reason = _printable(str(e) or type(e).__name__)
-            raise ConfigError(f'{source} cannot be used: {reason}', f'try: {login}') from None
-        command = f'aws configure export-credentials --profile "{name}" --format'
-        if which('aws'):
-            return self.from_process(f'{command} process', f'the command aws for {source}', f'try: {login}')
-        raise ConfigError(f'{source} needs more than the standard library',
-                          f'run: pip install boto3, or install the command aws, or run: eval "$({command} env)"')
+            if found:  # otherwise it may be too old
+                values = dict(zip([key for key, *_ in _AWS_KEYS], found.get_frozen_credentials()))
+                return _aws_keys(values, source)._replace(expires=time.time() + 600)
+        command = f'aws configure export-credentials --profile "{name}" --format process'
+        return self.from_process(command, f'the command aws for {source}', remedy)
 
     def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        output = _output_of(self.http.job, command, source, remedy)
-        answer = _Reply(200, {}, output).json()
-        return _aws_temporary(answer if answer.get('Version') == 1 else {}, source)
+        answer = _Reply(200, {}, _output_of(self.http.job, command, source, remedy)).json()
+        return _aws_keys(answer if answer.get('Version') == 1 else {}, source)
 
     def from_container(self) -> Optional[_AwsKeys]:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
@@ -3156,17 +3141,16 @@ class _AwsCredentials:
             raise ConfigError('$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /, and '
                               '$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
                               'loopback address, 169.254.170.2, 169.254.170.23 or fd00:ec2::23')
-        path = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
         token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
+        path = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
         if path:
             token = _read_token(path, '$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
         request = _Request('GET', url, {'Authorization': token} if token else {})
-        self.http.answered.add(_site(url))  # as it must be there
-        reply = _ask_metadata(self.http, request)
+        reply = _ask_metadata(self.http, request, _TRIES)
         answer = reply.json()
         source = "the container's credentials service"
         if reply.status == 200:
-            return _aws_temporary(answer, source)
+            return _aws_keys(answer, source)
         problem = _status(reply, '', str(answer.get('message', '')))
         raise RemoteError(f'{source} answers {problem}', 'check what it may do', reply.status)
 
@@ -3175,22 +3159,20 @@ class _AwsCredentials:
 
         https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
         """
-        if self.profile.flag('ec2_metadata_disabled'):
+        if self.flag('ec2_metadata_disabled'):
             return None
-        is_ipv6 = self.profile.setting('ec2_metadata_service_endpoint_mode').lower() == 'ipv6'
+        is_ipv6 = self.setting('ec2_metadata_service_endpoint_mode').lower() == 'ipv6'
         default = 'http://[fd00:ec2::254]' if is_ipv6 else 'http://169.254.169.254'
-        site = _check_endpoint(self.profile.setting('ec2_metadata_service_endpoint') or default) + '/latest/'
+        site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or default)
         headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
-        token = _word(_ask_metadata(self.http, _Request('PUT', site + 'api/token', headers)))
+        token = _word(_ask_metadata(self.http, _Request('PUT', site + '/latest/api/token', headers)))
         if not token:
             return None
-        headers = {'X-aws-ec2-metadata-token': token}
-        url = site + 'meta-data/iam/security-credentials/'
-        role = _word(_ask_metadata(self.http, _Request('GET', url, headers)))
-        if not role:
-            return None
-        answer = _ask_metadata(self.http, _Request('GET', url + role, headers)).json()
-        return _aws_temporary(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
+        url = site + '/latest/meta-data/iam/security-credentials/'
+        request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
+        role = _word(_ask_metadata(self.http, request, _TRIES))
+        answer = _ask_metadata(self.http, request._replace(url=url + role), _TRIES).json()
+        return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
 def _env(*names: str) -> str:
@@ -3198,14 +3180,11 @@ def _env(*names: str) -> str:
     return next(filter(None, map(os.environ.get, names)), None) or ''
 
 
-def _check_region(region: str) -> str:
-    if not re.match(_AWS_REGION, region):
-        raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
-    return region
-
-
 def _aws_sections() -> Dict[str, Dict[str, str]]:
-    """The sections of ~/.aws/config and ~/.aws/credentials: 'profile NAME' and others. The latter file precedes."""
+    """The sections of ~/.aws/config and ~/.aws/credentials: 'profile NAME' and others. The latter file precedes.
+
+    A setting among the indented lines below another one is called OUTER.INNER.
+    """
     import configparser
     sections: Dict[str, Dict[str, str]] = collections.defaultdict(dict)
     for variable, default, kind in (
@@ -3225,58 +3204,51 @@ def _aws_sections() -> Dict[str, Dict[str, str]]:
             title = 'profile default' if name == 'default' else kind + name
             unquoted = re.sub(r'''\s+["']?(.*?)["']?\Z''', r' \1', title, count=1)
             sections[unquoted].update(values)
+            for key, lines in values.items():
+                for inner, value in re.findall(r'^(\w+)\s*=\s*(\S+)', lines, re.MULTILINE):
+                    sections[unquoted][f'{key}.{inner}'] = value
     return sections
-
-
-def _aws_nested(values: Mapping[str, str], name: str, key: str) -> str:
-    """The value of `key` among the indented lines below `name`, or ''."""
-    match = re.search(rf'^\s*{key}\s*=\s*(\S+)', values.get(name, ''), re.MULTILINE)
-    return match.group(1) if match else ''
 
 
 def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
     """The keys that are among these values, if there are any."""
-    found = [values.get(key) for key in _AWS_KEYS]
-    return _aws_keys(found, source) if found[0] or found[1] else None
+    is_there = values.get('aws_access_key_id') or values.get('aws_secret_access_key')
+    return _aws_keys(values, source) if is_there else None
 
 
-def _aws_temporary(answer: Mapping[str, Any], source: str) -> _AwsKeys:
-    """Keys as STS, a process or a metadata service gives them, which call the token by different names."""
-    token = answer.get('SessionToken') or answer.get('Token')
-    found = [answer.get('AccessKeyId'), answer.get('SecretAccessKey'), token]
-    return _aws_keys(found, source, answer.get('Expiration'))
-
-
-def _aws_keys(found: Sequence[Any], source: str, expiration: Any = None) -> _AwsKeys:
-    access_key, secret_key, token = [str(value or '').strip() for value in found]
-    for name, value in zip(_AWS_KEYS, (access_key, secret_key, token or '-')):
-        if not re.match(r'[!-~]+\Z', value):
-            raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
+def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
+    """Keys from settings, or as STS, a process or a metadata service gives them."""
+    found = []
+    for names in _AWS_KEYS:
+        value = str(next(filter(None, map(values.get, names)), '')).strip()
+        if not re.match(r'[!-~]+\Z', value or '-' * ('Token' in names)):
+            raise ConfigError(f'{source}: {names[0]} is missing, or holds characters that it cannot have',
+                              'get it again')
+        found.append(value)
+    expiration = values.get('Expiration')
     expires = _iso_time(str(expiration)) if expiration else 1e12
+    access_key, secret_key, token = found
     return _AwsKeys(access_key, secret_key, token, expires, source)
 
 
-def _ask_metadata(http: _Http, request: _Request) -> _Reply:
+def _ask_metadata(http: _Http, request: _Request, tries: int = 1) -> _Reply:
     """What a metadata service answers; nothing if there is none. Raises RemoteError if one that is there fails.
 
-    Where there is none, as on most machines, nobody wants to wait, so there is one try, unless it has answered before.
+    tries: more than one if it is known to be there. On most machines there is none, and nobody wants to wait for it.
     """
-    site = _site(request.url)
-    is_there = site in http.answered
     with contextlib.closing(_Http(http.job, http.ca_bundle, direct=True, timeout=2)) as client:
         try:
-            reply = client.request(lambda: request, limit=_TOKEN_LIMIT, tries=_TRIES if is_there else 1)
+            reply = client.request(lambda: request, limit=_TOKEN_LIMIT, tries=tries)
         except RemoteError as e:
-            if is_there:
+            if tries > 1:
                 raise
             _say(f'no metadata service: {e}', _DEBUG)
             return _Reply(0, {}, b'')
-    http.answered.add(site)
     if reply.status not in _TRANSIENT:
         return reply
-    if not is_there:
-        return _ask_metadata(http, request)
-    raise RemoteError(f'{site} answers {reply.status}', 'try again later', reply.status)
+    if tries == 1:
+        return _ask_metadata(http, request, _TRIES)
+    raise RemoteError(f'{_site(request.url)} answers {reply.status}', 'try again later', reply.status)
 
 
 def _word(reply: _Reply) -> str:
@@ -3285,13 +3257,26 @@ def _word(reply: _Reply) -> str:
     return match.group(1).decode() if match and reply.status == 200 else ''
 
 
-def _output_of(job: _Job, command: str, source: str, remedy: str = '', **variables: str) -> bytes:
+@contextlib.contextmanager
+def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]]:
+    """For code that gets credentials from a library, with import_module(): skipped if that is not installed."""
+    from importlib import import_module  # so that no type checker looks for the library
+    try:
+        yield import_module
+    except ImportError:
+        pass
+    except Exception as e:  # they let out AttributeErrors and the like, too
+        reason = _printable(str(e) or type(e).__name__)
+        raise ConfigError(f'{source} cannot be used: {reason}', remedy) from None
+
+
+def _output_of(job: _Job, command: str, source: str, remedy: str, **variables: str) -> bytes:
     """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
     import shlex
     from subprocess import PIPE, Popen
     try:
         arguments = command if os.name == 'nt' else shlex.split(command)
-        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env=dict(os.environ, **variables))
+        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, **variables})
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
@@ -3305,13 +3290,16 @@ def _output_of(job: _Job, command: str, source: str, remedy: str = '', **variabl
 
 def _read_token(path: str, source: str) -> str:
     """A token from a file that `source` names."""
+    data = _read_credentials(path, f'the file with a token that {source} names', 'the path')
+    return data.decode('utf-8-sig', 'replace').strip()
+
+
+def _read_credentials(path: str, what: str, source: str) -> bytes:
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            return file.read().strip()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, 'strerror', 'not text')
-        raise ConfigError(f'cannot read the file with a token that {source} names: {reason}',
-                          'check the path and who may read it') from None
+        with open(path, 'rb') as file:
+            return file.read()
+    except OSError as e:
+        raise ConfigError(f'cannot read {what}: {e.strerror}', f'check {source} and who may read it') from None
 
 
 def _xml_items(reply: _Reply, name: str) -> Dict[str, str]:
@@ -3346,52 +3334,43 @@ _GOOGLE_TOKEN_URL = 'https://oauth2.googleapis.com/token'
 _GOOGLE_REMEDY = "check the Google credentials, or run 'gcloud auth application-default login'"
 
 
-class _GoogleCredentials:
-    """Access tokens. They are kept until they expire."""
+class _GoogleCredentials(_Renewed):
+    """The headers that authorize requests; None if there are no credentials."""
 
     def __init__(self, config: Config, http: _Http) -> None:
+        super().__init__()
         self.http = http
         self.path = _google_file(config)
-        self.info = _read_google_file(self.path) if self.path else {}
-        self.current = _Renewed(self.fetch)
+        self.info: _Row = {}
+        if self.path:
+            source = 'google_credentials and $GOOGLE_APPLICATION_CREDENTIALS'
+            self.info = _Reply(200, {}, _read_credentials(self.path, 'the Google credentials', source)).json()
+            if 'type' not in self.info:
+                raise ConfigError(f'{self.path} holds no Google credentials',
+                                  "download the file again, or run 'gcloud auth application-default login'")
 
-    def headers(self) -> Dict[str, str]:
-        """The headers that authorize a request; {} for an anonymous one."""
-        token = self.current.get()
-        if not token:
-            return {}
-        headers = {'Authorization': 'Bearer ' + token}
-        project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
-        if project:
-            headers['x-goog-user-project'] = project
-        return headers
-
-    def renew(self, headers: Dict[str, str]) -> bool:
-        """Forget the token of a request that was refused. Returns whether there can be another one."""
-        self.current.renew(headers.get('Authorization', '').partition(' ')[2])
-        return bool(headers)
-
-    def fetch(self) -> Tuple[Optional[str], float]:
-        """A new token, and the unix time at which it expires; None without credentials."""
+    def fetch(self) -> Tuple[Optional[Dict[str, str]], float]:
         try:
-            answer = self.ask()
+            answer = self.ask() if self.info else self.from_metadata()
             if answer is None:
                 return None, 1e12
             token = answer['access_token']
             if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
-                raise _Malformed("'access_token'")
-            return token, time.time() + float(answer.get('expires_in') or 3600)
-        except (KeyError, TypeError, AttributeError, ValueError, _Malformed) as e:
-            is_named = isinstance(e, (KeyError, _Malformed))
-            defect = f'{e} is missing or wrong' if is_named else 'a value has the wrong type or form'
+                raise KeyError('access_token')
+            expires = time.time() + float(answer.get('expires_in') or 3600)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            defect = f'{e} is missing or wrong' if isinstance(e, KeyError) else 'a value has the wrong type or form'
             raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {defect}"
                               ) from None
+        headers = {'Authorization': f'Bearer {token}'}
+        project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
+        if project:
+            headers['x-goog-user-project'] = project
+        return headers, expires
 
-    def ask(self) -> Optional[Dict[str, Any]]:
+    def ask(self) -> _Row:
         """What a token endpoint answers (RFC 6749, 4.1.4)."""
         info = self.info
-        if not info:
-            return self.from_metadata()
         url = info.get('token_uri') or _GOOGLE_TOKEN_URL
         if info['type'] == 'service_account':
             form = {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer', 'assertion': _assertion(info, url)}
@@ -3410,7 +3389,7 @@ class _GoogleCredentials:
         raise RemoteError(f'{_site(url)} gives no access token: {_printable(problem)[:300]}', _GOOGLE_REMEDY,
                           reply.status)
 
-    def from_metadata(self) -> Optional[Dict[str, Any]]:
+    def from_metadata(self) -> Optional[_Row]:
         """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
         if _env('NO_GCE_CHECK').lower() == 'true':
             return None
@@ -3421,27 +3400,21 @@ class _GoogleCredentials:
         is_google = reply.status == 200 and reply.headers.get('Metadata-Flavor') == 'Google'
         return reply.json() if is_google else None
 
-    def from_tools(self) -> Dict[str, Any]:
+    def from_tools(self) -> _Row:
         """For federation, impersonation and all other kinds: from google-auth, else from the command `gcloud`."""
-        from importlib import import_module  # so that no type checker looks for it
         from shutil import which
-        try:
+        source = f"the Google credentials of type '{_printable(str(self.info['type']))}' in {self.path}"
+        remedy = ("install google-cloud-storage or the command gcloud, and run 'gcloud auth application-default "
+                  "login'")
+        with _optional_library(source, remedy) as import_module:
             request = import_module('google.auth.transport.requests').Request()
             load = import_module('google.auth').load_credentials_from_file
             credentials, _ = load(self.path, scopes=[_GOOGLE_SCOPE])
             credentials.refresh(request)
             return {'access_token': credentials.token, 'expires_in': 600}
-        except ImportError:
-            pass
-        except Exception as e:  # it lets out TypeErrors and the like, too
-            raise ConfigError(f'the Google credentials {self.path} cannot be used: {_printable(str(e))}') from None
-        program = which('gcloud')  # on Windows, gcloud.cmd
-        if not program:
-            kind = _printable(str(self.info['type']))
-            raise ConfigError(f"etcetera does not know credentials of type '{kind}' in {self.path}",
-                              'run: pip install google-cloud-storage, or install the command gcloud')
+        program = which('gcloud') or 'gcloud'  # on Windows, gcloud.cmd
         command = f'"{program}" auth application-default print-access-token'
-        output = _output_of(self.http.job, command, f'gcloud for the Google credentials {self.path}', _GOOGLE_REMEDY,
+        output = _output_of(self.http.job, command, f'gcloud for {source}', remedy,
                             GOOGLE_APPLICATION_CREDENTIALS=self.path)
         return {'access_token': output.decode('ascii', 'replace').strip(), 'expires_in': 600}
 
@@ -3454,19 +3427,6 @@ def _google_file(config: Config) -> str:
     default = os.path.expandvars('%APPDATA%/gcloud') if os.name == 'nt' else _expanduser('~/.config/gcloud')
     path = os.path.join(_env('CLOUDSDK_CONFIG') or default, 'application_default_credentials.json')
     return path if os.path.isfile(path) else ''
-
-
-def _read_google_file(path: str) -> Dict[str, Any]:
-    try:
-        with open(path, 'rb') as file:
-            info = _Reply(200, {}, file.read()).json()
-    except OSError as e:
-        raise ConfigError(f'cannot read the Google credentials: {e.strerror}',
-                          'check google_credentials and $GOOGLE_APPLICATION_CREDENTIALS') from None
-    if 'type' not in info:
-        raise ConfigError(f'{path} holds no Google credentials',
-                          "download the file again, or run 'gcloud auth application-default login'")
-    return info
 
 
 def _assertion(info: Dict[str, Any], url: str) -> str:
@@ -3491,7 +3451,7 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
         # In both forms, the modulus and the private exponent are the first two of more than 64 bits.
         modulus, exponent = [number for number in _der_integers(key) if number >> 64][:2]
     except (ValueError, IndexError):
-        raise _Malformed("'private_key'") from None
+        raise KeyError('private_key') from None
     size = (modulus.bit_length() + 7) // 8
     digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + _sha256(message).digest()
     padded = b'\0\1' + (b'\0' + digest_info).rjust(size - 2, b'\xff')
@@ -3499,7 +3459,7 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
 
 
 def _der_integers(data: bytes) -> Iterator[int]:
-    """The integers in DER (X.690), those in sequences and octet strings too. Raises IndexError."""
+    """The integers in DER (X.690), those in sequences and octet strings too, in order. Raises IndexError."""
     while data:
         tag = data[0]
         length = data[1]
@@ -3507,12 +3467,11 @@ def _der_integers(data: bytes) -> Iterator[int]:
         if length & 0x80:  # the long form: the number of bytes of the length
             start += length & 0x7f
             length = int.from_bytes(data[2:start], 'big')
-        value = data[start:start + length]
-        data = data[start + length:]
+        if tag in (0x30, 0x04):  # what it holds comes next
+            length = 0
         if tag == 0x02:
-            yield int.from_bytes(value, 'big')
-        elif tag in (0x30, 0x04):
-            yield from _der_integers(value)
+            yield int.from_bytes(data[start:start + length], 'big')
+        data = data[start + length:]
 
 
 # ---------------------------------------------------------------------------------------
@@ -4107,11 +4066,10 @@ class _S3Remote(_BucketStore):
             raise ConfigError('the url is an ARN',
                               'use the alias of the access point (it ends in -s3alias) as the bucket: s3://alias')
         super().__init__(config, job)
-        self.profile = _AwsProfile(config)
-        self.http = _Http(job, self.profile.ca_bundle)
-        self.credentials = _AwsCredentials(config, self.profile, self.http)
-        self.region = self.profile.region  # the bucket's, as soon as an answer has told it
-        self.endpoint = _check_endpoint(config.endpoint_url or '') or self.profile.endpoint('s3')
+        self.aws = _Aws(config, job)
+        self.http = self.aws.http
+        self.region = self.aws.region  # the bucket's, as soon as an answer has told it
+        self.endpoint = _check_endpoint(config.endpoint_url or '') or self.aws.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
         # Cloudflare's R2 wants equal parts; Ceph decodes the name of a source twice.
         self.can_copy = not (self.endpoint and ('%' in self.prefix or '.r2.cloudflarestorage.com' in self.endpoint))
@@ -4132,7 +4090,7 @@ class _S3Remote(_BucketStore):
         Decided as `aws` does, which falls back to the path where no host can have that name:
         https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
         """
-        style = _aws_nested(self.profile.values, 's3', 'addressing_style')
+        style = self.aws.values.get('s3.addressing_style')
         if style == 'path' or self.endpoint and style != 'virtual':
             return False
         if re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint):  # an IP address has no subdomains
@@ -4141,7 +4099,7 @@ class _S3Remote(_BucketStore):
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
 
     def address(self, key: str, query: _Headers) -> str:
-        base = self.endpoint or self.profile.host('s3', self.region)
+        base = self.endpoint or self.aws.host('s3', self.region)
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
         else:
@@ -4175,15 +4133,15 @@ class _S3Remote(_BucketStore):
         def prepare() -> _Request:
             nonlocal keys
             before()
-            keys = self.credentials.keys()
+            keys = self.aws.get()
             request = _Request(method, self.address(key, query), {**headers, **condition}, body)
-            return self.credentials.sign(request, keys, 's3', self.region, payload.hexdigest())
+            return self.aws.sign(request, keys, f'{self.region}/s3', payload.hexdigest())
 
         def judge(reply: _Reply) -> str:
             is_late = method == 'POST' or _COPY_SOURCE in headers  # errors may come with status 200
             if reply.status < 300 and not is_late:
                 return 'final'
-            verdict = self.credentials.judge(reply)
+            verdict = self.aws.judge(reply)
             if verdict == 'final' and self.learn(reply, keys):
                 return 'at once'
             if condition and not self.has_exclusive_write and _knows_no_conditions(reply, method):
@@ -4213,8 +4171,8 @@ class _S3Remote(_BucketStore):
         code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
-            self.credentials.renew(keys)
-            return self.credentials.keys() != keys
+            self.aws.renew(keys)
+            return bool(self.aws.get() != keys)
         if reply.status not in (301, 307, 400, 403) or not re.match(_AWS_REGION, region) or region == self.region:
             return False
         self.region = region
@@ -4222,7 +4180,7 @@ class _S3Remote(_BucketStore):
 
     def error(self, reply: _Reply, method: str, key: str) -> RemoteError:
         code, message, _ = _aws_error(reply)
-        keys = self.credentials.keys()
+        keys = self.aws.get()
         remedy = _WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region'
         remedy = _S3_REMEDIES.get(code, remedy)
         if not keys and reply.status in (400, 401, 403):
@@ -4233,7 +4191,7 @@ class _S3Remote(_BucketStore):
             reading = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
             permission = {'GET': reading, 'DELETE': 's3:DeleteObject'}.get(method, 's3:PutObject')
             remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
-        remedy = remedy.format(source=keys and keys.source, profile=self.profile.name)
+        remedy = remedy.format(source=keys and keys.source, profile=self.aws.name)
         return RemoteError(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
     def list_page(self, token: str) -> Tuple[List[_Object], str]:
@@ -4472,11 +4430,12 @@ class _GsRemote(_BucketStore):
         def prepare() -> _Request:
             before()
             if self.credentials:
-                authorization.update(self.credentials.headers())
+                authorization.update(self.credentials.get() or {})
             return _Request(method, url, {**headers, **authorization}, body)
 
         def judge(reply: _Reply) -> str:
-            if reply.status == 401 and self.credentials and self.credentials.renew(authorization):
+            if reply.status == 401 and self.credentials and authorization:
+                self.credentials.renew(authorization)
                 return 'at once'
             return _judge(reply)
 

@@ -2738,7 +2738,7 @@ class S3Kinds(S3Case):
         """Let the server be Amazon's, though not over TLS."""
         self.behind_proxy()
         del self.settings['endpoint_url']
-        stand_in(self, etc._AwsProfile, 'host',
+        stand_in(self, etc._Aws, 'host',
                  lambda aws, service, region: 'http://%s.%s.amazonaws.example' % (service, region))
 
     def hosts(self):
