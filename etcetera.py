@@ -839,11 +839,11 @@ class _Segment(NamedTuple):
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
         """From what indexes and receipts hold. Raises _Malformed, KeyError or TypeError."""
-        fields: List[Any] = [row[key] for key in cls._fields]
-        is_sound = [type(field) for field in fields] == [str, int, int, int, int, str] and _is_utf8(fields[0])
-        if not is_sound or not re.match(r'sha256:[0-9a-f]{64}\Z', fields[-1]):
+        segment = cls(*[row[key] for key in cls._fields])
+        is_sound = [type(field) for field in segment] == [str, int, int, int, int, str] and _is_utf8(segment.path)
+        if not is_sound or min(segment[1:5]) < 0 or not re.match(r'sha256:[0-9a-f]{64}\Z', segment.digest):
             raise _Malformed
-        return cls(*fields)
+        return segment
 
 
 def _segment_order(path: str) -> Tuple[int, str]:
@@ -883,14 +883,11 @@ def _stat(name: str, path: str) -> os.stat_result:
     """os.stat() of `path`. Raises InvalidDataset, which calls it `name`, if it cannot be part of a dataset."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise InvalidDataset(f"'{name}' is a link to nothing", 'repair or remove it') from None
-        raise InvalidDataset(f"'{name}' vanished", 'try again') from None
     except OSError as e:
-        if e.errno != errno.ELOOP:
+        if e.errno not in (errno.ENOENT, errno.ELOOP):
             raise
-        raise InvalidDataset(f"'{name}' is a link that leads back to itself", 'repair or remove it') from None
+        problem = 'is a link to nothing, or back to itself' if os.path.islink(path) else 'vanished'
+        raise InvalidDataset(f"'{name}' {problem}", 'repair or remove it, and try again') from None
     if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
     return status
@@ -917,8 +914,8 @@ def _partitions(root: _Path) -> _Items:
     return partitions
 
 
-def _segments(root: Path, only: Optional[Container[str]] = None) -> _Listing:
-    """The segments of a dataset, or only those with the given paths, each with its entries."""
+def _segments(root: Path) -> _Listing:
+    """The segments of a dataset, each with its entries, which are looked at only as they are taken."""
     files: _Items = []
     segments = {'.': files}
     for path, is_link in _scan(root):
@@ -931,8 +928,12 @@ def _segments(root: Path, only: Optional[Container[str]] = None) -> _Listing:
     for name, is_link in _partitions(root):
         segments['data/' + name] = [('data/' + name, is_link)]
     for path, items in segments.items():
-        if only is None or path in only:
-            yield path, _entries(root, path, items)
+        yield path, _entries(root, path, items)
+
+
+def _only(paths: Container[str], listing: _Listing) -> _Listing:
+    """The segments with these paths."""
+    return (item for item in listing if item[0] in paths)
 
 
 def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
@@ -1005,31 +1006,25 @@ class _Survey:
         self.kept: Dict[str, List[bytes]] = {}  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.size = 0  # bytes of all files
-        self.count = 0  # of entries
+        count = 0
         for path, entries in _segments(root):
             files = size = 0
             self.kept[path] = []
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
                 self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
-                self.count += len(batch)
+                count += len(batch)
                 files += sum([entry.kind != _DIRECTORY for entry in batch])
                 size += sum([entry.size for entry in batch])
             self.segments[path] = _Segment(path, files=files, size=size)
             self.size += size
+        # Bytes that the archive will not exceed: headers with names and link targets that the system can hold take less
+        # than 12 KiB, and blocks are at most as much longer as _LONGEST_BLOCK allows.
+        self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
 
-    @property
-    def limit(self) -> int:
-        """Bytes that the archive will not exceed."""
-        longest_header = 12288  # with a name and a link target that the system can hold
-        tar = self.size + longest_header * (self.count + 100)
-        return tar + tar // 250  # as _LONGEST_BLOCK allows
-
-    def listing(self, only: Optional[Container[str]] = None) -> _Listing:
-        """The segments, or only those with the given paths, each with its entries."""
+    def listing(self) -> _Listing:
         for path, batches in self.kept.items():
-            if only is None or path in only:
-                rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
-                yield path, itertools.starmap(_Entry, rows)
+            rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
+            yield path, itertools.starmap(_Entry, rows)
 
 
 _USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
@@ -1422,28 +1417,25 @@ def _libdeflate() -> Any:
 
 @functools.lru_cache(maxsize=None)
 def _load_libdeflate() -> Any:
+    if sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
+        return None
     with contextlib.suppress(ImportError, OSError, AttributeError, StopIteration):
         import ctypes
         library = ctypes.CDLL(next(filter(os.path.exists, _libdeflate_paths())))
         library.libdeflate_alloc_compressor.restype = ctypes.c_void_p
         library.libdeflate_gzip_compress.restype = ctypes.c_size_t
         library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
-        library.libdeflate_gzip_decompress_ex.restype = ctypes.c_int
         return library
     return None
 
 
-def _libdeflate_paths() -> List[str]:
+def _libdeflate_paths() -> Iterator[str]:
     """Where libdeflate is trusted. A bare name would also be looked for in the current directory on some systems."""
-    beside = sys.base_prefix  # where the standard library is
-    if not os.path.isabs(beside) or sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
-        return []
-    if os.name == 'nt':
-        return [f'{beside}/Library/bin/deflate.dll'] if sys.maxsize > 1 << 32 else []  # 32 bits call otherwise
-    tops = (beside, '/opt/homebrew', '/usr/local', '/opt/local', '/usr')
-    places = ('lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64')
-    name = 'libdeflate.0.dylib' if sys.platform == 'darwin' else 'libdeflate.so.0'
-    return [f'{top}/{place}/{name}' for top in tops for place in places]
+    for top in (sys.base_prefix, '/opt/homebrew', '/usr/local', '/opt/local', '/usr'):
+        if os.name == 'posix':
+            name = 'libdeflate.0.dylib' if sys.platform == 'darwin' else 'libdeflate.so.0'
+            for place in ('lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64'):
+                yield f'{top}/{place}/{name}'
 
 
 def _deflate(data: bytes, level: int, only_runs: bool = False) -> bytes:
@@ -1624,13 +1616,10 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
     """
     try:
         index = _parse_json(_index_text(data[:-_FOOTER_SIZE]))
-        if type(index['etcetera']) is not int:
-            raise _Malformed
         if index['etcetera'] != 1:
             return None
         segments = list(map(_Segment.from_json, index['segments']))
-        _check_order(segments, offset)
-        if index['digest'] == _dataset_digest(segments):
+        if index['digest'] == _dataset_digest(segments) and _follow_one_another(segments, offset):
             return segments
     except (_Malformed, KeyError, TypeError):
         pass
@@ -1646,35 +1635,32 @@ def _parse_json(data: bytes) -> Any:
 
 def _index_text(data: bytes) -> bytes:
     """The JSON in the members of an index. Raises _Malformed, also for what would take much memory or time to parse."""
-    parts = []
-    rest = memoryview(data)
-    while rest:
-        length = int.from_bytes(rest[_FIELD_OFFSET - 2:_FIELD_OFFSET], 'little')
-        part = bytes(rest[_FIELD_OFFSET:_FIELD_OFFSET + length])
+    text = bytearray()
+    start = 0
+    while start < len(data):
+        field = start + _FIELD_OFFSET
+        part = data[field:field + int.from_bytes(data[field - 2:field], 'little')]
         member = _member(b'ei', part) + _EMPTY
-        if rest[:len(member)] != member:
+        if not data.startswith(member, start):
             raise _Malformed
-        parts.append(part)
-        rest = rest[len(member):]
-    text = b''.join(parts)
+        text += part
+        start += len(member)
     if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
         raise _Malformed
-    return text
+    return bytes(text)
 
 
-def _check_order(segments: List[_Segment], end: int) -> None:
-    """Raises _Malformed unless these segments can follow one another from the archive's start to `end`, or before."""
-    offset = 0
+def _follow_one_another(segments: List[_Segment], end: int) -> bool:
+    """Whether these can be all segments of an archive, from its start to `end`, or before."""
+    stops = [0]
     for segment in segments:
         path = segment.path
-        if segment.offset != offset or segment.length <= 0 or segment.files < 0 or segment.size < 0:
-            raise _Malformed
-        if path != '.' and (not _is_safe(path) or path != _segment_of(path + '/x')):
-            raise _Malformed
-        offset = segment.stop
+        is_safe = path == '.' or _is_safe(path) and path == _segment_of(path + '/x')
+        if not is_safe or segment.offset != stops[-1] or segment.length <= 0:
+            return False
+        stops.append(segment.stop)
     order = [_segment_order(segment.path) for segment in segments]
-    if order[:1] != [(0, '')] or order != sorted(set(order)) or offset > end:
-        raise _Malformed
+    return order[:1] == [(0, '')] and order == sorted(set(order)) and stops[-1] <= end
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1800,22 +1786,16 @@ class _Sink:
                 _symlink(_to_os(target), self.path(name))
             except OSError as e:
                 raise self.explained(e, name) from None
-        root = os.path.realpath(self.root)
+        root = os.path.join(os.path.realpath(self.root), '')
         for name, target in self.links.items():
-            segment = _segment_of(name) if confined else ''
-            if os.path.isabs(target) or not self.leads_into(root, name, segment):
+            path = self.path(name)
+            if os.path.isabs(target) or not os.path.exists(path):  # realpath() may follow chains of links for ever
                 raise self.link_error(name, target)
-
-    def leads_into(self, root: str, name: str, segment: str) -> bool:
-        """Whether a link leads to something in a segment, or with '' anywhere in the dataset."""
-        path = self.path(name)
-        if not os.path.exists(path):  # the system bounds chains of links, which realpath() may follow for ever
-            return False
-        real = os.path.realpath(path)
-        if segment == '.':
-            return os.path.dirname(real) == root and os.path.isfile(real)
-        inside = os.path.normpath(os.path.join(root, _to_os(segment)))
-        return (real + os.sep).startswith(inside + os.sep)
+            real = os.path.realpath(path)
+            inside = (real + os.sep * os.path.isdir(real))[len(root):].replace(os.sep, '/')
+            is_confined = inside and _segment_of(inside) == _segment_of(_to_os(name))
+            if not (real + os.sep).startswith(root) or confined and not is_confined:
+                raise self.link_error(name, target)
 
     def explained(self, error: OSError, name: str) -> Exception:
         """What to raise when the system refuses an entry."""
@@ -1841,13 +1821,11 @@ def _segment_of(name: str) -> str:
 _HEADER_SIZE = 512  # bytes of a ustar header
 _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
+_PAX_LIMIT = 32768  # bytes of a pax header
 
 
-_Fields = Tuple[str, bytes, bytes, int, str]  # of an _Entry
-
-
-class _TarReader:
-    """Gives the entries of one segment, and refuses whatever is not canonical.
+class _SegmentReader:
+    """Writes one segment into a sink, and refuses whatever is not canonical.
 
     So what is installed hashes, file by file, to the digest that the index promises.
     """
@@ -1867,6 +1845,30 @@ class _TarReader:
         self.at = 0  # what of it has been given out
         self.last = ''  # by what the last entry is sorted
         self.around = posixpath.dirname(path)  # the last directory, or the one around the last file
+
+    def extract(self, promised: Optional[_Segment]) -> _Segment:
+        """Write all of it, and return it as it was read. Raises Corrupt if it is not what was promised."""
+        files = size = 0
+        has_directory = False
+        while self.at < len(self.data) or self.pull():
+            name, kind, mode, length, link = self.header()
+            self.check_place(name, kind == _DIRECTORY)
+            if kind == _DIRECTORY:
+                has_directory = True
+                self.sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
+                continue
+            files += 1
+            size += length
+            if promised and size > promised.size:
+                raise self.error('size')
+            if kind == _LINK:
+                self.sink.add_link(name, link)
+            else:
+                self.write_file(name, mode == _EXECUTABLE, length)
+        segment = _Segment(self.path, 0, 0, files, size, 'sha256:' + self.digests.hexdigest())
+        if not has_directory or promised and segment != promised._replace(offset=0, length=0):
+            raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
+        return segment
 
     def pull(self) -> bool:
         """Write what is ready, note that the block is written, and get the next one, if there is one."""
@@ -1897,26 +1899,21 @@ class _TarReader:
         self.at += size
         return self.data[self.at - size:self.at]
 
-    def entry(self) -> Optional[_Fields]:
-        """The next entry; None at the end. The bytes of a file must be taken before the next one."""
-        if self.at == len(self.data) and not self.pull():
-            return None
+    def header(self) -> Tuple[str, bytes, bytes, int, str]:
+        """The fields of the next entry."""
         header = self.take(_HEADER_SIZE)
-        if header[_KIND_AT] == _PAX[0]:
-            size = header[_SIZE_FIELD]
-            if not re.match(rb'0{6}[0-7]+\Z', size):  # at most 32 KiB
-                raise self.error('pax header')
-            header += self.take(-(-int(size, 8) // 512) * 512 + _HEADER_SIZE)
         try:
-            entry = _parse_header(header)
+            if header[_KIND_AT] == _PAX[0]:
+                size = int(header[_SIZE_FIELD], 8)
+                if not 0 < size <= _PAX_LIMIT:
+                    raise ValueError
+                header += self.take(-(-size // 512) * 512 + _HEADER_SIZE)
+            return _parse_header(header)
         except ValueError:
             raise self.error('header') from None
-        self.check_place(entry[0], entry[1])
-        return entry
 
-    def check_place(self, name: str, kind: bytes) -> None:
+    def check_place(self, name: str, is_directory: bool) -> None:
         """The rules for which entries a segment holds, and in which order."""
-        is_directory = kind == _DIRECTORY
         path = name[:-1] if is_directory else name
         parent = path.rpartition('/')[0]
         order = path.replace('/', '\0')  # as lists of their components would be
@@ -1924,18 +1921,15 @@ class _TarReader:
             belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
         else:
             belongs = path.startswith(self.path + '/') or is_directory and path == self.path
-        if not belongs:
+        if not belongs or parent and not (self.around + '/').startswith(parent + '/'):
             raise self.error('place')
         if order <= self.last:
             raise self.error('order')
-        if parent and not (self.around + '/').startswith(parent + '/'):
-            raise self.error('directory')
         self.last = order
         self.around = path if is_directory else parent
 
-    def write_file(self, name: str, mode: bytes, size: int) -> None:
-        """Write the file whose entry came last, or link what is known to have its bytes."""
-        is_executable = mode == _EXECUTABLE
+    def write_file(self, name: str, is_executable: bool, size: int) -> None:
+        """Write the file whose header came last, or link what is known to have its bytes."""
         here = self.view[self.at:self.at + size]
         if len(here) < size:
             self.sink.write_file(name, is_executable, size, self.pieces(size))
@@ -1964,17 +1958,22 @@ class _TarReader:
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
 
-def _parse_header(header: bytes) -> _Fields:
+def _parse_header(header: bytes) -> Tuple[str, bytes, bytes, int, str]:
     """The entry of a canonical header. Raises ValueError if another header would be written for it."""
     raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
     name = raw_name.rstrip(b'\0').decode('utf-8')
     link = raw_link.rstrip(b'\0').decode('utf-8')
     size = int(digits, 8)
     if len(header) > _HEADER_SIZE:
-        pax = _parse_pax(header[_HEADER_SIZE:])
-        name = pax.get('path', name)
-        link = pax.get('linkpath', link)
-        size = int(pax.get('size', size))
+        values = {'path': name, 'linkpath': link, 'size': size}
+        records = header[_HEADER_SIZE:]
+        for key in values:
+            match = re.match(rb'(\d{1,5}) %b=' % key.encode(), records)
+            if match:
+                stop = int(match.group(1))
+                values[key] = records[match.end():stop - 1].decode('utf-8')
+                records = records[stop:]
+        name, link, size = str(values['path']), str(values['linkpath']), int(values['size'])
     if kind == _FILE:
         mode, link = mode if mode == _EXECUTABLE else _PLAIN, ''
     elif kind == _LINK:
@@ -1985,49 +1984,6 @@ def _parse_header(header: bytes) -> _Fields:
     if not is_canonical or size < 0 or name.endswith('/') != (kind == _DIRECTORY):
         raise ValueError
     return name, kind, mode, size, link
-
-
-def _parse_pax(records: bytes) -> Dict[str, str]:
-    """The records of a pax header. For what _tar_header() would not write, any result or ValueError."""
-    values = {}
-    for key in ('path', 'linkpath', 'size'):
-        match = re.match(rb'(\d{1,5}) %b=' % key.encode(), records)
-        if match:
-            stop = int(match.group(1))
-            values[key] = records[match.end():stop - 1].decode('utf-8')
-            records = records[stop:]
-    return values
-
-
-def _extract_segment(
-        path: str,
-        blocks: Iterable[_Block],
-        promised: Optional[_Segment],
-        sink: _Sink,
-        notes: Any,
-) -> _Segment:
-    """Write a complete segment to a sink, and return it as it was read. Raises Corrupt if it is not what was promised.
-    """
-    reader = _TarReader(path, blocks, sink, notes)
-    files = size = 0
-    has_directory = False
-    for name, kind, mode, length, link in iter(reader.entry, None):
-        if kind == _DIRECTORY:
-            has_directory = True
-            sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
-            continue
-        files += 1
-        size += length
-        if promised and size > promised.size:
-            raise reader.error('size')
-        if kind == _LINK:
-            sink.add_link(name, link)
-        else:
-            reader.write_file(name, mode, length)
-    segment = _Segment(path, 0, 0, files, size, 'sha256:' + reader.digests.hexdigest())
-    if not has_directory or promised and segment != promised._replace(offset=0, length=0):
-        raise Corrupt(f"the archive is damaged: '{path}' does not have the digest that the index promises")
-    return segment
 
 
 def _extract(
@@ -2045,7 +2001,7 @@ def _extract(
     """
     with open(journal or os.devnull, 'wb', buffering=0) as notes:
         notes.write(head.encode() + b'\n')
-        segments = [_extract_segment(path, own, promised.get(path), sink, notes)
+        segments = [_SegmentReader(path, own, sink, notes).extract(promised.get(path))
                     for path, own in itertools.groupby(blocks, operator.attrgetter('path'))]
     sink.finish(confined=True)
     return segments
@@ -2068,7 +2024,7 @@ def _replay(
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
-        for (path, length, digest), block in zip(notes, _process(job, pool, _segments(root, paths), bytes)):
+        for (path, length, digest), block in zip(notes, _process(job, pool, _only(paths, _segments(root)), bytes)):
             if (block.path, block.digest.hex()) != (path, digest):
                 break
             yield block._replace(length=int(length), source=str(root))
@@ -5098,11 +5054,11 @@ class _Install:
         linked: Set[str] = set()
         with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
             os.makedirs(_join(self.root, 'data'), exist_ok=True)
-            for _, entries in _segments(self.home.path(name), promised):
+            for _, entries in _only(promised, _segments(self.home.path(name))):
                 for entry in entries:
                     job.add(0)
                     self.link_entry(entry)
-            found = _hash(job, _segments(self.root, promised)).segments  # of what nobody can exchange any more
+            found = _hash(job, _only(promised, _segments(self.root))).segments  # of what nobody can exchange any more
             linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
         for path in promised.keys() - linked:
             litter = [self.root / path]
@@ -5438,7 +5394,7 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
             for segment in archive.segments:
                 if segment.length >= _MIN_PART and is_same(segment):
                     candidates[segment.path].append((archive, segment))
-        read = _hash(job, survey.listing(candidates))
+        read = _hash(job, _only(candidates, survey.listing()))
         known.update((segment.path, segment) for segment in read.segments)
         for archive in archives:
             if archive.name == name and len(archive.segments) == len(known) and all(map(is_same, archive.segments)):
@@ -5455,7 +5411,7 @@ def _archive_blocks(
         segments: _SegmentList,
 ) -> Iterator[_Chunk]:
     """The blocks of a dataset's archive; `segments` grows on the way."""
-    listing = survey.listing(survey.segments.keys() - copies.keys())
+    listing = _only(survey.segments.keys() - copies.keys(), survey.listing())
     blocks = _process(job, pool, listing, functools.partial(_compress, level))
     packed = itertools.groupby(blocks, operator.attrgetter('path'))
     for path in survey.segments:
