@@ -1710,10 +1710,8 @@ def _symlink(
 
 def _write(file: int, data: Any) -> None:
     """os.write(), until all is written."""
-    written = os.write(file, data)
-    while written < len(data):
-        data = data[written:]
-        written = os.write(file, data)
+    while data:
+        data = data[os.write(file, data):]
 
 
 class _Sink:
@@ -1745,27 +1743,26 @@ class _Sink:
         path = self.path(name)
         mode = 0o555 if is_executable else 0o444
         try:
-            try:
-                return os.open(path, _CREATE, mode)
-            except PermissionError:  # some network file systems do not open a new read-only file for writing
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-                file = os.open(path, _CREATE, mode | 0o200)
-                with contextlib.suppress(OSError):
-                    os.chmod(path, mode)
-                return file
+            return os.open(path, _CREATE, mode)
         except OSError as e:
-            raise self.explained(e, name) from None
+            if not isinstance(e, PermissionError):
+                raise self.explained(e, name) from None
+        # Some network file systems do not open a new read-only file for writing.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        file = os.open(path, _CREATE, mode | 0o200)
+        with contextlib.suppress(OSError):
+            os.chmod(path, mode)
+        return file
 
-    def write_file(self, name: str, is_executable: bool, size: int, pieces: Iterable[Any]) -> None:
-        """Create a file. It has its full size at once, so that _replay() knows what is to come."""
+    def write_file(self, name: str, is_executable: bool, pieces: Iterable[Any], size: int = 0) -> None:
+        """Create a file; with `size` it is so large at once, so that _replay() knows what is to come."""
         file = self.create_file(name, is_executable)
         try:
+            if size:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, size)
             for piece in pieces:
-                if len(piece) < size:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(file, size)
-                    size = 0
                 _write(file, piece)
         finally:
             os.close(file)
@@ -1837,7 +1834,7 @@ class _SegmentReader:
         self.notes = notes  # the journal
         # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
         # before the next header is read.
-        self.ready: List[Tuple[str, bool, int, Tuple[Any]]] = []
+        self.ready: List[Tuple[str, bool, Tuple[Any]]] = []
         self.block: Optional[_Block] = None  # the last one
         self.digests = _sha256()
         self.data = b''  # the end of the tar stream, as far as it is here
@@ -1932,13 +1929,13 @@ class _SegmentReader:
         """Write the file whose header came last, or link what is known to have its bytes."""
         here = self.view[self.at:self.at + size]
         if len(here) < size:
-            self.sink.write_file(name, is_executable, size, self.pieces(size))
-        elif self.block and self.block.source:
-            _link_or_copy(_join(self.block.source, name), self.sink.path(name))
-            self.at += size
+            self.sink.write_file(name, is_executable, self.pieces(size), size)
         else:
-            self.ready.append((name, is_executable, size, (here,)))
             self.at += size
+            if self.block and self.block.source:
+                _link_or_copy(_join(self.block.source, name), self.sink.path(name))
+            else:
+                self.ready.append((name, is_executable, (here,)))
         padding = -size % 512
         if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
             raise self.error('padding')
@@ -2030,9 +2027,6 @@ def _replay(
             yield block._replace(length=int(length), source=str(root))
 
 
-_Span = Tuple[_Segment, int]  # a segment, and how many bytes to skip at its start
-
-
 class _Stream:
     """Chunks of bytes as a file that is read once, from start to end."""
 
@@ -2056,20 +2050,6 @@ class _Stream:
         return bytes(self.take(size))
 
 
-def _split_blocks(chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[Tuple[str, bytes, Any]]:
-    """Cut the bytes of some spans into blocks: the path of the segment, the block's header, and what follows it."""
-    stream = _Stream(chunks)
-    for segment, skipped in spans:
-        left = segment.length - skipped
-        while left:
-            header = stream.read(_BLOCK_HEADER_SIZE)
-            length = _block_length(header)
-            if not _BLOCK_HEADER_SIZE < length <= min(left, _LONGEST_BLOCK):
-                raise Corrupt('the archive is damaged: a block does not start or end where it should')
-            yield segment.path, header, stream.take(length - _BLOCK_HEADER_SIZE)
-            left -= length
-
-
 def _block_length(data: bytes, start: int = 0) -> int:
     """The length of the block that starts there; 0 if none does."""
     header = data[start:start + _BLOCK_HEADER_SIZE]
@@ -2077,32 +2057,42 @@ def _block_length(data: bytes, start: int = 0) -> int:
     return int.from_bytes(length, 'little') if header == _member(b'et', length) else 0
 
 
-def _inflate_block(member: bytes) -> bytes:
+def _inflate_block(path: str, member: bytes) -> _Block:
     payload = _inflate(member)
     if not payload or len(payload) % 512:
         raise Corrupt('the archive is damaged: a block does not match its checksum or size')
-    return payload
+    return _Block(path, payload, _sha256(payload).digest(), length=len(member))
 
 
-def _inflate_blocks(pool: _Pool, chunks: Iterable[bytes], spans: Iterable[_Span]) -> Iterator[_Block]:
-    """The blocks in the bytes of some spans."""
-    def inflate(item: Tuple[str, bytes, Any]) -> _Block:
-        path, *parts = item
-        member = b''.join(parts)
-        payload = _inflate_block(member)
-        return _Block(path, payload, _sha256(payload).digest(), length=len(member))
+def _inflate_blocks(
+        pool: _Pool,
+        chunks: Iterable[bytes],
+        rests: Iterable[Tuple[_Segment, int]],
+) -> Iterator[_Block]:
+    """The blocks in the bytes of some segments, which at the start of each lack as many as are given with it."""
+    def members() -> Iterator[Tuple[str, Any]]:
+        stream = _Stream(chunks)
+        for segment, skipped in rests:
+            left = segment.length - skipped
+            while left:
+                header = stream.read(_BLOCK_HEADER_SIZE)
+                length = _block_length(header)
+                if not _BLOCK_HEADER_SIZE < length <= min(left, _LONGEST_BLOCK):
+                    raise Corrupt('the archive is damaged: a block does not start or end where it should')
+                yield segment.path, (header, stream.take(length - _BLOCK_HEADER_SIZE))
+                left -= length
 
-    return _ordered(pool, inflate, _split_blocks(chunks, spans), _for_cores)
+    return _ordered(pool, lambda item: _inflate_block(item[0], b''.join(item[1])), members(), _for_cores)
 
 
 def _end_digests(first: bytes, last: bytes) -> List[bytes]:
     """The digests of the block that some bytes of an archive begin with, and of the one that others end with."""
-    blocks = [first[:_block_length(first)], b'']
+    members = [first[:_block_length(first)], b'']
     for match in re.finditer(re.escape(_GZIP), last):
         start = match.start()
         if start + _block_length(last, start) == len(last):
-            blocks[1] = last[start:]
-    return [_sha256(_inflate_block(bytes(block))).digest() for block in blocks]
+            members[1] = last[start:]
+    return [_inflate_block('', bytes(member)).digest for member in members]
 
 
 # ---------------------------------------------------------------------------------------
@@ -2283,7 +2273,7 @@ def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
         raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
     source = tar.extractfile(member)
     pieces = iter(functools.partial(source.read, _BLOCK), b'')
-    sink.write_file(name, bool(member.mode & 0o100), member.size, pieces)
+    sink.write_file(name, bool(member.mode & 0o100), pieces)
 
 
 # ---------------------------------------------------------------------------------------
