@@ -848,7 +848,7 @@ class _Segment(NamedTuple):
 
 def _segment_order(path: str) -> Tuple[int, str]:
     """What segments are sorted by."""
-    return (0, '') if path == '.' else (1 + path.count('/'), path)
+    return path.count('/'), '' if path == '.' else path
 
 
 # Names are text in UTF-8 everywhere but on disk, where the locale decides (Python 3.6 with LANG=C reads ASCII only).
@@ -897,11 +897,6 @@ def _is_directory(root: _Path, name: str) -> bool:
     return stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)
 
 
-def _is_litter(name: str) -> bool:
-    """Whether an entry is what a file manager left beside the partitions, and no part of the dataset."""
-    return bool(re.match(_LITTER, name))
-
-
 def _partitions(root: _Path) -> _Items:
     """A dataset's partitions, sorted. Raises InvalidDataset if there is anything else beside them."""
     partitions = []
@@ -909,7 +904,7 @@ def _partitions(root: _Path) -> _Items:
         path = 'data/' + name
         if _is_directory(root, path):
             partitions.append((name, is_link))
-        elif not _is_litter(path):
+        elif not re.match(_LITTER, path):
             raise InvalidDataset(f"'data' may hold only directories (partitions), but '{path}' is a file", 'move it')
     return partitions
 
@@ -1660,7 +1655,7 @@ def _follow_one_another(segments: List[_Segment], end: int) -> bool:
             return False
         stops.append(segment.stop)
     order = [_segment_order(segment.path) for segment in segments]
-    return order[:1] == [(0, '')] and order == sorted(set(order)) and stops[-1] <= end
+    return order[:1] == [_segment_order('.')] and order == sorted(set(order)) and stops[-1] <= end
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1849,7 +1844,7 @@ class _SegmentReader:
         has_directory = False
         while self.at < len(self.data) or self.pull():
             name, kind, mode, length, link = self.header()
-            self.check_place(name, kind == _DIRECTORY)
+            self.check_place(name)
             if kind == _DIRECTORY:
                 has_directory = True
                 self.sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
@@ -1909,21 +1904,21 @@ class _SegmentReader:
         except ValueError:
             raise self.error('header') from None
 
-    def check_place(self, name: str, is_directory: bool) -> None:
+    def check_place(self, name: str) -> None:
         """The rules for which entries a segment holds, and in which order."""
-        path = name[:-1] if is_directory else name
+        path = name.rstrip('/')
         parent = path.rpartition('/')[0]
         order = path.replace('/', '\0')  # as lists of their components would be
         if self.path == '.':
-            belongs = not parent and path != _RECEIPT and is_directory == (path == 'data')
+            belongs = name == 'data/' or '/' not in name and name != _RECEIPT
         else:
-            belongs = path.startswith(self.path + '/') or is_directory and path == self.path
+            belongs = name.startswith(self.path + '/')
         if not belongs or parent and not (self.around + '/').startswith(parent + '/'):
             raise self.error('place')
         if order <= self.last:
             raise self.error('order')
         self.last = order
-        self.around = path if is_directory else parent
+        self.around = parent if path == name else path
 
     def write_file(self, name: str, is_executable: bool, size: int) -> None:
         """Write the file whose header came last, or link what is known to have its bytes."""
@@ -1958,19 +1953,14 @@ _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, t
 def _parse_header(header: bytes) -> Tuple[str, bytes, bytes, int, str]:
     """The entry of a canonical header. Raises ValueError if another header would be written for it."""
     raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
-    name = raw_name.rstrip(b'\0').decode('utf-8')
-    link = raw_link.rstrip(b'\0').decode('utf-8')
     size = int(digits, 8)
     if len(header) > _HEADER_SIZE:
-        values = {'path': name, 'linkpath': link, 'size': size}
-        records = header[_HEADER_SIZE:]
-        for key in values:
-            match = re.match(rb'(\d{1,5}) %b=' % key.encode(), records)
-            if match:
-                stop = int(match.group(1))
-                values[key] = records[match.end():stop - 1].decode('utf-8')
-                records = records[stop:]
-        name, link, size = str(values['path']), str(values['linkpath']), int(values['size'])
+        pax = dict(_pax_records(header[_HEADER_SIZE:-_HEADER_SIZE]))
+        raw_name = pax.get(b'path', raw_name)
+        raw_link = pax.get(b'linkpath', raw_link)
+        size = int(pax.get(b'size', size))
+    name = raw_name.rstrip(b'\0').decode('utf-8')
+    link = raw_link.rstrip(b'\0').decode('utf-8')
     if kind == _FILE:
         mode, link = mode if mode == _EXECUTABLE else _PLAIN, ''
     elif kind == _LINK:
@@ -1981,6 +1971,19 @@ def _parse_header(header: bytes) -> Tuple[str, bytes, bytes, int, str]:
     if not is_canonical or size < 0 or name.endswith('/') != (kind == _DIRECTORY):
         raise ValueError
     return name, kind, mode, size, link
+
+
+def _pax_records(data: bytes) -> Iterator[Tuple[bytes, bytes]]:
+    """The keys and values in a pax header (POSIX pax, "Extended Header"). Raises ValueError."""
+    data = data.rstrip(b'\0')
+    start = 0
+    while start < len(data):
+        head = re.compile(rb'(\d{1,20}) ([^=]+)=').match(data, start)
+        stop = start + int(head.group(1)) if head else 0
+        if not head or stop < head.end() or data[stop - 1:stop] != b'\n':
+            raise ValueError('a malformed pax header')
+        yield head.group(2), data[head.end():stop - 1]
+        start = stop
 
 
 def _extract(
@@ -2182,24 +2185,10 @@ def _strict(stream: _TarStream) -> Any:
                 stream.kept += size
             if stream.kept > _TAR_HEADERS:
                 raise tarfile.ReadError(f'its global headers take more than {_TAR_HEADERS} bytes')
-            _check_pax_records(stream.peek(512 + size)[512:])
+            for _ in _pax_records(stream.peek(512 + size)[512:]):
+                pass  # up to Python 3.12, tarfile ignores a malformed record and all that follow it
 
     return Strict
-
-
-def _check_pax_records(data: bytes) -> None:
-    """ValueError unless the data are records of the form `length key=value` (POSIX pax, "Extended Header").
-
-    Up to Python 3.12 tarfile ignores a malformed record and all that follow it.
-    """
-    data = data.rstrip(b'\0')
-    start = 0
-    while start < len(data):
-        length = re.compile(rb'(\d{1,20}) [^=]+=').match(data, start)
-        stop = start + int(length.group(1)) if length else 0
-        if not length or stop < length.end() or data[stop - 1:stop] != b'\n':
-            raise ValueError('a malformed pax header')
-        start = stop
 
 
 def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
@@ -2234,8 +2223,7 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     name = _plain_name(member.name)
     if not name and member.isdir() or member.type == _TAR_LABEL:
         return
-    is_receipt = name.split('/')[0] == '.etcetera.json'
-    if is_receipt or _is_litter(name) and not member.isdir():
+    if name.split('/')[0] == _RECEIPT or re.match(_LITTER, name) and not member.isdir():
         return
     sink.path(name)
     for slash in re.finditer('/', name):
