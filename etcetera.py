@@ -170,9 +170,7 @@ def _masked(text: str) -> str:
 
 def _existing_part(path: str) -> str:
     """The part of a path that exists, followed by `...` if there is more."""
-    known = path
-    while known != os.path.dirname(known) and not os.path.lexists(known):
-        known = os.path.dirname(known)
+    known = next(filter(os.path.lexists, [path, *map(str, Path(path).parents)]), '')
     return path if known == path else os.path.join(known, '...')
 
 
@@ -196,7 +194,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _plural(count: int, noun: str) -> str:
-    return f'{count:,} {noun}' if count == 1 else f'{count:,} {noun}s'
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _size(count: Optional[float]) -> str:
@@ -371,19 +369,8 @@ _YAML_SURPRISES = r"""(?xi)
         | [-+]? (?: 0x[0-9a-f_]+ | 0b[01_]+ | \.(?:inf|nan) | (?: \.?[0-9] | \._ ) [0-9_:.etz+ -]* ) ) \Z"""
 
 
-def _parse_yaml(text: str, source: object) -> Dict[str, Any]:
-    """The settings in a file's text. Raises ConfigError, which names the file and the line."""
-    settings: Dict[str, Any] = {}
-    lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
-    for number, line in enumerate(lines, 1):
-        try:
-            _parse_yaml_line(line, settings)
-        except ConfigError as e:
-            raise ConfigError(f'{source}:{number}: {e.message}', e.remedy) from None
-    return settings
-
-
-def _parse_yaml_line(line: str, settings: Dict[str, Any]) -> None:
+def _parse_yaml(line: str) -> Tuple[Optional[str], Any]:
+    """The key and the value in a line of a settings file; None if there is no key. Raises ConfigError."""
     if re.search(_YAML_FORBIDDEN, line):
         raise ConfigError('YAML does not allow one of these characters', 'remove it')
     match = re.match(_YAML_LINE, line)
@@ -397,11 +384,7 @@ def _parse_yaml_line(line: str, settings: Dict[str, Any]) -> None:
         value = quoted.replace("''", "'")
     elif as_json:
         value = json.loads(as_json, strict=False)
-    if key in settings:
-        raise ConfigError(f"'{key}' is set a second time", 'remove one of the two')
-    if key:
-        _check_setting(key, value)
-        settings[key] = value
+    return key, value
 
 
 def _is_utf8(text: str) -> bool:
@@ -436,7 +419,6 @@ class Config:
     ca_bundle: Optional[str] = None
     connections: int = 32
     compression_level: int = _DEFAULT_LEVEL
-    _url_source = ''  # what set the url, for messages
 
     def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
         values = dict(settings, url=url, home=home and os.fspath(home))
@@ -454,33 +436,28 @@ class Config:
         Raises ConfigError, which names the file and the line.
         """
         values: Dict[str, Any] = {}
-        shown = ''
         named = path or os.environ.get('ETC_CONFIG')
         is_homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
         if named or not is_homeless:
             file = _expand(named or '~/.etc.yaml')
             if not named and not os.path.exists(file):  # Path.exists() may raise
                 file = file.with_suffix('.toml')
-            shown = _masked(str(file)) if path else _existing_part(str(file))
-            values = _read_settings(file, shown, bool(named))
-        for key, variable in (('url', 'ETC_URL'), ('home', 'ETC_HOME')):
-            if os.environ.get(variable):
-                values[key] = os.environ[variable]
-        values.update((key, value) for key, value in overrides.items() if value is not None)
-        config = cls(**values)
-        config._url_source = '--url' if overrides.get('url') else '$ETC_URL' if os.environ.get('ETC_URL') else shown
-        return config
+            if named or os.path.exists(file):
+                values = _read_settings(file, _masked(str(file)) if path else _existing_part(str(file)))
+        environment = {'url': os.environ.get('ETC_URL') or None, 'home': os.environ.get('ETC_HOME') or None}
+        for layer in environment, overrides:
+            values.update((key, value) for key, value in layer.items() if value is not None)
+        return cls(**values)
 
     def __repr__(self) -> str:
         shown = []
-        for key in vars(self).keys() & Config.__annotations__:
-            value = getattr(self, key)
-            if key == 'home':
-                value = _existing_part(str(value))
-            elif isinstance(value, str):
+        for key, value in sorted(vars(self).items()):
+            if isinstance(value, str):
                 value = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
+            elif isinstance(value, Path):
+                value = _existing_part(str(value))
             shown.append(f'{key}={value!r}')
-        return f"Config({', '.join(sorted(shown))})"
+        return f"Config({', '.join(shown)})"
 
 
 def _expanduser(path: str) -> str:
@@ -520,17 +497,15 @@ def _check_setting(key: str, value: Any) -> None:
         raise ConfigError(f"'{key}' must be from {limits[0]} to {limits[-1]}")
 
 
-def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
-    """The settings in a file; {} if it does not exist and is not required.
+def _read_settings(path: Path, shown: str) -> Dict[str, Any]:
+    """The settings in a file. Raises ConfigError, which names the file and the line.
 
     shown: its name in messages until it is known to exist, since someone may have passed a secret by mistake.
     """
     try:
         text = path.read_bytes().decode('utf-8-sig')
     except FileNotFoundError:
-        if required:
-            raise ConfigError(f'no settings file {shown}', 'create it, or drop --config and $ETC_CONFIG') from None
-        return {}
+        raise ConfigError(f'no settings file {shown}', 'create it, or drop --config and $ETC_CONFIG') from None
     except UnicodeDecodeError:
         raise ConfigError(f'{path}: not UTF-8 text', 'save it as UTF-8') from None
     except OSError as e:
@@ -539,7 +514,18 @@ def _read_settings(path: Path, shown: str, required: bool) -> Dict[str, Any]:
         # A flat TOML file differs from YAML only in its equals signs; 0.0.x called one key by another name.
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
-    settings = _parse_yaml(text, path)
+    settings: Dict[str, Any] = {}
+    lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
+    for number, line in enumerate(lines, 1):
+        try:
+            key, value = _parse_yaml(line)
+            if key in settings:
+                raise ConfigError(f"'{key}' is set a second time", 'remove one of the two')
+            if key:
+                _check_setting(key, value)
+                settings[key] = value
+        except ConfigError as e:
+            raise ConfigError(f'{path}:{number}: {e.message}', e.remedy) from None
     has_secret = settings.keys() & {'aws_secret_access_key', 'aws_session_token'}
     if has_secret and os.name == 'posix' and path.stat().st_mode & 0o077:
         _say(f'{path} holds a secret and others can read it; run: chmod 600 {path}', _WARNING)
@@ -6118,9 +6104,9 @@ def _amount(counted: Optional[_Row]) -> str:
 
 
 def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
-    """The heading is for people, on a terminal."""
+    """The heading, whose parts a | divides, is for people, on a terminal."""
     if rows and _is_terminal(sys.stdout):
-        rows = [heading.split('  '), *rows]
+        rows = [heading.split('|'), *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         _print('  '.join(map(str.ljust, row, widths)).rstrip())
@@ -6135,13 +6121,15 @@ def _print_list(summaries: Sequence[_Row]) -> None:
         files = '-' if summary['files'] is None else f"{summary['files']:,}"
         digest = (summary['digest'] or '')[:length] or summary.get('source') or '-'
         rows.append((summary['name'], size, files, _ago(summary['when']), digest))
-    _print_table('NAME     SIZE  FILES  WHEN  DIGEST', rows)
+    _print_table('NAME|   SIZE|FILES|WHEN|DIGEST', rows)
 
 
 def _print_diff(found: _Row) -> None:
     a, b = ('-r ' * found[side]['remote'] + found[side]['name'] for side in 'ab')
-    _print_table(f'STATUS  {a}  {b}  PATH', [(row['status'], _amount(row['a']), _amount(row['b']), path)
-                                             for path, row in found['segments'].items()])
+    rows: List[Sequence[str]] = [
+        (row['status'], _amount(row['a']), _amount(row['b']), path)
+        for path, row in found['segments'].items()]
+    _print_table(f'STATUS|{a}|{b}|PATH', rows)
 
 
 def _print_info(summary: _Row) -> None:
@@ -6149,10 +6137,10 @@ def _print_info(summary: _Row) -> None:
            f"digest      {summary['digest'] or '- (packed by another tool; pull it to learn more)'}")
     if summary['files'] is not None:
         _print(f"size        {_amount(summary)}{' (partly installed)' if summary.get('partial') else ''}")
-    if 'archive_size' in summary:
-        _print(f"archive     {_size(summary['archive_size'])}")
     if 'root' in summary:
         _print(f"root        {summary['root']}", f"from        {summary['source'] or '-'}")
+    else:
+        _print(f"archive     {_size(summary['archive_size'])}")
     if summary['when']:
         _print(f"when        {_ago(summary['when'])} ({summary['when']})")
     label = 'partitions'
@@ -6164,7 +6152,7 @@ def _print_info(summary: _Row) -> None:
         _print(f"meta        {meta[:500]}{' ...' if len(meta) > 500 else ''}")
     lines = (summary['readme'] or '').splitlines()
     if lines:
-        _print('', *(line.expandtabs() for line in lines[:_README_LINES]))
+        _print('', *map(str.expandtabs, lines[:_README_LINES]))
     if len(lines) > _README_LINES:
         _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
 
@@ -6185,7 +6173,7 @@ def _meter(what: str) -> _Progress:
             marks.clear()
         marks.append((now, done))
         since, before = marks[0]
-        line = f'{what}  {100 * done // max(total, 1)}%  {_size(done)} of {_size(total)}'
+        line = f'{what}  {100 * done // total}%  {_size(done)} of {_size(total)}'
         if done > before and now - since > _METER_TIME:
             rate = (done - before) / (now - since)
             line += f'  {_duration((total - done) / rate)} left  {_size(rate)}/s'
@@ -6200,12 +6188,12 @@ def _meter(what: str) -> _Progress:
 # What commands do beyond a call of the API
 
 def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False, json: bool = False) -> None:
-    summaries = _list(remote, config, patterns or None) if long or json else []
-    names = [summary['name'] for summary in summaries] or ls(remote, config, patterns or None)
+    found = _list(remote, config, patterns or None, not (long or json))
+    names = [row['name'] for row in found]
     if json:
-        _print_json(summaries)
+        _print_json(found)
     elif long:
-        _print_list(summaries)
+        _print_list(found)
     else:
         _print(*names)
     where = f"in {_masked(config.url or '')}" if remote else 'here'
@@ -6219,8 +6207,7 @@ def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False
 
 
 def _info(name: str, json: bool = False, **options: Any) -> None:
-    found = info(name, **options)
-    (_print_json if json else _print_info)(found)
+    (_print_json if json else _print_info)(info(name, **options))
 
 
 class _RemoteName(str):
@@ -6266,75 +6253,83 @@ def _confirm_removal(what: str) -> None:
 # The commands
 
 class _Command(NamedTuple):
-    usage: str  # its words and flags; NAME... lets it run once for each
-    what: str  # it does
     run: Callable[..., Any]  # does it, with the words, `config` and the flags; False makes the exit status 1
     doing: str  # what the line of progress begins with
-    examples: str
+    usage: str  # its words and flags; NAME... lets it run once for each
+    help: str  # what it does, and examples
 
 
-_FLAGS = {
-    '-f --force': 'replace a different dataset of that name; with purge -r: do not ask',
-    '--copy': 'install a read-only copy instead of a link',
-    '-r --remote': 'in the remote storage',
-    '-r --remote=NAME': 'a remote dataset in place of A or B, for which nothing but its index is read',
-    '-l --long': 'with size, files, when and digest',
-    '--json': 'as JSON',
-    '-p --partition=PARTITION': 'only this partition (can be repeated)',
-    '--version': 'show the versions of etcetera and Python, and what compresses',
-    '--config=FILE': 'settings file, instead of $ETC_CONFIG or ~/.etc.yaml',
-    '--url=URL': 'where datasets are shared, instead of $ETC_URL or the settings',
-    '--home=DIR': 'local store, instead of $ETC_HOME, the settings or ~/.etc',
-    '-q --quiet': 'show nothing but errors',
-    '-v --verbose': 'show more, with a traceback of an error',
-}
+_FLAGS = '''
+[-f]            -f --force      replace a different dataset of that name; with purge -r: do not ask
+[--copy]        --copy          install a read-only copy instead of a link
+[-r]            -r --remote     in the remote storage
+[-r NAME]       -r --remote     a remote dataset in place of A or B, for which nothing but its index is read
+[-l]            -l --long       with size, files, when and digest
+[--json]        --json          as JSON
+[-p PARTITION]  -p --partition  only this partition (can be repeated)
+[--version]     --version       show the versions of etcetera and Python, and what compresses
+[--config FILE] --config        settings file, instead of $ETC_CONFIG or ~/.etc.yaml
+[--url URL]     --url           where datasets are shared, instead of $ETC_URL or the settings
+[--home DIR]    --home          local store, instead of $ETC_HOME, the settings or ~/.etc
+[-q]            -q --quiet      show nothing but errors
+[-v]            -v --verbose    show more, with a traceback of an error'''
 _COMMON_FLAGS = '[--config FILE] [--url URL] [--home DIR] [-q] [-v]'  # they may precede a command or follow it
 _VALUES: Dict[str, Any] = {  # what argparse must know of some
     'PARTITION': {'action': 'append', 'dest': 'partitions', 'type': _text},
     'NAME': {'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName},
 }
 
-_COMMANDS = {  # in the order of a first session
-    'register': _Command('DIR [NAME] [-f] [--copy]', 'give a directory a name', register, 'copying {}', '''
+_COMMANDS = {
+    'register': _Command(register, 'copying {}', 'DIR [NAME] [-f] [--copy]', '''give a directory a name
+
   etc register ./digits MNIST        it stays where it is
   etc register ./digits as MNIST     the same
   etc register --copy ./digits MNIST
                                      install a read-only copy of it'''),
 
-    'push': _Command('NAME... [-f]', 'share local datasets', push, 'pushing {}', '''
+    'push': _Command(push, 'pushing {}', 'NAME... [-f]', '''share local datasets
+
   etc push MNIST
   etc push -f MNIST                  replace a different dataset of that name'''),
 
-    'ls': _Command('[PATTERN...] [-r] [-l] [--json]', 'list datasets', _ls, '', '''
+    'ls': _Command(_ls, '', '[PATTERN...] [-r] [-l] [--json]', '''list datasets
+
   etc ls -r                          what is shared
   etc ls                             what is here
   etc ls -r 'MNIST*'                 whose names match, with *, ? and [...]
   etc ls -l                          with size, files, when and digest'''),
 
-    'pull': _Command('NAME... [-f] [-p PARTITION]', 'install remote datasets', pull, 'pulling {}', '''
+    'pull': _Command(pull, 'pulling {}', 'NAME... [-f] [-p PARTITION]', '''install remote datasets
+
   etc pull MNIST
   etc pull MNIST -p test             only one partition; the rest may follow later
   etc pull -f MNIST                  replace a different dataset of that name
   etc pull MNIST@sha256:...          insist on these contents'''),
 
-    'info': _Command('NAME [-r] [--json]', 'show what is known of a dataset', _info, 'reading {}', '''
+    'info': _Command(_info, 'reading {}', 'NAME [-r] [--json]', '''show what is known of a dataset
+
   etc info MNIST
   etc info -r MNIST                  of a remote one, without downloading its data'''),
 
-    'diff': _Command('A B [-r NAME] [--json]', 'show what of a dataset is the same, differs, is new or gone', _diff,
-                     'comparing {} with {}', '''
+    'diff': _Command(_diff, 'comparing {} with {}', 'A B [-r NAME] [--json]', '''\
+show what of a dataset is the same, differs, is new or gone
+
   etc diff MNIST -r MNIST            what is here, and what is shared
   etc diff -r MNIST -r MNIST2        both are remote'''),
 
-    'verify': _Command('NAME...', 'read all files again and compare them with the digest', verify, 'verifying {}', '''
+    'verify': _Command(verify, 'verifying {}', 'NAME...', '''\
+read all files again and compare them with the digest
+
   etc verify MNIST
   etc verify MNIST@sha256:...        with this digest'''),
 
-    'create': _Command('NAME [PARTITION...] [-f]', 'make an empty dataset to fill', _create, '', '''
+    'create': _Command(_create, '', 'NAME [PARTITION...] [-f]', '''make an empty dataset to fill
+
   etc create MNIST                   with the partitions train and test
   etc create MNIST train val test'''),
 
-    'purge': _Command('NAME... [-r] [-f]', 'remove local datasets, or with -r remote ones', _purge, '', '''
+    'purge': _Command(_purge, '', 'NAME... [-r] [-f]', '''remove local datasets, or with -r remote ones
+
   etc purge MNIST                    a registered directory itself is not touched
   etc purge -r MNIST                 from the remote storage, after a question
   etc purge -r MNIST@sha256:...      only if it has these contents'''),
@@ -6343,7 +6338,15 @@ _COMMANDS = {  # in the order of a first session
 _OVERVIEW = '''\
 etc shares immutable datasets through cloud storage.
 
-{}
+  etc register ./digits MNIST       give a directory a name
+  etc push MNIST                    share local datasets
+  etc ls -r                         list datasets
+  etc pull MNIST                    install remote datasets
+  etc info MNIST                    show what is known of a dataset
+  etc diff MNIST -r MNIST           show what of a dataset is the same, differs, is new or gone
+  etc verify MNIST                  read all files again and compare them with the digest
+  etc create MNIST                  make an empty dataset to fill
+  etc purge MNIST                   remove local datasets, or with -r remote ones
 
 Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
 For help on a command, run 'etc pull -h'.
@@ -6357,27 +6360,26 @@ exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong u
 def _parser(argv: Sequence[str] = ()) -> Any:
     """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
     import argparse
-    options: Any = {'formatter_class': functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
-                    'argument_default': argparse.SUPPRESS}
-    firsts = [f"  {row.examples.split('  ')[1].strip():33} {row.what}" for row in _COMMANDS.values()]
-    overview = _OVERVIEW.format('\n'.join(firsts))
-    parser = argparse.ArgumentParser('etc', description=overview, epilog=_EXIT_STATUS, **options)
+    options: Any = {
+        'formatter_class': functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
+        'argument_default': argparse.SUPPRESS,
+    }
+    parser = argparse.ArgumentParser('etc', description=_OVERVIEW, epilog=_EXIT_STATUS, **options)
     _add_flags(parser, '[--version] COMMAND')
     commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND', help=argparse.SUPPRESS)
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
-        usage, what, _, _, examples = _COMMANDS[name]
-        command = commands.add_parser(name, description=what.capitalize(), epilog=f'examples:{examples}', **options)
+        what, _, examples = _COMMANDS[name].help.partition('\n')
+        command = commands.add_parser(name, description=what.capitalize(), epilog='examples:' + examples, **options)
         command.add_argument('words', nargs='*', action='append', help=argparse.SUPPRESS)
-        _add_flags(command, usage)
+        _add_flags(command, _COMMANDS[name].usage)
     return parser
 
 
 def _add_flags(parser: Any, usage: str) -> None:
     parser.error = functools.partial(_fail, parser.prog)
     parser.usage = f'{parser.prog} {usage} {_COMMON_FLAGS}'
-    for flag, what in _FLAGS.items():
-        names, _, value = flag.partition('=')
-        if f"[{names.split()[0]}{value and ' ' + value}]" in parser.usage:
+    for shown, value, names, what in re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS):
+        if shown in parser.usage:
             more = {'metavar': value, **_VALUES.get(value, {})} if value else {'action': 'store_true'}
             parser.add_argument(*names.split(), help=what, **more)
 
@@ -6405,22 +6407,22 @@ def _run(argv: Sequence[str]) -> int:
     """Run one command, for each dataset that it names, and return the exit status. SystemExit after wrong usage."""
     parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
+    options = vars(args)
     keys = 'version command words config url home quiet verbose'.split()
-    version, name, groups, path, url, home, quiet, verbose = (vars(args).pop(key, None) for key in keys)
+    version, name, groups, path, url, home, quiet, verbose = (options.pop(key, None) for key in keys)
     if version:
         _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
         return 0
     prog = f'etc {name}' if name else 'etc'
     for word in rest:
         if word.startswith('-'):
-            flags = re.findall('-[-a-z]+', ' '.join(_FLAGS))
-            _fail(prog, f"'{prog}' takes no '{word}'", _did_you_mean(word, flags))
+            _fail(prog, f"'{prog}' takes no '{word}'", _did_you_mean(word, re.findall('-[-a-z]+', _FLAGS)))
     if not name:
         parser.print_help(sys.stderr)
         return 2
-    usage, _, run, doing, _ = _COMMANDS[name]
+    run, doing, usage, _ = _COMMANDS[name]
     words = list(itertools.chain(*groups or ()))
-    getattr(args, 'partitions', words).extend(map(_text, rest))  # as in `etc pull NAME -p ONE TWO`
+    options.get('partitions', words).extend(map(_text, rest))  # as in `etc pull NAME -p ONE TWO`
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
     places = usage.partition(' [-')[0].split()
@@ -6434,9 +6436,9 @@ def _run(argv: Sequence[str]) -> int:
     status = 0
     for each in [[word] for word in words] if places == ['NAME...'] else [words]:
         if doing:
-            args.progress = _meter(doing.format(*each))
+            options['progress'] = _meter(doing.format(*each))
         try:
-            if run(*each, config=config, **vars(args)) is False:
+            if run(*each, config=config, **options) is False:
                 status = 1
         except Error as e:
             status = _show(e)
@@ -6450,22 +6452,23 @@ def _ended_by_signals() -> Iterator[None]:
     A signal that is ignored, as by nohup, stays ignored. One that a program around us handles is left to it.
     """
     import signal
-    replaced: Dict[int, Any] = {}
+    replaced: List[int] = []
 
     def end(number: int, _: Any) -> None:
-        for other in replaced.keys() - {signal.SIGINT}:  # a terminal that closes may send several
+        for other in replaced:  # a terminal that closes may send several
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     try:
         with contextlib.suppress(ValueError):  # only the main thread may do so
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):  # not on Windows
-                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                    replaced[number] = signal.signal(number, end)
+            for number in (signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):  # not on Windows
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, end)
+                    replaced.append(number)
         yield
     finally:
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @_ended_by_signals()
