@@ -921,12 +921,8 @@ def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
     """Everything at and below `tops`, a directory before its contents."""
     followed = itertools.count(1)
 
-    def visit(
-            prefix: str,
-            items: _Items,
-            above: Tuple[Tuple[int, int], ...],  # device and inode of the directories around them
-            through_link: bool,
-    ) -> Iterator[_Entry]:
+    def visit(prefix: str, items: _Items, above: FrozenSet[Tuple[int, int]], through_link: bool) -> Iterator[_Entry]:
+        """above: device and inode of the directories around the items."""
         for own, is_link in items:
             name = prefix + own
             if through_link and next(followed) > _MAX_FOLLOWED or len(above) >= _DEPTH:
@@ -946,9 +942,9 @@ def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
                 if identity in above:
                     raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
                 if segment != '.':
-                    yield from visit(name + '/', _scan(path), above + (identity,), through_link or is_link)
+                    yield from visit(name + '/', _scan(path), above | {identity}, through_link or is_link)
 
-    return visit('', tops, (), False)
+    return visit('', tops, frozenset(), False)
 
 
 def _kept_link(root: Path, name: str, segment: str) -> str:
@@ -1307,9 +1303,9 @@ def _unknown_partition_error(partition: str, name: str, known: Sequence[str]) ->
 def _validate(root: Path, label: str = '') -> List[str]:
     """The partitions of the dataset at `root`. Raises InvalidDataset, which calls the directory `label`."""
     label = label or str(root)
-    if not root.is_dir():
-        if root.exists():
-            raise InvalidDataset(f'{label} is a file, not a directory', 'unpack it first')
+    if root.exists() and not root.is_dir():
+        raise InvalidDataset(f'{label} is a file, not a directory', 'unpack it first')
+    if not root.exists():
         raise InvalidDataset(f'no directory {_masked(label)}')
     try:
         partitions = [name for name, _ in _partitions(root)] if (root / 'data').is_dir() else []
@@ -1344,11 +1340,11 @@ def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
         if path.stat().st_size > _META_LIMIT:
             raise ValueError(f'it is larger than {_META_LIMIT} bytes')
         meta = json.loads(path.read_bytes().decode('utf-8-sig'))
+        if isinstance(meta, dict):
+            return meta
+        raise ValueError('it must hold an object, {...}')
     except (ValueError, RecursionError) as e:
         raise InvalidDataset(f'{label} is not JSON: {e}') from None
-    if not isinstance(meta, dict):
-        raise InvalidDataset(f'{label} must hold a JSON object, {{...}}')
-    return meta
 
 
 def _read_readme(root: Path) -> str:
