@@ -560,10 +560,12 @@ class _Job:
     def __init__(self) -> None:
         import threading
         self.lock = threading.Lock()
+        self.news = threading.Lock()  # held while there are none for the caller
+        self.news.acquire()
         self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
         self.is_ended = False
-        self.wake: Optional[Callable[[], Any]] = None  # the caller, if there is one who listens
-        self.is_heard = False
+        self.is_heard = True  # whether the caller has looked since begin(), or will not
+        self.is_watched = False
         self.begin(0)
 
     def begin(self, total: int) -> None:
@@ -572,12 +574,16 @@ class _Job:
         self.total = total  # bytes that progress is to reach
         self.packed = 0  # bytes of files that a push has packed so far
         self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
-        if self.wake:
-            self.is_heard = False
-            self.wake()
-            while not (self.is_heard or self.is_ended):
-                time.sleep(_TICK / 100)
-            self.add(0)
+        self.is_heard = not self.is_watched
+        self.wake()
+        while not (self.is_heard or self.is_ended):
+            time.sleep(_TICK / 100)
+        self.add(0)
+
+    def wake(self) -> None:
+        """Let the caller look at once."""
+        with contextlib.suppress(RuntimeError):  # there are news already
+            self.news.release()
 
     def add(self, count: int) -> None:
         """Count bytes. Raises _Ended."""
@@ -620,38 +626,30 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
     import threading
     job = _Job()
     outcome: List[Tuple[Any, Optional[BaseException]]] = []
-    news = threading.Lock()  # held while there are none
-
-    def wake() -> None:
-        with contextlib.suppress(RuntimeError):  # there are some already
-            news.release()
 
     def work() -> None:
         try:
-            job.add(0)
             with _system_errors():
                 outcome.append((function(job, *args), None))
         except BaseException as e:
             outcome.append((None, e))
-        finally:
-            wake()
+        job.wake()
 
-    news.acquire()
     thread = threading.Thread(target=work, daemon=True)
     try:
         try:
-            job.wake = wake if progress else None
+            job.is_watched = bool(progress)
             thread.start()
         except (RuntimeError, MemoryError):
-            job.wake = None
+            job.is_watched = False
             work()
         while not outcome:
             job.report(progress)
-            news.acquire(timeout=_TICK)
+            job.news.acquire(timeout=_TICK)
     except BaseException:
         job.end()
         while not outcome and thread.is_alive():
-            news.acquire(timeout=_TICK)
+            job.news.acquire(timeout=_TICK)
         raise
     result, error = outcome[0]
     if error:
@@ -1342,7 +1340,7 @@ def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
         meta = json.loads(path.read_bytes().decode('utf-8-sig'))
         if isinstance(meta, dict):
             return meta
-        raise ValueError('it must hold an object, {...}')
+        raise ValueError('it must hold a JSON object, {...}')
     except (ValueError, RecursionError) as e:
         raise InvalidDataset(f'{label} is not JSON: {e}') from None
 
