@@ -2801,11 +2801,7 @@ class _Renewed:
 # _Renewed), and then that is an error. Only where nothing answers at first is there no metadata service.
 # ---------------------------------------------------------------------------------------
 
-_AWS_KEYS = (  # what settings call the parts of credentials, and services
-    ('aws_access_key_id', 'AccessKeyId'),
-    ('aws_secret_access_key', 'SecretAccessKey'),
-    ('aws_session_token', 'SessionToken', 'Token'),
-)
+_AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
 _AWS_IDENTITY = ('web_identity_token_file', 'role_arn', 'role_session_name')
 _AWS_ROLE = ('role_arn', 'role_session_name', 'external_id', 'duration_seconds', 'web_identity_token')
 _AWS_CLOCK_ERRORS = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
@@ -2861,10 +2857,10 @@ class _Aws(_Renewed):
 
     def section(self, name: str, source: str) -> Dict[str, str]:
         """The settings of a profile that `source` names."""
-        if name != 'default' and f'profile {name}' not in self.sections:
+        if name != 'default' and name not in self.sections:
             raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
                               'check both')
-        return self.sections[f'profile {name}']
+        return self.sections[name]
 
     def setting(self, key: str) -> str:
         """What the environment says, else the profile; or ''."""
@@ -2950,7 +2946,7 @@ class _Aws(_Renewed):
         return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> Optional[_AwsKeys]:
-        return _aws_static({key: _env(key.upper()) for key, *_ in _AWS_KEYS}, 'the environment')
+        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
     def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
@@ -3035,7 +3031,7 @@ class _Aws(_Renewed):
             provider.cache = cache  # so that it asks for a code once an hour
             found = session.get_credentials()
             if found:  # otherwise it may be too old
-                values = dict(zip([key for key, *_ in _AWS_KEYS], found.get_frozen_credentials()))
+                values = dict(zip(_AWS_KEYS, found.get_frozen_credentials()))
                 return _aws_keys(values, source)._replace(expires=time.time() + 600)
         command = f'aws configure export-credentials --profile "{name}" --format process'
         return self.from_process(command, f'the command aws for {source}', remedy)
@@ -3055,8 +3051,8 @@ class _Aws(_Renewed):
             raise ConfigError('$AWS_CONTAINER_CREDENTIALS_RELATIVE_URI must be a path that begins with /, and '
                               '$AWS_CONTAINER_CREDENTIALS_FULL_URI must begin with https://, or with http:// and a '
                               'loopback address, 169.254.170.2, 169.254.170.23 or fd00:ec2::23')
-        token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         path = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
+        token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         if path:
             token = _read_token(path, '$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
         request = _Request('GET', url, {'Authorization': token} if token else {})
@@ -3075,8 +3071,8 @@ class _Aws(_Renewed):
         """
         if self.flag('ec2_metadata_disabled'):
             return None
-        is_ipv6 = self.setting('ec2_metadata_service_endpoint_mode').lower() == 'ipv6'
-        default = 'http://[fd00:ec2::254]' if is_ipv6 else 'http://169.254.169.254'
+        mode = self.setting('ec2_metadata_service_endpoint_mode').lower()
+        default = 'http://[fd00:ec2::254]' if mode == 'ipv6' else 'http://169.254.169.254'
         site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or default)
         headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
         token = _word(_ask_metadata(self.http, _Request('PUT', site + '/latest/api/token', headers)))
@@ -3095,32 +3091,29 @@ def _env(*names: str) -> str:
 
 
 def _aws_sections() -> Dict[str, Dict[str, str]]:
-    """The sections of ~/.aws/config and ~/.aws/credentials: 'profile NAME' and others. The latter file precedes.
+    """The sections of ~/.aws/config and ~/.aws/credentials, profiles by their names. The latter file precedes.
 
     A setting among the indented lines below another one is called OUTER.INNER.
     """
     import configparser
     sections: Dict[str, Dict[str, str]] = collections.defaultdict(dict)
-    for variable, default, kind in (
-            ('AWS_CONFIG_FILE', '~/.aws/config', ''),
-            ('AWS_SHARED_CREDENTIALS_FILE', '~/.aws/credentials', 'profile '),
-    ):
-        path = _expanduser(os.path.expandvars(_env(variable) or default))  # as botocore does
+    for file, variable in ('config', 'AWS_CONFIG_FILE'), ('credentials', 'AWS_SHARED_CREDENTIALS_FILE'):
+        path = _expanduser(os.path.expandvars(_env(variable) or f'~/.aws/{file}'))  # as botocore does
         parser = configparser.RawConfigParser(strict=False)
         try:
             parser.read(path, 'utf-8-sig')
         except (configparser.Error, UnicodeDecodeError):
             raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
-        for name in parser.sections():
-            values = dict(parser.items(name))
-            if kind and 'aws_access_key_id' in values:  # nothing in the other file may be mixed with these keys
-                values = {'aws_session_token': '', **values, 'credential_process': '', 'login_session': ''}
-            title = 'profile default' if name == 'default' else kind + name
-            unquoted = re.sub(r'''\s+["']?(.*?)["']?\Z''', r' \1', title, count=1)
-            sections[unquoted].update(values)
-            for key, lines in values.items():
-                for inner, value in re.findall(r'^(\w+)\s*=\s*(\S+)', lines, re.MULTILINE):
-                    sections[unquoted][f'{key}.{inner}'] = value
+        for title in parser.sections():
+            section = sections[re.sub(r'''^profile\s+|(?<=\s)["']|["']$''', '', title)]
+            for key, text in parser.items(title):
+                section[key] = text
+                for inner, value in re.findall(r'^(\w+)\s*=\s*(\S+)', text, re.MULTILINE):
+                    section[f'{key}.{inner}'] = value
+            if file == 'credentials' and parser.has_option(title, 'aws_access_key_id'):
+                # Nothing in the other file may be mixed with these keys.
+                token = parser.get(title, 'aws_session_token', fallback='')
+                section.update(aws_session_token=token, credential_process='', login_session='')
     return sections
 
 
@@ -3131,18 +3124,15 @@ def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
 
 
 def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
-    """Keys from settings, or as STS, a process or a metadata service gives them."""
-    found = []
-    for names in _AWS_KEYS:
-        value = str(next(filter(None, map(values.get, names)), '')).strip()
-        if not re.match(r'[!-~]+\Z', value or '-' * ('Token' in names)):
-            raise ConfigError(f'{source}: {names[0]} is missing, or holds characters that it cannot have',
-                              'get it again')
-        found.append(value)
-    expiration = values.get('Expiration')
+    """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
+    plain = {re.sub('aws_|session|_', '', key.lower()): value for key, value in values.items()}
+    parts = [str(plain.get(key) or '').strip() for key in ('accesskeyid', 'secretaccesskey', 'token')]
+    for name, part in zip(_AWS_KEYS, parts[:2]):
+        if not re.match(r'[!-~]+\Z', part):
+            raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
+    expiration = plain.get('expiration')
     expires = _iso_time(str(expiration)) if expiration else 1e12
-    access_key, secret_key, token = found
-    return _AwsKeys(access_key, secret_key, token, expires, source)
+    return _AwsKeys._make([*parts, expires, source])
 
 
 def _ask_metadata(http: _Http, request: _Request, tries: int = 1) -> _Reply:
