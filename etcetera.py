@@ -2952,43 +2952,40 @@ class _Aws(_Renewed):
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
+        https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
         """
-        source = f"the AWS profile '{name}'"
+        where = f"the AWS profile '{name}'"
         values = self.section(name, f"the source_profile of '{''.join(users[-1:])}'")
-        keys = _aws_static(values, source)
+        keys = _aws_static(values, where)
         if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and keys):
-            return self.from_role(name, values, users)
+            if 'mfa_serial' in values:
+                return self.from_tools(name)
+            profile = values.get('source_profile', '')
+            kind = values.get('credential_source', '')
+            kinds = {
+                'Environment': self.from_environment,
+                'EcsContainer': self.from_container,
+                'Ec2InstanceMetadata': self.from_instance,
+            }
+            if bool(profile) == (kind in kinds) or profile and kind or profile in users:
+                raise ConfigError(f'{where} needs, besides role_arn, either a source_profile that does not lead back '
+                                  'to it, or a credential_source of Environment, EcsContainer or Ec2InstanceMetadata')
+            keys = self.from_profile(profile, users + (name,)) if profile else kinds[kind]()
+            if not keys:
+                raise ConfigError(f'{where} finds no credentials in {profile or kind}')
+            return self.from_sts(where, values, keys)
         if not users and not self.config.aws_profile:
             values = {**values, **{key: self.setting(key) for key in _AWS_IDENTITY}}
-        if values.get('web_identity_token_file'):
-            place = 'web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE'
-            token = _read_token(values['web_identity_token_file'], place)
+        path = values.get('web_identity_token_file')
+        if path:
+            token = _read_secret(path, 'the file with a token that web_identity_token_file or '
+                                       '$AWS_WEB_IDENTITY_TOKEN_FILE names', 'check the path')
             return self.from_sts('web identity', {**values, 'web_identity_token': token})
         if any(map(values.get, ('sso_account_id', 'sso_role_name', 'login_session'))):
             return self.from_tools(name)
         if values.get('credential_process'):
-            return self.from_process(values['credential_process'], f'the credential_process of {source}')
+            return self.from_process(values['credential_process'], f'the credential_process of {where}')
         return keys
-
-    def from_role(self, name: str, values: Dict[str, str], users: Tuple[str, ...]) -> _AwsKeys:
-        """https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html"""
-        if 'mfa_serial' in values:
-            return self.from_tools(name)
-        source = values.get('source_profile', '')
-        kind = values.get('credential_source', '')
-        kinds = {
-            'Environment': self.from_environment,
-            'EcsContainer': self.from_container,
-            'Ec2InstanceMetadata': self.from_instance,
-        }
-        if bool(source) == (kind in kinds) or source and kind or source in users:
-            raise ConfigError(f"the AWS profile '{name}' needs, besides role_arn, either a source_profile that does "
-                              'not lead back to it, or a credential_source of Environment, EcsContainer or '
-                              'Ec2InstanceMetadata')
-        keys = self.from_profile(source, users + (name,)) if source else kinds[kind]()
-        if not keys:
-            raise ConfigError(f"the AWS profile '{name}' finds no credentials in {source or kind}")
-        return self.from_sts(f"the AWS profile '{name}'", values, keys)
 
     def from_sts(self, source: str, values: Dict[str, str], keys: Optional[_AwsKeys] = None) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
@@ -3054,7 +3051,8 @@ class _Aws(_Renewed):
         path = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
         token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         if path:
-            token = _read_token(path, '$AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
+            token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names',
+                                 'check the path')
         request = _Request('GET', url, {'Authorization': token} if token else {})
         reply = _ask_metadata(self.http, request, _TRIES)
         answer = reply.json()
@@ -3087,7 +3085,7 @@ class _Aws(_Renewed):
 
 def _env(*names: str) -> str:
     """The first of these variables that is set, or ''."""
-    return next(filter(None, map(os.environ.get, names)), None) or ''
+    return next(filter(None, map(os.environ.get, names)), '')
 
 
 def _aws_sections() -> Dict[str, Dict[str, str]]:
@@ -3192,18 +3190,13 @@ def _output_of(job: _Job, command: str, source: str, remedy: str, **variables: s
     return output
 
 
-def _read_token(path: str, source: str) -> str:
-    """A token from a file that `source` names."""
-    data = _read_credentials(path, f'the file with a token that {source} names', 'the path')
-    return data.decode('utf-8-sig', 'replace').strip()
-
-
-def _read_credentials(path: str, what: str, source: str) -> bytes:
+def _read_secret(path: str, what: str, remedy: str) -> str:
+    """The text of a file whose path someone has set."""
     try:
-        with open(path, 'rb') as file:
-            return file.read()
+        with open(path, encoding='utf-8-sig', errors='replace') as file:
+            return file.read().strip()
     except OSError as e:
-        raise ConfigError(f'cannot read {what}: {e.strerror}', f'check {source} and who may read it') from None
+        raise ConfigError(f'cannot read {what}: {e.strerror}', remedy) from None
 
 
 def _xml_items(reply: _Reply, name: str) -> Dict[str, str]:
@@ -3223,7 +3216,8 @@ def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
 
 def _status(reply: _Reply, code: str, message: str) -> str:
     """What an error says, for people."""
-    return f'{reply.status} {code}'.strip() + ': ' + (_printable(message)[:300] or 'no explanation')
+    explanation = _printable(message)[:300] or 'no explanation'
+    return f"{reply.status}{' ' * bool(code)}{code}: {explanation}"
 
 
 # ---------------------------------------------------------------------------------------
@@ -3247,8 +3241,9 @@ class _GoogleCredentials(_Renewed):
         self.path = _google_file(config)
         self.info: _Row = {}
         if self.path:
-            source = 'google_credentials and $GOOGLE_APPLICATION_CREDENTIALS'
-            self.info = _Reply(200, {}, _read_credentials(self.path, 'the Google credentials', source)).json()
+            text = _read_secret(self.path, 'the Google credentials',
+                                'check google_credentials and $GOOGLE_APPLICATION_CREDENTIALS')
+            self.info = _Reply(200, {}, text.encode()).json()
             if 'type' not in self.info:
                 raise ConfigError(f'{self.path} holds no Google credentials',
                                   "download the file again, or run 'gcloud auth application-default login'")
