@@ -6231,12 +6231,11 @@ def _confirm_removal(what: str) -> None:
 
 # The commands
 
-class _Command(NamedTuple):
-    run: Callable[..., Any]  # does it, with the words, `config` and the flags; False makes the exit status 1
-    doing: str  # what the line of progress begins with
-    usage: str  # its words and flags; NAME... lets it run once for each
-    help: str  # what it does, and examples
-
+# run: does it, with the words, `config` and the flags; False makes the exit status 1
+# doing: what the line of progress begins with
+# usage: its words and flags; NAME... lets it run once for each
+# help: what it does, and examples
+_Command = collections.namedtuple('_Command', 'run doing usage help')
 
 _FLAGS = '''
 [-f]            -f --force      replace a different dataset of that name; with purge -r: do not ask
@@ -6252,7 +6251,6 @@ _FLAGS = '''
 [--home DIR]    --home          local store, instead of $ETC_HOME, the settings or ~/.etc
 [-q]            -q --quiet      show nothing but errors
 [-v]            -v --verbose    show more, with a traceback of an error'''
-_COMMON_FLAGS = '[--config FILE] [--url URL] [--home DIR] [-q] [-v]'  # they may precede a command or follow it
 _VALUES: Dict[str, Any] = {  # what argparse must know of some
     'PARTITION': {'action': 'append', 'dest': 'partitions', 'type': _text},
     'NAME': {'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName},
@@ -6340,7 +6338,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
     """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
     import argparse
     options: Any = {
-        'formatter_class': functools.partial(argparse.RawDescriptionHelpFormatter, width=80),
+        'formatter_class': argparse.RawDescriptionHelpFormatter,
         'argument_default': argparse.SUPPRESS,
     }
     parser = argparse.ArgumentParser('etc', description=_OVERVIEW, epilog=_EXIT_STATUS, **options)
@@ -6356,7 +6354,8 @@ def _parser(argv: Sequence[str] = ()) -> Any:
 
 def _add_flags(parser: Any, usage: str) -> None:
     parser.error = functools.partial(_fail, parser.prog)
-    parser.usage = f'{parser.prog} {usage} {_COMMON_FLAGS}'
+    # The common ones may precede a command or follow it.
+    parser.usage = f'{parser.prog} {usage} [--config FILE] [--url URL] [--home DIR] [-q] [-v]'
     for shown, value, names, what in re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS):
         if shown in parser.usage:
             more = {'metavar': value, **_VALUES.get(value, {})} if value else {'action': 'store_true'}
@@ -6369,15 +6368,15 @@ def _fail(prog: str, message: str, remedy: str = '') -> None:
     if unknown:
         message = f"no command '{unknown.group(1)}'"
         remedy = _did_you_mean(unknown.group(1), _COMMANDS)
-    _show(Error(_masked(message), f"{remedy} '{prog} -h' shows how".lstrip()))
+    _console.show(f"{_masked(message)}; {remedy}{' ' * bool(remedy)}'{prog} -h' shows how")
     sys.exit(2)
 
 
 def _show(e: Error) -> int:
-    """Returns the exit status."""
+    """Show an error that is being handled. Returns the exit status."""
     if _console.level == _DEBUG:
         import traceback
-        traceback.print_exception(type(e), e, e.__traceback__)
+        traceback.print_exc()
     _console.show(e)
     return 1
 
@@ -6424,17 +6423,22 @@ def _run(argv: Sequence[str]) -> int:
     return status
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it leaves nothing behind that is billed.
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command `etc`. Returns its exit status.
 
-    A signal that is ignored, as by nohup, stays ignored. One that a program around us handles is left to it.
+    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C.
     """
     import signal
-    replaced: List[int] = []
+    if '_ARGCOMPLETE' in os.environ:
+        from importlib import import_module  # so that no type checker looks for it
+        import_module('argcomplete').autocomplete(_parser())
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ['help']:
+        argv = argv[1:] + ['-h']
+    handled: List[int] = []  # SIGTERM and SIGHUP, unless they are ignored, as by nohup, or a program around us has them
 
-    def end(number: int, _: Any) -> None:
-        for other in replaced:  # a terminal that closes may send several
+    def end(number: int, _: Any) -> None:  # as Ctrl-C does, so that nothing is left behind that is billed
+        for other in handled:  # a terminal that closes may send several
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
@@ -6442,27 +6446,8 @@ def _ended_by_signals() -> Iterator[None]:
         with contextlib.suppress(ValueError):  # only the main thread may do so
             for number in (signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):  # not on Windows
                 if signal.getsignal(number) == signal.SIG_DFL:
+                    handled.append(number)
                     signal.signal(number, end)
-                    replaced.append(number)
-        yield
-    finally:
-        for number in replaced:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@_ended_by_signals()
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command `etc`. Returns its exit status.
-
-    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C.
-    """
-    if '_ARGCOMPLETE' in os.environ:
-        from importlib import import_module  # so that no type checker looks for it
-        import_module('argcomplete').autocomplete(_parser())
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ['help']:
-        argv = argv[1:] + ['-h']
-    try:
         return _run(argv)
     except Error as e:
         return _show(e)
@@ -6477,6 +6462,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     finally:
         _console.show_progress('')
         _console.level = None
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == '__main__':
