@@ -3386,10 +3386,10 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 64 << 20  # bytes that may be sent at once
-_AHEAD = 40 << 20  # bytes that may be read at once, or wait until those before them have come
+_IN_FLIGHT = 48 << 20  # bytes that may be sent at once
+_AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_MAX_RANGE = 6 << 20  # bytes that one request reads at most
+_MAX_RANGE = 3 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
