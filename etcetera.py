@@ -3837,7 +3837,7 @@ class _FileRemote(_Remote):
                         _write(file.fileno(), chunk)
                         self.job.add(len(chunk))
                     os.fsync(file.fileno())
-                self.set_mode(new, name)
+                self.publish(new, 0o444)
                 self.place(new, self.path(name), exclusive)
         except FileExistsError:
             raise _NameTaken from None
@@ -3853,17 +3853,13 @@ class _FileRemote(_Remote):
                 self.publish(path, 0o555)
 
     def publish(self, path: str, bits: int) -> None:
-        if self.is_public:
-            with contextlib.suppress(OSError):
+        """Let everyone read what is to be public; warn if not all can read it who can list the directory."""
+        with contextlib.suppress(OSError):
+            if self.is_public:
                 os.chmod(path, os.stat(path).st_mode | bits)
-
-    def set_mode(self, path: str, name: str) -> None:
-        """Let everyone read a file that is to be public; warn if another is not for all who can list the directory."""
-        self.publish(path, 0o444)
-        lacking = os.stat(self.root).st_mode & ~os.stat(path).st_mode & 0o044
-        if lacking and os.name == 'posix' and not self.is_public:
-            _say(f"some users who can list {self.root} cannot read '{name}'; set 'public: true', or change your umask",
-                 _WARNING)
+            elif os.stat(self.root).st_mode & ~os.stat(path).st_mode & 0o044 and os.name == 'posix':
+                _say(f"some users who can list {self.root} cannot read what is pushed; set 'public: true', or change "
+                     'your umask', _WARNING)
 
     def place(self, new: str, path: str, exclusive: bool) -> None:
         """Give a complete file its name. FileExistsError if it is taken and `exclusive`."""
@@ -3872,6 +3868,7 @@ class _FileRemote(_Remote):
             return
         with contextlib.suppress(OSError):
             os.link(new, path)
+            os.unlink(new)
             return
         # The name is taken, or there are no hard links here: then whoever makes this file may go on.
         claim = os.path.join(self.root, f'.{os.path.basename(path)}.claim')
@@ -3889,29 +3886,25 @@ class _FileRemote(_Remote):
         aside = self.hidden_path(obj.name)
         remedy = "ask the file's owner to remove it, or the directory's owner for write access"
         with self.refusals(f"remove '{obj.name}' from", remedy):
-            try:
-                if not self.is_current(obj):
-                    return False
+            if not self.is_current(obj):
+                return False
+            with contextlib.suppress(FileNotFoundError):  # another purge was faster
                 os.rename(path, aside)
-            except FileNotFoundError:  # another purge was faster
-                return False
-            if _file_object(obj.name, os.stat(aside)) == obj:
+                if _file_object(obj.name, os.stat(aside)) != obj:
+                    with contextlib.suppress(FileExistsError):  # a still newer one has come
+                        self.place(aside, path, exclusive=True)
+                    raise self.overtaken_error(obj)
                 os.unlink(aside)
-                return False
-            with contextlib.suppress(FileExistsError):  # a still newer one has come
-                self.place(aside, path, exclusive=True)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(aside)
-            raise self.overtaken_error(obj)
+            return False
 
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
         for item in os.listdir(self.root):
-            if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item):
-                path = os.path.join(self.root, item)
-                with contextlib.suppress(OSError):
-                    if time.time() - os.stat(path).st_mtime > _FILE_REMNANTS:
-                        os.unlink(path)
+            path = os.path.join(self.root, item)
+            with contextlib.suppress(OSError):
+                is_ours = re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item)
+                if is_ours and time.time() - os.stat(path).st_mtime > _FILE_REMNANTS:
+                    os.unlink(path)
 
 
 def _file_path(path: str) -> str:

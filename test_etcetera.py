@@ -2084,7 +2084,7 @@ class FileRemote(RemoteSuite, Case):
                 os.umask(umask)
                 err = self.etc('push', 'X')[1]
                 self.assertEqual(stat.S_IMODE((share / 'X.tgz').stat().st_mode), mode)
-                self.assertEqual("cannot read 'X'; set 'public: true', or change your umask" in err, warned, err)
+                self.assertEqual("cannot read what is pushed; set 'public: true', or change your umask" in err, warned, err)
                 if public:
                     self.assertEqual(share.stat().st_mode & 0o055, 0o055)
         self.settings = {'public': True}
