@@ -170,13 +170,17 @@ def _masked(text: str) -> str:
 
 def _existing_part(path: str) -> str:
     """The part of a path that exists, followed by `...` if there is more."""
-    known = next(filter(os.path.lexists, [path, *map(str, Path(path).parents)]), '')
-    return path if known == path else os.path.join(known, '...')
+    if os.path.lexists(path):
+        return path
+    parents = map(str, Path(path).parents)
+    return os.path.join(next(filter(os.path.lexists, parents), ''), '...')
 
 
 def _printable(text: str) -> str:
     """The text on one line, without characters that could steer a terminal."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    return ''.join(
+        c if c.isprintable() else c.encode('unicode_escape').decode()
+        for c in text)
 
 
 def _encodable(text: str, stream: Any) -> str:
@@ -266,7 +270,12 @@ class Error(Exception):
     `status` is the HTTP status of the answer that caused it, or 0.
     """
 
-    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
+    def __init__(
+            self,
+            message: str = '',
+            remedy: str = '',
+            status: int = 0,
+    ) -> None:
         self.message = message
         self.remedy = remedy
         self.status = status
@@ -347,7 +356,10 @@ def _check_path(path: _Path) -> str:
 # ---------------------------------------------------------------------------------------
 
 _KINDS = {bool: 'true or false', int: 'a whole number', str: 'text; put it in quotes'}
-_LIMITS = {'connections': range(1, 257), 'compression_level': range(10)}
+_LIMITS = {
+    'connections': range(1, 257),
+    'compression_level': range(10),
+}
 _DEFAULT_LEVEL = 6  # of compression
 
 _YAML_START = r'\A((?: *(?:#[^\r\n]*)?[\r\n])*)--- *(?=[\r\n]|\Z)'  # comments, and the mark that they may stand before
@@ -420,13 +432,19 @@ class Config:
     connections: int = 32
     compression_level: int = _DEFAULT_LEVEL
 
-    def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
-        values = dict(settings, url=url, home=home and os.fspath(home))
+    def __init__(
+            self,
+            url: Optional[str] = None,
+            home: Optional[_Path] = None,
+            **settings: Any
+    ) -> None:
+        home = home and os.fspath(home)
+        values = dict(settings, url=url, home=home)
         for key, value in values.items():
             _check_setting(key, value)
             if value is not None:
                 setattr(self, key, value)
-        self.home = _expand(values['home'] or os.environ.get('ETC_HOME') or '~/.etc')
+        self.home = _expand(home or os.environ.get('ETC_HOME') or '~/.etc')
 
     @classmethod
     def load(cls, path: Optional[_Path] = None, **overrides: Any) -> 'Config':
@@ -443,17 +461,21 @@ class Config:
             if not named and not os.path.exists(file):  # Path.exists() may raise
                 file = file.with_suffix('.toml')
             if named or os.path.exists(file):
-                values = _read_settings(file, _masked(str(file)) if path else _existing_part(str(file)))
-        environment = {'url': os.environ.get('ETC_URL') or None, 'home': os.environ.get('ETC_HOME') or None}
-        for layer in environment, overrides:
-            values.update((key, value) for key, value in layer.items() if value is not None)
+                shown = _masked(str(file)) if path else _existing_part(str(file))
+                values = _read_settings(file, shown)
+        for key, variable in ('url', 'ETC_URL'), ('home', 'ETC_HOME'):
+            values[key] = os.environ.get(variable) or values.get(key)
+        for key, value in overrides.items():
+            if value is not None:
+                values[key] = value
         return cls(**values)
 
     def __repr__(self) -> str:
         shown = []
         for key, value in sorted(vars(self).items()):
             if isinstance(value, str):
-                value = _masked(value) if re.match('(https?|s3|gs|file)://', value) else '***'
+                is_url = re.match('(https?|s3|gs|file)://', value)
+                value = _masked(value) if is_url else '***'
             elif isinstance(value, Path):
                 value = _existing_part(str(value))
             shown.append(f'{key}={value!r}')
@@ -472,7 +494,8 @@ def _expand(path: _Path) -> Path:
     """The absolute path, with ~ expanded."""
     text = _check_path(path)
     expanded = _expanduser(text)
-    if expanded.startswith('~') or text.startswith('~') and os.environ.get('HOME') == '':
+    is_homeless = text[:1] == '~' and os.environ.get('HOME') == ''
+    if is_homeless or expanded[:1] == '~':
         raise ConfigError('cannot tell where your home directory is', 'set $HOME, or $ETC_HOME and $ETC_CONFIG')
     try:
         return Path(os.path.abspath(expanded))
@@ -515,7 +538,8 @@ def _read_settings(path: Path, shown: str) -> Dict[str, Any]:
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
     settings: Dict[str, Any] = {}
-    lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
+    text = re.sub(_YAML_START, r'\1', text)
+    lines = re.split('\r\n|\n|\r', text)
     for number, line in enumerate(lines, 1):
         try:
             key, value = _parse_yaml(line)
@@ -3254,9 +3278,10 @@ class _GoogleCredentials(_Renewed):
             if answer is None:
                 return None, 1e12
             token = answer['access_token']
-            if not isinstance(token, str) or not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
+            is_text = isinstance(token, str)
+            if not is_text or not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
                 raise KeyError('access_token')
-            expires = time.time() + float(answer.get('expires_in') or 3600)
+            lifetime = float(answer.get('expires_in') or 3600)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             defect = f'{e} is missing or wrong' if isinstance(e, KeyError) else 'a value has the wrong type or form'
             raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {defect}"
@@ -3265,17 +3290,24 @@ class _GoogleCredentials(_Renewed):
         project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
         if project:
             headers['x-goog-user-project'] = project
-        return headers, expires
+        return headers, time.time() + lifetime
 
     def ask(self) -> _Row:
         """What a token endpoint answers (RFC 6749, 4.1.4)."""
         info = self.info
         url = info.get('token_uri') or _GOOGLE_TOKEN_URL
         if info['type'] == 'service_account':
-            form = {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer', 'assertion': _assertion(info, url)}
+            form = {
+                'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
+                'assertion': _assertion(info, url),
+            }
         elif info['type'] == 'authorized_user':  # with the refresh token of a person (RFC 6749, 6)
-            form = {key: info[key] for key in ('client_id', 'client_secret', 'refresh_token')}
-            form['grant_type'] = 'refresh_token'
+            form = {
+                'grant_type': 'refresh_token',
+                'client_id': info['client_id'],
+                'client_secret': info['client_secret'],
+                'refresh_token': info['refresh_token'],
+            }
         else:
             return self.from_tools()
         headers = {'Content-Type': 'application/x-www-form-urlencoded'}
@@ -3284,9 +3316,9 @@ class _GoogleCredentials(_Renewed):
         answer = reply.json()
         if reply.status == 200:
             return answer
-        problem = str(answer.get('error_description') or answer.get('error') or reply.status)
-        raise RemoteError(f'{_site(url)} gives no access token: {_printable(problem)[:300]}', _GOOGLE_REMEDY,
-                          reply.status)
+        problem = answer.get('error_description') or answer.get('error')
+        raise RemoteError(f'{_site(url)} gives no access token: {_printable(str(problem or reply.status))[:300]}',
+                          _GOOGLE_REMEDY, reply.status)
 
     def from_metadata(self) -> Optional[_Row]:
         """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
@@ -3315,7 +3347,8 @@ class _GoogleCredentials(_Renewed):
         command = f'"{program}" auth application-default print-access-token'
         output = _output_of(self.http.job, command, f'gcloud for {source}', remedy,
                             GOOGLE_APPLICATION_CREDENTIALS=self.path)
-        return {'access_token': output.decode('ascii', 'replace').strip(), 'expires_in': 600}
+        token = output.decode('ascii', 'replace').strip()
+        return {'access_token': token, 'expires_in': 600}
 
 
 def _google_file(config: Config) -> str:
@@ -3323,16 +3356,27 @@ def _google_file(config: Config) -> str:
     named = config.google_credentials or _env('GOOGLE_APPLICATION_CREDENTIALS')
     if named:
         return _expanduser(_check_path(named))
-    default = os.path.expandvars('%APPDATA%/gcloud') if os.name == 'nt' else _expanduser('~/.config/gcloud')
-    path = os.path.join(_env('CLOUDSDK_CONFIG') or default, 'application_default_credentials.json')
+    default = '%APPDATA%/gcloud' if os.name == 'nt' else '~/.config/gcloud'
+    place = _env('CLOUDSDK_CONFIG') or os.path.expandvars(_expanduser(default))
+    path = f'{place}/application_default_credentials.json'
     return path if os.path.isfile(path) else ''
 
 
 def _assertion(info: Dict[str, Any], url: str) -> str:
     """What a service account signs for a token endpoint (RFC 7523; https://google.aip.dev/auth/4112)."""
     now = int(time.time())
-    head = {'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')}
-    claims = {'iss': info['client_email'], 'scope': _GOOGLE_SCOPE, 'aud': url, 'iat': now, 'exp': now + 3600}
+    head = {
+        'alg': 'RS256',
+        'typ': 'JWT',
+        'kid': info.get('private_key_id', ''),
+    }
+    claims = {
+        'iss': info['client_email'],
+        'scope': _GOOGLE_SCOPE,
+        'aud': url,
+        'iat': now,
+        'exp': now + 3600,
+    }
     text = f'{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(claims).encode())}'
     return f"{text}.{_base64url(_rsa_sign(info['private_key'], text.encode()))}"
 
@@ -3348,13 +3392,17 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
     try:
         key = b64decode(re.sub('-----.*?-----', '', pem))
         # In both forms, the modulus and the private exponent are the first two of more than 64 bits.
-        modulus, exponent = [number for number in _der_integers(key) if number >> 64][:2]
+        modulus, exponent, *_ = (
+            number for number in _der_integers(key)
+            if number >> 64)
     except (ValueError, IndexError):
         raise KeyError('private_key') from None
     size = (modulus.bit_length() + 7) // 8
-    digest_info = bytes.fromhex('3031300d060960864801650304020105000420') + _sha256(message).digest()
-    padded = b'\0\1' + (b'\0' + digest_info).rjust(size - 2, b'\xff')
-    return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')
+    prefix = bytes.fromhex('003031300d060960864801650304020105000420')
+    hashed = prefix + _sha256(message).digest()
+    padded = b'\0\1' + hashed.rjust(size - 2, b'\xff')
+    signature = pow(int.from_bytes(padded, 'big'), exponent, modulus)
+    return signature.to_bytes(size, 'big')
 
 
 def _der_integers(data: bytes) -> Iterator[int]:
@@ -6064,7 +6112,14 @@ def _ago(when: Optional[str]) -> str:
     if not when:
         return '-'
     seconds = time.time() - _iso_time(when)
-    units = {'year': 31557600, 'month': 2629800, 'week': 604800, 'day': 86400, 'hour': 3600, 'minute': 60}
+    units = {
+        'year': 31557600,
+        'month': 2629800,
+        'week': 604800,
+        'day': 86400,
+        'hour': 3600,
+        'minute': 60,
+    }
     for name, unit in units.items():
         if seconds >= unit:
             return _plural(int(seconds // unit), name) + ' ago'
@@ -6081,7 +6136,8 @@ def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
         rows = [heading.split('|'), *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        _print('  '.join(map(str.ljust, row, widths)).rstrip())
+        cells = map(str.ljust, row, widths)
+        _print('  '.join(cells).rstrip())
 
 
 def _print_list(summaries: Sequence[_Row]) -> None:
@@ -6091,16 +6147,24 @@ def _print_list(summaries: Sequence[_Row]) -> None:
     for summary in summaries:
         size = f"{_size(summary['size']):>7}"
         files = '-' if summary['files'] is None else f"{summary['files']:,}"
-        digest = (summary['digest'] or '')[:length] or summary.get('source') or '-'
-        rows.append((summary['name'], size, files, _ago(summary['when']), digest))
+        digest = (summary['digest'] or '')[:length]
+        rows.append((
+            summary['name'],
+            size,
+            files,
+            _ago(summary['when']),
+            digest or summary.get('source') or '-'))
     _print_table('NAME|   SIZE|FILES|WHEN|DIGEST', rows)
 
 
 def _print_diff(found: _Row) -> None:
-    a, b = ('-r ' * found[side]['remote'] + found[side]['name'] for side in 'ab')
-    rows: List[Sequence[str]] = [
-        (row['status'], _amount(row['a']), _amount(row['b']), path)
-        for path, row in found['segments'].items()]
+    rows: List[Sequence[str]] = []
+    for path, row in found['segments'].items():
+        amounts = _amount(row['a']), _amount(row['b'])
+        rows.append((row['status'], *amounts, path))
+    a, b = (
+        f"{'-r ' * found[side]['remote']}{found[side]['name']}"
+        for side in 'ab')
     _print_table(f'STATUS|{a}|{b}|PATH', rows)
 
 
@@ -6116,7 +6180,8 @@ def _print_info(summary: _Row) -> None:
     if summary['when']:
         _print(f"when        {_ago(summary['when'])} ({summary['when']})")
     label = 'partitions'
-    for name, partition in (summary['partitions'] or {}).items():
+    partitions = summary['partitions'] or {}
+    for name, partition in partitions.items():
         _print(f'{label:11} {name}: {_amount(partition)}')
         label = ''
     if summary['meta']:
@@ -6124,14 +6189,16 @@ def _print_info(summary: _Row) -> None:
         _print(f"meta        {meta[:500]}{' ...' if len(meta) > 500 else ''}")
     lines = (summary['readme'] or '').splitlines()
     if lines:
-        _print('', *map(str.expandtabs, lines[:_README_LINES]))
+        shown = lines[:_README_LINES]
+        _print('', *map(str.expandtabs, shown))
     if len(lines) > _README_LINES:
         _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
 
 
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
-    if _console.level == _WARNING or not _is_terminal(sys.stderr) or os.environ.get('TERM') == 'dumb':
+    is_dumb = os.environ.get('TERM') == 'dumb'
+    if is_dumb or _console.level == _WARNING or not _is_terminal(sys.stderr):
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
@@ -6151,7 +6218,8 @@ def _meter(what: str) -> _Progress:
             line += f'  {_duration((total - done) / rate)} left  {_size(rate)}/s'
         columns = 80
         with contextlib.suppress(OSError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+            size = os.get_terminal_size(sys.stderr.fileno())
+            columns = size.columns or columns
         _console.show_progress(line[:columns - 1])
 
     return show
@@ -6159,8 +6227,15 @@ def _meter(what: str) -> _Progress:
 
 # What commands do beyond a call of the API
 
-def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False, json: bool = False) -> None:
-    found = _list(remote, config, patterns or None, not (long or json))
+def _ls(
+        *patterns: str,
+        config: Config,
+        remote: bool = False,
+        long: bool = False,
+        json: bool = False
+) -> None:
+    names_only = not (long or json)
+    found = _list(remote, config, patterns or None, names_only)
     names = [row['name'] for row in found]
     if json:
         _print_json(found)
@@ -6169,17 +6244,21 @@ def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False
     else:
         _print(*names)
     where = f"in {_masked(config.url or '')}" if remote else 'here'
-    unmatched = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+    unmatched = [
+        pattern for pattern in patterns
+        if not any(_matches(name, [pattern]) for name in names)]
     if unmatched:
-        raise NotFound(f"no dataset {where} matches {_masked(' or '.join(map(repr, unmatched)))}",
-                       'use --url for a URL' if '://' in unmatched[0] else
-                       _did_you_mean(unmatched[0], ls(remote, config)))
+        remedy = 'use --url for a URL'
+        if '://' not in unmatched[0]:
+            remedy = _did_you_mean(unmatched[0], ls(remote, config))
+        raise NotFound(f"no dataset {where} matches {_masked(' or '.join(map(repr, unmatched)))}", remedy)
     if not names:
         _say(f'there is no dataset {where}')
 
 
 def _info(name: str, json: bool = False, **options: Any) -> None:
-    (_print_json if json else _print_info)(info(name, **options))
+    found = info(name, **options)
+    (_print_json if json else _print_info)(found)
 
 
 class _RemoteName(str):
@@ -6188,14 +6267,16 @@ class _RemoteName(str):
 
 def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     """Whether they are the same."""
-    found = diff(a, b, (isinstance(a, _RemoteName), isinstance(b, _RemoteName)), **options)
+    remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
+    found = diff(a, b, remotes, **options)
     if _console.level != _WARNING:
         (_print_json if json else _print_diff)(found)
     return found['equal']
 
 
 def _create(name: str, *partitions: str, **options: Any) -> None:
-    create(name, tuple(map(_text, partitions)) or ('train', 'test'), **options)
+    decoded = tuple(map(_text, partitions))
+    create(name, decoded or ('train', 'test'), **options)
 
 
 def _text(word: str) -> str:
@@ -6218,7 +6299,7 @@ def _confirm_removal(what: str) -> None:
     answer = sys.stdin.buffer.readline()  # of any encoding
     if not answer.endswith(b'\n'):
         print(file=sys.stderr)
-    if answer.strip().lower() not in (b'y', b'yes'):
+    if not re.match(rb'(?i)\s*y(es)?\s*\Z', answer):
         raise Error(f'{what} stays')
 
 
@@ -6245,8 +6326,17 @@ _FLAGS = '''
 [-q]            -q --quiet      show nothing but errors
 [-v]            -v --verbose    show more, with a traceback of an error'''
 _VALUES: Dict[str, Any] = {  # what argparse must know of some
-    'PARTITION': {'action': 'append', 'dest': 'partitions', 'type': _text},
-    'NAME': {'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName},
+    'PARTITION': {
+        'action': 'append',
+        'dest': 'partitions',
+        'type': _text,
+    },
+    'NAME': {
+        'action': 'append',
+        'dest': 'words',
+        'nargs': 1,
+        'type': _RemoteName,
+    },
 }
 
 _COMMANDS = {
@@ -6330,18 +6420,28 @@ exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong u
 def _parser(argv: Sequence[str] = ()) -> Any:
     """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
     import argparse
-    options: Any = {
-        'formatter_class': argparse.RawDescriptionHelpFormatter,
-        'argument_default': argparse.SUPPRESS,
-    }
-    parser = argparse.ArgumentParser('etc', description=_OVERVIEW, epilog=_EXIT_STATUS, **options)
+    hidden = argparse.SUPPRESS
+    new_parser: Any = functools.partial(
+        argparse.ArgumentParser,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=hidden)
+    parser = new_parser('etc', description=_OVERVIEW, epilog=_EXIT_STATUS)
     _add_flags(parser, '[--version] COMMAND')
-    commands = parser.add_subparsers(prog='etc', dest='command', metavar='COMMAND', help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        prog='etc',
+        parser_class=new_parser,
+        dest='command',
+        metavar='COMMAND',
+        help=hidden)
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
-        what, _, examples = _COMMANDS[name].help.partition('\n')
-        command = commands.add_parser(name, description=what.capitalize(), epilog='examples:' + examples, **options)
-        command.add_argument('words', nargs='*', action='append', help=argparse.SUPPRESS)
-        _add_flags(command, _COMMANDS[name].usage)
+        row = _COMMANDS[name]
+        what, _, examples = row.help.partition('\n')
+        command = commands.add_parser(
+            name,
+            description=what.capitalize(),
+            epilog=f'examples:{examples}')
+        command.add_argument('words', nargs='*', action='append', help=hidden)
+        _add_flags(command, row.usage)
     return parser
 
 
@@ -6349,9 +6449,12 @@ def _add_flags(parser: Any, usage: str) -> None:
     parser.error = functools.partial(_fail, parser.prog)
     # The common ones may precede a command or follow it.
     parser.usage = f'{parser.prog} {usage} [--config FILE] [--url URL] [--home DIR] [-q] [-v]'
-    for shown, value, names, what in re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS):
+    rows = re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS)
+    for shown, value, names, what in rows:
         if shown in parser.usage:
-            more = {'metavar': value, **_VALUES.get(value, {})} if value else {'action': 'store_true'}
+            more = {'action': 'store_true'}
+            if value:
+                more = {'metavar': value, **_VALUES.get(value, {})}
             parser.add_argument(*names.split(), help=what, **more)
 
 
@@ -6379,21 +6482,24 @@ def _run(argv: Sequence[str]) -> int:
     parser = _parser(argv)
     args, rest = parser.parse_known_args(argv)
     options = vars(args)
-    keys = 'version command words config url home quiet verbose'.split()
-    version, name, groups, path, url, home, quiet, verbose = (options.pop(key, None) for key in keys)
+    version, name, groups, path, url, home, quiet, verbose = (
+        options.pop(key, None)
+        for key in 'version command words config url home quiet verbose'.split())
     if version:
         _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
         return 0
     prog = f'etc {name}' if name else 'etc'
     for word in rest:
-        if word.startswith('-'):
-            _fail(prog, f"'{prog}' takes no '{word}'", _did_you_mean(word, re.findall('-[-a-z]+', _FLAGS)))
+        if word[:1] == '-':
+            flags = re.findall('-[-a-z]+', _FLAGS)
+            _fail(prog, f"'{prog}' takes no '{word}'", _did_you_mean(word, flags))
     if not name:
         parser.print_help(sys.stderr)
         return 2
     run, doing, usage, _ = _COMMANDS[name]
-    words = list(itertools.chain(*groups or ()))
-    options.get('partitions', words).extend(map(_text, rest))  # as in `etc pull NAME -p ONE TWO`
+    words = list(itertools.chain(*groups or []))
+    more = options.get('partitions', words)  # as in `etc pull NAME -p ONE TWO`
+    more.extend(map(_text, rest))
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
     places = usage.partition(' [-')[0].split()
@@ -6405,7 +6511,10 @@ def _run(argv: Sequence[str]) -> int:
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
     config = Config.load(path, url=url, home=home)
     status = 0
-    for each in [[word] for word in words] if places == ['NAME...'] else [words]:
+    runs = [words]
+    if places == ['NAME...']:
+        runs = [[word] for word in words]
+    for each in runs:
         if doing:
             options['progress'] = _meter(doing.format(*each))
         try:
@@ -6425,9 +6534,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if '_ARGCOMPLETE' in os.environ:
         from importlib import import_module  # so that no type checker looks for it
         import_module('argcomplete').autocomplete(_parser())
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ['help']:
-        argv = argv[1:] + ['-h']
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ['help']:
+        words = words[1:] + ['-h']
     handled: List[int] = []  # SIGTERM and SIGHUP, unless they are ignored, as by nohup, or a program around us has them
 
     def end(number: int, _: Any) -> None:  # as Ctrl-C does, so that nothing is left behind that is billed
@@ -6437,17 +6546,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     try:
         with contextlib.suppress(ValueError):  # only the main thread may do so
-            for number in (signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):  # not on Windows
+            hang_up = getattr(signal, 'SIGHUP', signal.SIGTERM)  # which Windows has not
+            for number in (signal.SIGTERM, hang_up):
                 if signal.getsignal(number) == signal.SIG_DFL:
                     handled.append(number)
                     signal.signal(number, end)
-        return _run(argv)
+        return _run(words)
     except Error as e:
         return _show(e)
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as e:
         _console.show('interrupted')
