@@ -2289,6 +2289,7 @@ _CONNECT = 15.0  # seconds that connecting may take
 _IDLE = 60.0  # seconds after which a kept connection is not used again, as a NAT may have forgotten it
 _TRIES = 5
 _MORE_TRIES = 2  # for a server that has answered before
+_LAST_TRIES = 2  # after an interruption
 _SLICE = 1 << 17  # bytes that are sent or received at once
 # The socket option TCP_NOTSENT_LOWAT, which Python names on some systems only from 3.7 on. It keeps the system from
 # taking megabytes that a slow link has yet to send: a server's silence meanwhile would look like a fault.
@@ -2308,6 +2309,21 @@ class _Request(NamedTuple):
     url: str  # percent-encoded, as it is sent
     headers: _Headers = {}
     body: Sequence[Any] = ()  # of bytes
+    limit: int = _REPLY_LIMIT  # bytes that the answer may have
+    into: Any = None  # a file for the body of an answer with status 200, of any size
+    tries: int = _TRIES + _MORE_TRIES  # at most
+    timeout: float = _RETRY_AFTER  # seconds of silence, at most
+    is_vital: bool = False  # whether an interruption waits for the answer, if not for long
+    before: Callable[[], Any] = bool  # for remotes: is called before each try
+    condition: Dict[str, str] = {}  # for remotes: headers; they are cleared if the store turns out to know none
+    keys: Any = None  # with which it is signed
+
+    def digest(self) -> Any:
+        """SHA-256 of the body."""
+        digest = _sha256()
+        for chunk in self.body:
+            digest.update(chunk)
+        return digest
 
 
 class _Reply(NamedTuple):
@@ -2316,6 +2332,7 @@ class _Reply(NamedTuple):
     status: int
     headers: Any  # an email.message.Message, which finds names in any case
     body: bytes
+    request: _Request = _Request('', '')
 
     def page(self) -> bytes:
         """The body, inflated if a proxy has compressed it, although it was asked not to. Not for objects."""
@@ -2336,20 +2353,14 @@ class _Reply(NamedTuple):
     def requested_delay(self) -> float:
         """The seconds for which the server asks to be left alone, within reason; or 0 (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
-        if text.isdecimal():
-            return min(float(text), _RETRY_AFTER)
         now = _http_time(self.headers.get('Date')) or time.time()
-        return min(max(_http_time(text) - now, 0.0), _RETRY_AFTER)
-
-    def has_range(self, start: int, stop: int, size: int) -> bool:
-        """Whether it tells of this range of something so large, or of unknown size (RFC 9110, 14.4)."""
-        told = (self.headers.get('Content-Range') or '').lower()
-        return told in (f'bytes {start}-{stop - 1}/{size}', f'bytes {start}-{stop - 1}/*')
+        seconds = float(text) if text.isdecimal() else _http_time(text) - now
+        return min(max(seconds, 0.0), _RETRY_AFTER)
 
     def whole_size(self) -> Optional[int]:
         """The size of an object, from an answer to HEAD or to GET of a range; None if it does not say."""
         told = self.headers.get('Content-Range')
-        if told is None and self.status in (200, 204):
+        if told is None and self.status == 200:
             told = f"/{self.headers.get('Content-Length')}"
         match = re.search(r'/([0-9]{1,19})\Z', told or '')
         return int(match.group(1)) if match else None
@@ -2369,34 +2380,25 @@ def _backoff(failures: int) -> float:
 class _Http:
     """Makes requests. Threads share it."""
 
-    def __init__(
-            self,
-            job: _Job,
-            ca_bundle: Optional[str] = None,
-            direct: bool = False,
-            timeout: float = _TIMEOUT,
-    ) -> None:
-        """direct: without any proxy. timeout: seconds of silence, at most."""
+    def __init__(self, job: _Job, ca_bundle: Optional[str] = None, direct: bool = False) -> None:
+        """direct: without any proxy."""
         self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
-        self.timeout = timeout
-        self.tries = _TRIES + _MORE_TRIES  # of any request, at most
         self.idle: Dict[str, List[Any]] = collections.defaultdict(list)  # kept connections, by site
-        self.busy: Set[Any] = set()  # connections that are in use
+        self.busy: Dict[Any, _Request] = {}  # what is under way, by connection
         self.most = 256.0  # requests that may be made at once
         self.successes = 0
         self.answered: Set[str] = set()  # sites that have answered
         self.interruptions = 0
-        self.respite = 0.0  # seconds that an interruption leaves to requests
         self.tls: Any = None
         job.at_end.append(self.interrupt)
 
     def interrupt(self) -> None:
         """Let all requests fail that are under way."""
         import socket
-        until = time.monotonic() + self.respite
-        while self.busy and time.monotonic() < until:
+        until = time.monotonic() + _LAST_TIMEOUT
+        while time.monotonic() < until and any(request.is_vital for request in list(self.busy.values())):
             time.sleep(_TICK / 10)
         self.interruptions += 1
         for connection in list(self.busy):
@@ -2410,41 +2412,10 @@ class _Http:
             while idle:
                 idle.pop().close()
 
-    @contextlib.contextmanager
-    def briefly(self) -> Iterator[None]:
-        """For requests that are not worth a long wait, or are made after the job was ended: two tries of each."""
-        before = self.job, self.tries, self.timeout
-        self.tries = 2
-        if self.job.is_ended:
-            self.job = _Job()
-            self.timeout = min(self.timeout, _LAST_TIMEOUT)
-            self.close()  # as kept connections have their own time-outs
-        try:
-            yield
-        finally:
-            self.job, self.tries, self.timeout = before
-
-    @contextlib.contextmanager
-    def unbroken(self) -> Iterator[None]:
-        """For a request whose answer must not be lost: an interruption waits for it, if not for long."""
-        job, self.job, self.respite = self.job, _Job(), _LAST_TIMEOUT
-        try:
-            yield
-        finally:
-            self.job, self.respite = job, 0.0
-
-    def request(
-            self,
-            prepare: Callable[[], _Request],
-            judge: Callable[[_Reply], str] = _judge,
-            limit: int = _REPLY_LIMIT,
-            tries: int = _TRIES + _MORE_TRIES,
-            into: Any = None,
-    ) -> _Reply:
+    def request(self, prepare: Callable[[], _Request], judge: Callable[[_Reply], str] = _judge) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
-        limit: bytes that the answer may have. into: a file for the body of an answer with status 200, of any size.
         """
         import http.client
         interruptions = self.interruptions
@@ -2452,14 +2423,15 @@ class _Http:
         while True:
             request = prepare()
             site = _check_address(request.url)
-            most = min(self.tries, tries, _TRIES + _MORE_TRIES * (site in self.answered))
-            is_first_read = not failures and request.method in ('GET', 'HEAD')
-            patience = min(self.timeout, _READ_TIMEOUT if is_first_read else _TIMEOUT)
+            job = _Job() if request.is_vital else self.job
+            most = min(request.tries, _TRIES + _MORE_TRIES * (site in self.answered))
+            patience = _TIMEOUT if failures or request.method not in ('GET', 'HEAD') else _READ_TIMEOUT
+            patience = min(request.timeout, _LAST_TIMEOUT if self.job.is_ended else patience)
             successes = self.successes
             failures += 1
             delay = 0.0
             try:
-                reply = self.attempt(request, patience, limit, into)
+                reply = self.exchange(request, job, patience)
             except (OSError, UnicodeError, http.client.HTTPException) as e:
                 error = _unreachable_error(site, e)
                 if failures >= most or interruptions != self.interruptions:
@@ -2467,97 +2439,84 @@ class _Http:
                 problem = error.message
             else:
                 self.answered.add(site)
+                if reply.status in _OVERLOAD:
+                    self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
+                    failures -= successes < self.successes
+                else:
+                    self.most += 1 / self.most
+                    self.successes += 1
                 verdict = judge(reply)
-                if self.is_overloaded(reply, verdict) and successes != self.successes:
-                    failures -= 1
                 if verdict == 'final' or failures >= most:
                     return reply
                 if verdict == 'at once':
                     continue
                 problem = f'{site} answers {reply.status}'
-                delay = min(reply.requested_delay(), self.timeout)
+                delay = min(reply.requested_delay(), request.timeout)
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
-            self.job.sleep(_backoff(failures) + delay)
+            job.sleep(_backoff(failures) + delay)
 
-    def is_overloaded(self, reply: _Reply, verdict: str) -> bool:
-        """Whether a site refuses so many requests at once. Fewer are made from then on, and more as they succeed."""
-        if verdict == 'later' and reply.status in _OVERLOAD:
-            self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
-            return True
-        if verdict == 'final':
-            self.successes += 1
-            self.most += 1 / self.most
-        return False
-
-    def attempt(self, request: _Request, patience: float, limit: int, into: Any) -> _Reply:
+    def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again over a new connection if the server has closed a kept one."""
         import http.client
-        interruptions = self.interruptions
         while len(self.busy) >= self.most:
-            self.job.sleep(_TICK)
+            job.sleep(_TICK)
         connection = self.connection(_site(request.url))
+        connection.is_cut = False
+        connection.job = job
         connection.moved = 0  # bytes that have been counted
-        self.busy.add(connection)
         is_reusable = is_success = False
+        self.busy[connection] = request
         try:
             response = self.send(connection, request, patience)
             with contextlib.closing(response):  # or it would keep the socket open
-                body = self.receive(connection, response, limit, into)
+                body = self.receive(connection, response, request)
                 is_reusable = response.isclosed() and not response.will_close
             is_success = response.status < 400
-            return _Reply(response.status, response.headers, body)
-        except (ConnectionError, http.client.BadStatusLine):
-            if not connection.idle_since or interruptions != self.interruptions:
+            return _Reply(response.status, response.headers, body, request)
+        except (OSError, http.client.HTTPException) as e:
+            self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
+            is_stale = connection.idle_since and isinstance(e, (ConnectionError, http.client.BadStatusLine))
+            if connection.is_cut or not is_stale:
                 raise
-            self.close()  # the server has closed the others, too
-        except OSError:  # a time-out: whatever has forgotten this connection has forgotten the others, too
-            self.close()
-            raise
         finally:
-            self.busy.discard(connection)
+            del self.busy[connection]
             if is_reusable:
                 connection.idle_since = time.monotonic()
                 self.idle[connection.site].append(connection)
             else:
                 connection.close()
             if not is_success:
-                self.job.add(-connection.moved)
-        return self.attempt(request, patience, limit, into)
+                job.add(-connection.moved)
+        return self.exchange(request, job, patience)
 
     def connection(self, site: str) -> Any:
-        """A kept connection, or a new one."""
+        """A kept connection, or a new one, which send() connects."""
+        import http.client
         with contextlib.suppress(IndexError):
             while True:
                 connection = self.idle[site].pop()
                 if time.monotonic() - connection.idle_since < _IDLE:
                     return connection
                 connection.close()
-        return self.new_connection(site)
-
-    def new_connection(self, site: str) -> Any:
-        import http.client
         scheme, _, host = site.partition('://')
         proxy, headers = ('', {}) if self.direct else _find_proxy(scheme, host)
-        address = proxy or host
-        patience = min(self.timeout, _CONNECT)
         if scheme == 'https':
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection: Any = http.client.HTTPSConnection(address, timeout=patience, context=self.tls)
+            connection = http.client.HTTPSConnection(proxy or host, timeout=_CONNECT, context=self.tls)
             if proxy:
                 connection.set_tunnel(host, headers=headers)
-                proxy, headers = '', {}
+                proxy = ''
         else:
-            connection = http.client.HTTPConnection(address, timeout=patience)
+            connection = http.client.HTTPConnection(proxy or host, timeout=_CONNECT)
         connection.site = site
         connection.idle_since = 0.0
         connection.base = site if proxy else ''  # a plain request to a proxy names the whole URL
-        connection.headers = headers
-        connection.auto_open = 0  # only send() connects
-        connection.response_class = _final_response()
+        connection.headers = headers if proxy else {}
         return connection
 
     def send(self, connection: Any, request: _Request, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
+        import http.client
         import socket
 
         def slices() -> Iterator[Any]:  # as the time-out of a socket applies to each
@@ -2567,60 +2526,62 @@ class _Http:
                     piece = view[start:start + _SLICE]
                     yield piece
                     connection.moved += len(piece)
-                    self.job.add(len(piece))
+                    connection.job.add(len(piece))
 
         _, _, path, query, _ = urlsplit(request.url)
         target = f"{connection.base}{path or '/'}{'?' * bool(query)}{query}"
-        headers = {**_complete_headers(request), **connection.headers}
-        self.job.add(0)  # an interruption may have come before the connection was among the busy ones
+        headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
+        if request.body or request.method in ('PUT', 'POST'):
+            headers['Content-Length'] = str(sum(map(len, request.body)))
+        _check_headers(headers, connection.site)
+        connection.job.add(0)  # an interruption may have come before the connection was among the busy ones
         if not connection.sock:
+            connection.timeout = min(patience, _CONNECT)
             connection.connect()
             with contextlib.suppress(OSError, TypeError):
                 connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _SLICE)
         connection.sock.settimeout(patience)
-        self.job.add(0)  # or before the socket was there
+        connection.job.add(0)  # or before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(request.method, target, slices() if request.body else None, headers)
-        return connection.getresponse()
+        response = connection.getresponse()
+        for _ in range(_INTERIM):
+            if not 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
+                return response
+            response.headers = None  # so that begin() reads the next one
+            response.begin()
+        raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
 
-    def receive(self, connection: Any, response: Any, limit: int, into: Any) -> bytes:
-        """The body of a response; of a range, what has come if the connection breaks. With `into`, it goes there."""
+    def receive(self, connection: Any, response: Any, request: _Request) -> bytes:
+        """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
         import http.client
         import io
-        interruptions = self.interruptions
-        is_file = into and response.status == 200
-        body = into if is_file else io.BytesIO()
+        is_file = request.into and response.status == 200
+        body = request.into if is_file else io.BytesIO()
         body.seek(0)
         body.truncate()
-        received = 0
         try:
             for data in iter(lambda: response.read(_SLICE), b''):
                 body.write(data)
-                received += len(data)
                 connection.moved += len(data)
-                self.job.add(len(data))
-                if received > limit and not is_file:
+                connection.job.add(len(data))
+                if body.tell() > request.limit and not is_file:
                     raise RemoteError(f'{connection.site} answers with more than was asked for',
                                       'a proxy or the endpoint_url is at fault', response.status)
             if response.length:
                 raise http.client.IncompleteRead(b'', response.length)
         except (OSError, http.client.HTTPException):
-            if received < _SLICE or interruptions != self.interruptions or 'Content-Range' not in response.headers:
+            if connection.is_cut or body.tell() < _SLICE or 'Content-Range' not in response.headers:
                 raise
         return b'' if is_file else body.getvalue()
 
 
-def _complete_headers(request: _Request) -> Dict[str, str]:
-    """The headers of a request, with those that all requests have."""
-    headers = {'Accept-Encoding': 'identity', **request.headers}
-    if request.body or request.method in ('PUT', 'POST'):
-        headers['Content-Length'] = str(sum(map(len, request.body)))
+def _check_headers(headers: _Headers, site: str) -> None:
     for name, value in headers.items():
         if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
-            raise ConfigError(f'a header for {_site(request.url)}, such as a token or project, contains invalid '
-                              'characters', 'check the credentials')
-    return headers
+            raise ConfigError(f'a header for {site}, such as a token or project, contains invalid characters',
+                              'check the credentials')
 
 
 def _unreachable_error(site: str, e: Exception) -> RemoteError:
@@ -2644,12 +2605,12 @@ def _find_proxy(scheme: str, host: str) -> Tuple[str, Dict[str, str]]:
     url = urllib.request.getproxies().get(scheme, '').strip()
     if not url or urllib.request.proxy_bypass(host):
         return '', {}
-    pattern = r'(?:([^/?#@]*)://)?(?:(.*)@)?([^/?#@:\[\]\s]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z'
-    match = re.match(pattern, url, re.ASCII)
-    kind, user, address, port = match.groups() if match else ('none', '', '', '')
     # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
-    known = ('http', 'https') if os.name == 'nt' else ('http',)
-    if (kind or 'http').lower() not in known or int(port or 0) > 65535:
+    kind = 'https?' if os.name == 'nt' else 'http'
+    start = rf'(?ai)(?:{kind}://|(?![^/?#@]*://))(?:(.*)@)?'
+    match = re.match(start + r'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z', url)
+    user, address, port = match.groups() if match else ('', '', '65536')
+    if int(port or 80) > 65535:
         raise ConfigError(f'{scheme}_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks '
                           'neither SOCKS nor TLS to a proxy', 'change it, or exempt this host with no_proxy')
     headers = {}
@@ -2657,24 +2618,6 @@ def _find_proxy(scheme: str, host: str) -> Tuple[str, Dict[str, str]]:
         credentials = ':'.join(map(unquote, user.partition(':')[::2]))
         headers['Proxy-Authorization'] = 'Basic ' + _base64(credentials.encode('utf-8', 'surrogateescape'))
     return f'{address}:{port or 80}', headers
-
-
-@functools.lru_cache(maxsize=None)
-def _final_response() -> Any:
-    """A class of responses that skips all interim ones (RFC 9110, 15.2); http.client itself skips only 100."""
-    import http.client
-
-    class FinalResponse(http.client.HTTPResponse):
-        def begin(self) -> None:
-            super().begin()
-            for _ in range(_INTERIM):
-                if not 101 < self.status < 200:
-                    return
-                self.headers = None  # type: ignore[assignment]  # so that begin() reads the next one
-                super().begin()
-            raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
-
-    return FinalResponse
 
 
 def _tls(ca_bundle: Optional[str]) -> Any:
@@ -2928,17 +2871,17 @@ class _Aws(_Renewed):
             request: _Request,
             keys: Optional[_AwsKeys],
             place: str,
-            digest: str,
     ) -> _Request:
         """The request with AWS Signature Version 4, by the clock as it is known now; as it is if there are no keys.
 
-        request: its query is sorted, and encoded by _query(). place: region/service. digest: SHA-256 of its body.
+        request: its query is sorted, and encoded by _query(). place: region/service.
         https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
         """
         import hmac
         if not keys:
             return request
         scheme, netloc, path, query, _ = urlsplit(request.url)
+        digest = request.digest().hexdigest()
         stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
         headers = {**request.headers, 'x-amz-date': stamp, 'x-amz-content-sha256': digest}
         headers['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
@@ -2955,7 +2898,7 @@ class _Aws(_Renewed):
             key = hmac.new(key, part.encode(), 'sha256').digest()
         headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, '
                                     f'Signature={key.hex()}')
-        return request._replace(headers=headers)
+        return request._replace(headers=headers, keys=keys)
 
     def fetch(self) -> Tuple[Optional[_AwsKeys], float]:
         """From the settings, else the environment, the profile, the container, or the machine."""
@@ -3025,14 +2968,14 @@ class _Aws(_Renewed):
             if values.get(key):
                 form[key.title().replace('_', '')] = values[key]
         body = urlencode(form).encode()
-        digest = _sha256(body).hexdigest()
         url = self.endpoint('sts') or self.host('sts', self.region)
-        request = _Request('POST', url + '/', {'Content-Type': 'application/x-www-form-urlencoded'}, [body])
+        headers = {'Content-Type': 'application/x-www-form-urlencoded'}
+        request = _Request('POST', url + '/', headers, [body], _TOKEN_LIMIT)
 
         def prepare() -> _Request:
-            return self.sign(request, keys, f'{self.region}/sts', digest)
+            return self.sign(request, keys, f'{self.region}/sts')
 
-        reply = self.http.request(prepare, self.judge, _TOKEN_LIMIT)
+        reply = self.http.request(prepare, self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
         code, message, _ = _aws_error(reply)
@@ -3162,9 +3105,10 @@ def _ask_metadata(http: _Http, request: _Request, tries: int = 1) -> _Reply:
 
     tries: more than one if it is known to be there. On most machines there is none, and nobody wants to wait for it.
     """
-    with contextlib.closing(_Http(http.job, http.ca_bundle, direct=True, timeout=2)) as client:
+    request = request._replace(limit=_TOKEN_LIMIT, tries=tries, timeout=2)
+    with contextlib.closing(_Http(http.job, http.ca_bundle, direct=True)) as client:
         try:
-            reply = client.request(lambda: request, limit=_TOKEN_LIMIT, tries=tries)
+            reply = client.request(lambda: request)
         except RemoteError as e:
             if tries > 1:
                 raise
@@ -3311,8 +3255,8 @@ class _GoogleCredentials(_Renewed):
         else:
             return self.from_tools()
         headers = {'Content-Type': 'application/x-www-form-urlencoded'}
-        request = _Request('POST', url, headers, [urlencode(form).encode()])
-        reply = self.http.request(lambda: request, limit=_TOKEN_LIMIT)
+        request = _Request('POST', url, headers, [urlencode(form).encode()], _TOKEN_LIMIT)
+        reply = self.http.request(lambda: request)
         answer = reply.json()
         if reply.status == 200:
             return answer
@@ -3443,7 +3387,7 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 
 _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
-_UNSUPPORTED = (200, 206, 405, 406, 501)  # of answers to GET of a range from the end that tell nothing
+_UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
 _PROTECTED = r'object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
 _ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
 _WAIT = "the storage is overloaded; try again later, or with 'connections: 1'"
@@ -3479,10 +3423,7 @@ class _Unconfirmed(RemoteError):
 
 
 class _WriteAgain(RemoteError):
-    """Nothing was written, and the remote knows now how to do it otherwise. `is_gone`: what was there is not any more.
-    """
-
-    is_gone = False
+    """Nothing was written, and the remote knows now how to do it otherwise."""
 
 
 class _Unlisted(RemoteError):
@@ -3517,11 +3458,7 @@ class _Remote:
     def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
-        return obj, self.read_tail(obj) if obj else b''
-
-    def read_tail(self, obj: _Object) -> bytes:
-        """The last bytes of an object, at most _TAIL."""
-        return self.read(obj, max(0, obj.size - _TAIL), obj.size)
+        return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size) if obj else b''
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version. Raises RemoteError if the object was replaced. Threads share it."""
@@ -3568,28 +3505,78 @@ class _HttpStore(_Remote):
     def __exit__(self, *_: Any) -> None:
         self.http.close()
 
-    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
-        """Ask for a range of an object, as RFC 9110, 14.1.1 writes it, of `length` bytes.
+    def prepare(self, request: _Request) -> _Request:
+        """A request as it is sent now; its url may be relative to the bucket."""
+        return request
 
-        version: the only one that will do, if there is one. Statuses in _NO_RANGE are answers, too.
-        """
+    def judge(self, reply: _Reply) -> str:
+        """For _Http.request()."""
+        return _judge(reply)
+
+    def error(self, reply: _Reply) -> RemoteError:
         raise NotImplementedError
 
+    def ask(self, request: _Request, accept: Sequence[int] = ()) -> _Reply:
+        """Make a request. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        reply = self.http.request(lambda: request.before() or self.prepare(request), self.judge)
+        if 200 <= reply.status < 300 or reply.status in accept:
+            return reply
+        raise self.error(reply)
+
+    def address(self, name: str, version: str = '') -> str:
+        """Where an object is, or this version of it."""
+        raise NotImplementedError
+
+    def get(
+            self,
+            name: str,
+            start: int,
+            stop: int,
+            known: Optional[_Object] = None,
+    ) -> Tuple[Optional[_Object], bytes]:
+        """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
+
+        start: if stop is 0, minus the number of bytes to read from the end (RFC 9110, 14.1.2).
+        known: the very version that it must be. Some stores ignore If-Match, and `rclone serve s3` answers 200.
+        """
+        wanted = known.version if known else ''
+        headers = {'Range': f'bytes={start}-{stop - 1}' if stop else f'bytes={start}'}
+        if wanted.startswith('"'):  # only a strong ETag will do (RFC 9110, 13.1.1)
+            headers['If-Match'] = wanted
+        request = _Request('GET', self.address(name, wanted), headers, limit=stop - start + 65536)
+        reply = self.ask(request, _NO_RANGE)
+        if known and (reply.status in _NO_RANGE or self.version(reply) not in (wanted, '')):
+            raise self.mismatch_error(known, reply)
+        if reply.status in _MISSING:
+            return None, b''
+        obj = known or self.describe(name, reply)
+        if not obj.size:
+            return obj, b''
+        if not stop:
+            start = max(0, obj.size + start)
+        stop = min(stop or obj.size, obj.size)
+        span = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
+        is_range = re.match(span, reply.headers.get('Content-Range') or '')
+        if not is_range or not 0 < len(reply.body) <= stop - start:
+            raise RemoteError(f'{self.url} does not answer with the range that was asked for',
+                              'a proxy or the endpoint_url is at fault', reply.status)
+        return obj, reply.body
+
+    def stat(self, name: str) -> Optional[_Object]:
+        return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
+
     def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
-        """As above: in one request, where the server knows ranges that count from the end (RFC 9110, 14.1.2)."""
+        """As above: in one request, where the server knows ranges that count from the end."""
         try:
-            reply = self.get(name, f'-{_TAIL}', _TAIL)
-            if reply.status in _MISSING:
-                return None, b''
-            if reply.status < 300:
-                obj = self.describe(name, reply)
-                start = max(0, obj.size - _TAIL)
-                tail = self.range_body(obj, reply, start, obj.size)
-                return obj, tail + self.read(obj, start + len(tail), obj.size)
+            obj, tail = self.get(name, -_TAIL, 0)
         except RemoteError as e:
             if e.status not in _UNSUPPORTED:
                 raise
-        return super().find(name)
+            return super().find(name)
+        if obj:
+            start = max(0, obj.size - _TAIL) + len(tail)
+            tail += self.read(obj, start, obj.size)
+        return obj, tail
 
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
@@ -3604,36 +3591,14 @@ class _HttpStore(_Remote):
         """The version of the object that an answer is of; '' if the answer does not say."""
         return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified')))
 
-    def range_headers(self, span: str, version: str) -> Dict[str, str]:
-        """The headers that ask for a range of a version (RFC 9110, 13.1.1: only a strong ETag will do)."""
-        headers = {'Range': f'bytes={span}'}
-        if version.startswith('"'):
-            headers['If-Match'] = version
-        return headers
-
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. Where the connection breaks, it goes on from there."""
         data = b''
         while start < stop:
-            reply = self.get(obj.name, f'{start}-{stop - 1}', stop - start, obj.version)
-            part = self.range_body(obj, reply, start, stop)
+            part = self.get(obj.name, start, stop, obj)[1]
             data = data + part if data else part
             start += len(part)
         return data
-
-    def range_body(self, obj: _Object, reply: _Reply, start: int, stop: int) -> bytes:
-        """The body, if it is this range of this very version, or its start, if the connection broke.
-
-        Some stores ignore If-Match, and `rclone serve s3` answers 200 instead of 206.
-        """
-        if reply.status in _NO_RANGE or self.version(reply) not in (obj.version, ''):
-            raise self.mismatch_error(obj, reply)
-        is_whole = len(reply.body) == stop - start
-        is_start = reply.body and reply.headers.get('Content-Length') == str(stop - start)
-        if not reply.has_range(start, stop, obj.size) or not (is_whole or is_start):
-            raise RemoteError(f'{self.url} does not answer with the range that was asked for',
-                              'a proxy or the endpoint_url is at fault', reply.status)
-        return reply.body
 
     def mismatch_error(self, obj: _Object, reply: _Reply) -> RemoteError:
         """About an answer that is not of this very version."""
@@ -3649,6 +3614,7 @@ class _BucketStore(_HttpStore):
     """What remotes share whose url names a bucket and a prefix."""
 
     service = ''  # how its API is called
+    next_page = ''  # the part of a query that asks for another page of the listing
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
@@ -3667,14 +3633,6 @@ class _BucketStore(_HttpStore):
         name = key[len(self.prefix):-4]
         return name if key == self.key(name) and _is_name(name) else ''
 
-    def look(self, obj: _Object) -> None:
-        """Before each try of remove(), as a lost answer may have been a yes, and some stores ignore conditions.
-
-        Raises NotFound if it is gone already.
-        """
-        if not self.is_current(obj):
-            raise NotFound
-
     def protocol_error(self, status: int = 0) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as {self.service} does',
                            'check the endpoint_url, and whether a proxy or login page answers in its place', status)
@@ -3682,18 +3640,35 @@ class _BucketStore(_HttpStore):
     def list(self) -> List[_Object]:
         objects: List[_Object] = []
         tokens = ['']
+        query = {'prefix': self.prefix, 'delimiter': '/'}
         while True:
-            page, token = self.list_page(tokens[-1])
+            page, token = self.list_page(query)
             objects += [obj for obj in page if obj.name]
             if not token:
                 return objects
             if token in tokens:
                 raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
             tokens.append(token)
+            query[self.next_page] = token
 
-    def list_page(self, token: str) -> Tuple[List[_Object], str]:
+    def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
         """Some objects, those that are no archives without a name, and the token of the next page, if there is one."""
         raise NotImplementedError
+
+    def delete(self, obj: _Object, url: str, **condition: str) -> Optional[_Reply]:
+        """Delete this very version; None if it is gone already. condition: headers."""
+        def look() -> None:  # before each try, as a lost answer may have been a yes, and some stores ignore conditions
+            if not self.is_current(obj):
+                raise NotFound
+
+        try:
+            reply = self.ask(_Request('DELETE', url, condition=condition, before=look), [404, 412])
+            if reply.status >= 300:
+                look()
+                raise self.error(reply)
+        except NotFound:
+            return None
+        return reply
 
 
 def _version(etag: Optional[str], modified: float) -> str:
@@ -3707,41 +3682,33 @@ def _version(etag: Optional[str], modified: float) -> str:
 def _split_parts(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]) -> Iterator[Any]:
     """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
 
-    A part is a list of bytes. Ranges are parts of their own.
+    A part is a list of bytes. Ranges are parts of their own, but for what the part before lacks; that is read.
     """
     part: List[Any] = []
-    left = size
+    left = size  # bytes that the part lacks
+    longest = max(size, _LONG_PART)
     for chunk in chunks:
         ranges: List[_Range] = []
         if isinstance(chunk, _Range):
-            chunk, ranges = _fit_range(chunk, left % size, max(size, _LONG_PART), read)
+            obj, start, stop = chunk
+            middle = start + left % size
+            if stop - middle < _MIN_PART:
+                middle = stop
+            chunk = read(obj, start, middle)
+            step = (stop - middle) // ((stop - middle) // longest + 1) + 1
+            ranges = [_Range(obj, at, min(at + step, stop)) for at in range(middle, stop, step)]
         rest = memoryview(chunk)
-        while len(rest) >= left:
+        while rest:
             part.append(rest[:left])
-            yield part
             rest = rest[left:]
-            part = []
-            left = size
-        if rest:
-            part.append(rest)
-            left -= len(rest)
+            left -= len(part[-1])
+            if not left:
+                yield part
+                part = []
+                left = size
         yield from ranges
     if part:
         yield part
-
-
-def _fit_range(source: _Range, gap: int, longest: int, read: Callable[..., bytes]) -> Tuple[bytes, List[_Range]]:
-    """The first `gap` bytes of a range, which the part before it lacks, and the rest in ranges that can be parts.
-
-    If too little would be left for a part, all bytes are read.
-    """
-    start = source.start + gap
-    left = source.stop - start
-    if left < _MIN_PART:
-        return read(source.obj, source.start, source.stop), []
-    step = left // (left // longest + 1) + 1
-    ranges = [source._replace(start=at, stop=min(at + step, source.stop)) for at in range(start, source.stop, step)]
-    return read(source.obj, source.start, start), ranges
 
 
 def _read_ahead(
@@ -3757,16 +3724,14 @@ def _read_ahead(
     """
     left = sum(stop - start for start, stop in spans)
     length = _MIN_RANGE  # of the next range
-    ahead = 0  # bytes that are being read or wait to be yielded
 
     def ranges() -> Iterator[_Extent]:
-        nonlocal left, ahead
+        nonlocal left
         for start, end in spans:
             while start < end:
                 fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
                 stop = min(start + min(length, fair), end)
                 left -= stop - start
-                ahead += stop - start
                 yield start, stop
                 start = stop
 
@@ -3780,20 +3745,16 @@ def _read_ahead(
         return data
 
     with _Pool(job, max(1, min(remote.connections, left // _MIN_RANGE))) as pool:
-        chunks = _ordered(pool, fetch, ranges(), lambda _: ahead < _AHEAD)
-        for data in chunks:
-            ahead -= len(data)
-            yield data
+        yield from _ordered(pool, fetch, ranges(), lambda count: count * length < _AHEAD)
 
 
 def _md5() -> Any:
     """A new MD5 hash, to compare with what Google got, not for security; None where there is none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
-    with contextlib.suppress(ValueError):
-        return md5()
-    with contextlib.suppress(ValueError, TypeError):  # TypeError: up to Python 3.8
-        return md5(usedforsecurity=False)
+    for options in ({'usedforsecurity': False}, {}):  # the former is a TypeError up to Python 3.8
+        with contextlib.suppress(ValueError, TypeError):
+            return md5(**options)
     return None
 
 
@@ -4000,6 +3961,7 @@ class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
     service = 'S3'
+    next_page = 'continuation-token'
 
     def __init__(self, config: Config, job: _Job) -> None:
         if (config.url or '').startswith('s3://arn:'):
@@ -4015,7 +3977,6 @@ class _S3Remote(_BucketStore):
         self.can_copy = not (self.endpoint and ('%' in self.prefix or '.r2.cloudflarestorage.com' in self.endpoint))
         self.is_bucket_in_host = self.choose_addressing()
         self.learnt: Set[str] = set()  # how the bucket wants objects to be written
-        self.used: Set[str] = set()  # what of it the current write() goes by
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
         self.object_headers = _sendable({
             'Content-Type': 'application/gzip',
@@ -4038,89 +3999,58 @@ class _S3Remote(_BucketStore):
         dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
 
-    def address(self, key: str, query: _Headers) -> str:
+    def address(self, name: str, version: str = '') -> str:
+        return '/' + _quote(self.key(name), safe='/')
+
+    def prepare(self, request: _Request) -> _Request:
+        headers = {**self.headers, **request.headers, **request.condition}
+        if _CHECKSUM in self.learnt:
+            # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
+            if request.url.endswith('?uploads='):
+                headers['x-amz-checksum-algorithm'] = 'SHA256'
+            elif request.method == 'PUT' and request.body:
+                headers['x-amz-checksum-sha256'] = _base64(request.digest().digest())
         base = self.endpoint or self.aws.host('s3', self.region)
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
         else:
             base += '/' + self.bucket
-        address = f"{base}/{_quote(key, safe='/')}"
-        return f'{address}?{_query(sorted(query.items()))}' if query else address
+        request = request._replace(url=base + request.url, headers=headers)
+        return self.aws.sign(request, self.aws.get(), f'{self.region}/s3')
 
-    def request(
-            self,
-            method: str,
-            key: str = '',  # '' means the bucket
-            query: _Headers = {},  # noqa: B006
-            headers: _Headers = {},  # noqa: B006
-            body: Sequence[Any] = (),
-            accept: Sequence[int] = (),
-            limit: int = _REPLY_LIMIT,
-            condition: Dict[str, str] = {},  # noqa: B006
-            before: Callable[[], Any] = bool,
-    ) -> _Reply:
-        """Make a signed request, retrying while a refusal teaches another region, clock or key.
+    def judge(self, reply: _Reply) -> str:
+        """As above: another try may help after a refusal that teaches another region, clock or key."""
+        request = reply.request
+        is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
+        if reply.status < 300 and not is_late:
+            return 'final'
+        verdict = self.aws.judge(reply)
+        return 'at once' if verdict == 'final' and self.learn(reply) else verdict
 
-        condition: headers, cleared if the store knows no conditions. before: is called before each try.
-        Raises RemoteError for any answer but 2xx and those in `accept`.
+    def learn(self, reply: _Reply) -> bool:
+        """Adjust to a refusal; return whether another try may help.
+
+        OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
         """
-        payload = _sha256()
-        for chunk in body:
-            payload.update(chunk)
-        headers = {**self.headers, **headers, **self.checksum(query, body, payload.digest())}
-        keys: Optional[_AwsKeys] = None
-
-        def prepare() -> _Request:
-            nonlocal keys
-            before()
-            keys = self.aws.get()
-            request = _Request(method, self.address(key, query), {**headers, **condition}, body)
-            return self.aws.sign(request, keys, f'{self.region}/s3', payload.hexdigest())
-
-        def judge(reply: _Reply) -> str:
-            is_late = method == 'POST' or _COPY_SOURCE in headers  # errors may come with status 200
-            if reply.status < 300 and not is_late:
-                return 'final'
-            verdict = self.aws.judge(reply)
-            if verdict == 'final' and self.learn(reply, keys):
-                return 'at once'
-            if condition and not self.has_exclusive_write and _knows_no_conditions(reply, method):
-                condition.clear()
-                return 'at once'
-            return verdict
-
-        reply = self.http.request(prepare, judge, limit)
-        if not (200 <= reply.status < 300 or reply.status in accept):
-            error = self.error(reply, method, key)
-            if _CHECKSUM in error.message.lower():
-                self.write_again(_CHECKSUM, error)
-            raise error
-        return reply
-
-    def checksum(self, query: _Headers, body: Sequence[Any], digest: bytes) -> Dict[str, str]:
-        """https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html"""
-        if _CHECKSUM not in self.used:
-            return {}
-        if 'uploads' in query:
-            return {'x-amz-checksum-algorithm': 'SHA256'}
-        is_manifest = 'uploadId' in query and 'partNumber' not in query
-        return {'x-amz-checksum-sha256': _base64(digest)} if body and not is_manifest else {}
-
-    def learn(self, reply: _Reply, keys: Optional[_AwsKeys]) -> bool:
-        """Adjust to the refusal of a request with these keys; return whether another try may help."""
+        request = reply.request
         code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
-            self.aws.renew(keys)
-            return bool(self.aws.get() != keys)
+            self.aws.renew(request.keys)
+            return bool(self.aws.get() != request.keys)
+        is_unknown = reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
+        is_misjudged = reply.status == 412 and request.method == 'DELETE'
+        if request.condition and (is_unknown or is_misjudged) and not self.has_exclusive_write:
+            request.condition.clear()
+            return True
         if reply.status not in (301, 307, 400, 403) or not re.match(_AWS_REGION, region) or region == self.region:
             return False
         self.region = region
         return True
 
-    def error(self, reply: _Reply, method: str, key: str) -> RemoteError:
+    def error(self, reply: _Reply) -> RemoteError:
         code, message, _ = _aws_error(reply)
-        keys = self.aws.get()
+        keys, method = reply.request.keys, reply.request.method
         remedy = _WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region'
         remedy = _S3_REMEDIES.get(code, remedy)
         if not keys and reply.status in (400, 401, 403):
@@ -4128,20 +4058,19 @@ class _S3Remote(_BucketStore):
         elif method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.IGNORECASE):
             remedy = _ASK_WHO_PROTECTS
         elif code in ('AccessDenied', '') and reply.status in (401, 403):
-            reading = 's3:GetObject, and s3:ListBucket to tell what is missing' if key else 's3:ListBucket'
+            is_listing = 'list-type' in reply.request.url
+            reading = 's3:ListBucket' if is_listing else 's3:GetObject, and s3:ListBucket to tell what is missing'
             permission = {'GET': reading, 'DELETE': 's3:DeleteObject'}.get(method, 's3:PutObject')
             remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
         remedy = remedy.format(source=keys and keys.source, profile=self.aws.name)
         return RemoteError(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
-    def list_page(self, token: str) -> Tuple[List[_Object], str]:
+    def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
         """ListObjectsV2"""
-        query = {'list-type': '2', 'prefix': self.prefix, 'delimiter': '/', 'encoding-type': 'url'}
-        if token:
-            query['continuation-token'] = token
+        query = {'list-type': '2', 'encoding-type': 'url', **query}
         objects = []
         try:
-            page = _xml(self.request('GET', query=query).page())
+            page = _xml(self.ask(_Request('GET', '/?' + _query(sorted(query.items())))).page())
             decode = unquote_plus if page.findtext('EncodingType') == 'url' else str
             for item in page.iter('Contents'):
                 name = self.name_of(decode(item.findtext('Key', '')))
@@ -4158,154 +4087,126 @@ class _S3Remote(_BucketStore):
     def stat(self, name: str) -> Optional[_Object]:
         """As above. By a GET, which needs no other permission than reading."""
         try:
-            reply = self.get(name, '0-1', 2)  # as s3rver takes 0-0 for all
+            return super().stat(name)
         except RemoteError as e:
-            if 'InvalidObjectState' not in e.message:
+            if e.status not in (206, 416) and 'InvalidObjectState' not in e.message:
                 raise
-        else:
-            if reply.status in _MISSING:
-                return None
-            if reply.status != 416 and reply.whole_size() is not None:
-                return self.describe(name, reply)
-        # What is empty, or in an archive class, can be listed.
+        # What is empty, in an archive class or of an unknown size can be listed.
         return next((obj for obj in self.list() if obj.name == name), None)
-
-    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
-        return self.request('GET', self.key(name), headers=self.range_headers(span, version), accept=_NO_RANGE,
-                            limit=length + 65536)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
-        self.used = set(self.learnt)
         large = limit // _FEW_PARTS + 1
-        if _LARGE_PARTS not in self.used:  # Amazon takes many, others often, so parts only grow while they are moderate
+        if _LARGE_PARTS not in self.learnt:  # Amazon takes many, others often: they only grow while they are moderate
             large = min(large, _LONG_PART if self.endpoint else 0)
         size = max(_MIN_PART, limit // _MAX_PARTS + 1, large)
-        parts = _split_parts(chunks, size, self.read)
+        numbers = itertools.count(1)
+        try:
+            self.upload(name, size, numbers, _split_parts(chunks, size, self.read), exclusive)
+        except RemoteError as e:
+            is_refused = 400 <= e.status < 500
+            lesson = _LARGE_PARTS if is_refused and next(numbers) > _FEW_PARTS + 1 else ''
+            if _CHECKSUM in e.message.lower():
+                lesson = _CHECKSUM
+            if not lesson or lesson in self.learnt:
+                raise
+            self.learnt.add(lesson)
+            raise _WriteAgain(e.message) from e
+
+    def upload(self, name: str, size: int, numbers: Iterator[int], parts: Iterator[Any], exclusive: bool) -> None:
+        """Send parts of this size; or all at once, if it is less."""
+        url = self.address(name)
         first: Any = next(parts, [])
         if isinstance(first, list) and sum(map(len, first)) < size:
-            self.finish(name, {}, first, exclusive)
+            self.finish(name, _Request('PUT', url, self.object_headers, first), exclusive)
             return
         parts = itertools.chain([first], parts)
         del first  # or memory would hold it to the end
-        key = self.key(name)
-        with self.http.unbroken():  # or nobody would know which upload to abort
-            reply = self.request('POST', key, {'uploads': ''}, self.object_headers)
+        # An interruption waits for the answer, or nobody would know which upload to abort.
+        reply = self.ask(_Request('POST', url + '?uploads=', self.object_headers, is_vital=True))
         upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
-        query = {'uploadId': upload}
+        query = _query([('uploadId', upload)])
         try:
-            connections = min(self.connections, -(-_IN_FLIGHT // size))
-            manifest = self.send_parts(key, query, parts, connections)
-            self.finish(name, query, [manifest], exclusive)
+            manifest = self.send_parts(f'{url}?partNumber=%d&{query}', zip(numbers, parts), -(-_IN_FLIGHT // size))
+            headers = {'Content-Type': 'application/xml'}
+            self.finish(name, _Request('POST', f'{url}?{query}', headers, [manifest]), exclusive)
         except BaseException:  # abandoned parts are billed
-            with self.http.briefly(), contextlib.suppress(RemoteError):
-                self.request('DELETE', key, query, accept=[404])
+            with contextlib.suppress(RemoteError):
+                self.ask(_Request('DELETE', f'{url}?{query}', tries=_LAST_TRIES, is_vital=True), [404])
             raise
 
-    def write_again(self, lesson: str, error: RemoteError) -> None:
-        """Raises _WriteAgain if a write that goes by this lesson may succeed."""
-        if lesson not in self.used:
-            self.learnt.add(lesson)
-            raise _WriteAgain(error.message) from error
-
-    def send_parts(self, key: str, query: _Headers, parts: Iterable[Any], connections: int) -> bytes:
-        """Upload parts, several at once; return the manifest that completes the upload."""
+    def send_parts(self, url: str, parts: Iterator[Tuple[int, Any]], most: int) -> bytes:
+        """Upload numbered parts, several at once; return the manifest that completes the upload."""
         import threading
+        from xml.sax.saxutils import escape
+        connections = min(self.connections, most)
         slots = threading.Semaphore(connections)
-
-        def numbered() -> Iterator[Tuple[int, Any]]:
-            for item in enumerate(parts, 1):
-                slots.acquire()  # so that no more parts are in memory than are being sent
-                yield item
 
         def send(item: Tuple[int, Any]) -> str:
             number, part = item
             try:
-                return self.send_part(key, dict(query, partNumber=str(number)), part)
-            except RemoteError as e:
-                if number > _FEW_PARTS and 400 <= e.status < 500:
-                    self.write_again(_LARGE_PARTS, e)
-                raise
+                found = self.send_part(url.replace('%d', str(number)), part)
             finally:
                 slots.release()
+            etag = found.get('ETag')
+            checksum = found.get('ChecksumSHA256') or found.get('x-amz-checksum-sha256')
+            if not etag:
+                raise self.protocol_error(200)
+            extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
+            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
 
         with _Pool(self.job, connections) as pool:
-            rows = ''.join(_ordered(pool, send, numbered(), _for_all))
+            # No more parts are in memory than are being sent.
+            few = filter(lambda _: slots.acquire(), parts)
+            rows = ''.join(_ordered(pool, send, few, _for_all))
         return f'<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>'.encode()
 
-    def send_part(self, key: str, query: _Headers, part: Any) -> str:
-        """Send a part of an upload, or let the storage copy it; return its row in the manifest.
+    def send_part(self, url: str, part: Any) -> Any:
+        """Send a part of an upload, or let the storage copy it; return what it tells of it, by name.
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
-        from xml.sax.saxutils import escape
-        if isinstance(part, _Range):
-            source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
-            headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
-            reply = self.request('PUT', key, query, headers)
-            if not self.is_current(part.obj):  # some stores misjudge conditions of the source, or ignore them
-                raise self.overtaken_error(part.obj)
-            found = _xml_items(reply, 'CopyPartResult')
-        else:
-            reply = self.request('PUT', key, query, body=part)
-            found = {'ETag': reply.headers.get('ETag'), 'ChecksumSHA256': reply.headers.get('x-amz-checksum-sha256')}
-        etag = found.get('ETag')
-        checksum = found.get('ChecksumSHA256')
-        if not etag:
-            raise self.protocol_error(reply.status)
-        extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
-        return f"<Part><PartNumber>{query['partNumber']}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>"
+        if not isinstance(part, _Range):
+            return self.ask(_Request('PUT', url, {}, part)).headers
+        source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
+        headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
+        reply = self.ask(_Request('PUT', url, headers))
+        if not self.is_current(part.obj):  # some stores misjudge conditions of the source, or ignore them
+            raise self.overtaken_error(part.obj)
+        return _xml_items(reply, 'CopyPartResult')
 
-    def finish(self, name: str, query: _Headers, body: Sequence[Any], exclusive: bool) -> None:
-        """Make the request that lets the object appear: CompleteMultipartUpload, or without a query PutObject.
+    def finish(self, name: str, request: _Request, exclusive: bool) -> None:
+        """Make the request that lets the object appear: CompleteMultipartUpload or PutObject.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
-        method, headers = ('POST', {'Content-Type': 'application/xml'}) if query else ('PUT', self.object_headers)
-        key = self.key(name)
-        if exclusive and not self.has_exclusive_write and self.stat(name):
-            raise _NameTaken
-        condition = {'If-None-Match': '*'} if exclusive else {}
-        reply = self.request(method, key, query, headers, body, [404, 409, 412], condition=condition)
+        if exclusive:
+            if not self.has_exclusive_write and self.stat(name):
+                raise _NameTaken
+            request = request._replace(condition={'If-None-Match': '*'})
+        reply = self.ask(request, [404, 409, 412])
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         code = _aws_error(reply)[0]
         if code == 'NoSuchUpload':  # likewise
-            raise _Unconfirmed(str(self.error(reply, method, key)))
+            raise _Unconfirmed(str(self.error(reply)))
         if code or reply.status >= 300:
-            raise self.error(reply, method, key)
-        etag = _xml_items(reply, 'CompleteMultipartUploadResult').get('ETag')
-        if method == 'PUT' and not reply.body.strip():
-            etag = reply.headers.get('ETag')
-        if reply.status != 200 or not etag:
+            raise self.error(reply)
+        found: Any = _xml_items(reply, 'CompleteMultipartUploadResult')
+        if request.method == 'PUT' and not reply.body.strip():
+            found = reply.headers
+        if reply.status != 200 or not found.get('ETag'):
             raise _Unconfirmed(str(self.protocol_error()))
 
     def remove(self, obj: _Object) -> bool:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        key = self.key(obj.name)
         condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
-        look = functools.partial(self.look, obj)
-        try:
-            reply = self.request('DELETE', key, accept=[404, 412], condition=condition, before=look)
-            if reply.status in (404, 412):
-                look()
-        except NotFound:
+        reply = self.delete(obj, self.address(obj.name), **condition)
+        if not reply or reply.headers.get('x-amz-version-id') == 'null':  # the marker may have replaced the object
             return False
-        if reply.status == 412:
-            raise self.error(reply, 'DELETE', key)
-        is_suspended = reply.headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
-        return reply.headers.get('x-amz-delete-marker') == 'true' and not is_suspended
-
-
-def _knows_no_conditions(reply: _Reply, method: str) -> bool:
-    """Whether the answer to a request with a condition may mean that the store knows none.
-
-    OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
-    """
-    is_unknown = _aws_error(reply)[0] in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
-    return reply.status in (400, 501) and is_unknown or reply.status == 412 and method == 'DELETE'
+        return bool(reply.headers.get('x-amz-delete-marker') == 'true')
 
 
 def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
@@ -4330,12 +4231,14 @@ _GS_REMEDIES = (  # by what an error says: who asked, its status and its message
     ('.* (429|503)', _WAIT),
     ('', 'check the url'),
 )
+_GS_FIELDS = 'name,size,generation,updated'
 
 
 class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
     service = 'Google Cloud Storage'
+    next_page = 'pageToken'
     has_exclusive_write = True
 
     def __init__(self, config: Config, job: _Job) -> None:
@@ -4348,57 +4251,39 @@ class _GsRemote(_BucketStore):
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
-    def request(
-            self,
-            method: str,
-            key: str,  # '' means the bucket
-            query: _Headers,
-            headers: _Headers = {},  # noqa: B006
-            body: Sequence[Any] = (),
-            accept: Sequence[int] = (),
-            limit: int = _REPLY_LIMIT,
-            before: Callable[[], Any] = bool,
-    ) -> _Reply:
-        """Make an authorized request. before: is called before each try.
+    def resource(self, archive: str = '', api: str = '', **query: str) -> str:
+        """The address of an object, or of the bucket."""
+        key = '/' + _quote(self.key(archive)) if archive else ''
+        return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query.items())}'
 
-        Raises RemoteError for any answer but 2xx and those in `accept`.
-        """
-        api = '/upload/storage/v1' if 'uploadType' in query else '/storage/v1'
-        url = f'{self.endpoint}{api}/b/{self.bucket}/o/{_quote(key)}'.rstrip('/') + '?' + _query(query.items())
-        authorization: Dict[str, str] = {}
+    def address(self, name: str, version: str = '') -> str:
+        bound = {'generation': version, 'ifGenerationMatch': version} if version else {}
+        return self.resource(name, alt='media', **bound)
 
-        def prepare() -> _Request:
-            before()
-            if self.credentials:
-                authorization.update(self.credentials.get() or {})
-            return _Request(method, url, {**headers, **authorization}, body)
+    def prepare(self, request: _Request) -> _Request:
+        keys = self.credentials.get() if self.credentials else None
+        headers = {'Accept-Encoding': 'gzip', **request.headers, **(keys or {})}  # or it may gunzip an object
+        return request._replace(url=self.endpoint + request.url, headers=headers, keys=keys)
 
-        def judge(reply: _Reply) -> str:
-            if reply.status == 401 and self.credentials and authorization:
-                self.credentials.renew(authorization)
-                return 'at once'
-            return _judge(reply)
+    def judge(self, reply: _Reply) -> str:
+        if reply.status == 401 and self.credentials and reply.request.keys:
+            self.credentials.renew(reply.request.keys)
+            return 'at once'
+        return _judge(reply)
 
-        reply = self.http.request(prepare, judge, limit)
-        if 200 <= reply.status < 300 or reply.status in accept:
-            return reply
-        raise self.error(reply, 'account' if authorization else 'nobody')
-
-    def error(self, reply: _Reply, who: str = 'account') -> RemoteError:
+    def error(self, reply: _Reply) -> RemoteError:
         try:
             message = str(reply.json()['error']['message'])
         except (KeyError, TypeError):
             message = reply.page()[:300].decode('utf-8', 'replace')
+        who = 'account' if reply.request.keys else 'nobody'
         text = f'{who} {reply.status} {message}'
         remedy = next(remedy for pattern, remedy in _GS_REMEDIES if re.match(pattern, text, re.I | re.S))
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
 
-    def list_page(self, token: str) -> Tuple[List[_Object], str]:
-        fields = 'kind,items(name,size,generation,updated),nextPageToken'
-        query = {'prefix': self.prefix, 'delimiter': '/', 'fields': fields}
-        if token:
-            query['pageToken'] = token
-        page = self.request('GET', '', query).json()
+    def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
+        fields = f'kind,items({_GS_FIELDS}),nextPageToken'
+        page = self.ask(_Request('GET', self.resource(fields=fields, **query))).json()
         following = page.get('nextPageToken', '')
         is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
         if not is_listing or not isinstance(following, str):
@@ -4413,7 +4298,7 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error() from None
 
     def stat(self, name: str) -> Optional[_Object]:
-        reply = self.request('GET', self.key(name), {'fields': 'name,size,generation,updated'}, accept=[404])
+        reply = self.ask(_Request('GET', self.resource(name, fields=_GS_FIELDS)), [404])
         if reply.status == 404:
             return None
         obj, = self.parse([reply.json()])
@@ -4424,56 +4309,48 @@ class _GsRemote(_BucketStore):
     def version(self, reply: _Reply) -> str:
         return reply.headers.get('x-goog-generation') or ''
 
-    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
-        query = {'alt': 'media'}
-        if version:
-            query.update(generation=version, ifGenerationMatch=version)
-        headers = {'Range': f'bytes={span}', 'Accept-Encoding': 'gzip'}  # or it may gunzip the object
-        return self.request('GET', self.key(name), query, headers, accept=_NO_RANGE, limit=length + 65536)
-
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
-        key = self.key(name)
-        session = self.begin_upload(key, exclusive)
+        session = self.begin_upload(name, exclusive)
         md5 = _md5()
         size = 0
 
         def parts() -> Iterator[Tuple[int, bytes]]:  # the last one is shorter than the others, perhaps empty
             nonlocal size
-            for part in _split_parts(chunks, _GS_PART, self.read):
+            for part in itertools.chain(_split_parts(chunks, _GS_PART, self.read), [()]):
                 data = b''.join(part)
-                yield size, data
+                if data or size % _GS_PART == 0:
+                    yield size, data
                 size += len(data)
                 if md5:
                     md5.update(data)
-            if size % _GS_PART == 0:
-                yield size, b''
 
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
                 *_, answer = _ordered(pool, send, parts(), lambda count: count < 2)
         except BaseException:
-            with self.http.briefly(), contextlib.suppress(RemoteError):
-                self.http.request(lambda: _Request('DELETE', session), tries=1)
+            with contextlib.suppress(RemoteError):
+                self.http.request(lambda: _Request('DELETE', session, tries=1, is_vital=True))
             raise
         generation = str(answer.get('generation', ''))
-        if not generation or [answer.get('name'), str(answer.get('size'))] != [key, str(size)]:
+        if not generation or [answer.get('name'), str(answer.get('size'))] != [self.key(name), str(size)]:
             raise _Unconfirmed(str(self.protocol_error()))
         if md5 and answer.get('md5Hash') not in (None, _base64(md5.digest())):
-            self.request('DELETE', key, {'ifGenerationMatch': generation}, accept=[404])
+            self.ask(_Request('DELETE', self.resource(name, ifGenerationMatch=generation)), [404])
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
 
-    def begin_upload(self, key: str, exclusive: bool) -> str:
+    def begin_upload(self, name: str, exclusive: bool) -> str:
         """The address to which the parts of an upload go. Whoever has it needs no credentials."""
-        query = {'uploadType': 'resumable', 'name': key}
+        query = {'uploadType': 'resumable', 'name': self.key(name)}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
-        reply = self.request('POST', '', query, headers, [b'{"contentType": "application/gzip"}'], [412])
+        body = [b'{"contentType": "application/gzip"}']
+        reply = self.ask(_Request('POST', self.resource(api='/upload', **query), headers, body), [412])
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
@@ -4494,7 +4371,8 @@ class _GsRemote(_BucketStore):
             body = [memoryview(part)[at - start:]] if is_known and at < stop else []
             is_known = False
             span = f'{at}-{stop - 1}' if body else '*'
-            return _Request('PUT', session, {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}, body)
+            headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
+            return _Request('PUT', session, headers, body, keys=session)
 
         def judge(reply: _Reply) -> str:
             nonlocal at, is_known
@@ -4524,19 +4402,14 @@ class _GsRemote(_BucketStore):
 
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
-        key = self.key(obj.name)
-        look = functools.partial(self.look, obj)
-        with contextlib.suppress(NotFound):
-            reply = self.request('DELETE', key, {'ifGenerationMatch': obj.version}, accept=[404, 412], before=look)
-            if reply.status == 412:
-                look()
-                raise self.error(reply)
-        query = {'generation': obj.version, 'fields': 'generation'}
-        reply = self.request('GET', key, query, accept=[403, 404])
-        return bool(reply.json().get('generation') == obj.version)
+        self.delete(obj, self.resource(obj.name, ifGenerationMatch=obj.version))
+        url = self.resource(obj.name, generation=obj.version, fields='generation')
+        return bool(self.ask(_Request('GET', url), [403, 404]).json().get('generation') == obj.version)
 
 
 # http(s):// ----------------------------------------------------------------------------
+_REDIRECTS = (301, 302, 303, 307, 308)
+
 
 class _WebRemote(_HttpStore):
     """http(s)://host/path: what a web server shows. It can only be read."""
@@ -4544,58 +4417,50 @@ class _WebRemote(_HttpStore):
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
         self.url = (config.url or '').rstrip('/')
-        if '@' in self.url:  # anywhere, as a password may hold a slash
-            raise ConfigError('the url has a user or password in it, which etcetera never sends',
-                              'remove it, or write %40 for an @ in the path')
-        if not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
-            raise ConfigError('the url is not of the form https://host or https://host/path')
+        # No @ anywhere, as a password may hold a slash.
+        if '@' in self.url or not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
+            raise ConfigError('the url is not of the form https://host or https://host/path, or it has a user or '
+                              'password in it, which etcetera never sends', 'write %40 for an @ in the path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
         self.http = _Http(job, config.ca_bundle)
-        self.directories: List[Any] = []  # temporary ones, for objects of a server that knows no ranges
-        self.downloads: Dict[_Object, Tuple[_FileRemote, Any]] = {}
+        self.downloads: Dict[_Object, Any] = {}  # files, for objects of a server that knows no ranges
 
     def __exit__(self, *_: Any) -> None:
         self.http.close()
-        for directory in self.directories:
-            directory.cleanup()
+        for file in self.downloads.values():
+            file.close()
 
-    def address(self, name: str) -> str:
+    def address(self, name: str, version: str = '') -> str:
         return f'{self.base}{name}.tgz'
 
-    def request(
-            self,
-            method: str,
-            url: str,
-            headers: _Headers = {},  # noqa: B006
-            accept: Container[int] = (),
-            limit: int = _REPLY_LIMIT,
-            into: Any = None,
-    ) -> _Reply:
-        """Make a request and follow redirects. Raises RemoteError for any answer but 2xx and those in `accept`."""
-        def prepare() -> _Request:
-            return _Request(method, url, {'Cache-Control': 'no-transform', **headers})  # RFC 9111, 5.2.1.6
+    def prepare(self, request: _Request) -> _Request:
+        return request._replace(headers={'Cache-Control': 'no-transform', **request.headers})  # RFC 9111, 5.2.1.6
 
-        def judge(reply: _Reply) -> str:
-            nonlocal url
-            if reply.status not in (301, 302, 303, 307, 308):
-                return _judge(reply)
+    def ask(self, request: _Request, accept: Sequence[int] = ()) -> _Reply:
+        """As above. It follows redirects."""
+        for _ in range(_TRIES):
+            reply = super().ask(request, [*accept, *_REDIRECTS])
+            if reply.status not in _REDIRECTS:
+                return reply
             with contextlib.suppress(ValueError):
-                target = urljoin(url, reply.headers.get('Location') or '')
-                if url.startswith('https:') and not target.startswith('https:'):
+                target = urljoin(request.url, reply.headers.get('Location') or '')
+                if request.url.startswith('https:') and not target.startswith('https:'):
                     raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url')
-                url = target
-            return 'at once'
+                request = request._replace(url=target)
+        raise self.error(reply)
 
-        reply = self.http.request(prepare, judge, limit, into=into)
-        if 200 <= reply.status < 300 or reply.status in accept:
-            return reply
-        remedy = {401: 'it wants a login, which etcetera does not have', 403: 'check what everyone may read there',
-                  404: 'check the url'}.get(reply.status, 'check the url, or ask who runs that server')
-        raise RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
+    def error(self, reply: _Reply) -> RemoteError:
+        remedies = {
+            401: 'it wants a login, which etcetera does not have',
+            403: 'check what everyone may read there',
+            404: 'check the url',
+        }
+        remedy = remedies.get(reply.status, 'check the url, or ask who runs that server')
+        return RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
 
     def list(self) -> List[_Object]:
         """The archives to which the index page of the directory links."""
-        reply = self.request('GET', self.base, accept=[403, 404])
+        reply = self.ask(_Request('GET', self.base), [403, 404])
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
@@ -4605,43 +4470,39 @@ class _WebRemote(_HttpStore):
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. Some servers refuse HEAD, as for a URL that is signed for GET, or tell no length then."""
-        reply = self.request('HEAD', self.address(name), accept=range(400, 600))
-        if reply.status not in _MISSING and reply.whole_size() is None:
-            reply = self.get(name, '0-0', 1)
-        return None if reply.status in _MISSING else self.describe(name, reply)
+        reply = self.ask(_Request('HEAD', self.address(name)), range(400, 600))
+        if reply.status in _MISSING:
+            return None
+        return super().stat(name) if reply.whole_size() is None else self.describe(name, reply)
 
-    def get(self, name: str, span: str, length: int, version: str = '') -> _Reply:
-        return self.request('GET', self.address(name), self.range_headers(span, version), _NO_RANGE, length + 65536)
-
-    def read_tail(self, obj: _Object) -> bytes:
+    def get(
+            self,
+            name: str,
+            start: int,
+            stop: int,
+            known: Optional[_Object] = None,
+    ) -> Tuple[Optional[_Object], bytes]:
         """As above. An object of a server that knows no ranges is downloaded first."""
-        try:
-            return super().read_tail(obj)
-        except RemoteError as e:
-            if e.status != 200:  # not because it answers with the whole object
-                raise
-            self.download(obj)
-            return super().read_tail(obj)
-
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        if obj in self.downloads:
-            directory, copy = self.downloads[obj]
-            return directory.read(copy, start, stop)
-        return super().read(obj, start, stop)
-
-    def download(self, obj: _Object) -> None:
         import tempfile
-        _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
-        temporary = tempfile.TemporaryDirectory()
-        self.directories.append(temporary)
-        directory = _FileRemote(Config(Path(temporary.name).as_uri()), self.job)
-        with open(directory.path(obj.name), 'wb') as file:
-            reply = self.request('GET', self.address(obj.name), accept=[404], into=file)
-        copy = directory.stat(obj.name)
-        is_same = reply.status == 200 and copy and copy.size == obj.size
-        if not is_same or self.version(reply) != obj.version:
-            raise self.mismatch_error(obj, reply)
-        self.downloads[obj] = directory, copy
+        if not known:
+            return super().get(name, start, stop)
+        if known not in self.downloads:
+            try:
+                return super().get(name, start, stop, known)
+            except RemoteError as e:
+                if e.status != 200:  # not because it answers with the whole object
+                    raise
+            _say(f"{self.url} supports no ranges, so all of '{name}' is downloaded first")
+            file = tempfile.TemporaryFile()
+            reply = self.ask(_Request('GET', self.address(name), into=file), [404])
+            if reply.status != 200 or file.tell() != known.size or self.version(reply) != known.version:
+                raise self.mismatch_error(known, reply)
+            self.downloads[known] = file
+        with self.job.lock:
+            self.downloads[known].seek(start)
+            data = self.downloads[known].read(stop - start)
+        self.job.add(len(data))
+        return known, data
 
     def check_writable(self) -> None:
         raise ConfigError(f'{self.url} can only be read',
@@ -5353,7 +5214,7 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
 
     def look(obj: _Object) -> Optional[_Archive]:
         with contextlib.suppress(Error):
-            return _Archive(remote, obj, remote.read_tail(obj))
+            return _look_up(remote, obj.name)
         return None
 
     def choose(path: str) -> Optional[Tuple[_Object, _Segment]]:
@@ -5372,7 +5233,7 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
         return {}
     objects.sort(key=lambda obj: (obj.name != name, -obj.modified))
     candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = collections.defaultdict(list)
-    with _Pool(job, remote.connections) as pool, remote.http.briefly():
+    with _Pool(job, remote.connections) as pool:
         archives = list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _for_all)))
         for archive in archives:
             for segment in archive.segments:
@@ -5520,7 +5381,7 @@ def _list(remote: bool, config: Config, patterns: _Names = None, names_only: boo
         if names_only:
             return {'name': obj.name}
         try:
-            return _describe_remote(_Archive(store, obj, store.read_tail(obj)))
+            return _describe_remote(_find(store, obj.name))
         except (Error, OSError) as e:  # one that cannot be read must not hide the others
             _say(str(e), _WARNING)
             return _summary(obj.name, None, (), archive_size=obj.size, when=None)
