@@ -106,6 +106,7 @@ extensions that it demands.
 
 import collections
 import contextlib
+import copy
 import errno
 import functools
 import itertools
@@ -2350,6 +2351,23 @@ class _Reply(NamedTuple):
             return {}
         return answer if isinstance(answer, dict) else {}
 
+    def xml(self, name: str) -> List[Dict[str, str]]:
+        """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow.
+
+        White space may precede the XML: S3 sends some to keep a connection open while it works.
+        """
+        from xml.etree import ElementTree
+        body = self.page().strip()
+        if b'<!' in body.replace(b'<![CDATA[', b''):
+            return []
+        try:
+            root = ElementTree.fromstring(body)
+        except (ElementTree.ParseError, LookupError, ValueError, RecursionError):  # LookupError: an unknown encoding
+            return []
+        for element in root.iter():
+            element.tag = element.tag.rpartition('}')[2]
+        return [{item.tag: item.text or '' for item in element} for element in root.iter(name)]
+
     def requested_delay(self) -> float:
         """The seconds for which the server asks to be left alone, within reason; or 0 (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
@@ -2390,7 +2408,6 @@ class _Http:
         self.most = 256.0  # requests that may be made at once
         self.successes = 0
         self.answered: Set[str] = set()  # sites that have answered
-        self.interruptions = 0
         self.tls: Any = None
         job.at_end.append(self.interrupt)
 
@@ -2400,8 +2417,8 @@ class _Http:
         until = time.monotonic() + _LAST_TIMEOUT
         while time.monotonic() < until and any(request.is_vital for request in list(self.busy.values())):
             time.sleep(_TICK / 10)
-        self.interruptions += 1
         for connection in list(self.busy):
+            connection.is_cut = True
             # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
             with contextlib.suppress(OSError, TypeError):
                 socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
@@ -2418,7 +2435,6 @@ class _Http:
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
         """
         import http.client
-        interruptions = self.interruptions
         failures = 0
         while True:
             request = prepare()
@@ -2434,7 +2450,7 @@ class _Http:
                 reply = self.exchange(request, job, patience)
             except (OSError, UnicodeError, http.client.HTTPException) as e:
                 error = _unreachable_error(site, e)
-                if failures >= most or interruptions != self.interruptions:
+                if failures >= most:
                     raise error from None
                 problem = error.message
             else:
@@ -2475,8 +2491,9 @@ class _Http:
             return _Reply(response.status, response.headers, body, request)
         except (OSError, http.client.HTTPException) as e:
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
-            is_stale = connection.idle_since and isinstance(e, (ConnectionError, http.client.BadStatusLine))
-            if connection.is_cut or not is_stale:
+            if connection.is_cut:
+                raise _Ended from None
+            if not connection.idle_since or not isinstance(e, (ConnectionError, http.client.BadStatusLine)):
                 raise
         finally:
             del self.busy[connection]
@@ -2673,23 +2690,6 @@ def _base64(data: bytes) -> str:
 
 def _query(pairs: Iterable[Tuple[str, str]]) -> str:
     return '&'.join(f'{_quote(key)}={_quote(value)}' for key, value in pairs)
-
-
-def _xml(body: bytes) -> Any:
-    """The root element, without namespaces. Raises ValueError for anything else, and for entities, which could grow.
-
-    White space may precede it: S3 sends some to keep a connection open while it works.
-    """
-    from xml.etree import ElementTree
-    if b'<!' in body.replace(b'<![CDATA[', b''):
-        raise ValueError('XML with declarations')
-    try:
-        root = ElementTree.fromstring(body.strip())
-    except (ElementTree.ParseError, LookupError, RecursionError) as e:  # LookupError: an unknown encoding
-        raise ValueError(str(e)) from None
-    for element in root.iter():
-        element.tag = element.tag.rpartition('}')[2]
-    return root
 
 
 def _http_time(text: Any) -> float:
@@ -3168,12 +3168,11 @@ def _read_secret(path: str, what: str, remedy: str) -> str:
 
 
 def _xml_items(reply: _Reply, name: str) -> Dict[str, str]:
-    """The texts in the XML element of that name by their tags; {} if there is none."""
-    try:
-        root = _xml(reply.page())
-    except ValueError:
-        return {}
-    return {item.tag: item.text or '' for element in root.iter(name) for item in element}
+    """The texts in all XML elements of that name by their tags; {} if there is none."""
+    items = {}
+    for row in reply.xml(name):
+        items.update(row)
+    return items
 
 
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
@@ -3411,6 +3410,7 @@ class _Range(NamedTuple):
 
 
 _Chunk = Union[bytes, _Range]
+_Found = Tuple[Optional[_Object], bytes]  # an object, if there is one, and some bytes of it
 _Extent = Tuple[int, int]  # where bytes start and stop
 
 
@@ -3455,7 +3455,7 @@ class _Remote:
         """The object that has this name now; None if there is none."""
         raise NotImplementedError
 
-    def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
+    def find(self, name: str) -> _Found:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
         return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size) if obj else b''
@@ -3501,6 +3501,7 @@ class _HttpStore(_Remote):
     """What remotes over HTTP share."""
 
     http: _Http
+    tries = _TRIES + _MORE_TRIES  # of each request, at most
 
     def __exit__(self, *_: Any) -> None:
         self.http.close()
@@ -3518,6 +3519,7 @@ class _HttpStore(_Remote):
 
     def ask(self, request: _Request, accept: Sequence[int] = ()) -> _Reply:
         """Make a request. Raises RemoteError for any answer but 2xx and those in `accept`."""
+        request = request._replace(tries=min(request.tries, self.tries))
         reply = self.http.request(lambda: request.before() or self.prepare(request), self.judge)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
@@ -3527,13 +3529,7 @@ class _HttpStore(_Remote):
         """Where an object is, or this version of it."""
         raise NotImplementedError
 
-    def get(
-            self,
-            name: str,
-            start: int,
-            stop: int,
-            known: Optional[_Object] = None,
-    ) -> Tuple[Optional[_Object], bytes]:
+    def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
         """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
 
         start: if stop is 0, minus the number of bytes to read from the end (RFC 9110, 14.1.2).
@@ -3565,7 +3561,7 @@ class _HttpStore(_Remote):
     def stat(self, name: str) -> Optional[_Object]:
         return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
 
-    def find(self, name: str) -> Tuple[Optional[_Object], bytes]:
+    def find(self, name: str) -> _Found:
         """As above: in one request, where the server knows ranges that count from the end."""
         try:
             obj, tail = self.get(name, -_TAIL, 0)
@@ -3642,7 +3638,10 @@ class _BucketStore(_HttpStore):
         tokens = ['']
         query = {'prefix': self.prefix, 'delimiter': '/'}
         while True:
-            page, token = self.list_page(query)
+            try:
+                page, token = self.list_page(query)
+            except (KeyError, ValueError):
+                raise self.protocol_error() from None
             objects += [obj for obj in page if obj.name]
             if not token:
                 return objects
@@ -3933,7 +3932,7 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 # s3:// ---------------------------------------------------------------------------------
 
 _COPY_SOURCE = 'x-amz-copy-source'
-_CHECKSUM, _LARGE_PARTS = 'content-md5', 'large parts'  # what _S3Remote.write() may have to learn
+_CHECKSUM = 'content-md5'  # in the text of an error, if a bucket wants checksums
 _BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
 _RENEW = 'renew the credentials, which come from {source}'
 _S3_REMEDIES = {  # by the code of an error
@@ -3976,7 +3975,8 @@ class _S3Remote(_BucketStore):
         # Cloudflare's R2 wants equal parts; Ceph decodes the name of a source twice.
         self.can_copy = not (self.endpoint and ('%' in self.prefix or '.r2.cloudflarestorage.com' in self.endpoint))
         self.is_bucket_in_host = self.choose_addressing()
-        self.learnt: Set[str] = set()  # how the bucket wants objects to be written
+        self.must_check = False  # whether the bucket has been found to want checksums
+        self.takes_few_parts = False  # the same
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
         self.object_headers = _sendable({
             'Content-Type': 'application/gzip',
@@ -4004,7 +4004,7 @@ class _S3Remote(_BucketStore):
 
     def prepare(self, request: _Request) -> _Request:
         headers = {**self.headers, **request.headers, **request.condition}
-        if _CHECKSUM in self.learnt:
+        if self.must_check:
             # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
             if request.url.endswith('?uploads='):
                 headers['x-amz-checksum-algorithm'] = 'SHA256'
@@ -4019,34 +4019,29 @@ class _S3Remote(_BucketStore):
         return self.aws.sign(request, self.aws.get(), f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
-        """As above: another try may help after a refusal that teaches another region, clock or key."""
-        request = reply.request
-        is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
-        if reply.status < 300 and not is_late:
-            return 'final'
-        verdict = self.aws.judge(reply)
-        return 'at once' if verdict == 'final' and self.learn(reply) else verdict
-
-    def learn(self, reply: _Reply) -> bool:
-        """Adjust to a refusal; return whether another try may help.
+        """As above. Another try may help after a refusal that teaches another region, clock or key, or no conditions.
 
         OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
         """
         request = reply.request
+        is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
+        if reply.status < 300 and not is_late:
+            return 'final'
         code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
-        if code in ('ExpiredToken', 'TokenRefreshRequired'):
-            self.aws.renew(request.keys)
-            return bool(self.aws.get() != request.keys)
         is_unknown = reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
         is_misjudged = reply.status == 412 and request.method == 'DELETE'
+        is_elsewhere = reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region)
+        if code in ('ExpiredToken', 'TokenRefreshRequired'):
+            self.aws.renew(request.keys)
+            return 'at once' if self.aws.get() != request.keys else 'final'
         if request.condition and (is_unknown or is_misjudged) and not self.has_exclusive_write:
             request.condition.clear()
-            return True
-        if reply.status not in (301, 307, 400, 403) or not re.match(_AWS_REGION, region) or region == self.region:
-            return False
-        self.region = region
-        return True
+            return 'at once'
+        if is_elsewhere and region != self.region:
+            self.region = region
+            return 'at once'
+        return self.aws.judge(reply)
 
     def error(self, reply: _Reply) -> RemoteError:
         code, message, _ = _aws_error(reply)
@@ -4063,26 +4058,24 @@ class _S3Remote(_BucketStore):
             permission = {'GET': reading, 'DELETE': 's3:DeleteObject'}.get(method, 's3:PutObject')
             remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
         remedy = remedy.format(source=keys and keys.source, profile=self.aws.name)
-        return RemoteError(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
+        kind = RemoteError
+        if _CHECKSUM in message.lower() and reply.request.body and 'x-amz-checksum-sha256' not in reply.request.headers:
+            self.must_check = True
+            kind = _WriteAgain
+        return kind(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
     def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
         """ListObjectsV2"""
         query = {'list-type': '2', 'encoding-type': 'url', **query}
+        reply = self.ask(_Request('GET', '/?' + _query(sorted(query.items()))))
+        page = _xml_items(reply, 'ListBucketResult')
+        decode = unquote_plus if page.get('EncodingType') == 'url' else str
         objects = []
-        try:
-            page = _xml(self.ask(_Request('GET', '/?' + _query(sorted(query.items())))).page())
-            decode = unquote_plus if page.findtext('EncodingType') == 'url' else str
-            for item in page.iter('Contents'):
-                name = self.name_of(decode(item.findtext('Key', '')))
-                modified = _iso_time(item.findtext('LastModified', ''))
-                version = _version(item.findtext('ETag'), modified)
-                objects.append(_Object(name, int(item.findtext('Size', '0')), version, modified))
-        except ValueError:
-            raise self.protocol_error() from None
-        following = page.findtext('NextContinuationToken') if page.findtext('IsTruncated') == 'true' else ''
-        if page.tag != 'ListBucketResult' or following is None:
-            raise self.protocol_error()
-        return objects, following
+        for item in reply.xml('Contents'):
+            modified = _iso_time(item.get('LastModified', ''))
+            version = _version(item.get('ETag'), modified)
+            objects.append(_Object(self.name_of(decode(item['Key'])), int(item['Size']), version, modified))
+        return objects, page['NextContinuationToken'] if page['IsTruncated'] == 'true' else ''
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. By a GET, which needs no other permission than reading."""
@@ -4096,26 +4089,13 @@ class _S3Remote(_BucketStore):
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
-        large = limit // _FEW_PARTS + 1
-        if _LARGE_PARTS not in self.learnt:  # Amazon takes many, others often: they only grow while they are moderate
-            large = min(large, _LONG_PART if self.endpoint else 0)
-        size = max(_MIN_PART, limit // _MAX_PARTS + 1, large)
-        numbers = itertools.count(1)
-        try:
-            self.upload(name, size, numbers, _split_parts(chunks, size, self.read), exclusive)
-        except RemoteError as e:
-            is_refused = 400 <= e.status < 500
-            lesson = _LARGE_PARTS if is_refused and next(numbers) > _FEW_PARTS + 1 else ''
-            if _CHECKSUM in e.message.lower():
-                lesson = _CHECKSUM
-            if not lesson or lesson in self.learnt:
-                raise
-            self.learnt.add(lesson)
-            raise _WriteAgain(e.message) from e
-
-    def upload(self, name: str, size: int, numbers: Iterator[int], parts: Iterator[Any], exclusive: bool) -> None:
-        """Send parts of this size; or all at once, if it is less."""
+        few = limit // _FEW_PARTS + 1  # bytes of a part, if there are to be few
+        size = few  # Amazon takes many, others often: they only grow while they are moderate
+        if not self.takes_few_parts:
+            size = min(few, _LONG_PART if self.endpoint else 0)
+        size = max(_MIN_PART, limit // _MAX_PARTS + 1, size)
         url = self.address(name)
+        parts = _split_parts(chunks, size, self.read)
         first: Any = next(parts, [])
         if isinstance(first, list) and sum(map(len, first)) < size:
             self.finish(name, _Request('PUT', url, self.object_headers, first), exclusive)
@@ -4129,7 +4109,7 @@ class _S3Remote(_BucketStore):
             raise self.protocol_error()
         query = _query([('uploadId', upload)])
         try:
-            manifest = self.send_parts(f'{url}?partNumber=%d&{query}', zip(numbers, parts), -(-_IN_FLIGHT // size))
+            manifest = self.send_parts(f'{url}?partNumber=%d&{query}', parts, size, size < few)
             headers = {'Content-Type': 'application/xml'}
             self.finish(name, _Request('POST', f'{url}?{query}', headers, [manifest]), exclusive)
         except BaseException:  # abandoned parts are billed
@@ -4137,30 +4117,37 @@ class _S3Remote(_BucketStore):
                 self.ask(_Request('DELETE', f'{url}?{query}', tries=_LAST_TRIES, is_vital=True), [404])
             raise
 
-    def send_parts(self, url: str, parts: Iterator[Tuple[int, Any]], most: int) -> bytes:
-        """Upload numbered parts, several at once; return the manifest that completes the upload."""
+    def send_parts(self, url: str, parts: Iterator[Any], size: int, may_grow: bool) -> bytes:
+        """Upload parts of this size, several at once; return the manifest that completes the upload.
+
+        may_grow: whether to write it again with larger parts if so many are refused.
+        """
         import threading
         from xml.sax.saxutils import escape
-        connections = min(self.connections, most)
+        connections = min(self.connections, -(-_IN_FLIGHT // size))
         slots = threading.Semaphore(connections)
 
         def send(item: Tuple[int, Any]) -> str:
             number, part = item
             try:
                 found = self.send_part(url.replace('%d', str(number)), part)
+            except RemoteError as e:
+                if may_grow and number > _FEW_PARTS and 400 <= e.status < 500:
+                    self.takes_few_parts = True
+                    raise _WriteAgain(e.message) from e
+                raise
             finally:
                 slots.release()
-            etag = found.get('ETag')
             checksum = found.get('ChecksumSHA256') or found.get('x-amz-checksum-sha256')
-            if not etag:
+            if not found.get('ETag'):
                 raise self.protocol_error(200)
             extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
-            return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag>{extra}</Part>'
+            return f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(found['ETag'])}</ETag>{extra}</Part>"
 
         with _Pool(self.job, connections) as pool:
             # No more parts are in memory than are being sent.
-            few = filter(lambda _: slots.acquire(), parts)
-            rows = ''.join(_ordered(pool, send, few, _for_all))
+            numbered = filter(lambda _: slots.acquire(), enumerate(parts, 1))
+            rows = ''.join(_ordered(pool, send, numbered, _for_all))
         return f'<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>'.encode()
 
     def send_part(self, url: str, part: Any) -> Any:
@@ -4475,34 +4462,26 @@ class _WebRemote(_HttpStore):
             return None
         return super().stat(name) if reply.whole_size() is None else self.describe(name, reply)
 
-    def get(
-            self,
-            name: str,
-            start: int,
-            stop: int,
-            known: Optional[_Object] = None,
-    ) -> Tuple[Optional[_Object], bytes]:
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. An object of a server that knows no ranges is downloaded first."""
         import tempfile
-        if not known:
-            return super().get(name, start, stop)
-        if known not in self.downloads:
+        if obj not in self.downloads:
             try:
-                return super().get(name, start, stop, known)
+                return super().read(obj, start, stop)
             except RemoteError as e:
                 if e.status != 200:  # not because it answers with the whole object
                     raise
-            _say(f"{self.url} supports no ranges, so all of '{name}' is downloaded first")
+            _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = tempfile.TemporaryFile()
-            reply = self.ask(_Request('GET', self.address(name), into=file), [404])
-            if reply.status != 200 or file.tell() != known.size or self.version(reply) != known.version:
-                raise self.mismatch_error(known, reply)
-            self.downloads[known] = file
+            reply = self.ask(_Request('GET', self.address(obj.name), into=file), [404])
+            if reply.status != 200 or file.tell() != obj.size or self.version(reply) != obj.version:
+                raise self.mismatch_error(obj, reply)
+            self.downloads[obj] = file
         with self.job.lock:
-            self.downloads[known].seek(start)
-            data = self.downloads[known].read(stop - start)
+            self.downloads[obj].seek(start)
+            data: bytes = self.downloads[obj].read(stop - start)
         self.job.add(len(data))
-        return known, data
+        return data
 
     def check_writable(self) -> None:
         raise ConfigError(f'{self.url} can only be read',
@@ -5214,7 +5193,7 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
 
     def look(obj: _Object) -> Optional[_Archive]:
         with contextlib.suppress(Error):
-            return _look_up(remote, obj.name)
+            return _look_up(hasty, obj.name)
         return None
 
     def choose(path: str) -> Optional[Tuple[_Object, _Segment]]:
@@ -5233,6 +5212,8 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
         return {}
     objects.sort(key=lambda obj: (obj.name != name, -obj.modified))
     candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = collections.defaultdict(list)
+    hasty = copy.copy(remote)
+    hasty.tries = 2  # as none of it is worth a long wait
     with _Pool(job, remote.connections) as pool:
         archives = list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _for_all)))
         for archive in archives:
