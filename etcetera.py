@@ -2294,7 +2294,10 @@ _LAST_TRIES = 2  # after an interruption
 _SLICE = 1 << 17  # bytes that are sent or received at once
 # The socket option TCP_NOTSENT_LOWAT, which Python names on some systems only from 3.7 on. It keeps the system from
 # taking megabytes that a slow link has yet to send: a server's silence meanwhile would look like a fault.
-_NOTSENT_LOWAT = {'linux': 25, 'darwin': 0x201}.get(sys.platform)
+_NOTSENT_LOWAT = {
+    'linux': 25,
+    'darwin': 0x201,
+}.get(sys.platform)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
 _OVERLOAD = (429, 503)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
@@ -2337,21 +2340,23 @@ class _Reply(NamedTuple):
 
     def page(self) -> bytes:
         """The body, inflated if a proxy has compressed it, although it was asked not to. Not for objects."""
-        gzip_or_zlib = zlib.MAX_WBITS | 32
+        gzip_or_zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)
         try:
-            return zlib.decompressobj(gzip_or_zlib).decompress(self.body, _REPLY_LIMIT)
+            return gzip_or_zlib.decompress(self.body, _REPLY_LIMIT)
         except zlib.error:
             return self.body
 
     def json(self) -> _Row:
         """The JSON object in the body; {} if there is none."""
         try:
-            answer = json.loads(self.page().decode('utf-8-sig'))
+            text = self.page().decode('utf-8-sig')
+            answer = json.loads(text)
         except (ValueError, RecursionError):
             return {}
         return answer if isinstance(answer, dict) else {}
 
-    def xml(self, name: str) -> List[Dict[str, str]]:
+    def xml(self,
+            name: str) -> List[Dict[str, str]]:
         """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow.
 
         White space may precede the XML: S3 sends some to keep a connection open while it works.
@@ -2366,13 +2371,18 @@ class _Reply(NamedTuple):
             return []
         for element in root.iter():
             element.tag = element.tag.rpartition('}')[2]
-        return [{item.tag: item.text or '' for item in element} for element in root.iter(name)]
+        return [
+            {item.tag: item.text or '' for item in element}
+            for element in root.iter(name)
+        ]
 
     def requested_delay(self) -> float:
         """The seconds for which the server asks to be left alone, within reason; or 0 (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
-        now = _http_time(self.headers.get('Date')) or time.time()
-        seconds = float(text) if text.isdecimal() else _http_time(text) - now
+        if text.isdecimal():
+            return min(float(text), _RETRY_AFTER)
+        seconds = _http_time(text)
+        seconds -= _http_time(self.headers.get('Date')) or time.time()
         return min(max(seconds, 0.0), _RETRY_AFTER)
 
     def whole_size(self) -> Optional[int]:
@@ -2392,13 +2402,19 @@ def _judge(reply: _Reply) -> str:
 def _backoff(failures: int) -> float:
     """Seconds to wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ..."""
     import random
-    return random.uniform(0.75, 1) * min(8.0, 0.25 * 2.0 ** max(failures, 1))
+    longest = min(8.0, 0.25 * 2.0 ** max(failures, 1))
+    return random.uniform(0.75, 1) * longest
 
 
 class _Http:
     """Makes requests. Threads share it."""
 
-    def __init__(self, job: _Job, ca_bundle: Optional[str] = None, direct: bool = False) -> None:
+    def __init__(
+            self,
+            job: _Job,
+            ca_bundle: Optional[str] = None,
+            direct: bool = False,
+    ) -> None:
         """direct: without any proxy."""
         self.job = job
         self.ca_bundle = ca_bundle
@@ -2415,7 +2431,9 @@ class _Http:
         """Let all requests fail that are under way."""
         import socket
         until = time.monotonic() + _LAST_TIMEOUT
-        while time.monotonic() < until and any(request.is_vital for request in list(self.busy.values())):
+        while any(request.is_vital for request in list(self.busy.values())):
+            if time.monotonic() > until:
+                break
             time.sleep(_TICK / 10)
         for connection in list(self.busy):
             connection.is_cut = True
@@ -2429,7 +2447,8 @@ class _Http:
             while idle:
                 idle.pop().close()
 
-    def request(self, prepare: Callable[[], _Request], judge: Callable[[_Reply], str] = _judge) -> _Reply:
+    def request(self, prepare: Callable[[], _Request],
+                judge: Callable[[_Reply], str] = _judge) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
@@ -2441,8 +2460,9 @@ class _Http:
             site = _check_address(request.url)
             job = _Job() if request.is_vital else self.job
             most = min(request.tries, _TRIES + _MORE_TRIES * (site in self.answered))
-            patience = _TIMEOUT if failures or request.method not in ('GET', 'HEAD') else _READ_TIMEOUT
-            patience = min(request.timeout, _LAST_TIMEOUT if self.job.is_ended else patience)
+            is_first_read = not failures and request.method in ('GET', 'HEAD')
+            longest = _LAST_TIMEOUT if self.job.is_ended else request.timeout
+            patience = min(longest, _READ_TIMEOUT if is_first_read else _TIMEOUT)
             successes = self.successes
             failures += 1
             delay = 0.0
@@ -2456,7 +2476,8 @@ class _Http:
             else:
                 self.answered.add(site)
                 if reply.status in _OVERLOAD:
-                    self.most = max(1.0, min(self.most, len(self.busy) + 1) / 2)
+                    under_way = min(self.most, len(self.busy) + 1)
+                    self.most = max(1.0, under_way / 2)
                     failures -= successes < self.successes
                 else:
                     self.most += 1 / self.most
@@ -2467,11 +2488,12 @@ class _Http:
                 if verdict == 'at once':
                     continue
                 problem = f'{site} answers {reply.status}'
-                delay = min(reply.requested_delay(), request.timeout)
+                delay = min(reply.requested_delay(), longest)
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
             job.sleep(_backoff(failures) + delay)
 
-    def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
+    def exchange(self, request: _Request,
+                 job: _Job, patience: float) -> _Reply:
         """Make a request once, or again over a new connection if the server has closed a kept one."""
         import http.client
         while len(self.busy) >= self.most:
@@ -2493,7 +2515,8 @@ class _Http:
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
             if connection.is_cut:
                 raise _Ended from None
-            if not connection.idle_since or not isinstance(e, (ConnectionError, http.client.BadStatusLine)):
+            is_closed = isinstance(e, (ConnectionError, http.client.BadStatusLine))
+            if not connection.idle_since or not is_closed:
                 raise
         finally:
             del self.busy[connection]
@@ -2516,10 +2539,14 @@ class _Http:
                     return connection
                 connection.close()
         scheme, _, host = site.partition('://')
-        proxy, headers = ('', {}) if self.direct else _find_proxy(scheme, host)
+        proxy = ''
+        headers: _Headers = {}
+        if not self.direct:
+            proxy, headers = _find_proxy(scheme, host)
         if scheme == 'https':
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(proxy or host, timeout=_CONNECT, context=self.tls)
+            connection = http.client.HTTPSConnection(
+                proxy or host, timeout=_CONNECT, context=self.tls)
             if proxy:
                 connection.set_tunnel(host, headers=headers)
                 proxy = ''
@@ -2531,7 +2558,8 @@ class _Http:
         connection.headers = headers if proxy else {}
         return connection
 
-    def send(self, connection: Any, request: _Request, patience: float) -> Any:
+    def send(self, connection: Any,
+             request: _Request, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import http.client
         import socket
@@ -2547,9 +2575,14 @@ class _Http:
 
         _, _, path, query, _ = urlsplit(request.url)
         target = f"{connection.base}{path or '/'}{'?' * bool(query)}{query}"
-        headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
+        headers = {
+            'Accept-Encoding': 'identity',
+            **request.headers,
+            **connection.headers,
+        }
         if request.body or request.method in ('PUT', 'POST'):
-            headers['Content-Length'] = str(sum(map(len, request.body)))
+            length = sum(map(len, request.body))
+            headers['Content-Length'] = str(length)
         _check_headers(headers, connection.site)
         connection.job.add(0)  # an interruption may have come before the connection was among the busy ones
         if not connection.sock:
@@ -2561,7 +2594,8 @@ class _Http:
         connection.job.add(0)  # or before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request(request.method, target, slices() if request.body else None, headers)
+            body = slices() if request.body else None
+            connection.request(request.method, target, body, headers)
         response = connection.getresponse()
         for _ in range(_INTERIM):
             if not 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
@@ -2570,7 +2604,8 @@ class _Http:
             response.begin()
         raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
 
-    def receive(self, connection: Any, response: Any, request: _Request) -> bytes:
+    def receive(self, connection: Any,
+                response: Any, request: _Request) -> bytes:
         """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
         import http.client
         import io
@@ -2589,7 +2624,8 @@ class _Http:
             if response.length:
                 raise http.client.IncompleteRead(b'', response.length)
         except (OSError, http.client.HTTPException):
-            if connection.is_cut or body.tell() < _SLICE or 'Content-Range' not in response.headers:
+            is_range = 'Content-Range' in response.headers
+            if connection.is_cut or not is_range or body.tell() < _SLICE:
                 raise
         return b'' if is_file else body.getvalue()
 
@@ -2616,10 +2652,14 @@ def _unreachable_error(site: str, e: Exception) -> RemoteError:
     return RemoteError(f'cannot reach {site}: {reason}', 'check the network, the proxy settings and the URL')
 
 
-def _find_proxy(scheme: str, host: str) -> Tuple[str, Dict[str, str]]:
+def _find_proxy(
+        scheme: str,
+        host: str,
+) -> Tuple[str, Dict[str, str]]:
     """The proxy for a host, and the headers that it wants to see; '' if there is none."""
     import urllib.request
-    url = urllib.request.getproxies().get(scheme, '').strip()
+    proxies = urllib.request.getproxies()
+    url = proxies.get(scheme, '').strip()
     if not url or urllib.request.proxy_bypass(host):
         return '', {}
     # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
@@ -2632,8 +2672,10 @@ def _find_proxy(scheme: str, host: str) -> Tuple[str, Dict[str, str]]:
                           'neither SOCKS nor TLS to a proxy', 'change it, or exempt this host with no_proxy')
     headers = {}
     if user:
-        credentials = ':'.join(map(unquote, user.partition(':')[::2]))
-        headers['Proxy-Authorization'] = 'Basic ' + _base64(credentials.encode('utf-8', 'surrogateescape'))
+        name, _, password = user.partition(':')
+        credentials = f'{unquote(name)}:{unquote(password)}'
+        credentials = _base64(credentials.encode('utf-8', 'surrogateescape'))
+        headers['Proxy-Authorization'] = 'Basic ' + credentials
     return f'{address}:{port or 80}', headers
 
 
@@ -2665,7 +2707,8 @@ def _check_address(url: str) -> str:
         parts = urlsplit(url)
         if '[' in parts.netloc:
             ip_address(parts.hostname or '')  # urlsplit() checks it only from Python 3.11 on
-        if re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII) and parts.port != 0:
+        is_right = re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII)
+        if is_right and parts.port != 0:
             return _site(url)
     raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
                       'https://host[:port][/path]; a user or password cannot be in it')
@@ -2743,7 +2786,9 @@ class _Renewed:
                     value, expires = self.fetch()
                     if value is None and self.value is not None:
                         raise RemoteError('the credentials have expired, and new ones cannot be had', 'try again')
-                    self.value, self.expires, self.next = value, expires, expires - 120
+                    self.value = value
+                    self.expires = expires
+                    self.next = expires - 120
                 except Error as e:
                     if time.time() > self.expires:
                         raise
@@ -3458,13 +3503,18 @@ class _Remote:
     def find(self, name: str) -> _Found:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
-        return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size) if obj else b''
+        if not obj:
+            return None, b''
+        start = max(0, obj.size - _TAIL)
+        return obj, self.read(obj, start, obj.size)
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+    def read(self, obj: _Object,
+             start: int, stop: int) -> bytes:
         """Bytes of this very version. Raises RemoteError if the object was replaced. Threads share it."""
         raise NotImplementedError
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk],
+              limit: int, exclusive: bool) -> None:
         """Store all chunks under this name, or nothing.
 
         limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
@@ -3517,10 +3567,17 @@ class _HttpStore(_Remote):
     def error(self, reply: _Reply) -> RemoteError:
         raise NotImplementedError
 
-    def ask(self, request: _Request, accept: Sequence[int] = ()) -> _Reply:
+    def ask(self, request: _Request,
+            accept: Sequence[int] = ()) -> _Reply:
         """Make a request. Raises RemoteError for any answer but 2xx and those in `accept`."""
-        request = request._replace(tries=min(request.tries, self.tries))
-        reply = self.http.request(lambda: request.before() or self.prepare(request), self.judge)
+        tries = min(request.tries, self.tries)
+        request = request._replace(tries=tries)
+
+        def prepare() -> _Request:
+            request.before()
+            return self.prepare(request)
+
+        reply = self.http.request(prepare, self.judge)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
         raise self.error(reply)
@@ -3529,7 +3586,8 @@ class _HttpStore(_Remote):
         """Where an object is, or this version of it."""
         raise NotImplementedError
 
-    def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
+    def get(self, name: str, start: int,
+            stop: int, known: Optional[_Object] = None) -> _Found:
         """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
 
         start: if stop is 0, minus the number of bytes to read from the end (RFC 9110, 14.1.2).
@@ -3539,12 +3597,16 @@ class _HttpStore(_Remote):
         headers = {'Range': f'bytes={start}-{stop - 1}' if stop else f'bytes={start}'}
         if wanted.startswith('"'):  # only a strong ETag will do (RFC 9110, 13.1.1)
             headers['If-Match'] = wanted
-        request = _Request('GET', self.address(name, wanted), headers, limit=stop - start + 65536)
+        url = self.address(name, wanted)
+        request = _Request('GET', url, headers, limit=stop - start + 65536)
         reply = self.ask(request, _NO_RANGE)
-        if known and (reply.status in _NO_RANGE or self.version(reply) not in (wanted, '')):
+        is_wanted = self.version(reply) in (wanted, '')
+        if known and (reply.status in _NO_RANGE or not is_wanted):
             raise self.mismatch_error(known, reply)
         if reply.status in _MISSING:
             return None, b''
+        if reply.status == 412:
+            raise self.error(reply)
         obj = known or self.describe(name, reply)
         if not obj.size:
             return obj, b''
@@ -3552,8 +3614,9 @@ class _HttpStore(_Remote):
             start = max(0, obj.size + start)
         stop = min(stop or obj.size, obj.size)
         span = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
-        is_range = re.match(span, reply.headers.get('Content-Range') or '')
-        if not is_range or not 0 < len(reply.body) <= stop - start:
+        told = reply.headers.get('Content-Range') or ''
+        length = len(reply.body)
+        if not re.match(span, told) or not 0 < length <= stop - start:
             raise RemoteError(f'{self.url} does not answer with the range that was asked for',
                               'a proxy or the endpoint_url is at fault', reply.status)
         return obj, reply.body
@@ -3570,8 +3633,8 @@ class _HttpStore(_Remote):
                 raise
             return super().find(name)
         if obj:
-            start = max(0, obj.size - _TAIL) + len(tail)
-            tail += self.read(obj, start, obj.size)
+            start = max(0, obj.size - _TAIL)
+            tail += self.read(obj, start + len(tail), obj.size)
         return obj, tail
 
     def describe(self, name: str, reply: _Reply) -> _Object:
@@ -3581,17 +3644,20 @@ class _HttpStore(_Remote):
         if size is None or not version:
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
-        return _Object(name, size, version, _http_time(reply.headers.get('Last-Modified')))
+        modified = _http_time(reply.headers.get('Last-Modified'))
+        return _Object(name, size, version, modified)
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
-        return _version(reply.headers.get('ETag'), _http_time(reply.headers.get('Last-Modified')))
+        modified = _http_time(reply.headers.get('Last-Modified'))
+        return _version(reply.headers.get('ETag'), modified)
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+    def read(self, obj: _Object,
+             start: int, stop: int) -> bytes:
         """As above. Where the connection breaks, it goes on from there."""
         data = b''
         while start < stop:
-            part = self.get(obj.name, start, stop, obj)[1]
+            _, part = self.get(obj.name, start, stop, obj)
             data = data + part if data else part
             start += len(part)
         return data
@@ -3619,7 +3685,9 @@ class _BucketStore(_HttpStore):
             scheme = (config.url or '').partition(':')[0]
             raise ConfigError(f'the url is not of the form {scheme}://bucket or {scheme}://bucket/prefix')
         self.bucket = match.group(2)
-        self.prefix = re.sub(r'(.)\Z', r'\1/', (match.group(3) or '').strip('/'))
+        self.prefix = (match.group(3) or '').strip('/')
+        if self.prefix:
+            self.prefix += '/'
 
     def key(self, name: str) -> str:
         return f'{self.prefix}{name}.tgz'
@@ -3650,18 +3718,23 @@ class _BucketStore(_HttpStore):
             tokens.append(token)
             query[self.next_page] = token
 
-    def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
+    def list_page(
+            self,
+            query: Dict[str, str],
+    ) -> Tuple[List[_Object], str]:
         """Some objects, those that are no archives without a name, and the token of the next page, if there is one."""
         raise NotImplementedError
 
-    def delete(self, obj: _Object, url: str, **condition: str) -> Optional[_Reply]:
+    def delete(self, obj: _Object, url: str,
+               **condition: str) -> Optional[_Reply]:
         """Delete this very version; None if it is gone already. condition: headers."""
         def look() -> None:  # before each try, as a lost answer may have been a yes, and some stores ignore conditions
             if not self.is_current(obj):
                 raise NotFound
 
         try:
-            reply = self.ask(_Request('DELETE', url, condition=condition, before=look), [404, 412])
+            request = _Request('DELETE', url, condition=condition, before=look)
+            reply = self.ask(request, [404, 412])
             if reply.status >= 300:
                 look()
                 raise self.error(reply)
@@ -3678,7 +3751,8 @@ def _version(etag: Optional[str], modified: float) -> str:
     return f'"{bare}"'
 
 
-def _split_parts(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]) -> Iterator[Any]:
+def _split_parts(chunks: Iterable[_Chunk], size: int,
+                 read: Callable[..., bytes]) -> Iterator[Any]:
     """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
 
     A part is a list of bytes. Ranges are parts of their own, but for what the part before lacks; that is read.
@@ -3694,8 +3768,10 @@ def _split_parts(chunks: Iterable[_Chunk], size: int, read: Callable[..., bytes]
             if stop - middle < _MIN_PART:
                 middle = stop
             chunk = read(obj, start, middle)
-            step = (stop - middle) // ((stop - middle) // longest + 1) + 1
-            ranges = [_Range(obj, at, min(at + step, stop)) for at in range(middle, stop, step)]
+            count = (stop - middle) // longest + 1
+            step = (stop - middle) // count + 1
+            for at in range(middle, stop, step):
+                ranges.append(_Range(obj, at, min(at + step, stop)))
         rest = memoryview(chunk)
         while rest:
             part.append(rest[:left])
@@ -3740,11 +3816,17 @@ def _read_ahead(
         data = read(*span)
         seconds = time.monotonic() - begin
         if seconds < _FAST_RANGE:
-            length = min(_MAX_RANGE, max(length, len(data) * (4 if seconds < _TICK else 2)))
+            growth = 4 if seconds < _TICK else 2
+            length = max(length, len(data) * growth)
+            length = min(length, _MAX_RANGE)
         return data
 
-    with _Pool(job, max(1, min(remote.connections, left // _MIN_RANGE))) as pool:
-        yield from _ordered(pool, fetch, ranges(), lambda count: count * length < _AHEAD)
+    def has_room(count: int) -> bool:
+        return count * length < _AHEAD
+
+    connections = min(remote.connections, left // _MIN_RANGE)
+    with _Pool(job, max(1, connections)) as pool:
+        yield from _ordered(pool, fetch, ranges(), has_room)
 
 
 def _md5() -> Any:
@@ -3932,7 +4014,7 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 # s3:// ---------------------------------------------------------------------------------
 
 _COPY_SOURCE = 'x-amz-copy-source'
-_CHECKSUM = 'content-md5'  # in the text of an error, if a bucket wants checksums
+_CHECKSUM = 'x-amz-checksum-sha256'
 _BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
 _RENEW = 'renew the credentials, which come from {source}'
 _S3_REMEDIES = {  # by the code of an error
@@ -4009,7 +4091,7 @@ class _S3Remote(_BucketStore):
             if request.url.endswith('?uploads='):
                 headers['x-amz-checksum-algorithm'] = 'SHA256'
             elif request.method == 'PUT' and request.body:
-                headers['x-amz-checksum-sha256'] = _base64(request.digest().digest())
+                headers[_CHECKSUM] = _base64(request.digest().digest())
         base = self.endpoint or self.aws.host('s3', self.region)
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
@@ -4059,35 +4141,46 @@ class _S3Remote(_BucketStore):
             remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
         remedy = remedy.format(source=keys and keys.source, profile=self.aws.name)
         kind = RemoteError
-        if _CHECKSUM in message.lower() and reply.request.body and 'x-amz-checksum-sha256' not in reply.request.headers:
+        is_unchecked = reply.request.body and _CHECKSUM not in reply.request.headers
+        if 'content-md5' in message.lower() and is_unchecked:
             self.must_check = True
             kind = _WriteAgain
         return kind(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
-    def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
+    def list_page(
+            self,
+            query: Dict[str, str],
+    ) -> Tuple[List[_Object], str]:
         """ListObjectsV2"""
         query = {'list-type': '2', 'encoding-type': 'url', **query}
-        reply = self.ask(_Request('GET', '/?' + _query(sorted(query.items()))))
+        url = '/?' + _query(sorted(query.items()))
+        reply = self.ask(_Request('GET', url))
         page = _xml_items(reply, 'ListBucketResult')
         decode = unquote_plus if page.get('EncodingType') == 'url' else str
         objects = []
         for item in reply.xml('Contents'):
+            name = self.name_of(decode(item['Key']))
             modified = _iso_time(item.get('LastModified', ''))
             version = _version(item.get('ETag'), modified)
-            objects.append(_Object(self.name_of(decode(item['Key'])), int(item['Size']), version, modified))
-        return objects, page['NextContinuationToken'] if page['IsTruncated'] == 'true' else ''
+            objects.append(_Object(name, int(item['Size']), version, modified))
+        if page['IsTruncated'] == 'true':
+            return objects, page['NextContinuationToken']
+        return objects, ''
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. By a GET, which needs no other permission than reading."""
         try:
             return super().stat(name)
         except RemoteError as e:
-            if e.status not in (206, 416) and 'InvalidObjectState' not in e.message:
+            is_archived = 'InvalidObjectState' in e.message
+            if not is_archived and e.status not in (206, 416):
                 raise
-        # What is empty, in an archive class or of an unknown size can be listed.
-        return next((obj for obj in self.list() if obj.name == name), None)
+        # What is in an archive class, of an unknown size or empty can be listed.
+        found = [obj for obj in self.list() if obj.name == name]
+        return found[0] if found else None
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk],
+              limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
         few = limit // _FEW_PARTS + 1  # bytes of a part, if there are to be few
         size = few  # Amazon takes many, others often: they only grow while they are moderate
@@ -4098,26 +4191,37 @@ class _S3Remote(_BucketStore):
         parts = _split_parts(chunks, size, self.read)
         first: Any = next(parts, [])
         if isinstance(first, list) and sum(map(len, first)) < size:
-            self.finish(name, _Request('PUT', url, self.object_headers, first), exclusive)
+            request = _Request('PUT', url, self.object_headers, first)
+            self.finish(name, request, exclusive)
             return
         parts = itertools.chain([first], parts)
         del first  # or memory would hold it to the end
         # An interruption waits for the answer, or nobody would know which upload to abort.
-        reply = self.ask(_Request('POST', url + '?uploads=', self.object_headers, is_vital=True))
+        request = _Request('POST', f'{url}?uploads=', self.object_headers, is_vital=True)
+        reply = self.ask(request)
         upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
         query = _query([('uploadId', upload)])
         try:
-            manifest = self.send_parts(f'{url}?partNumber=%d&{query}', parts, size, size < few)
+            manifest = self.send_parts(url, query, parts, size, size < few)
             headers = {'Content-Type': 'application/xml'}
-            self.finish(name, _Request('POST', f'{url}?{query}', headers, [manifest]), exclusive)
+            request = _Request('POST', f'{url}?{query}', headers, [manifest])
+            self.finish(name, request, exclusive)
         except BaseException:  # abandoned parts are billed
+            request = _Request('DELETE', f'{url}?{query}', tries=_LAST_TRIES, is_vital=True)
             with contextlib.suppress(RemoteError):
-                self.ask(_Request('DELETE', f'{url}?{query}', tries=_LAST_TRIES, is_vital=True), [404])
+                self.ask(request, [404])
             raise
 
-    def send_parts(self, url: str, parts: Iterator[Any], size: int, may_grow: bool) -> bytes:
+    def send_parts(
+            self,
+            url: str,
+            query: str,
+            parts: Iterator[Any],
+            size: int,
+            may_grow: bool,
+    ) -> bytes:
         """Upload parts of this size, several at once; return the manifest that completes the upload.
 
         may_grow: whether to write it again with larger parts if so many are refused.
@@ -4130,7 +4234,7 @@ class _S3Remote(_BucketStore):
         def send(item: Tuple[int, Any]) -> str:
             number, part = item
             try:
-                found = self.send_part(url.replace('%d', str(number)), part)
+                found = self.send_part(f'{url}?partNumber={number}&{query}', part)
             except RemoteError as e:
                 if may_grow and number > _FEW_PARTS and 400 <= e.status < 500:
                     self.takes_few_parts = True
@@ -4138,7 +4242,7 @@ class _S3Remote(_BucketStore):
                 raise
             finally:
                 slots.release()
-            checksum = found.get('ChecksumSHA256') or found.get('x-amz-checksum-sha256')
+            checksum = found.get('ChecksumSHA256') or found.get(_CHECKSUM)
             if not found.get('ETag'):
                 raise self.protocol_error(200)
             extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
@@ -4156,7 +4260,8 @@ class _S3Remote(_BucketStore):
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
         if not isinstance(part, _Range):
-            return self.ask(_Request('PUT', url, {}, part)).headers
+            reply = self.ask(_Request('PUT', url, {}, part))
+            return reply.headers
         source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
         headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
         reply = self.ask(_Request('PUT', url, headers))
@@ -4164,7 +4269,8 @@ class _S3Remote(_BucketStore):
             raise self.overtaken_error(part.obj)
         return _xml_items(reply, 'CopyPartResult')
 
-    def finish(self, name: str, request: _Request, exclusive: bool) -> None:
+    def finish(self, name: str,
+               request: _Request, exclusive: bool) -> None:
         """Make the request that lets the object appear: CompleteMultipartUpload or PutObject.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
@@ -4189,11 +4295,14 @@ class _S3Remote(_BucketStore):
 
     def remove(self, obj: _Object) -> bool:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        condition = {'If-Match': obj.version} if obj.version.startswith('"') else {}
-        reply = self.delete(obj, self.address(obj.name), **condition)
-        if not reply or reply.headers.get('x-amz-version-id') == 'null':  # the marker may have replaced the object
-            return False
-        return bool(reply.headers.get('x-amz-delete-marker') == 'true')
+        condition = {}
+        if obj.version.startswith('"'):
+            condition['If-Match'] = obj.version
+        url = self.address(obj.name)
+        reply = self.delete(obj, url, **condition)
+        headers = reply.headers if reply else {}
+        is_suspended = headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
+        return headers.get('x-amz-delete-marker') == 'true' and not is_suspended
 
 
 def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
@@ -4230,27 +4339,36 @@ class _GsRemote(_BucketStore):
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
-        endpoint = config.endpoint_url or os.environ.get('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
-        self.endpoint = _check_endpoint(endpoint if '://' in endpoint else 'http://' + endpoint)
+        endpoint = (
+            config.endpoint_url
+            or os.environ.get('STORAGE_EMULATOR_HOST')
+            or 'https://storage.googleapis.com')
+        if '://' not in endpoint:
+            endpoint = 'http://' + endpoint
+        self.endpoint = _check_endpoint(endpoint)
         self.is_public = config.public
         self.http = _Http(job, config.ca_bundle)
         self.credentials: Optional[_GoogleCredentials] = None
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
-    def resource(self, archive: str = '', api: str = '', **query: str) -> str:
+    def resource(self, archive: str = '',
+                 api: str = '', **query: str) -> str:
         """The address of an object, or of the bucket."""
         key = '/' + _quote(self.key(archive)) if archive else ''
         return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query.items())}'
 
     def address(self, name: str, version: str = '') -> str:
-        bound = {'generation': version, 'ifGenerationMatch': version} if version else {}
-        return self.resource(name, alt='media', **bound)
+        if not version:
+            return self.resource(name, alt='media')
+        return self.resource(name, alt='media', generation=version, ifGenerationMatch=version)
 
     def prepare(self, request: _Request) -> _Request:
-        keys = self.credentials.get() if self.credentials else None
-        headers = {'Accept-Encoding': 'gzip', **request.headers, **(keys or {})}  # or it may gunzip an object
-        return request._replace(url=self.endpoint + request.url, headers=headers, keys=keys)
+        headers = {'Accept-Encoding': 'gzip', **request.headers}  # or it may gunzip an object
+        keys = self.credentials and self.credentials.get()
+        headers.update(keys or {})
+        url = self.endpoint + request.url
+        return request._replace(url=url, headers=headers, keys=keys)
 
     def judge(self, reply: _Reply) -> str:
         if reply.status == 401 and self.credentials and reply.request.keys:
@@ -4265,12 +4383,18 @@ class _GsRemote(_BucketStore):
             message = reply.page()[:300].decode('utf-8', 'replace')
         who = 'account' if reply.request.keys else 'nobody'
         text = f'{who} {reply.status} {message}'
-        remedy = next(remedy for pattern, remedy in _GS_REMEDIES if re.match(pattern, text, re.I | re.S))
+        remedy = next(
+            remedy for pattern, remedy in _GS_REMEDIES
+            if re.match(pattern, text, re.I | re.S))
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
 
-    def list_page(self, query: Dict[str, str]) -> Tuple[List[_Object], str]:
+    def list_page(
+            self,
+            query: Dict[str, str],
+    ) -> Tuple[List[_Object], str]:
         fields = f'kind,items({_GS_FIELDS}),nextPageToken'
-        page = self.ask(_Request('GET', self.resource(fields=fields, **query))).json()
+        url = self.resource(fields=fields, **query)
+        page = self.ask(_Request('GET', url)).json()
         following = page.get('nextPageToken', '')
         is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
         if not is_listing or not isinstance(following, str):
@@ -4278,14 +4402,19 @@ class _GsRemote(_BucketStore):
         return self.parse(page.get('items') or []), following
 
     def parse(self, items: Any) -> List[_Object]:
+        objects = []
         try:
-            return [_Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
-                            _iso_time(item.get('updated', ''))) for item in items]
+            for item in items:
+                name = self.name_of(item['name'])
+                modified = _iso_time(item.get('updated', ''))
+                objects.append(_Object(name, int(item['size']), str(item['generation']), modified))
+            return objects
         except (KeyError, TypeError, ValueError, OverflowError):
             raise self.protocol_error() from None
 
     def stat(self, name: str) -> Optional[_Object]:
-        reply = self.ask(_Request('GET', self.resource(name, fields=_GS_FIELDS)), [404])
+        url = self.resource(name, fields=_GS_FIELDS)
+        reply = self.ask(_Request('GET', url), [404])
         if reply.status == 404:
             return None
         obj, = self.parse([reply.json()])
@@ -4296,7 +4425,8 @@ class _GsRemote(_BucketStore):
     def version(self, reply: _Reply) -> str:
         return reply.headers.get('x-goog-generation') or ''
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk],
+              limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
         session = self.begin_upload(name, exclusive)
         md5 = _md5()
@@ -4304,7 +4434,8 @@ class _GsRemote(_BucketStore):
 
         def parts() -> Iterator[Tuple[int, bytes]]:  # the last one is shorter than the others, perhaps empty
             nonlocal size
-            for part in itertools.chain(_split_parts(chunks, _GS_PART, self.read), [()]):
+            whole = _split_parts(chunks, _GS_PART, self.read)
+            for part in itertools.chain(whole, [()]):
                 data = b''.join(part)
                 if data or size % _GS_PART == 0:
                     yield size, data
@@ -4317,14 +4448,18 @@ class _GsRemote(_BucketStore):
                 send = functools.partial(self.send_part, session)
                 *_, answer = _ordered(pool, send, parts(), lambda count: count < 2)
         except BaseException:
+            abort = _Request('DELETE', session, tries=1, is_vital=True)
             with contextlib.suppress(RemoteError):
-                self.http.request(lambda: _Request('DELETE', session, tries=1, is_vital=True))
+                self.http.request(lambda: abort)
             raise
         generation = str(answer.get('generation', ''))
-        if not generation or [answer.get('name'), str(answer.get('size'))] != [self.key(name), str(size)]:
+        is_whole = str(answer.get('size')) == str(size)
+        if not generation or not is_whole or answer.get('name') != self.key(name):
             raise _Unconfirmed(str(self.protocol_error()))
-        if md5 and answer.get('md5Hash') not in (None, _base64(md5.digest())):
-            self.ask(_Request('DELETE', self.resource(name, ifGenerationMatch=generation)), [404])
+        found = answer.get('md5Hash')
+        if md5 and found and found != _base64(md5.digest()):
+            url = self.resource(name, ifGenerationMatch=generation)
+            self.ask(_Request('DELETE', url), [404])
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
 
@@ -4337,15 +4472,21 @@ class _GsRemote(_BucketStore):
             query['predefinedAcl'] = 'publicRead'
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
         body = [b'{"contentType": "application/gzip"}']
-        reply = self.ask(_Request('POST', self.resource(api='/upload', **query), headers, body), [412])
+        url = self.resource(api='/upload', **query)
+        reply = self.ask(_Request('POST', url, headers, body), [412])
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
-        if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
+        scheme = 'https://' if self.endpoint.startswith('https:') else 'http'
+        if not session.startswith(scheme):
             raise self.protocol_error()
         return session
 
-    def send_part(self, session: str, item: Tuple[int, bytes]) -> Dict[str, Any]:
+    def send_part(
+            self,
+            session: str,
+            item: Tuple[int, bytes],
+    ) -> Dict[str, Any]:
         """Send what the server still lacks of a part until it has all; return what it says after the last one."""
         start, part = item
         stop = start + len(part)
@@ -4355,9 +4496,12 @@ class _GsRemote(_BucketStore):
 
         def prepare() -> _Request:
             nonlocal is_known
-            body = [memoryview(part)[at - start:]] if is_known and at < stop else []
+            body = []
+            span = '*'
+            if is_known and at < stop:
+                body.append(memoryview(part)[at - start:])
+                span = f'{at}-{stop - 1}'
             is_known = False
-            span = f'{at}-{stop - 1}' if body else '*'
             headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
             return _Request('PUT', session, headers, body, keys=session)
 
@@ -4366,7 +4510,8 @@ class _GsRemote(_BucketStore):
             if reply.status != 308:
                 return _judge(reply)
             is_known = True
-            received = re.match(r'bytes=0-(\d{1,19})\Z', reply.headers.get('Range') or '')
+            told = reply.headers.get('Range') or ''
+            received = re.match(r'bytes=0-(\d{1,19})\Z', told)
             at = int(received.group(1)) + 1 if received else 0
             return 'later' if at == before else 'final'
 
@@ -4377,8 +4522,10 @@ class _GsRemote(_BucketStore):
                 raise _NameTaken  # perhaps by ourselves, if an answer was lost
             if reply.status < 300 and is_last:
                 return reply.json()
+            if reply.status < 300:
+                raise self.protocol_error()
             if reply.status != 308:
-                raise self.error(reply) if reply.status >= 300 else self.protocol_error()
+                raise self.error(reply)
             if not before < at <= stop:
                 raise RemoteError(f'{self.url} takes no more of the upload',
                                   'check the endpoint_url, and push again')
@@ -4389,9 +4536,11 @@ class _GsRemote(_BucketStore):
 
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
-        self.delete(obj, self.resource(obj.name, ifGenerationMatch=obj.version))
+        url = self.resource(obj.name, ifGenerationMatch=obj.version)
+        self.delete(obj, url)
         url = self.resource(obj.name, generation=obj.version, fields='generation')
-        return bool(self.ask(_Request('GET', url), [403, 404]).json().get('generation') == obj.version)
+        reply = self.ask(_Request('GET', url), [403, 404])
+        return bool(reply.json().get('generation') == obj.version)
 
 
 # http(s):// ----------------------------------------------------------------------------
@@ -4405,7 +4554,7 @@ class _WebRemote(_HttpStore):
         super().__init__(config, job)
         self.url = (config.url or '').rstrip('/')
         # No @ anywhere, as a password may hold a slash.
-        if '@' in self.url or not re.match(_SITE + r'(?:/[^?#]*)?\Z', self.url, re.ASCII):
+        if not re.match(_SITE + r'(?:/[^?#@]*)?\Z', self.url, re.ASCII):
             raise ConfigError('the url is not of the form https://host or https://host/path, or it has a user or '
                               'password in it, which etcetera never sends', 'write %40 for an @ in the path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
@@ -4421,17 +4570,21 @@ class _WebRemote(_HttpStore):
         return f'{self.base}{name}.tgz'
 
     def prepare(self, request: _Request) -> _Request:
-        return request._replace(headers={'Cache-Control': 'no-transform', **request.headers})  # RFC 9111, 5.2.1.6
+        headers = {'Cache-Control': 'no-transform', **request.headers}  # RFC 9111, 5.2.1.6
+        return request._replace(headers=headers)
 
-    def ask(self, request: _Request, accept: Sequence[int] = ()) -> _Reply:
+    def ask(self, request: _Request,
+            accept: Sequence[int] = ()) -> _Reply:
         """As above. It follows redirects."""
         for _ in range(_TRIES):
             reply = super().ask(request, [*accept, *_REDIRECTS])
             if reply.status not in _REDIRECTS:
                 return reply
             with contextlib.suppress(ValueError):
-                target = urljoin(request.url, reply.headers.get('Location') or '')
-                if request.url.startswith('https:') and not target.startswith('https:'):
+                location = reply.headers.get('Location') or ''
+                target = urljoin(request.url, location)
+                is_safe = target.startswith('https:')
+                if request.url.startswith('https:') and not is_safe:
                     raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url')
                 request = request._replace(url=target)
         raise self.error(reply)
@@ -4453,16 +4606,21 @@ class _WebRemote(_HttpStore):
                             'pull works by name, or check the url', reply.status)
         names = _linked_names(self.base, reply.page())
         with _Pool(self.job, self.connections) as pool:
-            return list(filter(None, _ordered(pool, self.stat, names, _for_all)))
+            objects = _ordered(pool, self.stat, names, _for_all)
+            return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. Some servers refuse HEAD, as for a URL that is signed for GET, or tell no length then."""
-        reply = self.ask(_Request('HEAD', self.address(name)), range(400, 600))
+        request = _Request('HEAD', self.address(name))
+        reply = self.ask(request, range(400, 600))
         if reply.status in _MISSING:
             return None
-        return super().stat(name) if reply.whole_size() is None else self.describe(name, reply)
+        if reply.whole_size() is None:
+            return super().stat(name)
+        return self.describe(name, reply)
 
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
+    def read(self, obj: _Object,
+             start: int, stop: int) -> bytes:
         """As above. An object of a server that knows no ranges is downloaded first."""
         import tempfile
         if obj not in self.downloads:
@@ -4473,13 +4631,16 @@ class _WebRemote(_HttpStore):
                     raise
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = tempfile.TemporaryFile()
-            reply = self.ask(_Request('GET', self.address(obj.name), into=file), [404])
-            if reply.status != 200 or file.tell() != obj.size or self.version(reply) != obj.version:
+            request = _Request('GET', self.address(obj.name), into=file)
+            reply = self.ask(request, [404])
+            is_same = file.tell() == obj.size and self.version(reply) == obj.version
+            if reply.status != 200 or not is_same:
                 raise self.mismatch_error(obj, reply)
             self.downloads[obj] = file
+        file = self.downloads[obj]
         with self.job.lock:
-            self.downloads[obj].seek(start)
-            data: bytes = self.downloads[obj].read(stop - start)
+            file.seek(start)
+            data: bytes = file.read(stop - start)
         self.job.add(len(data))
         return data
 
