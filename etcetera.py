@@ -808,6 +808,9 @@ _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that 
 _LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'
 
 
+_ODD_PARTITION = r'data/([.@]|__|lost\+found\Z)'
+
+
 class _Entry(NamedTuple):
     """What one tar header describes."""
 
@@ -918,8 +921,12 @@ def _partitions(root: _Path) -> _Items:
     return partitions
 
 
-def _segments(root: Path) -> _Listing:
-    """The segments of a dataset, each with its entries, which are looked at only as they are taken."""
+_Surprises = Dict[str, List[str]]  # names of what may be shared by accident, by what it is
+
+
+def _segments(root: Path, surprises: Optional[_Surprises] = None) -> _Listing:
+    """The segments of a dataset, each with its entries, which are looked at, as for surprises, only as they are taken.
+    """
     files: _Items = []
     segments = {'.': files}
     for path, is_link in _scan(root):
@@ -931,8 +938,12 @@ def _segments(root: Path) -> _Listing:
             files.append((path, is_link))
     for name, is_link in _partitions(root):
         segments['data/' + name] = [('data/' + name, is_link)]
+    if surprises is None:
+        surprises = collections.defaultdict(list)
     for path, items in segments.items():
-        yield path, _entries(root, path, items)
+        if re.match(_ODD_PARTITION, path):
+            surprises['odd partitions'].append(path)
+        yield path, _entries(root, path, items, surprises)
 
 
 def _only(paths: Container[str], listing: _Listing) -> _Listing:
@@ -940,9 +951,10 @@ def _only(paths: Container[str], listing: _Listing) -> _Listing:
     return (item for item in listing if item[0] in paths)
 
 
-def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
+def _entries(root: Path, segment: str, tops: _Items, surprises: _Surprises) -> Iterator[_Entry]:
     """Everything at and below `tops`, a directory before its contents."""
     followed = itertools.count(1)
+    top = os.path.join(os.path.realpath(root), '')
 
     def visit(prefix: str, items: _Items, above: FrozenSet[Tuple[int, int]], through_link: bool) -> Iterator[_Entry]:
         """above: device and inode of the directories around the items."""
@@ -954,6 +966,10 @@ def _entries(root: Path, segment: str, tops: _Items) -> Iterator[_Entry]:
             path = _join(root, name)
             status = _stat(name, path)
             link = _kept_link(root, name, segment) if is_link and name != 'data' else ''
+            if is_link and not os.path.realpath(path).startswith(top):
+                surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
+            if own.startswith('.'):
+                surprises['hidden files'].append(name)
             if link:
                 yield _Entry(name, _LINK, _PLAIN, 0, link)
             elif not stat.S_ISDIR(status.st_mode):
@@ -1006,8 +1022,9 @@ class _Survey:
         self.kept: Dict[str, List[bytes]] = {}  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.size = 0  # bytes of all files
+        self.surprises: _Surprises = collections.defaultdict(list)
         count = 0
-        for path, entries in _segments(root):
+        for path, entries in _segments(root, self.surprises):
             files = size = 0
             self.kept[path] = []
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
