@@ -243,7 +243,7 @@ class _Console:
 
     def show(self, message: object) -> None:
         self.show_progress('')
-        self.write('etc: ' + _printable(str(message)) + '\n')
+        self.write(f'etc: {_printable(str(message))}\n')
 
 
 _console = _Console()
@@ -282,7 +282,7 @@ class Error(Exception):
         self.status = status
 
     def __str__(self) -> str:
-        return '; '.join(filter(None, [self.message, self.remedy]))
+        return f"{self.message}{'; ' * bool(self.remedy)}{self.remedy}"
 
 
 class ConfigError(Error):
