@@ -6160,61 +6160,6 @@ def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
         _print('  '.join(cells).rstrip())
 
 
-def _print_list(summaries: Sequence[_Row]) -> None:
-    """On a terminal with only so much of the digests as tells them apart."""
-    length = 19 if _is_terminal(sys.stdout) else None
-    rows: List[Sequence[str]] = []
-    for summary in summaries:
-        size = f"{_size(summary['size']):>7}"
-        files = '-' if summary['files'] is None else f"{summary['files']:,}"
-        digest = (summary['digest'] or '')[:length]
-        rows.append((
-            summary['name'],
-            size,
-            files,
-            _ago(summary['when']),
-            digest or summary.get('source') or '-'))
-    _print_table('NAME|   SIZE|FILES|WHEN|DIGEST', rows)
-
-
-def _print_diff(found: _Row) -> None:
-    rows: List[Sequence[str]] = []
-    for path, row in found['segments'].items():
-        amounts = _amount(row['a']), _amount(row['b'])
-        rows.append((row['status'], *amounts, path))
-    a, b = (
-        f"{'-r ' * found[side]['remote']}{found[side]['name']}"
-        for side in 'ab')
-    _print_table(f'STATUS|{a}|{b}|PATH', rows)
-
-
-def _print_info(summary: _Row) -> None:
-    _print(f"name        {summary['name']}",
-           f"digest      {summary['digest'] or '- (packed by another tool; pull it to learn more)'}")
-    if summary['files'] is not None:
-        _print(f"size        {_amount(summary)}{' (partly installed)' if summary.get('partial') else ''}")
-    if 'root' in summary:
-        _print(f"root        {summary['root']}", f"from        {summary['source'] or '-'}")
-    else:
-        _print(f"archive     {_size(summary['archive_size'])}")
-    if summary['when']:
-        _print(f"when        {_ago(summary['when'])} ({summary['when']})")
-    label = 'partitions'
-    partitions = summary['partitions'] or {}
-    for name, partition in partitions.items():
-        _print(f'{label:11} {name}: {_amount(partition)}')
-        label = ''
-    if summary['meta']:
-        meta = json.dumps(summary['meta'], ensure_ascii=False)
-        _print(f"meta        {meta[:500]}{' ...' if len(meta) > 500 else ''}")
-    lines = (summary['readme'] or '').splitlines()
-    if lines:
-        shown = lines[:_README_LINES]
-        _print('', *map(str.expandtabs, shown))
-    if len(lines) > _README_LINES:
-        _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
-
-
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
     is_dumb = os.environ.get('TERM') == 'dumb'
@@ -6259,10 +6204,17 @@ def _ls(
     names = [row['name'] for row in found]
     if json:
         _print_json(found)
-    elif long:
-        _print_list(found)
-    else:
+    elif names_only:
         _print(*names)
+    else:
+        length = 19 if _is_terminal(sys.stdout) else None  # of a digest: it tells them apart
+        _print_table('NAME|   SIZE|FILES|WHEN|DIGEST', [(
+            row['name'],
+            f"{_size(row['size']):>7}",
+            '-' if row['files'] is None else f"{row['files']:,}",
+            _ago(row['when']),
+            (row['digest'] or '')[:length] or row.get('source') or '-'
+        ) for row in found])
     where = f"in {_masked(config.url or '')}" if remote else 'here'
     unmatched = [
         pattern for pattern in patterns
@@ -6276,9 +6228,36 @@ def _ls(
         _say(f'there is no dataset {where}')
 
 
-def _info(name: str, json: bool = False, **options: Any) -> None:
+def _info(name: str, **options: Any) -> None:
+    as_json = options.pop('json', False)
     found = info(name, **options)
-    (_print_json if json else _print_info)(found)
+    if as_json:
+        _print_json(found)
+        return
+    _print(f"name        {found['name']}",
+           f"digest      {found['digest'] or '- (packed by another tool; pull it to learn more)'}")
+    if found['files'] is not None:
+        _print(f"size        {_amount(found)}{' (partly installed)' if found.get('partial') else ''}")
+    if 'root' in found:
+        _print(f"root        {found['root']}", f"from        {found['source'] or '-'}")
+    else:
+        _print(f"archive     {_size(found['archive_size'])}")
+    if found['when']:
+        _print(f"when        {_ago(found['when'])} ({found['when']})")
+    label = 'partitions'
+    partitions = found['partitions'] or {}
+    for name, partition in partitions.items():
+        _print(f'{label:11} {name}: {_amount(partition)}')
+        label = ''
+    if found['meta']:
+        meta = json.dumps(found['meta'], ensure_ascii=False)
+        _print(f"meta        {meta[:500]}{' ...' if len(meta) > 500 else ''}")
+    lines = (found['readme'] or '').splitlines()
+    if lines:
+        shown = lines[:_README_LINES]
+        _print('', *map(str.expandtabs, shown))
+    if len(lines) > _README_LINES:
+        _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
 
 
 class _RemoteName(str):
@@ -6289,8 +6268,18 @@ def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     """Whether they are the same."""
     remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
     found = diff(a, b, remotes, **options)
-    if _console.level != _WARNING:
-        (_print_json if json else _print_diff)(found)
+    if _console.level == _WARNING:
+        return found['equal']
+    if json:
+        _print_json(found)
+    else:
+        names = (f"{'-r ' * found[side]['remote']}{found[side]['name']}" for side in 'ab')
+        _print_table(f"STATUS|{'|'.join(names)}|PATH", [(
+            row['status'],
+            _amount(row['a']),
+            _amount(row['b']),
+            path
+        ) for path, row in found['segments'].items()])
     return found['equal']
 
 
