@@ -337,6 +337,19 @@ def _system_errors() -> Iterator[None]:
         raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
 
 
+@contextlib.contextmanager
+def _refusals(error: Callable[[str, str], Error], directory: _Path, deed: str, remedy: str) -> Iterator[None]:
+    """Raise this error where the system refuses to do something to a directory, and say who can help."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in _FULL:
+            remedy = 'free some space there'
+        elif e.errno not in _DENIED:
+            raise
+        raise error(f'cannot {deed} {_existing_part(str(directory))}: {e.strerror}', remedy) from None
+
+
 def _check_path(path: _Path) -> str:
     """Return the path as text. Raises Error if no file can have that path on this system."""
     text = os.fspath(path)
@@ -1098,6 +1111,7 @@ def _pax_record(key: str, value: str) -> bytes:
 _Pieces = List[Tuple[bytes, Optional[_Entry], int, int]]
 
 
+@_system_errors()
 def _read_pieces(pieces: _Pieces) -> bytes:
     parts = []
     for head, entry, start, stop in pieces:
@@ -1265,6 +1279,32 @@ _NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z'
 _NAME_AND_DIGEST = r'([^@]*)(?:@(sha256:[0-9a-f]{64}))?\Z'
 
 
+class _Receipt(NamedTuple):
+    """What is known of an installed directory."""
+
+    name: str = ''
+    segments: Tuple[_Segment, ...] = ()  # of the whole dataset
+    installed: FrozenSet[str] = frozenset()  # paths of the segments that are here
+    source: Optional[str] = None  # URL from which it was pulled or copied
+    version: str = ''  # of the object; '' if it was copied
+    when: Optional[str] = None  # UTC; set when it is written
+
+    @property
+    def digest(self) -> str:
+        return _dataset_digest(self.segments)
+
+    @property
+    def is_partial(self) -> bool:
+        return len(self.installed) < len(self.segments)
+
+    def here(self) -> List[_Segment]:
+        """The segments that are installed."""
+        return [segment for segment in self.segments if segment.path in self.installed]
+
+
+_NO_RECEIPT = _Receipt()  # of what was registered or created
+
+
 class Dataset(Mapping[str, Path]):
     """A directory with data/<partition>/...: a read-only mapping of the partitions' names to their directories.
 
@@ -1281,22 +1321,21 @@ class Dataset(Mapping[str, Path]):
             self,
             root: _Path,
             name: Optional[str] = None,
-            digest: Optional[str] = None,
-            absent: Container[str] = (),
+            receipt: _Receipt = _NO_RECEIPT,
     ) -> None:
-        """absent: the names of partitions that the dataset has, but that are not installed."""
+        """receipt: only etcetera itself gives one."""
         self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
         self.location = self.root  #: the same, as in etcetera 0.0.x
         self.data = self.root / 'data'  #: pathlib.Path of the directory of the partitions' directories
         self._partitions = _validate(self.root)
         self.name = name or self.root.resolve().name  #: str
-        self._digest = digest
-        self._absent = absent
+        self._receipt = receipt
+        self._segments: Sequence[_Segment] = receipt.segments  # as soon as they are known
 
     def __getitem__(self, partition: str) -> Path:
         if partition in self._partitions:
             return self.data / _to_os(partition)
-        if partition in self._absent:
+        if f'data/{partition}' in [segment.path for segment in self._segments]:
             raise UnknownPartition(f"the partition '{partition}' of {self.name} is not installed",
                                    f"'etc pull {self.name} -p {partition}' installs it, too")
         raise _unknown_partition_error(partition, self.name, self._partitions)
@@ -1320,9 +1359,12 @@ class Dataset(Mapping[str, Path]):
     @_system_errors()
     def digest(self) -> str:
         """'sha256:...' of all contents. If no receipt holds it, every file is read."""
-        if self._digest is None:
-            self._digest = _dataset_digest(_perform(None, _digest_segments, self.root))
-        return self._digest
+        return _dataset_digest(self._segments or _perform(None, self._read))
+
+    def _read(self, job: _Job) -> Sequence[_Segment]:
+        """The segments of all contents. If no receipt holds them, every file is read, but once."""
+        self._segments = self._segments or _digest_segments(job, self.root)
+        return self._segments
 
     # What etcetera 0.0.x offered, too
 
@@ -2042,7 +2084,7 @@ def _replay(
     Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
     cut.
     """
-    with contextlib.suppress(OSError, InvalidDataset, ValueError, TypeError), open(journal, 'rb') as file:
+    with contextlib.suppress(OSError, Error, ValueError, TypeError), open(journal, 'rb') as file:
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
@@ -3807,7 +3849,7 @@ def _read_ahead(
         job: _Job,
         remote: _Remote,
         read: Callable[[int, int], bytes],
-        spans: Sequence[_Extent],
+        spans: Sequence[Sequence[int]],
 ) -> Generator[bytes, None, None]:
     """The bytes of some spans of an object, in order, read over several connections at once.
 
@@ -3815,6 +3857,7 @@ def _read_ahead(
     would show little progress, and much would be lost when one breaks. What is under way or waits is bounded.
     """
     left = sum(stop - start for start, stop in spans)
+    job.begin(left)
     length = _MIN_RANGE  # of the next range
 
     def ranges() -> Iterator[_Extent]:
@@ -3873,6 +3916,7 @@ class _FileRemote(_Remote):
         if not match:
             raise ConfigError('the url is no absolute path', 'write file:///path, with three slashes')
         self.root = _check_path(_file_path(_check_path(match.group(1))))
+        self.refusals = functools.partial(_refusals, RemoteError, self.root)
         self.is_public = config.public
 
     def path(self, name: str) -> str:
@@ -3881,17 +3925,6 @@ class _FileRemote(_Remote):
     def hidden_path(self, name: str) -> str:
         """A new path for a file that is not, or no longer, to be seen; sweep() knows its form."""
         return os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
-
-    @contextlib.contextmanager
-    def refusals(self, deed: str, remedy: str) -> Iterator[None]:
-        """Say what could not be done, and who can help."""
-        try:
-            yield
-        except OSError as e:
-            if e.errno not in _DENIED + _FULL:
-                raise
-            remedy = remedy if e.errno in _DENIED else 'free some space there'
-            raise RemoteError(f'cannot {deed} {_existing_part(self.root)}: {e.strerror}', remedy) from None
 
     def list(self) -> List[_Object]:
         try:
@@ -3929,10 +3962,6 @@ class _FileRemote(_Remote):
         return data
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        def packed() -> Iterator[Any]:
-            with _system_errors():  # of the dataset's files
-                yield from chunks
-
         new = self.hidden_path(name)
         remedy = "ask the file's owner to replace it, or the directory's owner for write access"
         try:
@@ -3940,7 +3969,7 @@ class _FileRemote(_Remote):
                 self.make_directory(self.root)
                 self.sweep()
                 with open(new, 'xb', buffering=0) as file:
-                    for chunk in packed():
+                    for chunk in chunks:
                         _write(file.fileno(), chunk)
                         self.job.add(len(chunk))
                     os.fsync(file.fileno())
@@ -4707,15 +4736,16 @@ def _open_remote(config: Config, job: _Job) -> _Remote:
 #     ~/.etc/.etcetera/NAME@host@pid@random   what a process works on; the name tells whether it is alive
 #         new, journal                what is being filled; what of it is written
 #         earlier                     what an interrupted pull has left: all of its directory
-#         old                         a dataset that is being replaced; recover() puts it back if nothing took its place
+#         old                         a dataset that is being replaced; settle() puts it back if nothing took its place
 #         gone                        a dataset that was replaced, for those who are still reading it
+#     ~/.etc/.etcetera/NAME@host@pid@random@0   the same, when the process has ended its work, but something is to stay
 #
 # The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
 # the name that it holds, and never through a link.
 #
 # If two pulls of a dataset race, the second waits for the lock of the first, and then finds it installed. Where locks
-# do nothing, both fill a directory of their own; one rename wins, and the other pull, in _Install.commit(), accepts
-# what is there if it has the same digest. So locks only save work; no promise rests on them.
+# do nothing, both fill a directory of their own; one rename wins, and the other pull, in _Place.commit(), accepts what
+# is there if it has the same digest. So locks only save work; no promise rests on them.
 #
 # If a pull is killed, the next one takes its directory over, reads, hashes and compares what its journal lists
 # (_replay() in Archives), links that, and fetches the rest.
@@ -4725,57 +4755,7 @@ _STALE = 86400  # seconds without a sign of life after which the work of another
 _RESUMABLE = 7 * 86400  # seconds for which what an interrupted pull has left is kept
 _GRACE = 900  # seconds for which a replaced dataset is kept for those who are reading it
 
-_own_names: Set[str] = set()  # of what this process has made in the local store
-
-
-class _Receipt(NamedTuple):
-    """What is known of an installed directory."""
-
-    name: str
-    segments: Tuple[_Segment, ...]  # of the whole dataset
-    installed: FrozenSet[str]  # paths of the segments that are here; none while the directory is being removed
-    source: str  # URL from which it was pulled or copied
-    version: str  # of the object; '' if it was copied
-    when: str  # UTC
-
-    @property
-    def digest(self) -> str:
-        return _dataset_digest(self.segments)
-
-    @property
-    def is_partial(self) -> bool:
-        return len(self.installed) < len(self.segments)
-
-    def here(self) -> List[_Segment]:
-        """The segments that are installed."""
-        return [segment for segment in self.segments if segment.path in self.installed]
-
-    def missing(self, paths: Iterable[str]) -> List[str]:
-        return [path for path in paths if path not in self.installed]
-
-    def write(self, directory: Path) -> None:
-        row = dict(self._asdict(), digest=self.digest, installed=sorted(self.installed),
-                   segments=[segment._asdict() for segment in self.segments])
-        sink = _Sink(directory)
-        with open(sink.create_file(_RECEIPT, False), 'w') as file:
-            json.dump(row, file, indent=1)
-        sink.finish(confined=False)
-
-    @classmethod
-    def read(cls, directory: Path) -> Optional['_Receipt']:
-        """The receipt in a directory; None if there is none that can be believed."""
-        path = directory / _RECEIPT
-        try:
-            if directory.is_symlink() or path.is_symlink():
-                return None
-            row = _parse_json(path.read_bytes())
-            receipt = cls(row['name'], tuple(map(_Segment.from_json, row['segments'])), frozenset(row['installed']),
-                          row['source'], row['version'], row['when'])
-            texts = [receipt.source, receipt.version, receipt.when, *receipt.installed]
-            is_sound = all(isinstance(text, str) for text in texts)
-            return receipt if is_sound and (receipt.name, receipt.digest) == (directory.name, row['digest']) else None
-        except (OSError, _Malformed, TypeError, KeyError):
-            return None
+_OURS = os.urandom(4).hex()  # tells this process from an earlier one that had the same number, as in a container
 
 
 class _Home:
@@ -4784,139 +4764,70 @@ class _Home:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.inner = root / '.etcetera'
-        for work in self.works():
-            with contextlib.suppress(OSError):
-                if os.path.lexists(work / 'old') and not self.is_alive(work):
-                    self.settle(work)
-
-    def path(self, name: str) -> Path:
-        return self.root / name
+        list(self.abandoned())  # so that what had been set aside is back
 
     def names(self) -> List[str]:
         """The names of the datasets that are here, sorted."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(name for name in os.listdir(self.root) if _is_name(name) and self.has(name))
+            return sorted(name for name in os.listdir(self.root) if _is_name(name) and _is_dataset(self.root / name))
         return []
 
-    def has(self, name: str) -> bool:
-        path = self.path(name)
-        receipt = self.receipt(name)
-        if receipt:
-            return bool(receipt.installed)
-        return path.is_symlink() or path.is_dir() and os.listdir(path) != []
+    def abandoned(self) -> Iterator[Path]:
+        """What processes worked on when they died, or have left on purpose, without what they had set aside."""
+        for work in list(self.inner.glob('*@*@[0-9]*@*')):
+            with contextlib.suppress(OSError):  # another process was faster
+                if not _is_alive(work):
+                    self.settle(work)
+                    yield work
 
-    def receipt(self, name: str) -> Optional[_Receipt]:
-        """The receipt of what is installed; None if it was registered or created, or is not here."""
-        return _Receipt.read(self.path(name))
+    def settle(self, work: Path) -> None:
+        """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
+        old = work / 'old'
+        place = self.root / work.name.split('@')[0]
+        if not os.path.lexists(old):
+            return
+        if os.path.lexists(place):
+            place = work / 'gone'
+            _remove(place)  # set aside by a try before
+        os.rename(old, place)
 
-    def open(self, name: str) -> Tuple[Dataset, Optional[_Receipt]]:
-        path = self.path(name)
-        if path.is_symlink() and not path.exists():
-            raise NotFound(f"the directory that '{name}' was registered for is gone ({os.readlink(path)})",
-                           f"'etc purge {name}' forgets it")
-        receipt = self.receipt(name)
-        return self.dataset(name, receipt), receipt
 
-    def dataset(self, name: str, receipt: Optional[_Receipt]) -> Dataset:
-        if not receipt:
-            return Dataset(self.path(name), name)
-        absent = receipt.missing(segment.path for segment in receipt.segments)
-        return Dataset(self.path(name), name, receipt.digest, [path.partition('data/')[2] for path in absent])
+class _Place(_Home):
+    """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
+
+    def __init__(self, text: str, config: Optional[Config]) -> None:
+        """text: NAME, or NAME@sha256:..."""
+        self.started = time.monotonic()
+        self.config = config or Config.load()
+        self.name, self.pin = _parse_name(text)
+        super().__init__(self.config.home)
+        self.path = self.root / self.name
+        self.work = self.inner / f'{self.name}@{_host()}@{os.getpid()}@{_OURS}{os.urandom(4).hex()}'
+        self.new = self.work / 'new'
+        self.replace = False  # whether commit() may replace a dataset
+
+    def check(self, segments: Sequence[_Segment]) -> None:
+        """Raises Corrupt if these are not the contents that the caller insists on. None means that nothing is known."""
+        digest = _dataset_digest(segments) if segments else 'none, as another tool packed it'
+        if self.pin not in (None, digest):
+            raise Corrupt(f"'{self.name}': expected digest {self.pin}, found {digest}")
+
+    def open(self, remedy: str = '') -> Dataset:
+        """The dataset that is here, with its receipt. Raises NotFound, with this remedy."""
+        if not _is_dataset(self.path):
+            remedy = _did_you_mean(self.name, self.names()) or remedy or f"'etc pull {self.name}' would fetch it"
+            raise NotFound(f"no local dataset '{self.name}'", remedy)
+        if not self.path.exists():
+            raise NotFound(f"the directory that '{self.name}' was registered for is gone ({os.readlink(self.path)})",
+                           f"'etc purge {self.name}' forgets it")
+        return Dataset(self.path, self.name, _read_receipt(self.path))
 
     # Work under way
 
     @contextlib.contextmanager
-    def changes(self) -> Iterator[None]:
-        """Say what to do where the system refuses a change of the local store."""
-        try:
-            yield
-        except OSError as e:
-            if e.errno in _FULL:
-                raise Error(f'{e.strerror}: {_existing_part(str(self.root))}',
-                            "free some space there, or set 'home' to a place that has more") from e
-            place = os.path.join(str(e.filename2 or e.filename), '')
-            home = os.path.join(str(self.root), '')
-            if e.errno in _DENIED and (place.startswith(home) or home.startswith(place)):
-                raise Error(f'cannot change what is in {_existing_part(str(self.root))}: {e.strerror}',
-                            "ask who owns it, or set 'home' to a place of yours") from e
-            raise
-
-    @contextlib.contextmanager
-    def installing(self, name: str, replace: bool = False) -> Iterator['_Install']:
-        """An install of `name`, which vanishes at the end if it was not committed.
-
-        If the network or Ctrl-C interrupts it, it is kept for the next one.
-        """
-        with self.changes():
-            install = _Install(self, name, replace, self.work_path(name))
-            install.work.mkdir(parents=True)
-            is_kept = False
-            try:
-                self.clear(name)
-                if replace:
-                    self.check_movable(name)
-                self.take_over(install)
-                self.sweep(name)
-                yield install
-            except BaseException as e:
-                is_kept = isinstance(e, RemoteError) or not isinstance(e, Exception)
-                raise
-            finally:
-                if is_kept and _resumable(install.work) or os.path.lexists(install.work / 'gone'):
-                    os.utime(install.work)
-                    os.rename(install.work, self.work_path(name, pid=0))
-                else:
-                    _remove(install.work)
-
-    def work_path(self, name: str, pid: Optional[int] = None) -> Path:
-        """A new path for work on `name`. It tells whether the process at work is alive; pid 0 means that none is."""
-        pid = os.getpid() if pid is None else pid
-        path = self.inner / f'{name}@{_host()}@{pid}@{os.urandom(4).hex()}'
-        _own_names.add(path.name)
-        return path
-
-    def works(self, name: str = '*') -> List[Path]:
-        """What processes work on, or were working on when they died: all, or for one name."""
-        return list(self.inner.glob(f'{name}@*@[0-9]*@*'))
-
-    def is_alive(self, work: Path) -> bool:
-        """Whether the process that made this may still be at work."""
-        host, pid = work.name.split('@')[1:3]
-        if pid == '0':
-            return False
-        if os.name != 'posix' or host != _host():
-            return _age(work) < _STALE
-        if int(pid) == os.getpid():  # in a container, another process may have had this number before
-            return work.name in _own_names
-        try:
-            os.kill(int(pid), 0)
-        except OSError as e:
-            return e.errno != errno.ESRCH
-        return True
-
-    def take_over(self, install: '_Install') -> None:
-        """Take what dead processes have left of an install of this name."""
-        with contextlib.suppress(OSError):  # another process was faster
-            dead = [work for work in self.works(install.name) if not self.is_alive(work)]
-            places = [place for work in dead for place in _resumable(work)]
-            if places:
-                os.rename(max(places, key=lambda place: (place / 'journal').stat().st_size), install.earlier)
-
-    def sweep(self, name: str) -> None:
-        """Remove what dead processes left behind; but keep what pulls of other datasets may still resume."""
-        for work in self.works():
-            with contextlib.suppress(OSError):
-                is_resumable = not work.name.startswith(name + '@') and _resumable(work)
-                keep = _GRACE if os.path.lexists(work / 'gone') else _RESUMABLE if is_resumable else 0
-                if _age(work) >= keep and not os.path.lexists(work / 'old') and not self.is_alive(work):
-                    own = self.work_path(name)
-                    os.rename(work, own)  # if its owner lives after all, it must not install it
-                    _remove(own)
-
-    @contextlib.contextmanager
-    def lock(self, job: _Job, name: str) -> Iterator[None]:
-        """Let one process at a time work on `name`, if the system can. It only saves work."""
-        path = self.inner / 'locks' / name
+    def lock(self, job: _Job) -> Iterator[None]:
+        """Let one process at a time work on this dataset, if the system can. It only saves work."""
+        path = self.inner / 'locks' / self.name
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
                 import fcntl
@@ -4927,178 +4838,210 @@ class _Home:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as waiting would stop green threads
                         break
                     if not attempt:
-                        _say(f"waiting for another process that works on '{name}'")
+                        _say(f"waiting for another process that works on '{self.name}'")
                     job.sleep(_TICK)
             yield
 
-    # Putting datasets in place
+    @contextlib.contextmanager
+    def installing(self, replace: bool = False) -> Iterator[None]:
+        """Let `new` be filled, which vanishes at the end if commit() did not give it the dataset's name.
 
-    def put(self, install: '_Install') -> None:
-        """Give a complete directory its name. FileExistsError if the name is taken and not `replace`."""
-        target = self.path(install.name)
-        _flush(install.root)
-        _remove(install.journal)  # from here on, nobody may go on with it
-        _remove(install.earlier)
-        while True:
-            if install.replace:
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(target, install.work / 'old')
-            try:
-                if not os.path.lexists(target):
-                    os.rename(install.root, target)
-                    return
-            except OSError:
-                if not os.path.lexists(target):
-                    raise
-            finally:
-                self.settle(install.work)
-            if not install.replace:
-                raise FileExistsError
-
-    def settle(self, work: Path) -> None:
-        """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
-        target = self.path(work.name.split('@')[0])
-        old, gone = work / 'old', work / 'gone'
-        if not os.path.lexists(old):
-            return
-        if not os.path.lexists(target):
-            os.rename(old, target)
-        elif os.path.lexists(gone):
-            _remove(old)
-        else:
-            os.rename(old, gone)
-
-    def check_movable(self, name: str) -> None:
-        """Raises Error if a dataset cannot be renamed. Trying it has no effect, as the other directory is not empty."""
-        path = self.path(name)
-        _make_movable(path)
-        try:
-            os.rename(path, self.inner)
-        except OSError as e:
-            if e.errno == errno.EXDEV:
-                raise Error(f'{path} is part of a container image, whose directories cannot be renamed',
-                            f"run 'etc purge {name}' first") from None
-
-    def remove(self, name: str) -> None:
-        path = self.path(name)
-        work = self.work_path(name)
-        work.mkdir(parents=True)
-        _make_movable(path)
-        try:
-            os.rename(path, work / 'new')
-        except OSError as e:
-            if e.errno != errno.EXDEV:
-                _remove(work)
-                raise
-            # It is part of a container image; so first of all it stops counting as a dataset.
-            receipt = self.receipt(name) or _Receipt(name, (), frozenset(), '', '', '')
-            receipt._replace(installed=frozenset()).write(work)
-            _flush(work)
-            os.rename(work / _RECEIPT, path / _RECEIPT)
-            self.clear(name)
-        _remove(work)
-        for other in self.works(name):  # or it would be put back
-            if not self.is_alive(other):
-                _remove(other)
-        self.sweep(name)
-
-    def clear(self, name: str) -> None:
-        """Remove a directory that no longer counts as a dataset; last its receipt, which says so."""
-        path = self.path(name)
-        if path.is_dir() and not self.has(name):
-            for item in os.listdir(path):
-                if item != _RECEIPT:
-                    _remove(path / item)
-            if os.listdir(path) in ([], [_RECEIPT]):
-                _remove(path)
-
-    def keeps_x_bits(self) -> bool:
-        """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
-        with contextlib.suppress(OSError):  # as in a store that can only be read
-            for mode in (0o644, 0o755):
-                path = self.work_path('x')
-                os.close(os.open(path, _CREATE, mode))
-                kept = path.stat().st_mode
-                path.unlink()
-                if (kept ^ mode) & 0o100:
-                    return False
-        return True
-
-
-class _Install:
-    """An install under way: a directory to fill, which becomes a dataset of the local store, or vanishes."""
-
-    def __init__(self, home: _Home, name: str, replace: bool, work: Path) -> None:
-        self.home = home
-        self.name = name
+        If the network or Ctrl-C interrupts it, it is kept for the next one.
+        """
         self.replace = replace
-        self.work = work
-        self.root = work / 'new'  # to be filled
-        self.journal = work / 'journal'
-        self.earlier = work / 'earlier'  # what an interrupted install has left
+        with _refusals(Error, self.root, 'change what is in', "ask who owns it, or set 'home' to a place of yours"):
+            self.work.mkdir(parents=True)
+            try:
+                self.clear()
+                self.check_movable()
+                self.sweep()
+                yield
+            except Exception as e:
+                if not isinstance(e, RemoteError):
+                    self.forget()
+                raise
+            finally:
+                if _resumable(self.work) or os.path.lexists(self.work / 'gone'):
+                    os.utime(self.work)
+                    os.rename(self.work, f'{self.work}@0')
+                else:
+                    _remove(self.work)
 
-    def reuse(self, job: _Job, wanted: Sequence[_Segment]) -> Set[str]:
-        """Link the wanted segments that any installed dataset has, and return their paths."""
-        lacking = {segment.path: segment.digest for segment in wanted}
-        reused: Set[str] = set()
-        for name in sorted(self.home.names(), key=lambda name: name != self.name):
-            receipt = self.home.receipt(name)
-            here = receipt.here() if receipt else []
-            same = {segment.path: segment for segment in here if segment.digest == lacking.get(segment.path)}
-            for path in self.link(job, name, same) if same else ():
-                reused.add(path)
-                del lacking[path]
-        return reused
+    def forget(self) -> None:
+        """From here on, nobody may go on with this pull."""
+        _remove(self.work / 'journal')
+        _remove(self.work / 'earlier')
 
-    def link(self, job: _Job, name: str, promised: Mapping[str, _Segment]) -> Set[str]:
-        """Link some segments of a dataset, keep those whose files hash to what they should, and return their paths."""
-        job.begin(sum(segment.size for segment in promised.values()))
-        linked: Set[str] = set()
-        with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
-            os.makedirs(_join(self.root, 'data'), exist_ok=True)
-            for _, entries in _only(promised, _segments(self.home.path(name))):
-                for entry in entries:
-                    job.add(0)
-                    self.link_entry(entry)
-            found = _hash(job, _only(promised, _segments(self.root))).segments  # of what nobody can exchange any more
-            linked = {segment.path for segment in found if segment.digest == promised[segment.path].digest}
-        for path in promised.keys() - linked:
-            litter = [self.root / path]
-            if path == '.':
-                litter = [item for item in self.root.iterdir() if item.is_symlink() or item.is_file()]
-            for item in litter:
-                _remove(item)
-        return linked
+    def sweep(self, grace: float = _GRACE) -> None:
+        """Remove what was abandoned, but for what pulls of other datasets may resume, and what may still be read.
 
-    def link_entry(self, entry: _Entry) -> None:
-        target = _join(self.root, entry.name)
-        if entry.kind == _DIRECTORY:
-            os.makedirs(target, exist_ok=True)
-        elif entry.kind == _LINK:
-            _symlink(_to_os(entry.link), target)
-        else:
-            _link_or_copy(entry.source, target)
+        What a pull of this dataset left becomes `earlier`. grace: for how long others may read what was replaced here.
+        """
+        for work in self.abandoned():
+            is_same = work.name.startswith(self.name + '@')
+            interrupted = _resumable(work)
+            keep: float = 0
+            if os.path.lexists(work / 'gone'):
+                keep = grace if is_same else _GRACE
+            elif interrupted and not is_same:
+                keep = _RESUMABLE
+            with contextlib.suppress(OSError):  # another process was faster
+                if _age(work) < keep:
+                    continue
+                if interrupted and is_same:
+                    longest = max(interrupted, key=lambda place: (place / 'journal').stat().st_size)
+                    os.rename(longest, self.work / 'earlier')
+                claimed = self.work / work.name  # if its owner lives after all, it must not install it
+                os.rename(work, claimed)
+                _remove(claimed)
 
-    def commit(self, receipt: Optional[_Receipt] = None) -> bool:
-        """Give the directory its name.
+    # Putting a dataset in place
+
+    def commit(self, receipt: _Receipt = _NO_RECEIPT) -> bool:
+        """Give `new` the dataset's name.
 
         If that is taken and may not be replaced: returns False if that dataset has the same contents, otherwise raises
         Exists.
         """
-        if receipt:
-            receipt.write(self.root)
-        try:
-            self.home.put(self)
-            return True
-        except FileExistsError:
-            other = self.home.receipt(self.name)
-            if not receipt or not other or other.digest != receipt.digest or other.missing(receipt.installed):
-                raise _taken_error(self.name) from None
-            return False
+        if receipt.name:
+            _write_receipt(self.new, receipt)
+        _flush(self.new)
+        self.forget()
+        while self.replace or not os.path.lexists(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                if self.replace:
+                    os.rename(self.path, self.work / 'old')
+            try:
+                os.rename(self.new, self.path)
+                return True
+            except OSError:
+                if not os.path.lexists(self.path):
+                    raise
+            finally:
+                self.settle(self.work)
+        other = _read_receipt(self.path)
+        if not receipt.name or other.digest != receipt.digest or not other.installed >= receipt.installed:
+            raise self.taken_error()
+        return False
+
+    def taken_error(self, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
+        return Exists(f"another '{self.name}' is installed already", remedy)
+
+    def check_movable(self) -> None:
+        """Raises Error if the dataset must be renamed and cannot be. Trying has no effect, as `inner` is not empty."""
+        if self.replace:
+            _make_movable(self.path)
+            try:
+                os.rename(self.path, self.inner)
+            except OSError as e:
+                if e.errno == errno.EXDEV:
+                    raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
+                                f"run 'etc purge {self.name}' first") from None
+
+    def remove(self) -> None:
+        with self.installing():
+            _make_movable(self.path)
+            try:
+                os.rename(self.path, self.new)
+            except OSError as e:
+                if e.errno != errno.EXDEV:
+                    raise
+                # It is part of a container image; so first of all it stops counting as a dataset.
+                _write_receipt(self.work, _Receipt(self.name, source=''))  # nothing is installed
+                _flush(self.work)
+                os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
+                self.clear()
+            self.sweep(grace=0)
+            self.forget()
+
+    def clear(self) -> None:
+        """Remove a directory that no longer counts as a dataset; last its receipt, which says so."""
+        if self.path.is_dir() and not _is_dataset(self.path):
+            for item in os.listdir(self.path):
+                if item != _RECEIPT:
+                    _remove(self.path / item)
+            if {_RECEIPT}.issuperset(os.listdir(self.path)):
+                _remove(self.path)
+
+    def keeps_x_bits(self) -> bool:
+        """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
+        with contextlib.suppress(OSError):  # as in a store that can only be read
+            os.close(os.open(self.work, _CREATE, 0o755))
+            modes = [path.stat().st_mode & 0o100 for path in (self.work, self.path / _RECEIPT)]
+            self.work.unlink()
+            return modes == [0o100, 0]
+        return True
+
+    # What is here already
+
+    def reuse(self, job: _Job, wanted: Sequence[_Segment]) -> Set[str]:
+        """Link the segments that installed datasets have, and return the paths of those whose files hash to the digest.
+        """
+        linked: Dict[str, str] = {}  # digests by path
+        os.mkdir(self.new / 'data')
+        for name in sorted(self.names(), key=lambda name: name != self.name):
+            receipt = _read_receipt(self.root / name)
+            same = dict(_digests(receipt.here()).items() & _digests(wanted).items() - linked.items())
+            linked.update(same)
+            with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
+                for _, entries in _only(same, _segments(self.root / name)):
+                    for entry in entries:
+                        job.add(0)
+                        target = _join(self.new, entry.name)
+                        if entry.kind == _DIRECTORY:
+                            os.makedirs(target, exist_ok=True)
+                        elif entry.kind == _LINK:
+                            _symlink(_to_os(entry.link), target)
+                        else:
+                            _link_or_copy(entry.source, target)
+        sound: Dict[str, str] = {}
+        with contextlib.suppress(Error, OSError):
+            found = _digest_segments(job, self.new)  # which nobody can exchange any more
+            sound = dict(_digests(found).items() & linked.items())
+        for path in linked.keys() - sound.keys():
+            litter = [self.new / _to_os(path)]
+            if path == '.':
+                litter = [item for item in self.new.iterdir() if item.is_symlink() or item.is_file()]
+            for item in litter:
+                _remove(item)
+        return set(sound)
 
 
-def _taken_error(name: str, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
-    return Exists(f"another '{name}' is installed already", remedy)
+def _digests(segments: Iterable[_Segment]) -> Dict[str, str]:
+    """The digests of segments, by their paths."""
+    return {segment.path: segment.digest for segment in segments}
+
+
+def _is_dataset(path: Path) -> bool:
+    """Whether that is a dataset, or a link to one, and neither empty nor being removed."""
+    receipt = _read_receipt(path)
+    if receipt.name:  # without anything that is installed while it is being removed
+        return bool(receipt.installed)
+    return path.is_symlink() or path.is_dir() and os.listdir(path) != []
+
+
+def _read_receipt(directory: Path) -> _Receipt:
+    """The receipt of what is installed; an empty one if there is none that can be believed."""
+    path = directory / _RECEIPT
+    try:
+        if directory.is_symlink() or path.is_symlink():
+            return _NO_RECEIPT
+        row = _parse_json(path.read_bytes())
+        segments = tuple(map(_Segment.from_json, row['segments']))
+        texts = [row[key] for key in ('source', 'version', 'when')]
+        ''.join(texts + row['installed'])  # TypeError if they are no texts
+        receipt = _Receipt(directory.name, segments, frozenset(row['installed']), *texts)
+        return receipt if (row['name'], row['digest']) == (receipt.name, receipt.digest) else _NO_RECEIPT
+    except (OSError, _Malformed, TypeError, KeyError):
+        return _NO_RECEIPT
+
+
+def _write_receipt(directory: Path, receipt: _Receipt) -> None:
+    row = receipt._replace(when=_utc(time.time()))._asdict()
+    row['digest'] = receipt.digest
+    row['segments'] = [segment._asdict() for segment in receipt.segments]
+    with open(_Sink(directory).create_file(_RECEIPT, False), 'w') as file:
+        json.dump(row, file, indent=1, default=sorted)
 
 
 def _resumable(work: Path) -> List[Path]:
@@ -5108,21 +5051,33 @@ def _resumable(work: Path) -> List[Path]:
 
 def _age(work: Path) -> float:
     """Seconds since a sign of life."""
-    signs = [path.stat().st_mtime for path in (work, work / 'new') if path.exists()]
-    return time.time() - max(signs, default=0)
+    return time.time() - max(path.lstat().st_mtime for path in [work, *work.glob('new')])
 
 
-@functools.lru_cache(maxsize=None)
+def _is_alive(work: Path) -> bool:
+    """Whether the process that made this may still be at work."""
+    host, pid, token, *end = work.name.split('@')[1:]
+    if end:
+        return False
+    if os.name != 'posix' or host != _host():
+        return _age(work) < _STALE
+    if int(pid) == os.getpid():
+        return token.startswith(_OURS)
+    try:
+        os.kill(int(pid), 0)
+    except OSError as e:
+        return e.errno != errno.ESRCH
+    return True
+
+
 def _host() -> str:
     """This machine and, on Linux, the container: where a process number means one process."""
     import socket
-    node = os.uname().nodename if hasattr(os, 'uname') else socket.gethostname()
-    machine = space = ''
+    words = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        space = re.sub('[^0-9]', '', os.readlink('/proc/self/ns/pid'))
-        with open('/etc/machine-id') as file:
-            machine = file.read(8)
-    return re.sub('[^A-Za-z0-9-]', '-', f'{node}-{machine}-{space}')
+        words.append(os.readlink('/proc/self/ns/pid'))
+        words.append(Path('/etc/machine-id').read_text()[:8])
+    return re.sub('[^A-Za-z0-9]+', '-', '-'.join(words))
 
 
 def _flush(directory: Path) -> None:
@@ -5132,15 +5087,14 @@ def _flush(directory: Path) -> None:
     try:
         import ctypes
         syncfs = ctypes.CDLL(None, use_errno=True).syncfs  # Linux: only this file system
-    except (ImportError, OSError, AttributeError, TypeError):
+    except (ImportError, OSError, AttributeError):
         os.sync()
         return
     file = os.open(directory, os.O_RDONLY)
-    try:
-        if syncfs(file) and ctypes.get_errno() in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), directory)
-    finally:
-        os.close(file)
+    code = syncfs(file) and ctypes.get_errno()
+    os.close(file)
+    if code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+        raise OSError(code, os.strerror(code), directory)
 
 
 def _make_movable(path: _Path) -> None:
@@ -5177,13 +5131,12 @@ def _remove(path: Path) -> None:
 # ---------------------------------------------------------------------------------------
 
 class _Archive:
-    """segments: empty if another tool made the archive, until it has been extracted; the digest is not known then."""
+    """segments: empty if another tool made the archive, until it has been extracted; nothing is known of them then."""
 
     def __init__(self, remote: _Remote, obj: _Object, tail: bytes) -> None:
         self.remote = remote
         self.obj = obj
         self.tail = tail  # its last bytes
-        self.name = obj.name
         self.label = f"'{obj.name}' in {remote.url}"
         with self.labelled():
             self.segments: Sequence[_Segment] = self.read_index()
@@ -5198,155 +5151,113 @@ class _Archive:
         try:
             yield
         except Corrupt as e:
-            remedy = e.remedy or f"'etc push -f {self.name}' from an intact copy repairs it"
+            remedy = e.remedy or f"'etc push -f {self.obj.name}' from an intact copy repairs it"
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
 
     def read_index(self) -> Sequence[_Segment]:
         offset = _find_index(self.tail, self.obj.size)
-        if offset is None:
-            head = self.read(0, min(self.obj.size, _BLOCK_HEADER_SIZE))
-            if head[:_FIELD_OFFSET] == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
-                raise Corrupt('the archive is damaged: its index is missing')
-            return ()
-        return _parse_index(self.read(offset, self.obj.size), offset) or ()
+        if offset is not None:
+            return _parse_index(self.read(offset, self.obj.size), offset) or ()
+        head = self.read(0, min(self.obj.size, _FIELD_OFFSET))
+        if head == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
+            raise Corrupt('the archive is damaged: its index is missing')
+        return ()
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes of the archive. Those of the tail are here already."""
-        tail_start = self.obj.size - len(self.tail)
-        here = self.tail[max(0, start - tail_start):max(0, stop - tail_start)]
-        if len(here) == stop - start:
-            return here
-        data = self.remote.read(self.obj, start, stop - len(here))
-        return data + here if here else data
+        skipped = start - (self.obj.size - len(self.tail))
+        if skipped < 0:
+            return self.remote.read(self.obj, start, stop)
+        return self.tail[skipped:][:stop - start]
 
     def read_ends(self, segment: _Segment) -> List[bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
         longest = min(segment.length, _LONGEST_BLOCK)
-        return _end_digests(self.read(segment.offset, segment.offset + longest),
-                            self.read(segment.stop - longest, segment.stop))
+        first = self.read(segment.offset, segment.offset + longest)
+        last = self.read(segment.stop - longest, segment.stop)
+        return _end_digests(first, last)
 
-    def is_same(self, job: _Job, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
-        """Whether it holds what is installed; None if only extracting it would tell."""
+    def is_same(self, job: _Job, local: Dataset) -> Optional[bool]:
+        """Whether it holds a local dataset; None if only extracting it would tell."""
         if self.segments:
-            return self.digest == _digest_of(job, local, receipt)
-        is_same_object = receipt and (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
-        return True if is_same_object else None
+            return self.digest == _dataset_digest(local._read(job))
+        receipt = local._receipt
+        is_source = (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
+        return is_source or None
 
-    def wanted(self, partitions: _Names, receipt: Optional[_Receipt] = None) -> List[_Segment]:
-        """The segments that make up these partitions (with None all), and those that are installed already."""
-        if not self.segments:
-            return []  # all
-        paths = set(_paths_of(self.name, self.segments, partitions))
-        if receipt:
-            paths.update(receipt.installed)
-        return [segment for segment in self.segments if segment.path in paths]
-
-    def extract(self, job: _Job, install: _Install, wanted: Sequence[_Segment]) -> Set[str]:
-        """Fill an install with the wanted segments, and return the paths of those that were here already."""
-        install.root.mkdir()
+    def extract(self, job: _Job, place: _Place, wanted: Container[str]) -> Set[str]:
+        """Fill a place with the segments that have these paths, and return the paths of those that were here already.
+        """
+        place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
-            reused = install.reuse(job, wanted)
-            self.fetch(job, [segment for segment in wanted if segment.path not in reused], install)
-            _validate(install.root, self.label)
+            segments = [segment for segment in self.segments if segment.path in wanted]
+            reused = place.reuse(job, segments)
+            self.fetch(job, [segment for segment in segments if segment.path not in reused], place.work)
+            _validate(place.new, self.label)
             return reused
-        job.begin(self.obj.size)
         chunks = _read_ahead(job, self.remote, self.read, [(0, self.obj.size)])
         with self.labelled(), contextlib.closing(chunks), _Pool(job, 1) as pool:
-            _extract_foreign(chunks, install.root, pool)
-        _validate(install.root, self.label)
-        self.segments = _digest_segments(job, install.root)
+            _extract_foreign(chunks, place.new, pool)
+        _validate(place.new, self.label)
+        self.segments = _digest_segments(job, place.new)
         return reused
 
-    def fetch(self, job: _Job, segments: Sequence[_Segment], install: _Install) -> None:
-        """Fetch segments, verify them and write them into an install. What an earlier one left is not fetched again."""
-        head = json.dumps([self.remote.url, self.name, self.obj.version])
-        with self.labelled(), _Pool(job, _cores()) as pool:
-            with contextlib.closing(self.blocks(job, pool, segments, install, head)) as blocks:
-                _extract(blocks, {segment.path: segment for segment in segments}, _Sink(install.root),
-                         install.journal, head)
-
-    def blocks(
-            self,
-            job: _Job,
-            pool: _Pool,
-            segments: Sequence[_Segment],
-            install: _Install,
-            head: str,
-    ) -> Generator[_Block, None, None]:
-        """The blocks of some segments: first what an earlier install has left, then the rest from the remote."""
+    def fetch(self, job: _Job, segments: Sequence[_Segment], work: Path) -> None:
+        """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
+        head = json.dumps([self.remote.url, self.obj.name, self.obj.version])
         had = {segment.path: 0 for segment in segments}
-        for block in _replay(job, pool, install.earlier / 'new', install.earlier / 'journal', head, had):
-            had[block.path] += block.length
-            yield block
-        _say(f"'{self.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
-        rest = [(segment, had[segment.path]) for segment in segments if had[segment.path] < segment.length]
-        rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
-        spans: List[Tuple[int, int]] = []
-        for segment, skipped in rest:
-            start = segment.offset + skipped
-            if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((start, segment.stop))
-        job.begin(sum(stop - start for start, stop in spans))
-        with contextlib.closing(_read_ahead(job, self.remote, self.read, spans)) as chunks:
-            yield from _inflate_blocks(pool, chunks, rest)
 
-    def receipt(self, wanted: Sequence[_Segment]) -> _Receipt:
-        """Of an install with these segments; none means all."""
-        return _new_receipt(self.name, self.segments, wanted or self.segments, self.remote.url, self.obj.version)
+        def blocks() -> Generator[_Block, None, None]:
+            earlier = work / 'earlier'
+            for block in _replay(job, pool, earlier / 'new', earlier / 'journal', head, had):
+                had[block.path] += block.length
+                yield block
+            _say(f"'{self.obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
+            rest = [(segment, had[segment.path]) for segment in segments]
+            rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
+            spans = [[segment.offset + skipped, segment.stop] for segment, skipped in rest]
+            for before, span in zip(spans, spans[1:]):
+                if before[1] == span[0]:  # one request may read both
+                    span[0] = before[1] = before[0]
+            with contextlib.closing(_read_ahead(job, self.remote, self.read, spans)) as chunks:
+                yield from _inflate_blocks(pool, chunks, rest)
 
+        with self.labelled(), _Pool(job, _cores()) as pool, contextlib.closing(blocks()) as found:
+            promised = {segment.path: segment for segment in segments}
+            _extract(found, promised, _Sink(work / 'new'), work / 'journal', head)
 
-def _digest_of(job: _Job, local: Dataset, receipt: Optional[_Receipt]) -> str:
-    """The digest of a local dataset. Without a receipt, all files are read."""
-    return receipt.digest if receipt else _dataset_digest(_digest_segments(job, local.root))
-
-
-def _look_up(remote: _Remote, name: str) -> Optional[_Archive]:
-    """The archive of this name; None if there is none."""
-    obj, tail = remote.find(name)
-    return _Archive(remote, obj, tail) if obj else None
+    def receipt(self, installed: Set[str]) -> _Receipt:
+        """Of an installed dataset with the segments that have these paths; none means all."""
+        paths = installed or _paths_of(self.obj.name, self.segments, None)
+        return _Receipt(self.obj.name, tuple(self.segments), frozenset(paths), self.remote.url, self.obj.version)
 
 
 def _find(remote: _Remote, name: str) -> _Archive:
-    archive = _look_up(remote, name)
-    if archive is None:
-        raise _not_stored_error(remote, name)
-    return archive
+    obj, tail = remote.find(name)
+    return _Archive(remote, _existing(remote, name, obj), tail)
 
 
-def _not_stored_error(remote: _Remote, name: str) -> NotFound:
+def _existing(remote: _Remote, name: str, obj: Optional[_Object]) -> _Object:
+    """The object that was found. Raises NotFound if none was."""
+    if obj:
+        return obj
     remedy = 'check the name and the url'
     with contextlib.suppress(_Unlisted):
         names = [other.name for other in remote.list()]
         remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
-    return NotFound(f"no dataset '{name}' in {remote.url}", remedy)
+    raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
 
 
-def _paths_of(
-        name: str,
-        segments: Iterable[_Segment],
-        partitions: _Names,
-) -> List[str]:
+def _paths_of(name: str, segments: Sequence[_Segment], partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
-    if partitions is None:
-        return [segment.path for segment in segments]
+    if partitions is None or not segments:  # if they are not known, all that is there
+        return {segment.path for segment in segments}
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
             raise _unknown_partition_error(partition, name, known)
-    return ['.'] + ['data/' + partition for partition in sorted(set(partitions))]
-
-
-def _new_receipt(
-        name: str,
-        segments: Sequence[_Segment],
-        installed: Iterable[_Segment],
-        source: str,
-        version: str,
-) -> _Receipt:
-    paths = frozenset(segment.path for segment in installed)
-    return _Receipt(name, tuple(segments), paths, source, version, _utc(time.time()))
+    return {'.', *['data/' + partition for partition in partitions]}
 
 
 # Pushing
@@ -5354,7 +5265,7 @@ def _new_receipt(
 _MIN_SHARED = 32 << 20  # bytes of a dataset above which it pays to look for what other archives share with it
 _MAX_SOURCES = 24  # archives that are looked at
 
-_Copies = Dict[str, Tuple[_Object, _Segment]]  # segments that S3 copies, by path, and where they stand
+_Copies = Dict[str, Tuple[_Archive, _Segment]]  # segments that S3 copies, by path, and where they stand
 
 
 def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Copies:
@@ -5363,23 +5274,20 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     All their files are read, and must hash to what an index says; so must both ends of what is to be copied. If the
     archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
-    known = dict(survey.segments)  # with digests as soon as they have been read
-
-    def is_same(segment: _Segment) -> bool:
-        own = known.get(segment.path, _Segment(''))
-        return own.amount() == segment.amount() and own.digest in ('', segment.digest)
-
-    def look(obj: _Object) -> Optional[_Archive]:
+    def look(obj: _Object) -> List[Tuple[_Archive, _Segment]]:
         with contextlib.suppress(Error):
-            return _look_up(hasty, obj.name)
-        return None
+            archive = _find(hasty, obj.name)
+            return [(archive, segment) for segment in archive.segments if is_like_ours(segment)]
+        return []
 
-    def choose(path: str) -> Optional[Tuple[_Object, _Segment]]:
-        for archive, segment in candidates[path]:
-            with contextlib.suppress(Error):
-                if is_same(segment) and archive.read_ends(segment) == read.ends[path]:
-                    return archive.obj, segment
-        return None
+    def is_like_ours(segment: _Segment) -> bool:
+        return survey.segments.get(segment.path) == segment._replace(offset=0, length=0, digest='')
+
+    def is_sound(item: Tuple[_Archive, _Segment]) -> bool:
+        archive, segment = item
+        with contextlib.suppress(Error):
+            return archive.read_ends(segment) == read.ends[segment.path]
+        return False
 
     if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
         return {}
@@ -5388,47 +5296,55 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     except Error as e:
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
-    objects.sort(key=lambda obj: (obj.name != name, -obj.modified))
-    candidates: Dict[str, List[Tuple[_Archive, _Segment]]] = collections.defaultdict(list)
+    objects.sort(key=lambda obj: (obj.name == name, obj.modified))
     hasty = copy.copy(remote)
     hasty.tries = 2  # as none of it is worth a long wait
     with _Pool(job, remote.connections) as pool:
-        archives = list(filter(None, _ordered(pool, look, objects[:_MAX_SOURCES], _for_all)))
-        for archive in archives:
-            for segment in archive.segments:
-                if segment.length >= _MIN_PART and is_same(segment):
-                    candidates[segment.path].append((archive, segment))
-        read = _hash(job, _only(candidates, survey.listing()))
-        known.update((segment.path, segment) for segment in read.segments)
-        for archive in archives:
-            if archive.name == name and len(archive.segments) == len(known) and all(map(is_same, archive.segments)):
-                return {}
-        return {path: found for path, found in zip(candidates, _ordered(pool, choose, candidates, _for_all)) if found}
+        looks = _ordered(pool, look, objects[-_MAX_SOURCES:], _for_all)
+        held = list(itertools.chain.from_iterable(looks))
+        read = _hash(job, _only({segment.path for _, segment in held}, survey.listing()))
+        digests = _digests(read.segments)
+        held = [(archive, segment) for archive, segment in held if segment.digest == digests[segment.path]]
+        replaced = [archive for archive, _ in held if archive.obj.name == name]
+        if len(survey.segments) == len(replaced) == len(replaced[0].segments):
+            return {}
+        found = {segment.path: (archive, segment) for archive, segment in held if segment.length >= _MIN_PART}
+        sound = _ordered(pool, is_sound, found.values(), _for_all)
+        return dict(itertools.compress(found.items(), sound))
 
 
-def _archive_blocks(
+def _archive_chunks(
         job: _Job,
         pool: _Pool,
         survey: _Survey,
         level: int,
         copies: _Copies,
         segments: _SegmentList,
+        local: Dataset,
 ) -> Iterator[_Chunk]:
-    """The blocks of a dataset's archive; `segments` grows on the way."""
+    """A dataset's archive; `segments` grows on the way. Raises Corrupt if they are not what is known of the dataset."""
     listing = _only(survey.segments.keys() - copies.keys(), survey.listing())
     blocks = _process(job, pool, listing, functools.partial(_compress, level))
     packed = itertools.groupby(blocks, operator.attrgetter('path'))
     for path in survey.segments:
         if path in copies:
-            obj, segment = copies[path]
+            archive, segment = copies[path]
             segments.segments.append(segment._replace(offset=segments.archive_length()))
-            yield _Range(obj, segment.offset, segment.stop)
+            yield _Range(archive.obj, segment.offset, segment.stop)
             continue
         for block in next(packed)[1]:
             segments.add(block, len(block.payload))
             job.produced += len(block.payload)
             job.packed += block.size
             yield block.payload
+    digest = _dataset_digest(segments.segments)
+    expected = _dataset_digest(local._segments or segments.segments)
+    if digest != expected:
+        raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
+                      f"'etc verify {local.name}' tells more")
+    end = _archive_end(level, segments)
+    job.produced += len(end)
+    yield end
 
 
 def _is_whole(
@@ -5444,56 +5360,44 @@ def _is_whole(
     end, size: what it must have. doubt: raised if it is not there, unless it was to be exclusive, and another one is.
     """
     obj = remote.stat(name)
-    is_ours = obj and remote.read(obj, max(0, obj.size - len(end)), obj.size) == end
-    if obj and is_ours and obj.size == size:
-        return True
-    if doubt and obj and exclusive and not is_ours:
-        raise _NameTaken
-    if doubt:
-        raise doubt
-    if not obj or not is_ours:
+    if not obj or remote.read(obj, max(0, obj.size - len(end)), obj.size) != end:
+        if doubt and obj and exclusive:
+            raise _NameTaken
+        if doubt:
+            raise doubt
         _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
-        return True
-    _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
-    try:
-        remote.remove(obj)
-    except RemoteError as e:
-        raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
-                      f"'etc push -f {name}' replaces it") from None
-    return False
+    elif obj.size != size:
+        _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
+        try:
+            remote.remove(obj)
+        except RemoteError as e:
+            raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
+                          f"'etc push -f {name}' replaces it") from None
+        return False
+    return True
 
 
 def _write_archive(
         job: _Job,
         remote: _Remote,
         local: Dataset,
-        expected: Optional[str],
         exclusive: bool,
         level: int,
 ) -> Tuple[List[_Segment], _Copies]:
     """Pack a dataset into the remote; return its segments, and those of them that were copied.
 
-    expected: its digest, if that is known. exclusive: raise _NameTaken if there is an archive of that name already.
+    exclusive: raise _NameTaken if there is an archive of that name already.
     """
-    def archive(pool: _Pool) -> Iterator[_Chunk]:
-        yield from _archive_blocks(job, pool, survey, level, copies, segments)
-        digest = _dataset_digest(segments.segments)
-        if expected and expected != digest:
-            raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
-                          f"'etc verify {local.name}' tells more")
-        end = _archive_end(level, segments)
-        job.produced += len(end)
-        yield end
-
     survey = _Survey(local.root)
     copies = _find_copies(job, remote, local.name, survey)
     while True:
         segments = _SegmentList()
-        job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
         doubt: Optional[_Unconfirmed] = None
+        job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
         try:
             with _Pool(job, _cores()) as pool:
-                remote.write(local.name, archive(pool), survey.limit, exclusive)
+                chunks = _archive_chunks(job, pool, survey, level, copies, segments, local)
+                remote.write(local.name, chunks, survey.limit, exclusive)
         except _WriteAgain as e:
             _say(f'{e.message}; writing it again', _DEBUG)
             continue
@@ -5505,10 +5409,9 @@ def _write_archive(
             _say(f'nothing is copied: {e.message}', _DEBUG)
             copies = {}
             continue
-        if not copies and not doubt:
-            return segments.segments, copies
         end = _archive_end(level, segments)
-        if _is_whole(remote, local.name, end, segments.archive_length() + len(end), exclusive, doubt):
+        size = segments.archive_length() + len(end)
+        if not (copies or doubt) or _is_whole(remote, local.name, end, size, exclusive, doubt):
             return segments.segments, copies
         copies = {}
         exclusive = True  # as another push may have been faster
@@ -5536,23 +5439,24 @@ def ls(
 
 def _list(remote: bool, config: Config, patterns: _Names = None, names_only: bool = False) -> List[_Row]:
     """As ls(), with what `etc ls -l` shows."""
-    def describe(store: _Remote, obj: _Object) -> _Row:
-        if names_only:
-            return {'name': obj.name}
-        try:
-            return _describe_remote(_find(store, obj.name))
-        except (Error, OSError) as e:  # one that cannot be read must not hide the others
-            _say(str(e), _WARNING)
-            return _summary(obj.name, None, (), archive_size=obj.size, when=None)
-
     def work(job: _Job) -> List[_Row]:
+        def describe(obj: _Object) -> _Row:
+            segments: Sequence[_Segment] = ()
+            try:
+                segments = _find(store, obj.name).segments
+            except (Error, OSError) as e:  # one that cannot be read must not hide the others
+                _say(str(e), _WARNING)
+            return _describe_remote(obj, segments)
+
         if not remote:
             home = _Home(config.home)
             names = [name for name in home.names() if _matches(name, patterns)]
-            return [{'name': name} if names_only else _describe_local(home, name) for name in names]
+            return [{'name': name} if names_only else _describe_local(home.root / name) for name in names]
         with _open_remote(config, job) as store, _Pool(job, config.connections) as pool:
             objects = sorted(obj for obj in store.list() if _matches(obj.name, patterns))
-            return list(_ordered(pool, functools.partial(describe, store), objects, _for_all))
+            if names_only:
+                return [{'name': obj.name} for obj in objects]
+            return list(_ordered(pool, describe, objects, _for_all))
 
     return _perform(None, work)
 
@@ -5579,80 +5483,70 @@ def info(
     progress: as for verify(), if all files must be read, because nothing else knows a local dataset's digest.
     Raises NotFound and other Errors.
     """
-    config = config or Config.load()
-    bare, pin = _parse_name(name)
+    place = _Place(name, config)
 
     def work(job: _Job) -> _Row:
-        if remote:
-            with _open_remote(config, job) as store:
-                archive = _find(store, bare)
-                summary = {**_describe_remote(archive), **_read_root_files(job, archive)}
+        if not remote:
+            local = place.open()
+            segments = local._read(job)
+            summary = _describe_local(place.path, segments)
+            summary.update(meta=local.meta, readme=_read_readme(place.path))
         else:
-            home = _Home(config.home)
-            _check_installed(home, bare)
-            summary = _describe_local(home, bare, job)
-            root = home.path(bare)
-            summary.update(meta=_read_meta(root), readme=_read_readme(root))
-        _check_pin(bare, pin, summary['digest'])
+            with _open_remote(place.config, job) as store:
+                archive = _find(store, place.name)
+                segments = archive.segments
+                summary = _describe_remote(archive.obj, segments)
+                summary.update(_read_root_files(job, archive))
+        place.check(segments)
         return summary
 
     return _perform(progress, work)
 
 
-def _summary(name: str, digest: Optional[str], segments: Sequence[_Segment], **more: Any) -> _Row:
-    """What info() and _list() tell of all datasets. segments: empty if they are not known."""
-    summary: _Row = {'name': name, 'digest': digest, 'files': None, 'size': None, 'partitions': None}
-    if segments:
-        summary['files'] = sum(segment.files for segment in segments)
-        summary['size'] = sum(segment.size for segment in segments)
-        summary['partitions'] = {segment.partition: segment.amount() for segment in segments if segment.partition}
-    summary.update(more)
+def _summary(name: str, whole: Sequence[_Segment], here: Sequence[_Segment], **more: Any) -> _Row:
+    """What info() and _list() tell of all datasets. whole: empty if nothing is known of the segments."""
+    summary = dict.fromkeys(['name', 'digest', 'files', 'size', 'partitions'])
+    summary.update(more, name=name)
+    if whole:
+        summary.update(
+            digest=_dataset_digest(whole),
+            files=sum(segment.files for segment in here),
+            size=sum(segment.size for segment in here),
+            partitions={segment.partition: segment.amount() for segment in here if segment.partition},
+        )
     return summary
 
 
-def _describe_local(home: _Home, name: str, job: Optional[_Job] = None) -> _Row:
-    """From the receipt; without one, with a job, from the files."""
-    path = home.path(name)
-    receipt = home.open(name)[1] if job else home.receipt(name)
-    source = receipt.source if receipt else None
-    if path.is_symlink():
-        source = Path(os.path.realpath(path)).as_uri()
-    segments = receipt.here() if receipt else _digest_segments(job, path) if job else []
-    digest = receipt.digest if receipt else _dataset_digest(segments) if segments else None
-    return _summary(name, digest, segments, root=str(path), source=source, when=receipt.when if receipt else None,
-                    partial=bool(receipt and receipt.is_partial))
+def _describe_local(path: Path, segments: Sequence[_Segment] = ()) -> _Row:
+    """segments: what was read of a dataset that may have no receipt."""
+    receipt = _read_receipt(path)
+    return _summary(
+        path.name,
+        receipt.segments or segments,
+        receipt.here() or segments,
+        root=str(path),
+        source=Path(os.path.realpath(path)).as_uri() if path.is_symlink() else receipt.source,
+        when=receipt.when,
+        partial=receipt.is_partial,
+    )
 
 
-def _describe_remote(archive: _Archive) -> _Row:
-    obj = archive.obj
+def _describe_remote(obj: _Object, segments: Sequence[_Segment]) -> _Row:
     when = _utc(obj.modified) or None if obj.modified else None
-    return _summary(obj.name, archive.digest, archive.segments, archive_size=obj.size, when=when, meta=None,
-                    readme=None)
+    return _summary(obj.name, segments, segments, archive_size=obj.size, when=when, meta=None, readme=None)
 
 
 def _read_root_files(job: _Job, archive: _Archive) -> _Row:
-    """meta and readme of a remote dataset."""
+    """meta and readme of a remote dataset, unless they are in large files."""
     root_files = archive.segments[:1]
     if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
         return {}
     import tempfile
-    with tempfile.TemporaryDirectory() as scratch:
-        install = _Install(_Home(Path(scratch)), archive.name, False, Path(scratch))  # which is never committed
-        install.root.mkdir()
-        archive.fetch(job, root_files, install)
-        return {'meta': _read_meta(install.root, archive.label), 'readme': _read_readme(install.root)}
-
-
-def _check_installed(home: _Home, name: str, remedy: str = '') -> None:
-    if not home.has(name):
-        raise NotFound(f"no local dataset '{name}'",
-                       _did_you_mean(name, home.names()) or remedy or f"'etc pull {name}' would fetch it")
-
-
-def _check_pin(name: str, pin: Optional[str], digest: Optional[str]) -> None:
-    """Raises Corrupt if NAME@sha256:... insists on other contents."""
-    if pin and digest != pin:
-        raise Corrupt(f"'{name}': expected digest {pin}, found {digest or 'none, as another tool packed it'}")
+    with tempfile.TemporaryDirectory() as work:
+        new = Path(work, 'new')
+        new.mkdir()
+        archive.fetch(job, root_files, new.parent)
+        return {'meta': _read_meta(new, archive.label), 'readme': _read_readme(new)}
 
 
 def _check_partitions(partitions: _Names) -> None:
@@ -5676,45 +5570,39 @@ def diff(
     root's files, a directory, or data/<partition>, the status 'same', 'differs', 'new' (not in `a`) or 'gone' (not in
     `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors.
     """
-    config = config or Config.load()
     remotes = (remote, remote) if isinstance(remote, bool) else remote
+    sides = list(zip('ab', [_Place(a, config), _Place(b, config)], remotes))
+    sides.sort(key=lambda side: not side[2])  # first what takes no time
 
     def work(job: _Job) -> _Row:
         found: _Row = {'equal': None}
-        known: Dict[str, Dict[str, _Segment]] = {}
-        sides = zip('ab', (a, b), remotes)
-        for side, name, is_remote in sorted(sides, key=lambda item: not item[2]):  # first what takes no time
-            name, pin = _parse_name(name)
-            segments = (_stored_segments if is_remote else _local_segments)(job, config, name)
-            known[side] = {segment.path: segment for segment in segments}
-            found[side] = {'name': name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
-            _check_pin(name, pin, found[side]['digest'])
-        paths = sorted({**known['a'], **known['b']}, key=_segment_order)
-        found['segments'] = {path: _contrast(known['a'].get(path), known['b'].get(path)) for path in paths}
-        found['equal'] = all(row['status'] == 'same' for row in found['segments'].values())
+        known: Dict[str, Dict[str, _Segment]] = collections.defaultdict(dict)  # segments by path and side
+        for side, place, is_remote in sides:
+            segments = _find_segments(job, place, is_remote)
+            place.check(segments)
+            found[side] = {'name': place.name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
+            for segment in segments:
+                known[segment.path][side] = segment
+        found['segments'] = {path: _contrast(**known[path]) for path in sorted(known, key=_segment_order)}
+        found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
 
     return _perform(progress, work)
 
 
-def _stored_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
-    with _open_remote(config, job) as store:
-        archive = _find(store, name)
+def _find_segments(job: _Job, place: _Place, is_remote: bool) -> Sequence[_Segment]:
+    """Of the whole dataset; from its index or receipt, if there is one."""
+    if not is_remote:
+        return place.open()._read(job)
+    with _open_remote(place.config, job) as store:
+        archive = _find(store, place.name)
     if not archive.segments:
         raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
-                    f"run 'etc pull {name}', and compare what that installs")
+                    f"run 'etc pull {place.name}', and compare what that installs")
     return archive.segments
 
 
-def _local_segments(job: _Job, config: Config, name: str) -> Sequence[_Segment]:
-    """Of the whole dataset, from its receipt; otherwise from the files."""
-    home = _Home(config.home)
-    _check_installed(home, name)
-    _, receipt = home.open(name)
-    return receipt.segments if receipt else _digest_segments(job, home.path(name))
-
-
-def _contrast(a: Optional[_Segment], b: Optional[_Segment]) -> _Row:
+def _contrast(a: Optional[_Segment] = None, b: Optional[_Segment] = None) -> _Row:
     """What diff() tells of what has one path in both datasets; None where there is nothing."""
     status = 'new' if a is None else 'gone' if b is None else 'same' if a.digest == b.digest else 'differs'
     return {'status': status, 'a': a and a.amount(), 'b': b and b.amount()}
@@ -5737,23 +5625,19 @@ def dataset(
     Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors.
     """
     _check_partitions(partitions)
-    config = config or Config.load()
-    bare, pin = _parse_name(name)
-    home = _Home(config.home)
+    place = _Place(name, config)
 
     def work(job: _Job) -> Dataset:
-        is_installed = home.has(bare)
-        receipt = home.receipt(bare) if is_installed else None
-        missing = receipt.missing(_paths_of(bare, receipt.segments, partitions)) if receipt else []
-        if (auto_install or auto_pull) and (not is_installed or missing):
-            return _pull(job, name, False, partitions, config)
-        _check_installed(home, bare)
-        local, _ = home.open(bare)
-        if pin:
-            _check_pin(bare, pin, _digest_of(job, local, receipt))
+        receipt = _read_receipt(place.path)
+        missing = _paths_of(place.name, receipt.segments, partitions) - receipt.installed
+        if (auto_install or auto_pull) and (missing or not _is_dataset(place.path)):
+            return _pull(job, place, False, partitions)
+        local = place.open()
+        if place.pin:
+            place.check(local._read(job))
         if missing:
-            raise NotFound(f"'{bare}' is only partly installed, without {', '.join(missing)}",
-                           f"'etc pull {bare}' fetches the rest")
+            raise NotFound(f"'{place.name}' is only partly installed, without {', '.join(sorted(missing))}",
+                           f"'etc pull {place.name}' fetches the rest")
         for partition in partitions or ():
             local[partition]  # raises UnknownPartition
         return local
@@ -5778,57 +5662,54 @@ def pull(
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
     _check_partitions(partitions)
-    return _perform(progress, _pull, name, force, partitions, config or Config.load())
+    return _perform(progress, _pull, _Place(name, config), force, partitions)
 
 
-def _pull(job: _Job, name: str, force: bool, partitions: _Names, config: Config) -> Dataset:
-    name, pin = _parse_name(name)
-    started = time.monotonic()
-    home = _Home(config.home)
+def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
+    name = place.name
     here_already = f"'{name}' is installed already; 'etc verify {name}' reads it again"
-    with _open_remote(config, job) as store, home.lock(job, name):
+    with _open_remote(place.config, job) as store, place.lock(job):
         archive = _find(store, name)
-        if archive.digest:
-            _check_pin(name, pin, archive.digest)
-        wanted = archive.wanted(partitions)
-        receipt = home.receipt(name)
-        is_same: Optional[bool] = bool(receipt and receipt.digest == archive.digest)
-        if home.has(name) and not force:
-            local, receipt = home.open(name)
-            is_same = archive.is_same(job, local, receipt)
+        if archive.segments:
+            place.check(archive.segments)
+        wanted = _paths_of(name, archive.segments, partitions)
+        receipt = _read_receipt(place.path)
+        is_same: Optional[bool] = None
+        if not force and _is_dataset(place.path):
+            local = place.open()
+            is_same = archive.is_same(job, local)
             if is_same is False:
-                raise _taken_error(name, f"'etc pull -f {name}' replaces it")
-            if is_same and not (receipt and receipt.missing(segment.path for segment in wanted)):
-                if pin:
-                    _check_pin(name, pin, _digest_of(job, local, receipt))
-                if not receipt and (home.inner / 'receipts').exists() and not local.root.is_symlink():
-                    archive.receipt(archive.segments).write(local.root)  # as 1.0 kept them elsewhere
+                raise place.taken_error(f"'etc pull -f {name}' replaces it")
+            if is_same and (not receipt.name or wanted <= receipt.installed):
+                place.check(local._read(job))
+                if not receipt.name and (place.inner / 'receipts').exists() and not place.path.is_symlink():
+                    _write_receipt(place.path, archive.receipt(set()))  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
-        if is_same:
-            wanted = archive.wanted(partitions, receipt)
-        with home.installing(name, replace=force or bool(is_same)) as install:
-            reused = archive.extract(job, install, wanted)
-            _check_pin(name, pin, archive.digest)
+        if receipt.digest == archive.digest:
+            wanted |= receipt.installed
+        with place.installing(replace=force or bool(is_same)):
+            reused = archive.extract(job, place, wanted)
+            place.check(archive.segments)
             new = archive.receipt(wanted)
-            is_new = install.commit(new)
+            is_new = place.commit(new)
         old = ''
-        if receipt and receipt.digest != new.digest:
+        if receipt.name and receipt.digest != new.digest:
             partitions = [segment.partition for segment in receipt.here() if segment.partition]
             old = f"; it replaces another one with {', '.join(partitions)}"
-        place = home.path(name)
-        _say(f'pulled {name} to {place}: {_tally(new.here(), started, reused)}{old}' if is_new else here_already)
-        _say(f'{name}@{archive.digest}', _DEBUG)
-        return home.dataset(name, new)
+        done = f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}'
+        _say(done if is_new else here_already)
+        _say(f'{name}@{new.digest}', _DEBUG)
+        return place.open()
 
 
-def _tally(segments: Sequence[_Segment], started: float, reused: Container[str] = (), place: str = 'here') -> str:
+def _tally(place: _Place, segments: Sequence[_Segment], reused: Container[str] = (), where: str = 'here') -> str:
     """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
     had = sum(segment.size for segment in segments if segment.path in reused)
-    seconds = max(time.monotonic() - started, 0.001)
+    seconds = max(time.monotonic() - place.started, 0.001)
     files = _plural(sum(segment.files for segment in segments), 'file')
-    more = f'; {_size(had)} were {place} already' if had else f' ({_size(size / seconds)}/s)'
+    more = f'; {_size(had)} were {where} already' if had else f' ({_size(size / seconds)}/s)'
     return f'{files}, {_size(size)} in {_duration(seconds)}{more}'
 
 
@@ -5845,65 +5726,55 @@ def push(
     progress: as for pull(), but of the bytes of the files whose part of the archive has been sent.
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
     """
-    config = config or Config.load()
-    bare, pin = _parse_name(name)
-    started = time.monotonic()
-    home = _Home(config.home)
+    place = _Place(name, config)
 
     def work(job: _Job) -> str:
-        _check_installed(home, bare, f"'etc register DIR {bare}' gives a directory that name")
-        local, receipt = home.open(bare)
-        if receipt and receipt.is_partial:
-            raise InvalidDataset(f"'{bare}' is only partly installed, so it cannot be pushed",
-                                 f"'etc pull {bare}' fetches the rest")
-        expected = receipt.digest if receipt else pin and _digest_of(job, local, None)
-        _check_pin(bare, pin, expected)
-        with _open_remote(config, job) as store:
-            if not force and _is_stored(job, store, local, receipt):
-                return _digest_of(job, local, receipt)
-            store.check_writable()
-            try:
-                segments, copies = _write_archive(job, store, local, expected, not force, config.compression_level)
-            except _NameTaken:
-                _explain_taken(job, store, local, receipt)
-                return _digest_of(job, local, receipt)
-        _say(f"pushed {bare} to {store.url}: {_tally(segments, started, copies, 'there')}")
-        digest = _dataset_digest(segments)
-        _say(f'{bare}@{digest}', _DEBUG)
-        return digest
+        local = place.open(f"'etc register DIR {place.name}' gives a directory that name")
+        if local._receipt.is_partial:
+            raise InvalidDataset(f"'{local.name}' is only partly installed, so it cannot be pushed",
+                                 f"'etc pull {local.name}' fetches the rest")
+        if place.pin:
+            place.check(local._read(job))
+        with _open_remote(place.config, job) as store:
+            if force or not _is_stored(job, store, local):
+                store.check_writable()
+                with contextlib.suppress(_NameTaken):
+                    segments, copies = _write_archive(job, store, local, not force, place.config.compression_level)
+                    _say(f"pushed {local.name} to {store.url}: {_tally(place, segments, copies, 'there')}")
+                    digest = _dataset_digest(segments)
+                    _say(f'{local.name}@{digest}', _DEBUG)
+                    return digest
+                _is_stored(job, store, local, is_taken=True)
+        return _dataset_digest(local._read(job))
 
     return _perform(progress, work)
 
 
-def _is_stored(job: _Job, store: _Remote, local: Dataset, receipt: Optional[_Receipt]) -> Optional[bool]:
-    """Whether the remote has this very dataset; None if it may not look, but the condition of the write decides.
+def _is_stored(job: _Job, store: _Remote, local: Dataset, is_taken: bool = False) -> bool:
+    """Whether the remote has this very dataset. Raises Exists if it has another one of that name.
 
-    Raises Exists if it has another one of that name.
+    is_taken: whether the remote has refused a write because of the name; then False is an error, too.
     """
     try:
-        archive = _look_up(store, local.name)
+        obj, tail = store.find(local.name)
+        archive = _Archive(store, obj, tail) if obj else None
     except RemoteError as e:
-        if e.status == 403 and store.has_exclusive_write:
-            return None
-        raise
+        if e.status != 403 or not store.has_exclusive_write:
+            raise
+        if is_taken:
+            raise Exists(f"'{local.name}' is in {store.url} already, and these credentials cannot read it to compare",
+                         'push it under another name') from None
+        return False  # the condition of the write decides
     if archive is None:
+        if is_taken:
+            raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
+                              'try again when it has ended')
         return False
-    if not archive.is_same(job, local, receipt):
+    if not archive.is_same(job, local):
         raise Exists(f"another '{local.name}' is in {store.url} already",
                      f"push it under another name, or 'etc push -f {local.name}' replaces it")
     _say(f"'{local.name}' is in {store.url} already, and identical")
     return True
-
-
-def _explain_taken(job: _Job, store: _Remote, local: Dataset, receipt: Optional[_Receipt]) -> None:
-    """After a write that was refused because of the name: raises an error, unless this very dataset is there."""
-    is_stored = _is_stored(job, store, local, receipt)
-    if is_stored is None:
-        raise Exists(f"'{local.name}' is in {store.url} already, and these credentials cannot read it to "
-                     'compare', 'push it under another name') from None
-    if not is_stored:
-        raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
-                          'try again when it has ended') from None
 
 
 def register(
@@ -5921,54 +5792,52 @@ def register(
     progress: as for pull(), but of the bytes of the files that have been copied.
     Raises InvalidDataset, Exists and other Errors.
     """
-    return _perform(progress, _give_name, directory, name, force, copy, config or Config.load())
-
-
-def _give_name(job: _Job, directory: _Path, name: Optional[str], force: bool, copy: bool, config: Config) -> Dataset:
-    root = Path(os.path.realpath(_check_path(directory)))
-    if name is None:
-        _validate(root)  # first, or a part of a URL might be taken for a name, and shown
-    elif not _is_name(name) and not root.exists() and os.path.isdir(name):  # as in `etc register NAME DIR`
-        raise InvalidDataset(f'no directory {_masked(str(root))}',
-                             f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
-    name, pin = _parse_name(root.name if name is None else name)
-    local = Dataset(root, name)
-    if pin:
-        _check_pin(name, pin, _digest_of(job, local, None))
-    home = _Home(config.home)
-    installed = Path(os.path.realpath(home.path(name)))
-    if installed in (root, *root.parents) and not copy and not home.path(name).is_symlink():
-        raise InvalidDataset(f"{root} is what is installed as '{name}'", 'use --copy, or another directory')
-    if home.has(name) and not force:
-        if copy or installed != root:
-            raise _taken_error(name)
-        _say(f"'{name}' is registered already")
-        return Dataset(home.path(name), name)
-    started = time.monotonic()
-    with home.installing(name, force) as install:
+    def work(job: _Job) -> Dataset:
+        root = Path(os.path.realpath(_check_path(directory)))
+        if name is None:
+            _validate(root)  # first, or a part of a URL might be taken for a name, and shown
+        elif not _is_name(name) and not root.exists() and os.path.isdir(name):  # as in `etc register NAME DIR`
+            raise InvalidDataset(f'no directory {_masked(str(root))}',
+                                 f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
+        place = _Place(root.name if name is None else name, config)
+        local = Dataset(root, place.name)
+        if place.pin:
+            place.check(local._read(job))
+        installed = Path(os.path.realpath(place.path))
+        if installed in (root, *root.parents) and not copy and not place.path.is_symlink():
+            raise InvalidDataset(f"{root} is what is installed as '{place.name}'", 'use --copy, or another directory')
+        if not force and _is_dataset(place.path):
+            if copy or installed != root:
+                raise place.taken_error()
+            _say(f"'{place.name}' is registered already")
+            return place.open()
         if copy:
-            segments = _copy(job, root, install)
-            install.commit(_new_receipt(name, segments, segments, root.as_uri(), ''))
-        else:
-            _symlink(root, install.root, "'etc register --copy' installs a copy")
-            install.commit()
-    _say(f'copied {name}: {_tally(segments, started)}' if copy else f"registered '{name}': {root}")
-    return Dataset(home.path(name), name)
+            return _copy(job, root, place, force)
+        with place.installing(force):
+            _symlink(root, place.new, "'etc register --copy' installs a copy")
+            place.commit()
+        _say(f"registered '{place.name}': {root}")
+        return place.open()
+
+    return _perform(progress, work)
 
 
-def _copy(job: _Job, root: Path, install: _Install) -> List[_Segment]:
-    """Copy a dataset as if it had been pushed and pulled."""
-    survey = _Survey(root)
-    job.begin(survey.size)
-
+def _copy(job: _Job, root: Path, place: _Place, force: bool) -> Dataset:
+    """Install a copy of a dataset as if it had been pushed and pulled."""
     def blocks() -> Iterator[_Block]:
         for block in _process(job, pool, survey.listing(), bytes):
             job.add(block.size)
             yield block
 
-    install.root.mkdir()
-    with _Pool(job, _cores()) as pool:
-        return _extract(blocks(), {}, _Sink(install.root))
+    survey = _Survey(root)
+    job.begin(survey.size)
+    with place.installing(force):
+        place.new.mkdir()
+        with _Pool(job, _cores()) as pool:
+            segments = _extract(blocks(), {}, _Sink(place.new))
+        place.commit(_Receipt(place.name, tuple(segments), frozenset(survey.segments), root.as_uri(), ''))
+    _say(f'copied {place.name}: {_tally(place, segments)}')
+    return place.open()
 
 
 def create(
@@ -5978,25 +5847,23 @@ def create(
         config: Optional[Config] = None,
 ) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
-    config = config or Config.load()
-    name, pin = _parse_name(name)
-    if pin:
+    place = _Place(name, config)
+    if place.pin:
         raise InvalidDataset('a dataset that is yet to be filled has no digest to insist on', 'give only its name')
     _check_partitions(partitions or ())
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
             raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
-    home = _Home(config.home)
 
-    def work(job: _Job) -> None:
-        with home.installing(name, force) as install:
+    def work(job: _Job) -> Dataset:
+        with place.installing(force):
             for partition in set(partitions):
-                os.makedirs(_join(install.root, 'data/' + partition))
-            install.commit()
+                os.makedirs(_join(place.new, 'data/' + partition))
+            place.commit()
+        _say(f"created '{place.name}'; now fill {place.path / 'data'}")
+        return place.open()
 
-    _perform(None, work)
-    _say(f"created '{name}'; now fill {home.path(name) / 'data'}")
-    return Dataset(home.path(name), name)
+    return _perform(None, work)
 
 
 def verify(name: str, config: Optional[Config] = None, progress: _Progress = None) -> str:
@@ -6006,42 +5873,31 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
     created dataset has nothing to be compared with.
     progress: as for pull(), but of the bytes of the files that have been read.
     """
-    home = _Home((config or Config.load()).home)
-    bare, pin = _parse_name(name)
-    started = time.monotonic()
+    place = _Place(name, config)
 
     def work(job: _Job) -> str:
-        _check_installed(home, bare)
-        _, receipt = home.open(bare)
-        found = _digest_segments(job, home.path(bare))
-        digest = _dataset_digest(found)
+        receipt = place.open()._receipt
+        found = _digest_segments(job, place.path)
         outcome = 'nothing known to compare it with'
-        if receipt:
-            _compare(home, bare, receipt, found)
-            digest = receipt.digest
+        if receipt.name:
+            wrong = sorted(dict(_digests(found).items() ^ _digests(receipt.here()).items()))
+            if wrong:
+                remedy = f"'etc pull -f {place.name}' repairs it" if receipt.version else 'register it again'
+                if not place.keeps_x_bits():
+                    remedy = "this disk does not keep executable bits; set 'home' to a place on another"
+                verb = 'differs' if len(wrong) == 1 else 'differ'
+                raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(wrong)} {verb}", remedy)
             outcome = 'partly installed, and unchanged' if receipt.is_partial else 'complete and unchanged'
-        _check_pin(bare, pin, digest)
-        if pin:
+        whole = receipt.segments or found
+        place.check(whole)
+        if place.pin:
             outcome = 'the expected digest'
-        _say(f'verified {bare}: {outcome}; {_tally(found, started)}')
-        _say(f'{bare}@{digest}', _DEBUG if receipt else _INFO)
+        digest = _dataset_digest(whole)
+        _say(f'verified {place.name}: {outcome}; {_tally(place, found)}')
+        _say(f'{place.name}@{digest}', _DEBUG if receipt.name else _INFO)
         return digest
 
     return _perform(progress, work)
-
-
-def _compare(home: _Home, name: str, receipt: _Receipt, found: Iterable[_Segment]) -> None:
-    """Raises Corrupt unless the files are what was installed."""
-    digests = {segment.path: segment.digest for segment in found}
-    promised = {segment.path: segment.digest for segment in receipt.here()}
-    wrong = sorted(path for path in {**digests, **promised} if digests.get(path) != promised.get(path))
-    if not wrong:
-        return
-    remedy = f"'etc pull -f {name}' repairs it" if receipt.version else 'register it again'
-    if not home.keeps_x_bits():
-        remedy = "this disk does not keep executable bits; set 'home' to a place on another"
-    verb = 'differs' if len(wrong) == 1 else 'differ'
-    raise Corrupt(f"'{name}' is not what was installed: {', '.join(wrong)} {verb}", remedy)
 
 
 def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -> None:
@@ -6051,51 +5907,48 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
     remote: by keyword only, so that no call that was meant for the local store can reach what others share.
     Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors.
     """
-    config = config or Config.load()
     if remote:
         _purge_remote(name, config)
         return
-    home = _Home(config.home)
-    bare, pin = _parse_name(name)
+    place = _Place(name, config)
 
     def work(job: _Job) -> None:
-        with home.changes(), home.lock(job, bare):
-            home.clear(bare)
-            _check_installed(home, bare, "'etc ls' lists what there is")
-            if pin:
-                _check_pin(bare, pin, _digest_of(job, *home.open(bare)))
-            home.remove(bare)
+        with place.lock(job):
+            place.clear()
+            if place.pin or not _is_dataset(place.path):
+                place.check(place.open("'etc ls' lists what there is")._read(job))
+            place.remove()
 
     _perform(None, work)
-    _say(f"purged '{bare}'")
+    _say(f"purged '{place.name}'")
 
 
-def _purge_remote(name: str, config: Config, confirm: Optional[Callable[[str], None]] = None) -> None:
+def _purge_remote(name: str, config: Optional[Config], confirm: Optional[Callable[[str], None]] = None) -> None:
     """Remove the version of a remote dataset that is there now.
 
     confirm: is called with a description of it before, and may raise an Error.
     """
-    bare, pin = _parse_name(name)
+    place = _Place(name, config)
 
     def find(job: _Job) -> Tuple[_Object, str]:
-        with _open_remote(config, job) as store:
+        with _open_remote(place.config, job) as store:
             store.check_writable()
-            archive = _find(store, bare) if pin else None
-            _check_pin(bare, pin, archive.digest if archive else pin)
-            obj = archive.obj if archive else store.stat(bare)  # which finds damaged archives, too
-            if obj is None:
-                raise _not_stored_error(store, bare)
-            return obj, store.url
+            if place.pin:
+                archive = _find(store, place.name)
+                place.check(archive.segments)
+                return archive.obj, store.url
+            obj = store.stat(place.name)  # which finds damaged archives, too
+            return _existing(store, place.name, obj), store.url
 
     def remove(job: _Job) -> bool:
-        with _open_remote(config, job) as store:
+        with _open_remote(place.config, job) as store:
             return store.remove(obj)
 
     obj, url = _perform(None, find)
     if confirm:
-        confirm(f"'{bare}' ({_size(obj.size)}) in {url}")
+        confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
     is_kept = _perform(None, remove)
-    _say(f"purged '{bare}' from {url}" + ', which keeps it as an old version' * is_kept)
+    _say(f"purged '{place.name}' from {url}" + ', which keeps it as an old version' * is_kept)
 
 
 # ---------------------------------------------------------------------------------------
