@@ -2911,9 +2911,13 @@ class _Aws(_Renewed):
         super().__init__()
         self.config = config
         self.skew = 0.0  # seconds by which the services' clock is ahead of ours
-        self.name = config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default'
+        self.name = (
+            config.aws_profile
+            or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE')
+            or 'default')
         self.read_files()
-        self.http = _Http(job, config.ca_bundle or self.setting('ca_bundle'))
+        ca_bundle = config.ca_bundle or self.setting('ca_bundle')
+        self.http = _Http(job, ca_bundle)
         self.region = (
             config.region
             or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
@@ -2935,7 +2939,9 @@ class _Aws(_Renewed):
 
     def setting(self, key: str) -> str:
         """What the environment says, else the profile; or ''."""
-        return _env('AWS_' + key.upper()) or self.values.get(key, '')
+        return (
+            _env(f'AWS_{key.upper()}')
+            or self.values.get(key, ''))
 
     def flag(self, key: str) -> bool:
         return self.setting(key).lower() == 'true'
@@ -2952,9 +2958,10 @@ class _Aws(_Renewed):
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
-        suffix = _AWS_SUFFIXES.get(region.rsplit('-', 2)[0], 'amazonaws.com')
+        partition = region.rsplit('-', 2)[0]
+        suffix = _AWS_SUFFIXES.get(partition, 'amazonaws.com')
         is_s3 = service == 's3'
-        if self.flag('use_fips_endpoint') and (is_s3 or not region.startswith('us-gov-')):
+        if self.flag('use_fips_endpoint') and (is_s3 or partition != 'us-gov'):
             service += '-fips'
         if self.flag('use_dualstack_endpoint') and is_s3:
             service += '.dualstack'
@@ -2963,46 +2970,52 @@ class _Aws(_Renewed):
     def judge(self, reply: _Reply) -> str:
         """For _Http.request(): errors are judged by their code, too. One may tell that our clock is wrong."""
         code = _aws_error(reply)[0]
-        ahead = _http_time(reply.headers.get('Date')) - time.time()
-        if code in _AWS_CLOCK_ERRORS and 300 < abs(ahead - self.skew) < 1e9:
+        date = reply.headers.get('Date')
+        ahead = _http_time(date) - time.time()
+        is_news = 300 < abs(ahead - self.skew) < 1e9
+        if is_news and code in _AWS_CLOCK_ERRORS:
             self.skew = ahead
             _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
             return 'at once'
         return 'later' if code in _AWS_TRANSIENT else _judge(reply)
 
-    def sign(
-            self,
-            request: _Request,
-            keys: Optional[_AwsKeys],
-            place: str,
-    ) -> _Request:
-        """The request with AWS Signature Version 4, by the clock as it is known now; as it is if there are no keys.
+    def sign(self, request: _Request, place: str) -> _Request:
+        """The request with AWS Signature Version 4, by the clock as it is known now; as it is if it has no keys.
 
         request: its query is sorted, and encoded by _query(). place: region/service.
         https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
         """
         import hmac
+        keys = request.keys
         if not keys:
             return request
         scheme, netloc, path, query, _ = urlsplit(request.url)
         digest = request.digest().hexdigest()
-        stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
-        headers = {**request.headers, 'x-amz-date': stamp, 'x-amz-content-sha256': digest}
-        headers['host'] = re.sub(':443$' if scheme == 'https' else ':80$', '', netloc)
+        now = time.time() + self.skew
+        stamp = _utc(now, '%Y%m%dT%H%M%SZ')
+        headers = {
+            **request.headers,
+            'host': re.sub(':443$' if scheme == 'https' else ':80$', '', netloc),
+            'x-amz-date': stamp,
+            'x-amz-content-sha256': digest,
+        }
         if keys.token:
             headers['x-amz-security-token'] = keys.token
-        lines = sorted(f"{name.lower()}:{' '.join(value.split())}\n" for name, value in headers.items())
-        names = ';'.join(line.partition(':')[0] for line in lines)
-        canonical = f"{request.method}\n{path or '/'}\n{query}\n{''.join(lines)}\n{names}\n{digest}"
+        names = sorted(headers, key=str.lower)
+        lines = (
+            f"{name.lower()}:{' '.join(headers[name].split())}\n"
+            for name in names)
+        signed = ';'.join(names).lower()
+        canonical = f"{request.method}\n{path or '/'}\n{query}\n{''.join(lines)}\n{signed}\n{digest}"
 
         scope = f'{stamp[:8]}/{place}/aws4_request'
         text = f'AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{_sha256(canonical.encode()).hexdigest()}'
         key = f'AWS4{keys.secret_key}'.encode()
         for part in scope.split('/') + [text]:
             key = hmac.new(key, part.encode(), 'sha256').digest()
-        headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, '
+        headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={signed}, '
                                     f'Signature={key.hex()}')
-        return request._replace(headers=headers, keys=keys)
+        return request._replace(headers=headers)
 
     def fetch(self) -> Tuple[Optional[_AwsKeys], float]:
         """From the settings, else the environment, the profile, the container, or the machine."""
@@ -3010,16 +3023,26 @@ class _Aws(_Renewed):
         keys = _aws_static(vars(self.config), 'the settings')
         if not keys and not self.config.aws_profile:  # which precedes the environment
             keys = self.from_environment()
-        keys = keys or self.from_profile(self.name) or self.from_container() or self.from_instance()
+        keys = (
+            keys
+            or self.from_profile(self.name)
+            or self.from_container()
+            or self.from_instance())
         if not keys:
             return None, 1e12
         # Some services give out the same keys until shortly before they expire, and our clock may be wrong.
-        return keys, max(keys.expires, time.time() + 300)
+        soon = time.time() + 300
+        return keys, max(keys.expires, soon)
 
     def from_environment(self) -> Optional[_AwsKeys]:
-        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
+        values = {key: _env(key.upper()) for key in _AWS_KEYS}
+        return _aws_static(values, 'the environment')
 
-    def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> Optional[_AwsKeys]:
+    def from_profile(
+            self,
+            name: str,
+            users: Tuple[str, ...] = (),
+    ) -> Optional[_AwsKeys]:
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
@@ -3028,7 +3051,8 @@ class _Aws(_Renewed):
         where = f"the AWS profile '{name}'"
         values = self.section(name, f"the source_profile of '{''.join(users[-1:])}'")
         keys = _aws_static(values, where)
-        if 'role_arn' in values and 'web_identity_token_file' not in values and not (users and keys):
+        is_role = 'role_arn' in values and 'web_identity_token_file' not in values
+        if is_role and not (users and keys):
             if 'mfa_serial' in values:
                 return self.from_tools(name)
             profile = values.get('source_profile', '')
@@ -3038,27 +3062,38 @@ class _Aws(_Renewed):
                 'EcsContainer': self.from_container,
                 'Ec2InstanceMetadata': self.from_instance,
             }
-            if bool(profile) == (kind in kinds) or profile and kind or profile in users:
+            if profile and not kind and profile not in users:
+                keys = self.from_profile(profile, users + (name,))
+            elif kind in kinds and not profile:
+                keys = kinds[kind]()
+            else:
                 raise ConfigError(f'{where} needs, besides role_arn, either a source_profile that does not lead back '
                                   'to it, or a credential_source of Environment, EcsContainer or Ec2InstanceMetadata')
-            keys = self.from_profile(profile, users + (name,)) if profile else kinds[kind]()
             if not keys:
                 raise ConfigError(f'{where} finds no credentials in {profile or kind}')
             return self.from_sts(where, values, keys)
         if not users and not self.config.aws_profile:
-            values = {**values, **{key: self.setting(key) for key in _AWS_IDENTITY}}
+            identity = {key: self.setting(key) for key in _AWS_IDENTITY}
+            values = {**values, **identity}
         path = values.get('web_identity_token_file')
         if path:
             token = _read_secret(path, 'the file with a token that web_identity_token_file or '
                                        '$AWS_WEB_IDENTITY_TOKEN_FILE names', 'check the path')
-            return self.from_sts('web identity', {**values, 'web_identity_token': token})
-        if any(map(values.get, ('sso_account_id', 'sso_role_name', 'login_session'))):
+            values = {**values, 'web_identity_token': token}
+            return self.from_sts('web identity', values, None)
+        needs_login = map(values.get, ('sso_account_id', 'sso_role_name', 'login_session'))
+        if any(needs_login):
             return self.from_tools(name)
         if values.get('credential_process'):
             return self.from_process(values['credential_process'], f'the credential_process of {where}')
         return keys
 
-    def from_sts(self, source: str, values: Dict[str, str], keys: Optional[_AwsKeys] = None) -> _AwsKeys:
+    def from_sts(
+            self,
+            source: str,
+            values: Dict[str, str],
+            keys: Optional[_AwsKeys],
+    ) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
         role = values.get('role_arn', '')
         if not role.startswith('arn:'):
@@ -3070,16 +3105,18 @@ class _Aws(_Renewed):
         }
         for key in _AWS_ROLE:
             if values.get(key):
-                form[key.title().replace('_', '')] = values[key]
-        body = urlencode(form).encode()
+                parameter = key.title().replace('_', '')
+                form[parameter] = values[key]
         url = self.endpoint('sts') or self.host('sts', self.region)
-        headers = {'Content-Type': 'application/x-www-form-urlencoded'}
-        request = _Request('POST', url + '/', headers, [body], _TOKEN_LIMIT)
-
-        def prepare() -> _Request:
-            return self.sign(request, keys, f'{self.region}/sts')
-
-        reply = self.http.request(prepare, self.judge)
+        request = _Request(
+            'POST',
+            f'{url}/',
+            {'Content-Type': 'application/x-www-form-urlencoded'},
+            [urlencode(form).encode()],
+            _TOKEN_LIMIT,
+            keys=keys)
+        place = f'{self.region}/sts'
+        reply = self.http.request(lambda: self.sign(request, place), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
         code, message, _ = _aws_error(reply)
@@ -3099,15 +3136,18 @@ class _Aws(_Renewed):
             provider.cache = cache  # so that it asks for a code once an hour
             found = session.get_credentials()
             if found:  # otherwise it may be too old
-                values = dict(zip(_AWS_KEYS, found.get_frozen_credentials()))
-                return _aws_keys(values, source)._replace(expires=time.time() + 600)
+                parts = found.get_frozen_credentials()
+                keys = _aws_keys(dict(zip(_AWS_KEYS, parts)), source)
+                return keys._replace(expires=time.time() + 600)
         command = f'aws configure export-credentials --profile "{name}" --format process'
         return self.from_process(command, f'the command aws for {source}', remedy)
 
     def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        answer = _Reply(200, {}, _output_of(self.http.job, command, source, remedy)).json()
-        return _aws_keys(answer if answer.get('Version') == 1 else {}, source)
+        output = _output_of(self.http.job, command, source, remedy)
+        answer = _Reply(200, {}, output).json()
+        is_known = answer.get('Version') == 1
+        return _aws_keys(answer if is_known else {}, source)
 
     def from_container(self) -> Optional[_AwsKeys]:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
@@ -3124,13 +3164,14 @@ class _Aws(_Renewed):
         if path:
             token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names',
                                  'check the path')
-        request = _Request('GET', url, {'Authorization': token} if token else {})
-        reply = _ask_metadata(self.http, request, _TRIES)
+        headers = {'Authorization': token} if token else {}
+        reply = _ask_metadata(self.http, _Request('GET', url, headers), _TRIES)
         answer = reply.json()
         source = "the container's credentials service"
         if reply.status == 200:
             return _aws_keys(answer, source)
-        problem = _status(reply, '', str(answer.get('message', '')))
+        message = str(answer.get('message', ''))
+        problem = _status(reply, '', message)
         raise RemoteError(f'{source} answers {problem}', 'check what it may do', reply.status)
 
     def from_instance(self) -> Optional[_AwsKeys]:
@@ -3144,19 +3185,22 @@ class _Aws(_Renewed):
         default = 'http://[fd00:ec2::254]' if mode == 'ipv6' else 'http://169.254.169.254'
         site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or default)
         headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
-        token = _word(_ask_metadata(self.http, _Request('PUT', site + '/latest/api/token', headers)))
+        request = _Request('PUT', f'{site}/latest/api/token', headers)
+        token = _word(_ask_metadata(self.http, request))
         if not token:
             return None
-        url = site + '/latest/meta-data/iam/security-credentials/'
+        url = f'{site}/latest/meta-data/iam/security-credentials/'
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
         role = _word(_ask_metadata(self.http, request, _TRIES))
-        answer = _ask_metadata(self.http, request._replace(url=url + role), _TRIES).json()
+        request = request._replace(url=f'{url}{role}')
+        answer = _ask_metadata(self.http, request, _TRIES).json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
 def _env(*names: str) -> str:
     """The first of these variables that is set, or ''."""
-    return next(filter(None, map(os.environ.get, names)), '')
+    values = map(os.environ.get, names)
+    return next(filter(None, values), '')
 
 
 def _aws_sections() -> Dict[str, Dict[str, str]]:
@@ -3166,23 +3210,31 @@ def _aws_sections() -> Dict[str, Dict[str, str]]:
     """
     import configparser
     sections: Dict[str, Dict[str, str]] = collections.defaultdict(dict)
-    for file, variable in ('config', 'AWS_CONFIG_FILE'), ('credentials', 'AWS_SHARED_CREDENTIALS_FILE'):
-        path = _expanduser(os.path.expandvars(_env(variable) or f'~/.aws/{file}'))  # as botocore does
+    for file, variable in (
+            ('config', 'AWS_CONFIG_FILE'),
+            ('credentials', 'AWS_SHARED_CREDENTIALS_FILE'),
+    ):
+        path = _env(variable) or f'~/.aws/{file}'
+        path = _expanduser(os.path.expandvars(path))  # as botocore does
         parser = configparser.RawConfigParser(strict=False)
         try:
             parser.read(path, 'utf-8-sig')
         except (configparser.Error, UnicodeDecodeError):
             raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
         for title in parser.sections():
-            section = sections[re.sub(r'''^profile\s+|(?<=\s)["']|["']$''', '', title)]
+            name = re.sub(r'''^profile\s+|(?<=\s)["']|["']$''', '', title)
+            section = sections[name]
             for key, text in parser.items(title):
                 section[key] = text
-                for inner, value in re.findall(r'^(\w+)\s*=\s*(\S+)', text, re.MULTILINE):
+                for inner, value in re.findall(r'(?m)^(\w+)\s*=\s*(\S+)', text):
                     section[f'{key}.{inner}'] = value
             if file == 'credentials' and parser.has_option(title, 'aws_access_key_id'):
                 # Nothing in the other file may be mixed with these keys.
                 token = parser.get(title, 'aws_session_token', fallback='')
-                section.update(aws_session_token=token, credential_process='', login_session='')
+                section.update(
+                    aws_session_token=token,
+                    credential_process='',
+                    login_session='')
     return sections
 
 
@@ -3194,8 +3246,12 @@ def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
 
 def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
-    plain = {re.sub('aws_|session|_', '', key.lower()): value for key, value in values.items()}
-    parts = [str(plain.get(key) or '').strip() for key in ('accesskeyid', 'secretaccesskey', 'token')]
+    plain = {
+        re.sub('aws_|session|_', '', key.lower()): value
+        for key, value in values.items()}
+    parts = [
+        str(plain.get(key) or '').strip()
+        for key in ('accesskeyid', 'secretaccesskey', 'token')]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
@@ -3204,13 +3260,21 @@ def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
     return _AwsKeys._make([*parts, expires, source])
 
 
-def _ask_metadata(http: _Http, request: _Request, tries: int = 1) -> _Reply:
+def _ask_metadata(
+        http: _Http,
+        request: _Request,
+        tries: int = 1,
+) -> _Reply:
     """What a metadata service answers; nothing if there is none. Raises RemoteError if one that is there fails.
 
     tries: more than one if it is known to be there. On most machines there is none, and nobody wants to wait for it.
     """
-    request = request._replace(limit=_TOKEN_LIMIT, tries=tries, timeout=2)
-    with contextlib.closing(_Http(http.job, http.ca_bundle, direct=True)) as client:
+    request = request._replace(
+        limit=_TOKEN_LIMIT,
+        tries=tries,
+        timeout=2)
+    client = _Http(http.job, http.ca_bundle, direct=True)
+    with contextlib.closing(client):
         try:
             reply = client.request(lambda: request)
         except RemoteError as e:
@@ -3227,8 +3291,9 @@ def _ask_metadata(http: _Http, request: _Request, tries: int = 1) -> _Reply:
 
 def _word(reply: _Reply) -> str:
     """What is answered, if that can be a token or name; else ''."""
-    match = re.match(rb'\s*([!-~]+)\s*\Z', reply.body)
-    return match.group(1).decode() if match and reply.status == 200 else ''
+    text = reply.body.decode('latin-1').strip()
+    is_word = reply.status == 200 and re.match(r'[!-~]+\Z', text)
+    return text if is_word else ''
 
 
 @contextlib.contextmanager
@@ -3240,24 +3305,32 @@ def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]
     except ImportError:
         pass
     except Exception as e:  # they let out AttributeErrors and the like, too
-        reason = _printable(str(e) or type(e).__name__)
-        raise ConfigError(f'{source} cannot be used: {reason}', remedy) from None
+        reason = str(e) or type(e).__name__
+        raise ConfigError(f'{source} cannot be used: {_printable(reason)}', remedy) from None
 
 
-def _output_of(job: _Job, command: str, source: str, remedy: str, **variables: str) -> bytes:
+def _output_of(
+        job: _Job,
+        command: str,
+        source: str,
+        remedy: str,
+        **variables: str
+) -> bytes:
     """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
     import shlex
     from subprocess import PIPE, Popen
     try:
         arguments = command if os.name == 'nt' else shlex.split(command)
-        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, **variables})
+        environment = {**os.environ, **variables}
+        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env=environment)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
         job.at_end.append(process.kill)
         output, errors = process.communicate()
     if process.returncode:
-        reason = _printable(errors.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'
+        text = errors.decode('utf-8', 'replace').strip()
+        reason = _printable(text)[-300:] or 'no explanation'
         raise ConfigError(f'{source} fails ({process.returncode}): {reason}', remedy)
     return output
 
@@ -3282,7 +3355,10 @@ def _xml_items(reply: _Reply, name: str) -> Dict[str, str]:
 def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
     """The code, message and region of an error; empty if the body is none."""
     items = _xml_items(reply, 'Error')
-    return items.get('Code', ''), items.get('Message', ''), items.get('Region', '')
+    return (
+        items.get('Code', ''),
+        items.get('Message', ''),
+        items.get('Region', ''))
 
 
 def _status(reply: _Reply, code: str, message: str) -> str:
@@ -4143,8 +4219,8 @@ class _S3Remote(_BucketStore):
             base = base.replace('//', f'//{self.bucket}.', 1)
         else:
             base += '/' + self.bucket
-        request = request._replace(url=base + request.url, headers=headers)
-        return self.aws.sign(request, self.aws.get(), f'{self.region}/s3')
+        request = request._replace(url=base + request.url, headers=headers, keys=self.aws.get())
+        return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
         """As above. Another try may help after a refusal that teaches another region, clock or key, or no conditions.

@@ -351,6 +351,7 @@ class SignedHandler(Handler):
         if not match:
             return 'AccessDenied'
         akid, scope, day, region, names, signature = match.groups()
+        names = ';'.join(sorted(names.split(';')))
         if akid not in self.server.secrets:
             return 'InvalidAccessKeyId'
         digest = hashlib.sha256(body).hexdigest()
