@@ -184,12 +184,6 @@ def _printable(text: str) -> str:
         for c in text)
 
 
-def _encodable(text: str, stream: Any) -> str:
-    """The text with escapes for what the stream's encoding lacks."""
-    encoding = getattr(stream, 'encoding', None) or 'utf-8'
-    return text.encode(encoding, 'backslashreplace').decode(encoding)
-
-
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     """A remedy for a misspelled word, or ''."""
     import difflib
@@ -216,9 +210,7 @@ def _size(count: Optional[float]) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 99.5:
         return f'{seconds:.2g} s'
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02} h' if hours else f'{minutes}:{seconds:02} min'
+    return f'{seconds / 60:,.1f} min'
 
 
 _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
@@ -231,8 +223,9 @@ class _Console:
     progress = ''  # the line of progress that is shown
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # stderr may be None, or something that a notebook made
-            sys.stderr.write(_encodable(text, sys.stderr))
+        # stderr may be closed, None, or something that a notebook made. It escapes what its encoding lacks.
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            sys.stderr.write(text)
             sys.stderr.flush()
 
     def show_progress(self, line: str) -> None:
@@ -485,15 +478,10 @@ class Config:
         return cls(**values)
 
     def __repr__(self) -> str:
-        shown = []
-        for key, value in sorted(vars(self).items()):
-            if isinstance(value, str):
-                is_url = re.match('(https?|s3|gs|file)://', value)
-                value = _masked(value) if is_url else '***'
-            elif isinstance(value, Path):
-                value = _existing_part(str(value))
-            shown.append(f'{key}={value!r}')
-        return f"Config({', '.join(shown)})"
+        url = self.url or ''
+        is_url = re.match('(https?|s3|gs|file)://', url)
+        shown = _masked(url) if is_url else '***'
+        return f'Config({shown!r}, {_existing_part(str(self.home))!r}, ...)'
 
 
 def _expanduser(path: str) -> str:
@@ -6043,8 +6031,10 @@ def _print(*lines: str) -> None:
     """To stdout, whatever its encoding."""
     if sys.stdout is None:
         raise Error('standard output is closed')
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     for line in lines:
-        print(_encodable(_printable(line), sys.stdout))
+        escaped = _printable(line).encode(encoding, 'backslashreplace')
+        print(escaped.decode(encoding))
     sys.stdout.flush()
 
 
@@ -6061,15 +6051,9 @@ def _ago(when: Optional[str]) -> str:
     if not when:
         return '-'
     seconds = time.time() - _iso_time(when)
-    units = {
-        'year': 31557600,
-        'month': 2629800,
-        'week': 604800,
-        'day': 86400,
-        'hour': 3600,
-        'minute': 60,
-    }
-    for name, unit in units.items():
+    names = 'year month week day hour minute'.split()
+    units = (31557600, 2629800, 604800, 86400, 3600, 60)
+    for name, unit in zip(names, units):
         if seconds >= unit:
             return _plural(int(seconds // unit), name) + ' ago'
     return 'just now'
