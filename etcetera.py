@@ -2365,7 +2365,6 @@ class _Request(NamedTuple):
     tries: int = _TRIES + _MORE_TRIES  # at most
     timeout: float = _RETRY_AFTER  # seconds of silence, at most
     is_vital: bool = False  # whether an interruption waits for the answer, if not for long
-    before: Callable[[], Any] = bool  # for remotes: is called before each try
     condition: Dict[str, str] = {}  # for remotes: headers; they are cleared if the store turns out to know none
     keys: Any = None  # with which it is signed
 
@@ -2402,8 +2401,7 @@ class _Reply(NamedTuple):
             return {}
         return answer if isinstance(answer, dict) else {}
 
-    def xml(self,
-            name: str) -> List[Dict[str, str]]:
+    def xml(self, name: str) -> List[Dict[str, str]]:
         """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow.
 
         White space may precede the XML: S3 sends some to keep a connection open while it works.
@@ -2466,7 +2464,8 @@ class _Http:
         self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
-        self.idle: Dict[str, List[Any]] = collections.defaultdict(list)  # kept connections, by site
+        self.idle: Dict[str, List[Any]]  # kept connections, by site
+        self.idle = collections.defaultdict(list)
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection
         self.most = 256.0  # requests that may be made at once
         self.successes = 0
@@ -2478,8 +2477,9 @@ class _Http:
         """Let all requests fail that are under way."""
         import socket
         until = time.monotonic() + _LAST_TIMEOUT
-        while any(request.is_vital for request in list(self.busy.values())):
-            if time.monotonic() > until:
+        while time.monotonic() < until:
+            requests = list(self.busy.values())
+            if not any(request.is_vital for request in requests):
                 break
             time.sleep(_TICK / 10)
         for connection in list(self.busy):
@@ -2506,7 +2506,8 @@ class _Http:
             request = prepare()
             site = _check_address(request.url)
             job = _Job() if request.is_vital else self.job
-            most = min(request.tries, _TRIES + _MORE_TRIES * (site in self.answered))
+            most = _TRIES + _MORE_TRIES * (site in self.answered)
+            most = min(most, request.tries)
             is_first_read = not failures and request.method in ('GET', 'HEAD')
             longest = _LAST_TIMEOUT if self.job.is_ended else request.timeout
             patience = min(longest, _READ_TIMEOUT if is_first_read else _TIMEOUT)
@@ -2523,8 +2524,7 @@ class _Http:
             else:
                 self.answered.add(site)
                 if reply.status in _OVERLOAD:
-                    under_way = min(self.most, len(self.busy) + 1)
-                    self.most = max(1.0, under_way / 2)
+                    self.most = max(1.0, len(self.busy) / 2)
                     failures -= successes < self.successes
                 else:
                     self.most += 1 / self.most
@@ -2557,7 +2557,8 @@ class _Http:
                 body = self.receive(connection, response, request)
                 is_reusable = response.isclosed() and not response.will_close
             is_success = response.status < 400
-            return _Reply(response.status, response.headers, body, request)
+            return _Reply(
+                response.status, response.headers, body, request)
         except (OSError, http.client.HTTPException) as e:
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
             if connection.is_cut:
@@ -2598,7 +2599,8 @@ class _Http:
                 connection.set_tunnel(host, headers=headers)
                 proxy = ''
         else:
-            connection = http.client.HTTPConnection(proxy or host, timeout=_CONNECT)
+            connection = http.client.HTTPConnection(
+                proxy or host, timeout=_CONNECT)
         connection.site = site
         connection.idle_since = 0.0
         connection.base = site if proxy else ''  # a plain request to a proxy names the whole URL
@@ -2693,7 +2695,10 @@ def _unreachable_error(site: str, e: Exception) -> RemoteError:
         reason = getattr(e, 'verify_message', 'by the CAs that are known here')  # from Python 3.7 on
         raise RemoteError(f'{site} presented a certificate that is not trusted ({reason})',
                           "if a private CA signed it, set 'ca_bundle' to the file with its certificate") from None
-    reason = getattr(e, 'strerror', None) or e or type(e).__name__
+    reason = (
+        getattr(e, 'strerror', None)
+        or e
+        or type(e).__name__)
     if getattr(e, 'errno', 0) in _FULL:
         raise Error(f'cannot keep a download: {reason}', 'set $TMPDIR to a directory with more room') from None
     return RemoteError(f'cannot reach {site}: {reason}', 'check the network, the proxy settings and the URL')
@@ -2729,7 +2734,8 @@ def _find_proxy(
 def _tls(ca_bundle: Optional[str]) -> Any:
     try:
         import ssl
-        context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
+        path = ca_bundle and _expanduser(ca_bundle)
+        context = ssl.create_default_context(cafile=path)
     except ImportError:
         raise ConfigError('this Python has no ssl module, so it cannot use https://',
                           'use another Python, or a url that needs none') from None
@@ -2778,7 +2784,9 @@ def _base64(data: bytes) -> str:
     return b64encode(data).decode()
 
 
-def _query(pairs: Iterable[Tuple[str, str]]) -> str:
+def _query(query: _Headers) -> str:
+    """Sorted, as signatures want it."""
+    pairs = sorted(query.items())
     return '&'.join(f'{_quote(key)}={_quote(value)}' for key, value in pairs)
 
 
@@ -2794,10 +2802,10 @@ def _http_time(text: Any) -> float:
 def _iso_time(text: str) -> float:
     """Unix time of an ISO 8601 time, which is UTC unless it has an offset; 0 if it is none."""
     from datetime import datetime
-    offset = re.search(r'([+-]\d\d):?(\d\d)\Z', text[19:])
-    zone = ''.join(offset.groups()) if offset else '+0000'
+    zone = re.sub(r'\A[.\d]+|[:UTCZ]', '', text[19:]) or '+0000'
     try:
-        return datetime.strptime(text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
+        moment = datetime.strptime(text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z')
+        return moment.timestamp()
     except ValueError:
         return 0.0
 
@@ -2806,7 +2814,8 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
     """A unix time as text; '' beyond the year 9999. time.gmtime() ends in 2038 on some 32-bit systems."""
     from datetime import datetime, timedelta
     try:
-        return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).strftime(form)
+        moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
+        return moment.strftime(form)
     except OverflowError:
         return ''
 
@@ -3552,6 +3561,7 @@ _MAX_RANGE = 3 << 20  # bytes that one request reads at most
 _FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
+_UNCHANGED = {'Cache-Control': 'no-transform'}  # the header that asks for an object as it is (RFC 9111, 5.2.1.6)
 _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
 _UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
@@ -3690,17 +3700,16 @@ class _HttpStore(_Remote):
     def error(self, reply: _Reply) -> RemoteError:
         raise NotImplementedError
 
-    def ask(self, request: _Request,
-            accept: Sequence[int] = ()) -> _Reply:
-        """Make a request. Raises RemoteError for any answer but 2xx and those in `accept`."""
-        tries = min(request.tries, self.tries)
-        request = request._replace(tries=tries)
-
-        def prepare() -> _Request:
-            request.before()
-            return self.prepare(request)
-
-        reply = self.http.request(prepare, self.judge)
+    def ask(
+            self,
+            method: str,
+            url: str,
+            accept: Sequence[int] = (),
+            **more: Any,
+    ) -> _Reply:
+        """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
+        request = _Request(method, url, **{'tries': self.tries, **more})
+        reply = self.http.request(lambda: self.prepare(request), self.judge)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
         raise self.error(reply)
@@ -3717,12 +3726,13 @@ class _HttpStore(_Remote):
         known: the very version that it must be. Some stores ignore If-Match, and `rclone serve s3` answers 200.
         """
         wanted = known.version if known else ''
-        headers = {'Range': f'bytes={start}-{stop - 1}' if stop else f'bytes={start}'}
+        span = f'{start}-{stop - 1}' if stop else str(start)
+        headers = {'Range': f'bytes={span}', **_UNCHANGED}
         if wanted.startswith('"'):  # only a strong ETag will do (RFC 9110, 13.1.1)
             headers['If-Match'] = wanted
         url = self.address(name, wanted)
-        request = _Request('GET', url, headers, limit=stop - start + 65536)
-        reply = self.ask(request, _NO_RANGE)
+        limit = stop - start + 65536
+        reply = self.ask('GET', url, _NO_RANGE, headers=headers, limit=limit)
         is_wanted = self.version(reply) in (wanted, '')
         if known and (reply.status in _NO_RANGE or not is_wanted):
             raise self.mismatch_error(known, reply)
@@ -3736,10 +3746,10 @@ class _HttpStore(_Remote):
         if not stop:
             start = max(0, obj.size + start)
         stop = min(stop or obj.size, obj.size)
-        span = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
+        expected = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
         told = reply.headers.get('Content-Range') or ''
         length = len(reply.body)
-        if not re.match(span, told) or not 0 < length <= stop - start:
+        if not re.match(expected, told) or not 0 < length <= stop - start:
             raise RemoteError(f'{self.url} does not answer with the range that was asked for',
                               'a proxy or the endpoint_url is at fault', reply.status)
         return obj, reply.body
@@ -3805,8 +3815,7 @@ class _BucketStore(_HttpStore):
         super().__init__(config, job)
         match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', config.url or '')
         if not match:
-            scheme = (config.url or '').partition(':')[0]
-            raise ConfigError(f'the url is not of the form {scheme}://bucket or {scheme}://bucket/prefix')
+            raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like')
         self.bucket = match.group(2)
         self.prefix = (match.group(3) or '').strip('/')
         if self.prefix:
@@ -3831,7 +3840,7 @@ class _BucketStore(_HttpStore):
         while True:
             try:
                 page, token = self.list_page(query)
-            except (KeyError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 raise self.protocol_error() from None
             objects += [obj for obj in page if obj.name]
             if not token:
@@ -3848,22 +3857,70 @@ class _BucketStore(_HttpStore):
         """Some objects, those that are no archives without a name, and the token of the next page, if there is one."""
         raise NotImplementedError
 
-    def delete(self, obj: _Object, url: str,
-               **condition: str) -> Optional[_Reply]:
-        """Delete this very version; None if it is gone already. condition: headers."""
-        def look() -> None:  # before each try, as a lost answer may have been a yes, and some stores ignore conditions
+    def stat(self, name: str) -> Optional[_Object]:
+        """As above. By a GET, which needs no other permission than reading."""
+        try:
+            return super().stat(name)
+        except RemoteError as e:
+            is_archived = 'InvalidObjectState' in e.message
+            if not is_archived and e.status not in _UNSUPPORTED:
+                raise
+        # What is empty, in an archive class, or where not all is told, can be listed.
+        found = [obj for obj in self.list() if obj.name == name]
+        return found[0] if found else None
+
+    def delete(self, obj: _Object, url: str) -> Optional[_Reply]:
+        """Delete this very version; None if it is gone already."""
+        condition = {}
+        if obj.version.startswith('"'):
+            condition['If-Match'] = obj.version
+        request = _Request('DELETE', url, condition=condition)
+
+        def prepare() -> _Request:  # it looks first, as a lost answer may have been a yes
             if not self.is_current(obj):
                 raise NotFound
+            return self.prepare(request)
 
-        try:
-            request = _Request('DELETE', url, condition=condition, before=look)
-            reply = self.ask(request, [404, 412])
-            if reply.status >= 300:
-                look()
-                raise self.error(reply)
-        except NotFound:
-            return None
-        return reply
+        with contextlib.suppress(NotFound):
+            reply = self.http.request(prepare, self.judge)
+            if reply.status < 300:
+                return reply
+            prepare()
+            raise self.error(reply)
+        return None
+
+    def split(self, chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
+        """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
+
+        A part is a list of bytes. Ranges are parts of their own, but for what the part before lacks; that is read.
+        """
+        part: List[Any] = []
+        left = size  # bytes that the part lacks
+        longest = max(size, _LONG_PART)
+        for chunk in chunks:
+            ranges: List[_Range] = []
+            if isinstance(chunk, _Range):
+                obj, start, stop = chunk
+                middle = start + left % size
+                if stop - middle < _MIN_PART:
+                    middle = stop
+                chunk = self.read(obj, start, middle)
+                count = (stop - middle) // longest + 1
+                step = (stop - middle) // count + 1
+                for at in range(middle, stop, step):
+                    ranges.append(_Range(obj, at, min(at + step, stop)))
+            rest = memoryview(chunk)
+            while rest:
+                part.append(rest[:left])
+                rest = rest[left:]
+                left -= len(part[-1])
+                if not left:
+                    yield part
+                    part = []
+                    left = size
+            yield from ranges
+        if part:
+            yield part
 
 
 def _version(etag: Optional[str], modified: float) -> str:
@@ -3872,41 +3929,6 @@ def _version(etag: Optional[str], modified: float) -> str:
         return f'{modified:.0f}'
     bare = etag.strip('"')
     return f'"{bare}"'
-
-
-def _split_parts(chunks: Iterable[_Chunk], size: int,
-                 read: Callable[..., bytes]) -> Iterator[Any]:
-    """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
-
-    A part is a list of bytes. Ranges are parts of their own, but for what the part before lacks; that is read.
-    """
-    part: List[Any] = []
-    left = size  # bytes that the part lacks
-    longest = max(size, _LONG_PART)
-    for chunk in chunks:
-        ranges: List[_Range] = []
-        if isinstance(chunk, _Range):
-            obj, start, stop = chunk
-            middle = start + left % size
-            if stop - middle < _MIN_PART:
-                middle = stop
-            chunk = read(obj, start, middle)
-            count = (stop - middle) // longest + 1
-            step = (stop - middle) // count + 1
-            for at in range(middle, stop, step):
-                ranges.append(_Range(obj, at, min(at + step, stop)))
-        rest = memoryview(chunk)
-        while rest:
-            part.append(rest[:left])
-            rest = rest[left:]
-            left -= len(part[-1])
-            if not left:
-                yield part
-                part = []
-                left = size
-        yield from ranges
-    if part:
-        yield part
 
 
 def _read_ahead(
@@ -4184,9 +4206,8 @@ class _S3Remote(_BucketStore):
         https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
         """
         style = self.aws.values.get('s3.addressing_style')
-        if style == 'path' or self.endpoint and style != 'virtual':
-            return False
-        if re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint):  # an IP address has no subdomains
+        is_address = re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint)  # which has no subdomains
+        if is_address or style == 'path' or self.endpoint and style != 'virtual':
             return False
         dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
@@ -4263,8 +4284,7 @@ class _S3Remote(_BucketStore):
     ) -> Tuple[List[_Object], str]:
         """ListObjectsV2"""
         query = {'list-type': '2', 'encoding-type': 'url', **query}
-        url = '/?' + _query(sorted(query.items()))
-        reply = self.ask(_Request('GET', url))
+        reply = self.ask('GET', f'/?{_query(query)}')
         page = _xml_items(reply, 'ListBucketResult')
         decode = unquote_plus if page.get('EncodingType') == 'url' else str
         objects = []
@@ -4277,18 +4297,6 @@ class _S3Remote(_BucketStore):
             return objects, page['NextContinuationToken']
         return objects, ''
 
-    def stat(self, name: str) -> Optional[_Object]:
-        """As above. By a GET, which needs no other permission than reading."""
-        try:
-            return super().stat(name)
-        except RemoteError as e:
-            is_archived = 'InvalidObjectState' in e.message
-            if not is_archived and e.status not in (206, 416):
-                raise
-        # What is in an archive class, of an unknown size or empty can be listed.
-        found = [obj for obj in self.list() if obj.name == name]
-        return found[0] if found else None
-
     def write(self, name: str, chunks: Iterable[_Chunk],
               limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
@@ -4298,30 +4306,26 @@ class _S3Remote(_BucketStore):
             size = min(few, _LONG_PART if self.endpoint else 0)
         size = max(_MIN_PART, limit // _MAX_PARTS + 1, size)
         url = self.address(name)
-        parts = _split_parts(chunks, size, self.read)
+        parts = self.split(chunks, size)
         first: Any = next(parts, [])
         if isinstance(first, list) and sum(map(len, first)) < size:
-            request = _Request('PUT', url, self.object_headers, first)
-            self.finish(name, request, exclusive)
+            self.finish(name, exclusive, 'PUT', url, headers=self.object_headers, body=first)
             return
         parts = itertools.chain([first], parts)
         del first  # or memory would hold it to the end
         # An interruption waits for the answer, or nobody would know which upload to abort.
-        request = _Request('POST', f'{url}?uploads=', self.object_headers, is_vital=True)
-        reply = self.ask(request)
+        reply = self.ask('POST', f'{url}?uploads=', headers=self.object_headers, is_vital=True)
         upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
-        query = _query([('uploadId', upload)])
+        query = _query({'uploadId': upload})
         try:
             manifest = self.send_parts(url, query, parts, size, size < few)
             headers = {'Content-Type': 'application/xml'}
-            request = _Request('POST', f'{url}?{query}', headers, [manifest])
-            self.finish(name, request, exclusive)
+            self.finish(name, exclusive, 'POST', f'{url}?{query}', headers=headers, body=[manifest])
         except BaseException:  # abandoned parts are billed
-            request = _Request('DELETE', f'{url}?{query}', tries=_LAST_TRIES, is_vital=True)
             with contextlib.suppress(RemoteError):
-                self.ask(request, [404])
+                self.ask('DELETE', f'{url}?{query}', [404], tries=_LAST_TRIES, is_vital=True)
             raise
 
     def send_parts(
@@ -4370,26 +4374,32 @@ class _S3Remote(_BucketStore):
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
         if not isinstance(part, _Range):
-            reply = self.ask(_Request('PUT', url, {}, part))
+            reply = self.ask('PUT', url, body=part)
             return reply.headers
         source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
         headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
-        reply = self.ask(_Request('PUT', url, headers))
+        reply = self.ask('PUT', url, headers=headers)
         if not self.is_current(part.obj):  # some stores misjudge conditions of the source, or ignore them
             raise self.overtaken_error(part.obj)
         return _xml_items(reply, 'CopyPartResult')
 
-    def finish(self, name: str,
-               request: _Request, exclusive: bool) -> None:
+    def finish(
+            self,
+            name: str,
+            exclusive: bool,
+            method: str,
+            url: str,
+            **more: Any,
+    ) -> None:
         """Make the request that lets the object appear: CompleteMultipartUpload or PutObject.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
         """
         if exclusive:
+            more['condition'] = {'If-None-Match': '*'}
             if not self.has_exclusive_write and self.stat(name):
                 raise _NameTaken
-            request = request._replace(condition={'If-None-Match': '*'})
-        reply = self.ask(request, [404, 409, 412])
+        reply = self.ask(method, url, [404, 409, 412], **more)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         code = _aws_error(reply)[0]
@@ -4398,18 +4408,14 @@ class _S3Remote(_BucketStore):
         if code or reply.status >= 300:
             raise self.error(reply)
         found: Any = _xml_items(reply, 'CompleteMultipartUploadResult')
-        if request.method == 'PUT' and not reply.body.strip():
+        if method == 'PUT' and not reply.body.strip():
             found = reply.headers
         if reply.status != 200 or not found.get('ETag'):
             raise _Unconfirmed(str(self.protocol_error()))
 
     def remove(self, obj: _Object) -> bool:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        condition = {}
-        if obj.version.startswith('"'):
-            condition['If-Match'] = obj.version
-        url = self.address(obj.name)
-        reply = self.delete(obj, url, **condition)
+        reply = self.delete(obj, self.address(obj.name))
         headers = reply.headers if reply else {}
         is_suspended = headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
         return headers.get('x-amz-delete-marker') == 'true' and not is_suspended
@@ -4437,7 +4443,6 @@ _GS_REMEDIES = (  # by what an error says: who asked, its status and its message
     ('.* (429|503)', _WAIT),
     ('', 'check the url'),
 )
-_GS_FIELDS = 'name,size,generation,updated'
 
 
 class _GsRemote(_BucketStore):
@@ -4466,7 +4471,7 @@ class _GsRemote(_BucketStore):
                  api: str = '', **query: str) -> str:
         """The address of an object, or of the bucket."""
         key = '/' + _quote(self.key(archive)) if archive else ''
-        return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query.items())}'
+        return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query)}'
 
     def address(self, name: str, version: str = '') -> str:
         if not version:
@@ -4502,35 +4507,17 @@ class _GsRemote(_BucketStore):
             self,
             query: Dict[str, str],
     ) -> Tuple[List[_Object], str]:
-        fields = f'kind,items({_GS_FIELDS}),nextPageToken'
+        fields = 'kind,items(name,size,generation,updated),nextPageToken'
         url = self.resource(fields=fields, **query)
-        page = self.ask(_Request('GET', url)).json()
-        following = page.get('nextPageToken', '')
-        is_listing = 'storage#object' in str(page.get('kind'))  # and an 's', which an emulator leaves out
-        if not is_listing or not isinstance(following, str):
-            raise self.protocol_error()
-        return self.parse(page.get('items') or []), following
-
-    def parse(self, items: Any) -> List[_Object]:
+        page = self.ask('GET', url).json()
+        if 'storage#object' not in page['kind']:  # and an 's', which an emulator leaves out
+            raise ValueError
         objects = []
-        try:
-            for item in items:
-                name = self.name_of(item['name'])
-                modified = _iso_time(item.get('updated', ''))
-                objects.append(_Object(name, int(item['size']), str(item['generation']), modified))
-            return objects
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise self.protocol_error() from None
-
-    def stat(self, name: str) -> Optional[_Object]:
-        url = self.resource(name, fields=_GS_FIELDS)
-        reply = self.ask(_Request('GET', url), [404])
-        if reply.status == 404:
-            return None
-        obj, = self.parse([reply.json()])
-        if obj.name != name:
-            raise self.protocol_error()
-        return obj
+        for item in page.get('items') or []:
+            name = self.name_of(item['name'])
+            modified = _iso_time(item.get('updated', ''))
+            objects.append(_Object(name, int(item['size']), str(item['generation']), modified))
+        return objects, '' + page.get('nextPageToken', '')  # a TypeError if that is no text
 
     def version(self, reply: _Reply) -> str:
         return reply.headers.get('x-goog-generation') or ''
@@ -4544,7 +4531,7 @@ class _GsRemote(_BucketStore):
 
         def parts() -> Iterator[Tuple[int, bytes]]:  # the last one is shorter than the others, perhaps empty
             nonlocal size
-            whole = _split_parts(chunks, _GS_PART, self.read)
+            whole = self.split(chunks, _GS_PART)
             for part in itertools.chain(whole, [()]):
                 data = b''.join(part)
                 if data or size % _GS_PART == 0:
@@ -4569,7 +4556,7 @@ class _GsRemote(_BucketStore):
         found = answer.get('md5Hash')
         if md5 and found and found != _base64(md5.digest()):
             url = self.resource(name, ifGenerationMatch=generation)
-            self.ask(_Request('DELETE', url), [404])
+            self.ask('DELETE', url, [404])
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
 
@@ -4583,7 +4570,7 @@ class _GsRemote(_BucketStore):
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
         body = [b'{"contentType": "application/gzip"}']
         url = self.resource(api='/upload', **query)
-        reply = self.ask(_Request('POST', url, headers, body), [412])
+        reply = self.ask('POST', url, [412], headers=headers, body=body)
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
@@ -4649,7 +4636,7 @@ class _GsRemote(_BucketStore):
         url = self.resource(obj.name, ifGenerationMatch=obj.version)
         self.delete(obj, url)
         url = self.resource(obj.name, generation=obj.version, fields='generation')
-        reply = self.ask(_Request('GET', url), [403, 404])
+        reply = self.ask('GET', url, [403, 404])
         return bool(reply.json().get('generation') == obj.version)
 
 
@@ -4679,24 +4666,24 @@ class _WebRemote(_HttpStore):
     def address(self, name: str, version: str = '') -> str:
         return f'{self.base}{name}.tgz'
 
-    def prepare(self, request: _Request) -> _Request:
-        headers = {'Cache-Control': 'no-transform', **request.headers}  # RFC 9111, 5.2.1.6
-        return request._replace(headers=headers)
-
-    def ask(self, request: _Request,
-            accept: Sequence[int] = ()) -> _Reply:
+    def ask(
+            self,
+            method: str,
+            url: str,
+            accept: Sequence[int] = (),
+            **more: Any,
+    ) -> _Reply:
         """As above. It follows redirects."""
         for _ in range(_TRIES):
-            reply = super().ask(request, [*accept, *_REDIRECTS])
+            reply = super().ask(method, url, [*accept, *_REDIRECTS], **more)
             if reply.status not in _REDIRECTS:
                 return reply
             with contextlib.suppress(ValueError):
                 location = reply.headers.get('Location') or ''
-                target = urljoin(request.url, location)
-                is_safe = target.startswith('https:')
-                if request.url.startswith('https:') and not is_safe:
+                target = urljoin(url, location)
+                if url.startswith('https:') and not target.startswith('https:'):
                     raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url')
-                request = request._replace(url=target)
+                url = target
         raise self.error(reply)
 
     def error(self, reply: _Reply) -> RemoteError:
@@ -4710,7 +4697,7 @@ class _WebRemote(_HttpStore):
 
     def list(self) -> List[_Object]:
         """The archives to which the index page of the directory links."""
-        reply = self.ask(_Request('GET', self.base), [403, 404])
+        reply = self.ask('GET', self.base, [403, 404])
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
@@ -4721,8 +4708,8 @@ class _WebRemote(_HttpStore):
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. Some servers refuse HEAD, as for a URL that is signed for GET, or tell no length then."""
-        request = _Request('HEAD', self.address(name))
-        reply = self.ask(request, range(400, 600))
+        url = self.address(name)
+        reply = self.ask('HEAD', url, range(400, 600))
         if reply.status in _MISSING:
             return None
         if reply.whole_size() is None:
@@ -4741,8 +4728,8 @@ class _WebRemote(_HttpStore):
                     raise
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = tempfile.TemporaryFile()
-            request = _Request('GET', self.address(obj.name), into=file)
-            reply = self.ask(request, [404])
+            url = self.address(obj.name)
+            reply = self.ask('GET', url, [404], headers=_UNCHANGED, into=file)
             is_same = file.tell() == obj.size and self.version(reply) == obj.version
             if reply.status != 200 or not is_same:
                 raise self.mismatch_error(obj, reply)
