@@ -3589,6 +3589,7 @@ class _Range(NamedTuple):
 
 _Chunk = Union[bytes, _Range]
 _Found = Tuple[Optional[_Object], bytes]  # an object, if there is one, and some bytes of it
+_Page = Tuple[List[_Object], str]  # some objects, and the token of the next page, if there is one
 _Extent = Tuple[int, int]  # where bytes start and stop
 
 
@@ -3704,18 +3705,19 @@ class _HttpStore(_Remote):
             self,
             method: str,
             url: str,
-            accept: Sequence[int] = (),
+            *accept: int,
             **more: Any,
     ) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
-        request = _Request(method, url, **{'tries': self.tries, **more})
+        more.setdefault('tries', self.tries)
+        request = _Request(method, url, **more)
         reply = self.http.request(lambda: self.prepare(request), self.judge)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
         raise self.error(reply)
 
-    def address(self, name: str, version: str = '') -> str:
-        """Where an object is, or this version of it."""
+    def address(self, name: str) -> str:
+        """Where an object is, as prepare() takes it."""
         raise NotImplementedError
 
     def get(self, name: str, start: int,
@@ -3730,9 +3732,9 @@ class _HttpStore(_Remote):
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
         if wanted.startswith('"'):  # only a strong ETag will do (RFC 9110, 13.1.1)
             headers['If-Match'] = wanted
-        url = self.address(name, wanted)
+        url = self.address(name)
         limit = stop - start + 65536
-        reply = self.ask('GET', url, _NO_RANGE, headers=headers, limit=limit)
+        reply = self.ask('GET', url, *_NO_RANGE, headers=headers, limit=limit)
         is_wanted = self.version(reply) in (wanted, '')
         if known and (reply.status in _NO_RANGE or not is_wanted):
             raise self.mismatch_error(known, reply)
@@ -3850,11 +3852,8 @@ class _BucketStore(_HttpStore):
             tokens.append(token)
             query[self.next_page] = token
 
-    def list_page(
-            self,
-            query: Dict[str, str],
-    ) -> Tuple[List[_Object], str]:
-        """Some objects, those that are no archives without a name, and the token of the next page, if there is one."""
+    def list_page(self, query: _Headers) -> _Page:
+        """What is no archive has no name there."""
         raise NotImplementedError
 
     def stat(self, name: str) -> Optional[_Object]:
@@ -4147,8 +4146,13 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 
 _COPY_SOURCE = 'x-amz-copy-source'
 _CHECKSUM = 'x-amz-checksum-sha256'
+_S3_UNKNOWN = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')  # how stores answer that know no conditions
 _BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
 _RENEW = 'renew the credentials, which come from {source}'
+_S3_PERMISSIONS = {
+    'GET': 's3:GetObject, and s3:ListBucket to tell what is missing',
+    'DELETE': 's3:DeleteObject',
+}
 _S3_REMEDIES = {  # by the code of an error
     'NoSuchBucket': 'check the bucket in the url',
     'InvalidAccessKeyId': 'check the access key; it comes from {source}',
@@ -4184,10 +4188,13 @@ class _S3Remote(_BucketStore):
         self.aws = _Aws(config, job)
         self.http = self.aws.http
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
-        self.endpoint = _check_endpoint(config.endpoint_url or '') or self.aws.endpoint('s3')
+        self.endpoint = (
+            _check_endpoint(config.endpoint_url or '')
+            or self.aws.endpoint('s3'))
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
-        # Cloudflare's R2 wants equal parts; Ceph decodes the name of a source twice.
-        self.can_copy = not (self.endpoint and ('%' in self.prefix or '.r2.cloudflarestorage.com' in self.endpoint))
+        is_r2 = '.r2.cloudflarestorage.com' in self.endpoint  # which wants equal parts
+        is_odd = self.endpoint and '%' in self.prefix  # Ceph decodes the name of a source twice
+        self.can_copy = not is_r2 and not is_odd
         self.is_bucket_in_host = self.choose_addressing()
         self.must_check = False  # whether the bucket has been found to want checksums
         self.takes_few_parts = False  # the same
@@ -4212,11 +4219,15 @@ class _S3Remote(_BucketStore):
         dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
         return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
 
-    def address(self, name: str, version: str = '') -> str:
+    def address(self, name: str) -> str:
         return '/' + _quote(self.key(name), safe='/')
 
     def prepare(self, request: _Request) -> _Request:
-        headers = {**self.headers, **request.headers, **request.condition}
+        headers = {
+            **self.headers,
+            **request.headers,
+            **request.condition,
+        }
         if self.must_check:
             # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
             if request.url.endswith('?uploads='):
@@ -4242,16 +4253,16 @@ class _S3Remote(_BucketStore):
             return 'final'
         code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
-        is_unknown = reply.status in (400, 501) and code in ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')
+        is_unknown = reply.status in (400, 501) and code in _S3_UNKNOWN
         is_misjudged = reply.status == 412 and request.method == 'DELETE'
-        is_elsewhere = reply.status in (301, 307, 400, 403) and re.match(_AWS_REGION, region)
-        if code in ('ExpiredToken', 'TokenRefreshRequired'):
-            self.aws.renew(request.keys)
-            return 'at once' if self.aws.get() != request.keys else 'final'
         if request.condition and (is_unknown or is_misjudged) and not self.has_exclusive_write:
             request.condition.clear()
             return 'at once'
-        if is_elsewhere and region != self.region:
+        if code in ('ExpiredToken', 'TokenRefreshRequired'):
+            self.aws.renew(request.keys)
+            return 'at once' if self.aws.get() != request.keys else 'final'
+        is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
+        if is_elsewhere and reply.status in (301, 307, 400, 403):
             self.region = region
             return 'at once'
         return self.aws.judge(reply)
@@ -4266,11 +4277,12 @@ class _S3Remote(_BucketStore):
         elif method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.IGNORECASE):
             remedy = _ASK_WHO_PROTECTS
         elif code in ('AccessDenied', '') and reply.status in (401, 403):
-            is_listing = 'list-type' in reply.request.url
-            reading = 's3:ListBucket' if is_listing else 's3:GetObject, and s3:ListBucket to tell what is missing'
-            permission = {'GET': reading, 'DELETE': 's3:DeleteObject'}.get(method, 's3:PutObject')
+            permission = _S3_PERMISSIONS.get(method, 's3:PutObject')
+            if 'list-type' in reply.request.url:
+                permission = 's3:ListBucket'
             remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
-        remedy = remedy.format(source=keys and keys.source, profile=self.aws.name)
+        source = keys and keys.source
+        remedy = remedy.format(source=source, profile=self.aws.name)
         kind = RemoteError
         is_unchecked = reply.request.body and _CHECKSUM not in reply.request.headers
         if 'content-md5' in message.lower() and is_unchecked:
@@ -4278,10 +4290,7 @@ class _S3Remote(_BucketStore):
             kind = _WriteAgain
         return kind(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
 
-    def list_page(
-            self,
-            query: Dict[str, str],
-    ) -> Tuple[List[_Object], str]:
+    def list_page(self, query: _Headers) -> _Page:
         """ListObjectsV2"""
         query = {'list-type': '2', 'encoding-type': 'url', **query}
         reply = self.ask('GET', f'/?{_query(query)}')
@@ -4292,7 +4301,8 @@ class _S3Remote(_BucketStore):
             name = self.name_of(decode(item['Key']))
             modified = _iso_time(item.get('LastModified', ''))
             version = _version(item.get('ETag'), modified)
-            objects.append(_Object(name, int(item['Size']), version, modified))
+            size = int(item['Size'])
+            objects.append(_Object(name, size, version, modified))
         if page['IsTruncated'] == 'true':
             return objects, page['NextContinuationToken']
         return objects, ''
@@ -4309,12 +4319,14 @@ class _S3Remote(_BucketStore):
         parts = self.split(chunks, size)
         first: Any = next(parts, [])
         if isinstance(first, list) and sum(map(len, first)) < size:
-            self.finish(name, exclusive, 'PUT', url, headers=self.object_headers, body=first)
+            self.finish(name, exclusive, 'PUT', url,
+                        headers=self.object_headers, body=first)
             return
         parts = itertools.chain([first], parts)
         del first  # or memory would hold it to the end
         # An interruption waits for the answer, or nobody would know which upload to abort.
-        reply = self.ask('POST', f'{url}?uploads=', headers=self.object_headers, is_vital=True)
+        reply = self.ask('POST', f'{url}?uploads=',
+                         headers=self.object_headers, is_vital=True)
         upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
             raise self.protocol_error()
@@ -4322,10 +4334,11 @@ class _S3Remote(_BucketStore):
         try:
             manifest = self.send_parts(url, query, parts, size, size < few)
             headers = {'Content-Type': 'application/xml'}
-            self.finish(name, exclusive, 'POST', f'{url}?{query}', headers=headers, body=[manifest])
+            self.finish(name, exclusive, 'POST', f'{url}?{query}',
+                        headers=headers, body=[manifest])
         except BaseException:  # abandoned parts are billed
             with contextlib.suppress(RemoteError):
-                self.ask('DELETE', f'{url}?{query}', [404], tries=_LAST_TRIES, is_vital=True)
+                self.ask('DELETE', f'{url}?{query}', 404, tries=_LAST_TRIES, is_vital=True)
             raise
 
     def send_parts(
@@ -4399,7 +4412,7 @@ class _S3Remote(_BucketStore):
             more['condition'] = {'If-None-Match': '*'}
             if not self.has_exclusive_write and self.stat(name):
                 raise _NameTaken
-        reply = self.ask(method, url, [404, 409, 412], **more)
+        reply = self.ask(method, url, 404, 409, 412, **more)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         code = _aws_error(reply)[0]
@@ -4463,7 +4476,7 @@ class _GsRemote(_BucketStore):
         self.endpoint = _check_endpoint(endpoint)
         self.is_public = config.public
         self.http = _Http(job, config.ca_bundle)
-        self.credentials: Optional[_GoogleCredentials] = None
+        self.credentials: Any = None
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
@@ -4473,10 +4486,8 @@ class _GsRemote(_BucketStore):
         key = '/' + _quote(self.key(archive)) if archive else ''
         return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query)}'
 
-    def address(self, name: str, version: str = '') -> str:
-        if not version:
-            return self.resource(name, alt='media')
-        return self.resource(name, alt='media', generation=version, ifGenerationMatch=version)
+    def address(self, name: str) -> str:
+        return self.resource(name, alt='media')
 
     def prepare(self, request: _Request) -> _Request:
         headers = {'Accept-Encoding': 'gzip', **request.headers}  # or it may gunzip an object
@@ -4486,7 +4497,7 @@ class _GsRemote(_BucketStore):
         return request._replace(url=url, headers=headers, keys=keys)
 
     def judge(self, reply: _Reply) -> str:
-        if reply.status == 401 and self.credentials and reply.request.keys:
+        if reply.status == 401 and reply.request.keys:
             self.credentials.renew(reply.request.keys)
             return 'at once'
         return _judge(reply)
@@ -4503,10 +4514,7 @@ class _GsRemote(_BucketStore):
             if re.match(pattern, text, re.I | re.S))
         return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
 
-    def list_page(
-            self,
-            query: Dict[str, str],
-    ) -> Tuple[List[_Object], str]:
+    def list_page(self, query: _Headers) -> _Page:
         fields = 'kind,items(name,size,generation,updated),nextPageToken'
         url = self.resource(fields=fields, **query)
         page = self.ask('GET', url).json()
@@ -4516,7 +4524,8 @@ class _GsRemote(_BucketStore):
         for item in page.get('items') or []:
             name = self.name_of(item['name'])
             modified = _iso_time(item.get('updated', ''))
-            objects.append(_Object(name, int(item['size']), str(item['generation']), modified))
+            version = str(item['generation'])
+            objects.append(_Object(name, int(item['size']), version, modified))
         return objects, '' + page.get('nextPageToken', '')  # a TypeError if that is no text
 
     def version(self, reply: _Reply) -> str:
@@ -4543,7 +4552,8 @@ class _GsRemote(_BucketStore):
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
-                *_, answer = _ordered(pool, send, parts(), lambda count: count < 2)
+                answers = _ordered(pool, send, parts(), lambda count: count < 2)
+                *_, answer = answers
         except BaseException:
             abort = _Request('DELETE', session, tries=1, is_vital=True)
             with contextlib.suppress(RemoteError):
@@ -4556,7 +4566,7 @@ class _GsRemote(_BucketStore):
         found = answer.get('md5Hash')
         if md5 and found and found != _base64(md5.digest()):
             url = self.resource(name, ifGenerationMatch=generation)
-            self.ask('DELETE', url, [404])
+            self.ask('DELETE', url, 404)
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
 
@@ -4570,7 +4580,7 @@ class _GsRemote(_BucketStore):
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
         body = [b'{"contentType": "application/gzip"}']
         url = self.resource(api='/upload', **query)
-        reply = self.ask('POST', url, [412], headers=headers, body=body)
+        reply = self.ask('POST', url, 412, headers=headers, body=body)
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
@@ -4636,7 +4646,7 @@ class _GsRemote(_BucketStore):
         url = self.resource(obj.name, ifGenerationMatch=obj.version)
         self.delete(obj, url)
         url = self.resource(obj.name, generation=obj.version, fields='generation')
-        reply = self.ask('GET', url, [403, 404])
+        reply = self.ask('GET', url, 403, 404)
         return bool(reply.json().get('generation') == obj.version)
 
 
@@ -4663,19 +4673,19 @@ class _WebRemote(_HttpStore):
         for file in self.downloads.values():
             file.close()
 
-    def address(self, name: str, version: str = '') -> str:
+    def address(self, name: str) -> str:
         return f'{self.base}{name}.tgz'
 
     def ask(
             self,
             method: str,
             url: str,
-            accept: Sequence[int] = (),
+            *accept: int,
             **more: Any,
     ) -> _Reply:
         """As above. It follows redirects."""
         for _ in range(_TRIES):
-            reply = super().ask(method, url, [*accept, *_REDIRECTS], **more)
+            reply = super().ask(method, url, *accept, *_REDIRECTS, **more)
             if reply.status not in _REDIRECTS:
                 return reply
             with contextlib.suppress(ValueError):
@@ -4697,7 +4707,7 @@ class _WebRemote(_HttpStore):
 
     def list(self) -> List[_Object]:
         """The archives to which the index page of the directory links."""
-        reply = self.ask('GET', self.base, [403, 404])
+        reply = self.ask('GET', self.base, 403, 404)
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
@@ -4709,7 +4719,7 @@ class _WebRemote(_HttpStore):
     def stat(self, name: str) -> Optional[_Object]:
         """As above. Some servers refuse HEAD, as for a URL that is signed for GET, or tell no length then."""
         url = self.address(name)
-        reply = self.ask('HEAD', url, range(400, 600))
+        reply = self.ask('HEAD', url, *range(400, 600))
         if reply.status in _MISSING:
             return None
         if reply.whole_size() is None:
@@ -4729,7 +4739,7 @@ class _WebRemote(_HttpStore):
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = tempfile.TemporaryFile()
             url = self.address(obj.name)
-            reply = self.ask('GET', url, [404], headers=_UNCHANGED, into=file)
+            reply = self.ask('GET', url, 404, headers=_UNCHANGED, into=file)
             is_same = file.tell() == obj.size and self.version(reply) == obj.version
             if reply.status != 200 or not is_same:
                 raise self.mismatch_error(obj, reply)
@@ -4768,7 +4778,12 @@ def _open_remote(config: Config, job: _Job) -> _Remote:
         raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
                           'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
     kinds = {
-        'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _WebRemote, 'http': _WebRemote}
+        'file': _FileRemote,
+        's3': _S3Remote,
+        'gs': _GsRemote,
+        'https': _WebRemote,
+        'http': _WebRemote,
+    }
     kind = kinds.get(config.url.partition('://')[0])
     if not kind:
         raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}")
