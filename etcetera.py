@@ -220,6 +220,7 @@ class _Console:
     """What the command `etc` shows on stderr: messages, and below them at most one line of progress."""
 
     level: Optional[int] = None  # the least to show; None in a program that uses etcetera as a library
+    program = 'etc'  # how it was called, for remedies
     progress = ''  # the line of progress that is shown
 
     def write(self, text: str) -> None:
@@ -236,7 +237,8 @@ class _Console:
 
     def show(self, message: object) -> None:
         self.show_progress('')
-        self.write(f'etc: {_printable(str(message))}\n')
+        text = _printable(str(message)).replace("'etc ", f"'{self.program} ")
+        self.write(f'etc: {text}\n')
 
 
 _console = _Console()
@@ -438,6 +440,7 @@ class Config:
     ca_bundle: Optional[str] = None
     connections: int = 32
     compression_level: int = _DEFAULT_LEVEL
+    _url_source = ''  # for messages
 
     def __init__(
             self,
@@ -461,6 +464,7 @@ class Config:
         Raises ConfigError, which names the file and the line.
         """
         values: Dict[str, Any] = {}
+        shown = ''
         named = path or os.environ.get('ETC_CONFIG')
         is_homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
         if named or not is_homeless:
@@ -475,7 +479,11 @@ class Config:
         for key, value in overrides.items():
             if value is not None:
                 values[key] = value
-        return cls(**values)
+        config = cls(**values)
+        source = '$ETC_URL' if os.environ.get('ETC_URL') else shown
+        config._url_source = '--url' if overrides.get('url') else source
+        _say(f"settings file: {shown or 'none'}; url from {config._url_source or 'nowhere'}; {config}", _DEBUG)
+        return config
 
     def __repr__(self) -> str:
         url = self.url or ''
@@ -4773,10 +4781,9 @@ def _linked_names(base: str, page: bytes) -> List[str]:
 
 # All kinds -----------------------------------------------------------------------------
 
-def _open_remote(config: Config, job: _Job) -> _Remote:
-    if not config.url:
-        raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
-                          'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
+@contextlib.contextmanager
+def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
+    """The remote that `url` names. What is said of the url says where it was set."""
     kinds = {
         'file': _FileRemote,
         's3': _S3Remote,
@@ -4784,10 +4791,23 @@ def _open_remote(config: Config, job: _Job) -> _Remote:
         'https': _WebRemote,
         'http': _WebRemote,
     }
-    kind = kinds.get(config.url.partition('://')[0])
-    if not kind:
-        raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}")
-    return kind(config, job)
+    url = config.url
+    try:
+        if not url:
+            raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
+                              'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
+        kind = kinds.get(url.partition('://')[0])
+        if not kind:
+            raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}",
+                              f"did you mean 'file://{url}'?" if url[0] == '/' else '')
+        with kind(config, job) as remote:
+            yield remote
+    except Error as e:
+        if config._url_source:
+            e.message, e.remedy = (
+                re.sub(r'\bthe url\b', f'the url (from {config._url_source})', text, 1)
+                for text in (e.message, e.remedy))
+        raise
 
 
 # ---------------------------------------------------------------------------------------
@@ -6045,7 +6065,7 @@ def _print_json(found: object) -> None:
 
 
 def _is_terminal(stream: Any) -> bool:
-    return stream is not None and stream.isatty()
+    return bool(getattr(stream, 'isatty', bool)())  # None has none, nor what some notebooks put in its place
 
 
 def _ago(when: Optional[str]) -> str:
@@ -6485,7 +6505,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as e:
-        _console.show('interrupted')
+        after = {'pull': '; the same command goes on', 'push': '; the same command begins anew'}
+        _console.show('interrupted' + ''.join(after.get(word, '') for word in words[:1]))
         return 128 + int(e.args[0] if e.args else 2)
     finally:
         _console.show_progress('')
@@ -6495,4 +6516,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == '__main__':
+    _console.program = 'python3 -m etcetera' if __spec__ else f'python3 {sys.argv[0]}'
     sys.exit(main())

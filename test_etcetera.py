@@ -2021,10 +2021,10 @@ class FileRemote(RemoteSuite, Case):
         self.fails_with("no dataset 'Z' in", 'diff', 'X', '-r', 'Z')
 
     def test_urls(self):
-        start, bucket = 'cannot use the url; it must start with file://', 'the url is not of the form s3://bucket'
+        start, bucket = 'cannot use the url (from --url); it must start with file://', 'the url (from --url) is not of the form s3://bucket'
         nowhere = self.tmp / 'no where'
         for url, problem in (
-                ('file://host/x', 'the url is no absolute path; write file:///path'), ('file:x', start),
+                ('file://host/x', 'the url (from --url) is no absolute path; write file:///path'), ('file:x', start),
                 ('nonsense', start), ('ftp://x/y', start), ('s3:/x', start), ('S3://x', start), ('s3://', bucket),
                 ('s3://a b', bucket), (nowhere.as_uri(), 'no directory %s;' % nowhere)):
             with self.subTest(url):
@@ -7220,9 +7220,9 @@ and '-', the first a letter or digit
         purge -r -f MNITS      no dataset 'MNITS' in SHARE; did you mean 'MNIST'?
         verify Flowers         no local dataset 'Flowers'; 'etc pull Flowers' would fetch it
         info mine              no local dataset 'mine'; did you mean 'Mine'?
-        --url bucket ls -r     cannot use the url; it must start with file:// or s3:// or gs:// or https:// or http://
-        --url file://x ls -r   the url is no absolute path; write file:///path, with three slashes
-        --url file://HERE/no ls -r  no directory HERE/no; check the url, or make it with the first push
+        --url bucket ls -r     cannot use the url (from --url); it must start with file:// or s3:// or gs:// or https:// or http://
+        --url file://x ls -r   the url (from --url) is no absolute path; write file:///path, with three slashes
+        --url file://HERE/no ls -r  no directory HERE/no; check the url (from --url), or make it with the first push
         --config typo.yaml ls  HERE/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?
         --config toml.yaml ls  HERE/toml.yaml:1: not of the form 'key: value' (lists, nesting and indentation are not \
 supported)
