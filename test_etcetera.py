@@ -22,6 +22,8 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -57,6 +59,22 @@ SCRIPT = str(HERE / 'etcetera.py')
 AKID, SECRET = 'AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY'
 MIB = 1 << 20
 RUNS = int(os.environ.get('ETC_TEST_RUNS') or 1)  # how many times longer random tests run
+# Another process imports the command, as this takes a fraction of the time to compile a script.
+START = 'import sys; sys.path.insert(0, %r); import etcetera; sys.exit(etcetera.main())' % str(HERE)
+
+
+def in_memory(place='/dev/shm'):
+    """Whether temporary files can be kept in memory, which is faster than many a disk."""
+    try:
+        found = os.statvfs(place)
+    except (AttributeError, OSError):
+        return False
+    may_execute = not found.f_flag & getattr(os, 'ST_NOEXEC', 0)
+    return may_execute and os.access(place, os.W_OK | os.X_OK) and found.f_bavail * found.f_frsize >> 32 > 0
+
+
+if in_memory():
+    os.environ.setdefault('TMPDIR', '/dev/shm')
 
 
 def needs(condition, reason):
@@ -212,8 +230,8 @@ class Case(unittest.TestCase):
         self.etc('register', root, name, home=home)
         self.etc('push', name, home=home)
 
-    def spawn(self, *args, home='home', url=None, python=(), **kwargs):
-        command = [sys.executable, *python, SCRIPT, '--url', url or self.url, '--home', self.tmp / home, *args]
+    def spawn(self, *args, home='home', url=None, python=('-S',), **kwargs):
+        command = [sys.executable, *python, '-c', START, '--url', url or self.url, '--home', self.tmp / home, *args]
         env = dict(os.environ)
         for key, value in self.settings.items():
             if re.match('aws_|endpoint_url$', key):
@@ -4587,7 +4605,7 @@ class AwsLibrary(AwsCase):
                     remove(self.tmp / '.aws')
                 self.profile('[profile work]\n' + AwsCommand.KINDS[what])
                 self.server.log.clear()
-                process = self.spawn('ls', '-r', stdin=subprocess.PIPE, start_new_session=True)
+                process = self.spawn('ls', '-r', python=(), stdin=subprocess.PIPE, start_new_session=True)
                 err = process.communicate(code)[1].decode()
                 self.assertEqual((process.returncode, self.signers()), (len(words) > 0, signers), err)
                 self.assertIn(words, err)
@@ -8058,29 +8076,47 @@ class Fuzzing(Case):
                     run(mutated(random.Random('%s %d' % (target.__name__, number)), run.seeds))
 
 
+def run(names):
+    done = unittest.main(argv=sys.argv[:1] + names, exit=False).result
+    if done.skipped and os.environ.get('ETC_TEST_REQUIRE_PEERS'):
+        sys.exit('skipped, though all peers are demanded: %s' % done.skipped)
+    sys.exit(not done.wasSuccessful())
+
+
+def run_class(name, path):
+    """Run a class; what it says goes to a file."""
+    with open(path, 'wb') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(1, 2)
+    run([name])
+
+
 def all_classes():
     """Run all classes, each in a process of its own, one more at a time than there are cores, as many wait much."""
-    def run(name):
-        begin = time.time()
-        command = [sys.executable, *['-W' + option for option in sys.warnoptions], __file__, name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        out = done.stdout.decode('utf-8', 'replace').strip()
-        print('%-22s %6.1f s  %s' % (name, time.time() - begin, out if done.returncode else out.split('\n')[-1]),
-              flush=True)
-        return done.returncode
     begin, names = time.time(), unittest.defaultTestLoader.getTestCaseNames
-    classes = [name for name, cls in globals().items()
+    waiting = [name for name, cls in globals().items()
                if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and names(cls)]
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
-        failed = any(list(pool.map(run, classes[::-1])))
+    context = multiprocessing.get_context('fork' if hasattr(os, 'fork') else None)  # which need not import again
+    running, failed = {}, 0
+    with tempfile.TemporaryDirectory(prefix='etc-said-') as said:
+        while waiting or running:
+            if waiting and len(running) <= (os.cpu_count() or 1):
+                name = waiting.pop()
+                process = context.Process(target=run_class, args=(name, os.path.join(said, name)))
+                process.start()
+                running[process.sentinel] = name, process, time.time()
+                continue
+            for name, process, start in map(running.pop, multiprocessing.connection.wait(running)):
+                process.join()
+                out = Path(said, name).read_text(encoding='utf-8', errors='replace').strip()
+                out = out if process.exitcode else out.split('\n')[-1]
+                print('%-22s %6.1f s  %s' % (name, time.time() - start, out), flush=True)
+                failed |= process.exitcode != 0
     print('%s in %.1f s' % ('FAILED' if failed else 'OK', time.time() - begin))
-    return int(failed)
+    return failed
 
 
 if __name__ == '__main__':
     if len(sys.argv) == 1:
         sys.exit(all_classes())
-    done = unittest.main(exit=False).result
-    if done.skipped and os.environ.get('ETC_TEST_REQUIRE_PEERS'):
-        sys.exit('skipped, though all peers are demanded: %s' % done.skipped)
-    sys.exit(not done.wasSuccessful())
+    run(sys.argv[1:])
