@@ -109,9 +109,9 @@ def write(root, files):
     return Path(str(root))
 
 
-@functools.lru_cache(maxsize=4)  # as it takes longer to make than most of what is done with it
+@functools.lru_cache(maxsize=8)
 def noise(size, seed=0):
-    return random.Random(seed).getrandbits(8 * size).to_bytes(size, 'little') if size else b''
+    return hashlib.shake_128(repr(seed).encode()).digest(size)
 
 
 def small(root):
@@ -163,7 +163,7 @@ def remove(path):
         os.chmod(path, 0o700)
         for top, directories, files in os.walk(path):
             for place in [os.path.join(top, name) for name in directories + files]:
-                if not os.path.islink(place):
+                if not os.path.islink(place) and (os.name == 'nt' or os.path.isdir(place)):
                     os.chmod(place, 0o700)
         shutil.rmtree(path, ignore_errors=True)
 
@@ -446,8 +446,8 @@ class S3Handler(SignedHandler):
     s3_head = s3_get
 
     def s3_put(self, body):
-        expected = {'Content-MD5': md5(body).digest(), 'x-amz-checksum-sha256': hashlib.sha256(body).digest()}
-        given = {name: self.headers[name] for name in expected if self.headers[name]}
+        sums = {'Content-MD5': md5, 'x-amz-checksum-sha256': hashlib.sha256}
+        given = {name: self.headers[name] for name in sums if self.headers[name]}
         kind = 'Part' if 'partNumber' in self.query else 'Object'
         copies = self.headers['x-amz-copy-source']
         if copies and given:
@@ -455,7 +455,7 @@ class S3Handler(SignedHandler):
         if self.server.must_check and not given and not copies:
             return self.error(400, 'InvalidRequest', message='Content-MD5 OR x-amz-checksum- HTTP header is '
                               'required for Put %s requests with Object Lock parameters' % kind)
-        if any(base64.b64decode(value) != expected[name] for name, value in given.items()):
+        if any(base64.b64decode(value) != sums[name](body).digest() for name, value in given.items()):
             return self.error(400, 'BadDigest')
         if kind == 'Object':
             return self.store(body, self.headers)
@@ -5343,8 +5343,12 @@ class Links(S3Case):
                 time.sleep(delay)
                 process.send_signal(signal.SIGINT)
                 ended = process.communicate(timeout=20)[1], process.returncode
-                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130)])
+                # the signal may also come when all is done, and Python has put back what it did by default
+                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130), (b'', -signal.SIGINT)])
                 self.assertEqual(self.server.uploads, {})
+                if ended[1] <= 0:
+                    self.assertTrue('pull' in command or any('uploadId' in path for path in self.requests('POST')))
+                    self.etc('verify', 'X')
 
     def test_progress_of_a_single_body(self):
         """Progress tells of bytes when they move, not when all of a part or a range has."""
@@ -5366,7 +5370,7 @@ class Links(S3Case):
 # Installing
 # ---------------------------------------------------------------------------------------
 
-def run_python(program, *args, flags=(), **kwargs):
+def run_python(program, *args, flags=('-S',), **kwargs):
     """Run a program in an interpreter of its own; its exit status, and what it prints."""
     head = 'import os, re, signal, sys, threading\nsys.path.insert(0, %r)\n' % str(HERE)
     command = [sys.executable, *flags, '-c', head + program] + [str(arg) for arg in args]
@@ -6078,12 +6082,19 @@ def refusing(status, code):
 class PushReuse(Shell, S3Case):
     """What archives in the bucket hold is copied there, and not sent."""
 
+    archive = []  # type: list  # that of Old, which is pushed once
+
     def setUp(self):
         super().setUp()
         self.old = write('old', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
                                             'data/val/z': noise(11 * MIB, 3), 'README.md': 'one', 'assets/a': 'a'})
-        self.share(self.old, 'Old')
-        self.kept = self.server.objects['some/prefix/Old.tgz']
+        self.etc('register', self.old, 'Old')
+        if not self.archive:
+            self.etc('push Old')
+            self.archive.append(self.server.objects['some/prefix/Old.tgz'])
+        self.kept, = self.archive
+        self.server.objects['some/prefix/Old.tgz'] = self.kept
+        self.trees = {}  # of the archives that were pulled
         self.new = Path('new')
         shutil.copytree(self.old, self.new, copy_function=os.link)
         self.change('README.md', 'the second one')
@@ -6109,9 +6120,12 @@ class PushReuse(Shell, S3Case):
         self.server.fault = None
         self.assertEqual(self.server.uploads, {})
         name = words.split()[-1]
-        self.etc('pull', name, home='other')
-        self.assertEqual(tree('other/' + name), tree('home/' + name))
-        remove('other')
+        data = self.server.objects[self.url.split('/', 3)[3] + '/%s.tgz' % name][0]
+        if data not in self.trees:
+            self.etc('pull', name, home='other')
+            self.trees[data] = tree('other/' + name)
+            remove('other')
+        self.assertEqual(self.trees[data], tree('home/' + name))
         return sum(sent) / MIB, err
 
     def copies(self):
@@ -6317,7 +6331,9 @@ class PushReuse(Shell, S3Case):
     @POSIX
     def test_killed(self):
         """At each request of a push: nothing, or all, is there, and the next push succeeds."""
-        self.pushed('New')
+        self.etc('register -f', self.new, 'New')
+        self.server.log.clear()
+        self.etc('push New')
         whole = self.server.objects['some/prefix/New.tgz'][0]
         for number in range(1, len(self.requests()) + 1, 1 if RUNS > 1 else 3):
             with self.subTest(number):
@@ -6549,7 +6565,7 @@ class Kills(Shell, S3Case):
             begin = time.time()
             self.spawn(words, url=self.urls[where]).communicate()
             lasts = time.time() - begin
-            for seed in range(2 * RUNS):
+            for seed in range(RUNS):
                 self.prepare(local, remote)
                 with self.subTest(line, seed=seed):
                     killed += self.kill(self.spawn(words, url=self.urls[where]), random.Random(line + str(seed)), lasts)
@@ -6563,7 +6579,7 @@ class Kills(Shell, S3Case):
                     self.assertEqual((self.local(), self.remotes()), (locals_.split('|')[-1], remotes[-1]))
                     self.etc('create -f Z')
                     self.assertEqual(self.leftovers(), [])
-        self.assertGreater(killed, 5 * RUNS, 'most shall be killed before they end')
+        self.assertGreater(killed, 2 * RUNS, 'most shall be killed before they end')
 
 
 # ---------------------------------------------------------------------------------------
@@ -6597,49 +6613,48 @@ class Locked(Shell):
         self.put('Bad.tgz', block(bytes(1024)) * 3)
         odd(Path('ds'), 3)
 
-    def test_strict_interpreter(self):
-        python = ['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
-        os.environ.update(LC_ALL='C', LANG='C')
-        for home, words in self.COMMANDS:
-            with self.subTest(words):
-                process = self.spawn('-q', *words.split(), home=home, python=python,
-                                     stdin=subprocess.DEVNULL, start_new_session=True)
-                err, problem = process.communicate()[1].decode(), self.FAILED.get(words)
-                self.assertEqual(process.returncode, int(words in self.FAILED), err)
-                self.assertRegex(err, r'\Aetc: %s[^\n]+\n\Z' % problem if problem else r'\A\Z')
-        self.assertEqual(tree('two/X'), tree('ds'))
-
-    def test_what_is_missing(self):
-        """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
-        program = '''if True:
-            import gc, hashlib, io, json
-            sys.stdout = io.StringIO()
-            def refuse(*args, **kwargs):
-                raise ValueError('disabled for FIPS')
-            for name in ('ssl', '_ssl', 'fcntl', 'ctypes', '_ctypes'):
-                sys.modules[name] = None
-            hashlib.md5 = refuse
-            os.environ.pop('HOME', None)
-            try:
-                import pwd
-                def nobody(uid):
-                    raise KeyError('getpwuid(): uid not found: %d' % uid)
-                pwd.getpwuid = nobody
-            except ImportError:
-                pass
-            import etcetera
-            config, url, commands, failing = sys.argv[1:]
-            for home, words in json.loads(commands):
-                found = etcetera.main(['--config', config, '-q', '--url', url, '--home', home] + words.split())
-                assert found == (words in failing), (words, found)
-                gc.collect()
-            '''
+    def all_commands(self, flags, before=''):
+        """Run them in one such interpreter, after some lines."""
+        program = before + """
+import gc, io, json
+sys.stdout = io.StringIO()
+import etcetera
+config, url, commands, failing = sys.argv[1:]
+for home, words in json.loads(commands):
+    found = etcetera.main(['--config', config, '-q', '--url', url, '--home', home] + words.split())
+    assert found == (words in failing), (words, found)
+    assert 'train' in sys.stdout.getvalue() or 'info' not in words
+    gc.collect()
+"""
         self.etc('ls')  # writes the settings
         code, out = run_python(program, 'settings.yaml', self.url, json.dumps(self.COMMANDS), list(self.FAILED),
-                               flags=['-I', '-S', '-W', 'error'], stdin=subprocess.DEVNULL)
+                               flags=flags, stdin=subprocess.DEVNULL, start_new_session=True)
         self.assertEqual(code, 0, out)
         self.assertRegex(out, r'\Aetc: %s[^\n]+\netc: %s[^\n]+\n\Z' % tuple(self.FAILED.values()))
         self.assertEqual(tree('two/X'), tree('ds'))
+
+    def test_strict_interpreter(self):
+        os.environ.update(LC_ALL='C', LANG='C')
+        self.all_commands(['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)))
+
+    def test_what_is_missing(self):
+        """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
+        self.all_commands(['-I', '-S', '-W', 'error'], """
+import hashlib
+def refuse(*args, **kwargs):
+    raise ValueError('disabled for FIPS')
+for name in ('ssl', '_ssl', 'fcntl', 'ctypes', '_ctypes'):
+    sys.modules[name] = None
+hashlib.md5 = refuse
+os.environ.pop('HOME', None)
+try:
+    import pwd
+    def nobody(uid):
+        raise KeyError('getpwuid(): uid not found: %d' % uid)
+    pwd.getpwuid = nobody
+except ImportError:
+    pass
+""")
 
 
 class FileLocked(Locked, Case):
@@ -6812,6 +6827,14 @@ if RUNS > 1:  # all of them take minutes
                       'quote': "'", 'json': '", "', 'port': ':1/', 'scheme': '://', 'long': '/' + 'x' * 300})
 
 
+def some(rows):
+    """Each of these with all alphabets, or, as that takes long, with two of them, and all of them with as many."""
+    marks = list(ALPHABETS.items())
+    for number, row in enumerate(rows):
+        for alphabet, mark in marks if RUNS > 1 else [marks[(number + more) % len(marks)] for more in (0, 2)]:
+            yield alphabet, mark, row
+
+
 class Places(Hush, S3Case):
     """Secrets where a URL, a path, a name or a choice should be: nothing printed, kept or sent may tell them."""
 
@@ -6848,7 +6871,7 @@ class Places(Hush, S3Case):
 
     def everywhere(self, table, words=('ls', '-r'), more='', says=''):
         """table: lines with a variable or setting, =, its value (% is a secret), other variables, |, what is said."""
-        for (alphabet, mark), line in itertools.product(ALPHABETS.items(), table.strip().splitlines()):
+        for alphabet, mark, line in some(table.strip().splitlines()):
             with self.subTest(line, alphabet=alphabet, more=more):
                 variables, _, said = line.partition('|')
                 pairs = [pair.split('=', 1) for pair in (variables + more).split()]
@@ -6946,11 +6969,11 @@ class Places(Hush, S3Case):
         self.addCleanup(proxy.stop)
         bad = ('https://user:%@PROXY socks5://user:%@PROXY socks5h://PROXY/% http://user:%@ user:%@127.0.0.1:x '
                'http://user:%@127.0.0.1:99999 http://user:%@[')
-        for (alphabet, mark), scheme in itertools.product(ALPHABETS.items(), ('http', 'https')):
-            secret = mark.join(self.secrets)
-            for template in bad.split() + ['http://user:%@PROXY/'] * (mark != '\n'):
+        for alphabet, mark, (template, scheme) in some(itertools.product(
+                bad.split() + ['http://user:%@PROXY/'], ('http', 'https'))):
+            secret, is_bad = mark.join(self.secrets), template in bad
+            if is_bad or mark != '\n':
                 with self.subTest(template, alphabet=alphabet, scheme=scheme):
-                    is_bad = template in bad
                     says = (scheme + '_proxy is not of the form http://' if is_bad else
                             'does not answer as S3|cannot reach https://')
                     value = template.replace('%', secret).replace('PROXY', proxy.url[len('http://'):])
@@ -7000,17 +7023,16 @@ class Places(Hush, S3Case):
         etc.push('X')  # or pull would not come to look at partitions
         templates = ('https://user:%s@127.0.0.1:1/x', 's3://user:%s@bucket', 'https://127.0.0.1/x?sig=%s',
                      'user:%s@127.0.0.1', 'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s')
-        for (alphabet, mark), template in itertools.product(ALPHABETS.items(), templates):
+        for alphabet, mark, (template, row) in some(itertools.product(templates, self.WORDS.strip().splitlines())):
             word = template % mark.join(self.secrets)
-            for row in self.WORDS.strip().splitlines():
-                line, says = row.split('|', 1)
-                with self.subTest(line, word=word):
-                    code, last = self.type('-v', *[part.replace('%', word) for part in line.split()])
-                    self.assertIn(code, (1, 2))
-                    self.assertRegex(last, says.strip())  # below the traceback
-                    for secret in self.secrets:
-                        self.assertNotIn(secret, ''.join(self.said))
-                    del self.said[:]
+            line, says = row.split('|', 1)
+            with self.subTest(line, word=word):
+                code, last = self.type('-v', *[part.replace('%', word) for part in line.split()])
+                self.assertIn(code, (1, 2))
+                self.assertRegex(last, says.strip())  # below the traceback
+                for secret in self.secrets:
+                    self.assertNotIn(secret, ''.join(self.said))
+                del self.said[:]
 
 
 class GoogleSecrets(Hush, GoogleCase):
@@ -7078,7 +7100,7 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     streams = dict(dict.fromkeys(('stdin', 'stdout', 'stderr'), theirs), **streams)
     process = subprocess.Popen(
-        [sys.executable, SCRIPT] + [str(word) for word in words], env=dict(os.environ, TERM=term),
+        [sys.executable, '-S', '-c', START] + [str(word) for word in words], env=dict(os.environ, TERM=term),
         start_new_session=True,
         preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
     os.close(theirs)
@@ -8065,9 +8087,8 @@ def mutated(rng, seeds):
 
 class Fuzzing(Case):
     def test_targets(self):
-        for target, inputs in ((ArchiveTarget, 100), (TgzTarget, 60), (YamlTarget, 1000), (AnswerTarget, 150),
-                               (S3Target, 150),
-                               (GoogleTarget, 150), (ProfilesTarget, 150), (KeysTarget, 150)):
+        for target, inputs in ((ArchiveTarget, 60), (TgzTarget, 40), (YamlTarget, 500), (AnswerTarget, 75), (S3Target, 75),
+                               (GoogleTarget, 75), (ProfilesTarget, 75), (KeysTarget, 75)):
             run = target(self.tmp / target.__name__)
             for seed in run.seeds:
                 run(seed)
