@@ -10,6 +10,7 @@ import base64
 import calendar
 import contextlib
 import email.utils
+import errno
 import functools
 import glob
 import gzip
@@ -2446,7 +2447,7 @@ class S3Remote(BucketSuite, S3Case):
                 ('Y', 'a page', 200, PORTAL, dict(etag, **{'Content-Type': 'text/html'})),
                 ('Y', 'no ETag', 200, b'', {})] + [
                     (name, 'status', status, done if name == 'X' and status != 204 else b'', etag)
-                    for status in (201, 202, 203, 204) for name in 'XY']:
+                    for status in (201, 204) for name in 'XY']:
             for before, stored in itertools.product(({}, others), (True, False)):
                 def answer(handler):
                     handler.answer(status, body, headers)
@@ -5575,35 +5576,40 @@ class Install(Installing):
                 self.etc('verify X')
                 self.assertEqual((tree(self.here), self.leftovers()), (tree('ds'), []))
 
-    STEPS = """
-import errno, itertools
-import etcetera as etc
-steps, in_image = itertools.count(1), sys.argv[2] == 'image'
-def slow(function):
-    def step(path, *args, **kwargs):
-        if in_image and function.__name__ == 'rename' and os.path.dirname(path) == os.path.abspath(sys.argv[4]):
-            raise OSError(errno.EXDEV, 'Invalid cross-device link', path)
-        result = function(path, *args, **kwargs)
-        if next(steps) == int(sys.argv[1]):
-            os._exit(9)
-        return result
-    return step
-for name in ('mkdir', 'rename', 'rmdir', 'unlink'):
-    setattr(os, name, slow(getattr(os, name)))
-sys.exit(etc.main(sys.argv[3:]))
-"""
+    def die_at(self, last, words, in_image):
+        """In a child: run a command up to one of its steps."""
+        steps = itertools.count(1)
 
-    def steps(self, words, kind=''):
-        """Kill a command at each of its steps; 'image': where the directories of the store cannot be renamed."""
+        def slow(function):
+            def step(path, *args, **kwargs):
+                if in_image and function.__name__ == 'rename' and os.path.dirname(path) == str(self.here.parent):
+                    raise OSError(errno.EXDEV, 'Invalid cross-device link', path)
+                result = function(path, *args, **kwargs)
+                if next(steps) == last:
+                    os._exit(9)
+                return result
+            return step
+        for name in ('mkdir', 'rename', 'rmdir', 'unlink'):
+            setattr(os, name, slow(getattr(os, name)))
+        os._exit(etc.main(['-q', '--home', 'home', '--url', self.url] + words.split()))
+
+    def steps(self, words, in_image=False):
+        """Kill a command at each of its steps; in_image: where the directories of the store cannot be renamed."""
         for number in itertools.count(1):
-            place = '--home', 'home', '--url', self.url
-            code, out = run_python(self.STEPS, number, kind, *place, *words.split())
+            child = os.fork()
+            if not child:
+                try:
+                    self.die_at(number, words, in_image)
+                finally:
+                    os._exit(8)
+            code = os.waitpid(child, 0)[1] >> 8
             if code != 9:
-                self.assertEqual((code, number > 2), (0, True), out)
+                self.assertEqual((code, number > 2), (0, True))
                 return
             with self.subTest(number, words=words):
                 yield
 
+    @POSIX
     def test_killed_at_each_step(self):
         """What was moved aside is put back by whatever comes next, but not if another one stands there."""
         self.url = (self.tmp / 'share').as_uri()
@@ -5623,13 +5629,14 @@ sys.exit(etc.main(sys.argv[3:]))
             self.assertEqual(tree(self.here), {} if is_purge else tree(new))
             self.assertEqual(('X' in self.installed(), self.leftovers()), (not is_purge, []))
 
+    @POSIX
     def test_killed_while_it_removes_what_cannot_be_renamed(self):
         """As in a container's image: nothing half-removed passes for a whole dataset."""
         self.url = (self.tmp / 'share').as_uri()
         self.root = write('ds', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r'})
         self.share(self.root, home='pub')
         self.etc('pull X')
-        for _ in self.steps('purge X', kind='image'):
+        for _ in self.steps('purge X', in_image=True):
             if self.installed():
                 self.assertEqual(tree(self.here), tree(self.root))
                 self.etc('purge X')
@@ -6447,11 +6454,11 @@ class Disks(Shell, Case):
             mkdir over home
             mount -t tmpfs tmpfs over && mkdir over/upper over/work || exit 77
             mount -t overlay overlay -o lowerdir=image,upperdir=over/upper,workdir=over/work home || exit 77
-            ! "%s" -c 'import os; os.rename("home/X", "home/Z")' 2>/dev/null || exit 77
-            etc() { echo "$*"; "%s" "%s" --url "%s" --home home "$@" || echo failed; }
+            ! "%s" -S -c 'import os; os.rename("home/X", "home/Z")' 2>/dev/null || exit 77
+            etc() { echo "$*"; "%s" -S -c "%s" --url "%s" --home home "$@" || echo failed; }
             etc pull X; etc pull -f X; etc verify X; etc register --copy -f ds Y; etc verify Y
             etc purge X; etc ls; etc pull X; etc verify X; etc pull -f X; etc purge Y; etc ls
-            ''' % (sys.executable, sys.executable, SCRIPT, self.url)
+            ''' % (sys.executable, sys.executable, START, self.url)
         if not shutil.which('unshare'):
             self.skipTest('nothing can be mounted here')
         done = subprocess.run(['unshare', '-m', 'sh', '-ec', script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -7569,7 +7576,8 @@ threading.Thread.start = interrupted
         for last in 1, 2:
             with self.subTest(last):
                 code, out = self.run_(program, last, 'push X', timeout=60)
-                self.assertEqual((code, out[:16], out.count('\n')), (130, 'etc: interrupted', 1))
+                # it may have pushed before the main thread comes to hear of the signal
+                self.assertRegex('%d %s' % (code, out), r'\A130 (etc: pushed X .*\n)?etc: interrupted.*\n\Z')
 
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
@@ -7580,19 +7588,22 @@ import resource
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
 resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
 """
-        outcomes = set()
-        for room in (1, 12, 24, 40, 70, 150, 1500):
+        outcomes, lacking, enough, room = set(), 0, 2048, 1024
+        while enough - lacking > 2:  # which is found, as it differs from Python to Python
+            code = None
             with self.subTest(room), contextlib.suppress(subprocess.TimeoutExpired):
                 # CPython may wait for ever for a thread whose start failed for want of memory
-                code, out = self.run_(program, room, 'pull X', 'home%d' % room, timeout=60)
-                if room == 1 or re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
+                code, out = self.run_(program, room, 'pull X', 'home%d' % room, timeout=30)
+                if re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
                     self.assertTrue(code == 0 or 'pulled' not in out, out)  # the interpreter itself gave up
-                    continue
-                # Python's own words, where it lacks memory
-                out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)
-                self.assertRegex(out, r'\Aetc: (pulled X.*|.*(memory|threads).*; set .connections: 1..*)\n\Z')
-                self.assertEqual('pulled' in out, code == 0)
-                outcomes.add(code)
+                else:
+                    # Python's own words, where it lacks memory
+                    out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)
+                    self.assertRegex(out, r'\Aetc: (pulled X.*|.*(memory|threads).*; set .connections: 1..*)\n\Z')
+                    self.assertEqual('pulled' in out, code == 0)
+                    outcomes.add(code)
+            lacking, enough = (lacking, room) if code == 0 else (room, enough)
+            room = (lacking + enough) // 2
         self.assertEqual(outcomes, {0, 1})
 
     def test_times_past_2038(self):
@@ -7839,12 +7850,12 @@ sys.exit(status)
         for number in range(60000):
             os.close(os.open('%s/%06d' % (flat, number), os.O_CREAT))
         write('Large', {'data/train/zeros': ''})
-        os.truncate('Large/data/train/zeros', 300 * MIB)
+        os.truncate('Large/data/train/zeros', 120 * MIB)
         extra = 100 if sys.implementation.name == 'pypy' else 0
         for name in 'Many', 'Flat', 'Large':
             self.etc('register', name)
-        for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 200),
-                                   ('two', 'pull Large', 200)):
+        for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 90),
+                                   ('two', 'pull Large', 90)):
             with self.subTest(words):
                 code, out = run_python(self.MEMORY, '--url', self.url, '--home', home, *words.split())
                 self.assertEqual(code, 0, out)
@@ -7870,11 +7881,12 @@ sys.exit(status)
         root = odd(Path('ds'), 3)
         os.environ.update(LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
         run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
-        run += [SCRIPT, '-q', '--url', self.url]
+        command = [SCRIPT]
         for words in ('register ds X', 'push X', '--home two pull X', '--home two pull -f X', '--home two verify X',
                       'info -r X'):
             with self.subTest(words):
-                self.run_(*run + words.split())
+                self.run_(*run + command + ['-q', '--url', self.url] + words.split())
+                command = ['-c', START]  # once it was compiled without a warning
         self.assertEqual(tree('two/X'), tree(root))
         self.assertEqual(etc.info('X', True, self.config())['digest'], etc.Dataset(root).digest)
 
