@@ -64,18 +64,10 @@ RUNS = int(os.environ.get('ETC_TEST_RUNS') or 1)  # how many times longer random
 START = 'import sys; sys.path.insert(0, %r); import etcetera; sys.exit(etcetera.main())' % str(HERE)
 
 
-def in_memory(place='/dev/shm'):
-    """Whether temporary files can be kept in memory, which is faster than many a disk."""
-    try:
-        found = os.statvfs(place)
-    except (AttributeError, OSError):
-        return False
-    may_execute = not found.f_flag & getattr(os, 'ST_NOEXEC', 0)
-    return may_execute and os.access(place, os.W_OK | os.X_OK) and found.f_bavail * found.f_frsize >> 32 > 0
-
-
-if in_memory():
-    os.environ.setdefault('TMPDIR', '/dev/shm')
+with contextlib.suppress(AttributeError, OSError):
+    memory = os.statvfs('/dev/shm')  # is faster than many a disk
+    if memory.f_bavail * memory.f_frsize >> 32 and not memory.f_flag & os.ST_NOEXEC and os.access('/dev/shm', 7):
+        os.environ.setdefault('TMPDIR', '/dev/shm')
 
 
 def needs(condition, reason):
@@ -823,6 +815,7 @@ class Datasets(Case):
         file = str(write(self.tmp, {'file': 'x'}) / 'file')
         problem = ('Not a directory: ' if os.name == 'posix' else '') + file
         self.fails_with(problem, 'ls', '-l', home='file')
+        self.fails_with(problem, 'create', 'X', home='file/home')
         self.fails_with(problem, 'ls', '-r', '-l', url=Path(file).as_uri())
 
     def test_info_and_purge(self):
@@ -989,7 +982,7 @@ class Format(Case):
     def test_structure(self):
         root, segments = odd(self.tmp / 'ds'), []
         names = {name.replace(os.sep, '/'): content for name, content in tree(root).items()}
-        for path in ('.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'):
+        for path in '. a assets data/empty data/test data/train'.split():
             inside = [n for n in names if (n + '/').startswith(path + '/')
                       or path == '.' and '/' not in n and (n == 'data' or names[n])]
             payload = canonical(root, sorted(inside, key=lambda n: n.split('/')))
@@ -1873,7 +1866,7 @@ class RemoteSuite:
             tar.add(str(root), '.')
         self.put('X.tgz', (self.tmp / 'X.tgz').read_bytes())
         info = etc.info('X', remote=True, config=self.config())
-        self.assertEqual({info[key] for key in ('digest', 'files', 'size', 'partitions', 'meta', 'readme')}, {None})
+        self.assertEqual({info[key] for key in 'digest files size partitions meta readme'.split()}, {None})
         self.assertIn("'X' in %s was packed by another tool, and has no index to compare; run 'etc pull X', and "
                       'compare what that installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
         assert_pulls(self, root, home='home', partitions=['test'])
@@ -2088,22 +2081,19 @@ class FileRemote(RemoteSuite, Case):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         share = self.tmp / 'share'
         self.addCleanup(os.umask, os.umask(0o022))
-        for umask, directory, public, mode, warned in (
-                (0o077, None, True, 0o644, False), (0o077, 0o755, True, 0o644, False),
-                (0o077, 0o755, False, 0o600, True), (0o027, 0o755, False, 0o640, True),
-                (0o027, 0o750, False, 0o640, False), (0o077, 0o700, False, 0o600, False),
-                (0o022, 0o755, False, 0o644, False), (0o002, 0o775, False, 0o664, False),
-                (0o077, None, False, 0o600, False)):
-            with self.subTest(umask=umask, directory=directory, public=public):
+        for row in ('77 0 1 644 0, 77 755 1 644 0, 77 755 0 600 1, 27 755 0 640 1, 27 750 0 640 0, 77 700 0 600 0, '
+                    '22 755 0 644 0, 2 775 0 664 0, 77 0 0 600 0').split(', '):
+            umask, directory, public, mode, warned = [int(word, 8) for word in row.split()]
+            with self.subTest(row):
                 remove(share)
                 if directory:
                     share.mkdir()
                     share.chmod(directory)
-                self.settings = {'public': public}
+                self.settings = {'public': public > 0}
                 os.umask(umask)
                 err = self.etc('push', 'X')[1]
                 self.assertEqual(stat.S_IMODE((share / 'X.tgz').stat().st_mode), mode)
-                self.assertEqual("cannot read 'X'; set 'public: true', or change your umask" in err, warned, err)
+                self.assertEqual("cannot read 'X'; set 'public: true', or change your umask" in err, warned > 0, err)
                 if public:
                     self.assertEqual(share.stat().st_mode & 0o055, 0o055)
         self.settings = {'public': True}
@@ -4979,8 +4969,7 @@ class Faults:
 
 
 class HttpFaults(Faults):
-    SECRETS = [AKID, SECRET, SECRET[:20], 'AWS4-HMAC', 'Signature', 'session/token', 'ya29.token', 'Bearer',
-               'refresh-secret']
+    SECRETS = [AKID, SECRET[:20]] + 'AWS4-HMAC Signature session/token ya29.token Bearer refresh-secret'.split()
     MENDED = ('refused, reset, silence, lost, cut, torn, stalled, long, 408, 429 SlowDown, 500 InternalError, 502, '
               '503 SlowDown, 503 ServiceUnavailable, 504').split(', ')
     ENDED = ('replaced, short, garbage, range, whole, flipped, headless, 301 PermanentRedirect, 302, 303, '
@@ -5589,7 +5578,7 @@ class Install(Installing):
                     os._exit(9)
                 return result
             return step
-        for name in ('mkdir', 'rename', 'rmdir', 'unlink'):
+        for name in 'mkdir rename rmdir unlink'.split():
             setattr(os, name, slow(getattr(os, name)))
         os._exit(etc.main(['-q', '--home', 'home', '--url', self.url] + words.split()))
 
@@ -5712,12 +5701,6 @@ atexit.register(get, 'exit', 0)
         self.assertEqual((code, out.split()), (0, ['late', 'train', 'exit', 'train']), out)
         for home in 'late', 'exit':
             self.check(home)
-
-    def test_home_that_is_a_file(self):
-        self.publish(MIB)
-        write(self.tmp, {'file': 'x'})
-        err = self.etc('pull', 'X', home='file/home', status=1)[1]
-        self.assertIn(('Not a directory: ' if os.name == 'posix' else '') + str(self.tmp / 'file'), err)
 
 
 @POSIX
@@ -6368,7 +6351,7 @@ class Disks(Shell, Case):
         if sys.platform != 'linux' or not shutil.which('gcc'):
             self.skipTest('no gcc here')
         write('.', {'disk.c': source})
-        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', 'disk.so', 'disk.c', '-ldl'])
+        subprocess.check_call('gcc -shared -fPIC -o disk.so disk.c -ldl'.split())
         os.environ['LD_PRELOAD'] = str(self.tmp / 'disk.so')
 
     def test_disk_without_modes_and_links(self):
@@ -6828,18 +6811,16 @@ class Secrets(Hush, S3Case):
 
 
 # what stands between the marks of a secret
-ALPHABETS = {'slash': '/', 'hash': '#', 'at': '@', 'unicode': '\u00e9', 'newline': '\n'}
+MARKS = '/ # @ \u00e9 \n'.split(' ')
 if RUNS > 1:  # all of them take minutes
-    ALPHABETS.update({'plus': '+/', 'equals': '=', 'question': '?', 'colon': ':', 'percent': '%2F', 'space': ' ',
-                      'quote': "'", 'json': '", "', 'port': ':1/', 'scheme': '://', 'long': '/' + 'x' * 300})
+    MARKS += "+/ = ? : %2F ' :1/ ://".split() + [' ', '", "', '/' + 'x' * 300]
 
 
 def some(rows):
-    """Each of these with all alphabets, or, as that takes long, with two of them, and all of them with as many."""
-    marks = list(ALPHABETS.items())
+    """Each of these with all marks, or, as that takes long, with two of them in turn."""
     for number, row in enumerate(rows):
-        for alphabet, mark in marks if RUNS > 1 else [marks[(number + more) % len(marks)] for more in (0, 2)]:
-            yield alphabet, mark, row
+        for mark in MARKS if RUNS > 1 else [MARKS[number % 5], MARKS[number % 5 - 3]]:
+            yield mark, row
 
 
 class Places(Hush, S3Case):
@@ -6878,8 +6859,8 @@ class Places(Hush, S3Case):
 
     def everywhere(self, table, words=('ls', '-r'), more='', says=''):
         """table: lines with a variable or setting, =, its value (% is a secret), other variables, |, what is said."""
-        for alphabet, mark, line in some(table.strip().splitlines()):
-            with self.subTest(line, alphabet=alphabet, more=more):
+        for mark, line in some(table.strip().splitlines()):
+            with self.subTest(line, mark=mark, more=more):
                 variables, _, said = line.partition('|')
                 pairs = [pair.split('=', 1) for pair in (variables + more).split()]
                 name, value = pairs[0][0], pairs[0][1].replace('%', mark.join(self.secrets))
@@ -6960,13 +6941,13 @@ class Places(Hush, S3Case):
 
     def test_queries_that_are_legal(self):
         """In the name of a "directory" of a bucket."""
-        for alphabet, mark in ALPHABETS.items():
+        for mark in MARKS:
             for url in ('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x') * (mark != '\n'):
                 self.server.objects.clear()
                 os.environ['ETC_URL'] = url % mark.join(self.secrets)
                 for words in ('push X', 'push X', 'ls -rl', 'info -r X', '--home two pull X', '--home two info X',
                               '--home two ls -l', 'pull Nope'):
-                    with self.subTest(words, alphabet=alphabet, url=url):
+                    with self.subTest(words, mark=mark, url=url):
                         nope = "no dataset 'Nope' in s3://" if 'Nope' in words else ''
                         self.told(words.split(), int(bool(nope)), nope, sent=False)
 
@@ -6976,11 +6957,11 @@ class Places(Hush, S3Case):
         self.addCleanup(proxy.stop)
         bad = ('https://user:%@PROXY socks5://user:%@PROXY socks5h://PROXY/% http://user:%@ user:%@127.0.0.1:x '
                'http://user:%@127.0.0.1:99999 http://user:%@[')
-        for alphabet, mark, (template, scheme) in some(itertools.product(
+        for mark, (template, scheme) in some(itertools.product(
                 bad.split() + ['http://user:%@PROXY/'], ('http', 'https'))):
             secret, is_bad = mark.join(self.secrets), template in bad
             if is_bad or mark != '\n':
-                with self.subTest(template, alphabet=alphabet, scheme=scheme):
+                with self.subTest(template, mark=mark, scheme=scheme):
                     says = (scheme + '_proxy is not of the form http://' if is_bad else
                             'does not answer as S3|cannot reach https://')
                     value = template.replace('%', secret).replace('PROXY', proxy.url[len('http://'):])
@@ -7028,9 +7009,9 @@ class Places(Hush, S3Case):
     def test_words(self):
         """On the command line: what is typed is shown, but URLs without password and query."""
         etc.push('X')  # or pull would not come to look at partitions
-        templates = ('https://user:%s@127.0.0.1:1/x', 's3://user:%s@bucket', 'https://127.0.0.1/x?sig=%s',
-                     'user:%s@127.0.0.1', 'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s')
-        for alphabet, mark, (template, row) in some(itertools.product(templates, self.WORDS.strip().splitlines())):
+        templates = '''https://user:%s@127.0.0.1:1/x s3://user:%s@bucket https://127.0.0.1/x?sig=%s
+                       user:%s@127.0.0.1 https://%s@127.0.0.1 https://127.0.0.1/x#token=%s'''.split()
+        for mark, (template, row) in some(itertools.product(templates, self.WORDS.strip().splitlines())):
             word = template % mark.join(self.secrets)
             line, says = row.split('|', 1)
             with self.subTest(line, word=word):
@@ -7301,7 +7282,7 @@ supported)
         os.environ['COLUMNS'] = '82'  # argparse leaves two of them empty
         with contextlib.redirect_stderr(io.StringIO()) as overview:
             self.assertEqual(etc.main([]), 2)
-        for command in ('ls', 'info', 'diff', 'pull', 'push', 'register', 'create', 'verify', 'purge'):
+        for command in 'ls info diff pull push register create verify purge'.split():
             with self.subTest(command):
                 self.assertRegex(self.etc('-h')[0], r'(?m)^  etc %s .* \w' % command)
                 with contextlib.redirect_stdout(io.StringIO()) as out, self.assertRaises(SystemExit):
@@ -7324,7 +7305,7 @@ class People(Shell, Case):
             'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest,
             'Registered        -  -  -         ' + root.as_uri()])
         self.etc('push C')
-        both = {'digest', 'files', 'name', 'partitions', 'size', 'when'}
+        both = set('digest files name partitions size when'.split())
         for flags, more in (([], {'partial', 'root', 'source'}), (['-r'], {'archive_size', 'meta', 'readme'})):
             for item in json.loads(self.etc('ls --json', *flags)[0]):
                 self.assertEqual(set(item), both | more)
@@ -7864,8 +7845,8 @@ sys.exit(status)
 
     def test_import_is_light(self):
         """And no library of a cloud is loaded for what needs none."""
-        heavy = {'ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse',
-                 'tarfile', 'logging', 'socket', 'email', 'configparser', 'ctypes'}
+        heavy = set('''ssl urllib.request http.client xml.etree.ElementTree concurrent.futures argparse tarfile
+                       logging socket email configparser ctypes'''.split())
         write('.', {'share': None})
         code = '''if True:
             before = set(sys.modules)
@@ -8099,12 +8080,12 @@ def mutated(rng, seeds):
 
 class Fuzzing(Case):
     def test_targets(self):
-        for target, inputs in ((ArchiveTarget, 60), (TgzTarget, 40), (YamlTarget, 500), (AnswerTarget, 75), (S3Target, 75),
-                               (GoogleTarget, 75), (ProfilesTarget, 75), (KeysTarget, 75)):
+        for target in (ArchiveTarget, TgzTarget, YamlTarget, AnswerTarget, S3Target, GoogleTarget, ProfilesTarget,
+                       KeysTarget):
             run = target(self.tmp / target.__name__)
             for seed in run.seeds:
                 run(seed)
-            for number in range(inputs * RUNS):
+            for number in range((500 if target is YamlTarget else 70) * RUNS):
                 with self.subTest(target=target.__name__, number=number):
                     run(mutated(random.Random('%s %d' % (target.__name__, number)), run.seeds))
 
