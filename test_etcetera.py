@@ -10,6 +10,7 @@ import base64
 import calendar
 import contextlib
 import email.utils
+import errno
 import functools
 import glob
 import gzip
@@ -22,6 +23,8 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -57,6 +60,14 @@ SCRIPT = str(HERE / 'etcetera.py')
 AKID, SECRET = 'AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY'
 MIB = 1 << 20
 RUNS = int(os.environ.get('ETC_TEST_RUNS') or 1)  # how many times longer random tests run
+# Another process imports the command, as this takes a fraction of the time to compile a script.
+START = 'import sys; sys.path.insert(0, %r); import etcetera; sys.exit(etcetera.main())' % str(HERE)
+
+
+with contextlib.suppress(AttributeError, OSError):
+    memory = os.statvfs('/dev/shm')  # is faster than many a disk
+    if memory.f_bavail * memory.f_frsize >> 32 and not memory.f_flag & os.ST_NOEXEC and os.access('/dev/shm', 7):
+        os.environ.setdefault('TMPDIR', '/dev/shm')
 
 
 def needs(condition, reason):
@@ -91,9 +102,9 @@ def write(root, files):
     return Path(str(root))
 
 
-@functools.lru_cache(maxsize=4)  # as it takes longer to make than most of what is done with it
+@functools.lru_cache(maxsize=8)
 def noise(size, seed=0):
-    return random.Random(seed).getrandbits(8 * size).to_bytes(size, 'little') if size else b''
+    return hashlib.shake_128(repr(seed).encode()).digest(size)
 
 
 def small(root):
@@ -145,7 +156,7 @@ def remove(path):
         os.chmod(path, 0o700)
         for top, directories, files in os.walk(path):
             for place in [os.path.join(top, name) for name in directories + files]:
-                if not os.path.islink(place):
+                if not os.path.islink(place) and (os.name == 'nt' or os.path.isdir(place)):
                     os.chmod(place, 0o700)
         shutil.rmtree(path, ignore_errors=True)
 
@@ -212,8 +223,8 @@ class Case(unittest.TestCase):
         self.etc('register', root, name, home=home)
         self.etc('push', name, home=home)
 
-    def spawn(self, *args, home='home', url=None, python=(), **kwargs):
-        command = [sys.executable, *python, SCRIPT, '--url', url or self.url, '--home', self.tmp / home, *args]
+    def spawn(self, *args, home='home', url=None, python=('-S',), **kwargs):
+        command = [sys.executable, *python, '-c', START, '--url', url or self.url, '--home', self.tmp / home, *args]
         env = dict(os.environ)
         for key, value in self.settings.items():
             if re.match('aws_|endpoint_url$', key):
@@ -429,8 +440,8 @@ class S3Handler(SignedHandler):
     s3_head = s3_get
 
     def s3_put(self, body):
-        expected = {'Content-MD5': md5(body).digest(), 'x-amz-checksum-sha256': hashlib.sha256(body).digest()}
-        given = {name: self.headers[name] for name in expected if self.headers[name]}
+        sums = {'Content-MD5': md5, 'x-amz-checksum-sha256': hashlib.sha256}
+        given = {name: self.headers[name] for name in sums if self.headers[name]}
         kind = 'Part' if 'partNumber' in self.query else 'Object'
         copies = self.headers['x-amz-copy-source']
         if copies and given:
@@ -438,7 +449,7 @@ class S3Handler(SignedHandler):
         if self.server.must_check and not given and not copies:
             return self.error(400, 'InvalidRequest', message='Content-MD5 OR x-amz-checksum- HTTP header is '
                               'required for Put %s requests with Object Lock parameters' % kind)
-        if any(base64.b64decode(value) != expected[name] for name, value in given.items()):
+        if any(base64.b64decode(value) != sums[name](body).digest() for name, value in given.items()):
             return self.error(400, 'BadDigest')
         if kind == 'Object':
             return self.store(body, self.headers)
@@ -805,6 +816,7 @@ class Datasets(Case):
         file = str(write(self.tmp, {'file': 'x'}) / 'file')
         problem = ('Not a directory: ' if os.name == 'posix' else '') + file
         self.fails_with(problem, 'ls', '-l', home='file')
+        self.fails_with(problem, 'create', 'X', home='file/home')
         self.fails_with(problem, 'ls', '-r', '-l', url=Path(file).as_uri())
 
     def test_info_and_purge(self):
@@ -971,7 +983,7 @@ class Format(Case):
     def test_structure(self):
         root, segments = odd(self.tmp / 'ds'), []
         names = {name.replace(os.sep, '/'): content for name, content in tree(root).items()}
-        for path in ('.', 'a', 'assets', 'data/empty', 'data/test', 'data/train'):
+        for path in '. a assets data/empty data/test data/train'.split():
             inside = [n for n in names if (n + '/').startswith(path + '/')
                       or path == '.' and '/' not in n and (n == 'data' or names[n])]
             payload = canonical(root, sorted(inside, key=lambda n: n.split('/')))
@@ -1855,7 +1867,7 @@ class RemoteSuite:
             tar.add(str(root), '.')
         self.put('X.tgz', (self.tmp / 'X.tgz').read_bytes())
         info = etc.info('X', remote=True, config=self.config())
-        self.assertEqual({info[key] for key in ('digest', 'files', 'size', 'partitions', 'meta', 'readme')}, {None})
+        self.assertEqual({info[key] for key in 'digest files size partitions meta readme'.split()}, {None})
         self.assertIn("'X' in %s was packed by another tool, and has no index to compare; run 'etc pull X', and "
                       'compare what that installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
         assert_pulls(self, root, home='home', partitions=['test'])
@@ -2070,22 +2082,19 @@ class FileRemote(RemoteSuite, Case):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         share = self.tmp / 'share'
         self.addCleanup(os.umask, os.umask(0o022))
-        for umask, directory, public, mode, warned in (
-                (0o077, None, True, 0o644, False), (0o077, 0o755, True, 0o644, False),
-                (0o077, 0o755, False, 0o600, True), (0o027, 0o755, False, 0o640, True),
-                (0o027, 0o750, False, 0o640, False), (0o077, 0o700, False, 0o600, False),
-                (0o022, 0o755, False, 0o644, False), (0o002, 0o775, False, 0o664, False),
-                (0o077, None, False, 0o600, False)):
-            with self.subTest(umask=umask, directory=directory, public=public):
+        for row in ('77 0 1 644 0, 77 755 1 644 0, 77 755 0 600 1, 27 755 0 640 1, 27 750 0 640 0, 77 700 0 600 0, '
+                    '22 755 0 644 0, 2 775 0 664 0, 77 0 0 600 0').split(', '):
+            umask, directory, public, mode, warned = [int(word, 8) for word in row.split()]
+            with self.subTest(row):
                 remove(share)
                 if directory:
                     share.mkdir()
                     share.chmod(directory)
-                self.settings = {'public': public}
+                self.settings = {'public': public > 0}
                 os.umask(umask)
                 err = self.etc('push', 'X')[1]
                 self.assertEqual(stat.S_IMODE((share / 'X.tgz').stat().st_mode), mode)
-                self.assertEqual("cannot read what is pushed; set 'public: true', or change your umask" in err, warned, err)
+                self.assertEqual("cannot read what is pushed; set 'public: true'" in err, warned > 0, err)
                 if public:
                     self.assertEqual(share.stat().st_mode & 0o055, 0o055)
         self.settings = {'public': True}
@@ -2429,7 +2438,7 @@ class S3Remote(BucketSuite, S3Case):
                 ('Y', 'a page', 200, PORTAL, dict(etag, **{'Content-Type': 'text/html'})),
                 ('Y', 'no ETag', 200, b'', {})] + [
                     (name, 'status', status, done if name == 'X' and status != 204 else b'', etag)
-                    for status in (201, 202, 203, 204) for name in 'XY']:
+                    for status in (201, 204) for name in 'XY']:
             for before, stored in itertools.product(({}, others), (True, False)):
                 def answer(handler):
                     handler.answer(status, body, headers)
@@ -4588,7 +4597,7 @@ class AwsLibrary(AwsCase):
                     remove(self.tmp / '.aws')
                 self.profile('[profile work]\n' + AwsCommand.KINDS[what])
                 self.server.log.clear()
-                process = self.spawn('ls', '-r', stdin=subprocess.PIPE, start_new_session=True)
+                process = self.spawn('ls', '-r', python=(), stdin=subprocess.PIPE, start_new_session=True)
                 err = process.communicate(code)[1].decode()
                 self.assertEqual((process.returncode, self.signers()), (len(words) > 0, signers), err)
                 self.assertIn(words, err)
@@ -4961,8 +4970,7 @@ class Faults:
 
 
 class HttpFaults(Faults):
-    SECRETS = [AKID, SECRET, SECRET[:20], 'AWS4-HMAC', 'Signature', 'session/token', 'ya29.token', 'Bearer',
-               'refresh-secret']
+    SECRETS = [AKID, SECRET[:20]] + 'AWS4-HMAC Signature session/token ya29.token Bearer refresh-secret'.split()
     MENDED = ('refused, reset, silence, lost, cut, torn, stalled, long, 408, 429 SlowDown, 500 InternalError, 502, '
               '503 SlowDown, 503 ServiceUnavailable, 504').split(', ')
     ENDED = ('replaced, short, garbage, range, whole, flipped, headless, 301 PermanentRedirect, 302, 303, '
@@ -5326,8 +5334,12 @@ class Links(S3Case):
                 time.sleep(delay)
                 process.send_signal(signal.SIGINT)
                 ended = process.communicate(timeout=20)[1], process.returncode
-                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130)])
+                # the signal may also come when all is done, and Python has put back what it did by default
+                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130), (b'', -signal.SIGINT)])
                 self.assertEqual(self.server.uploads, {})
+                if ended[1] <= 0:
+                    self.assertTrue('pull' in command or any('uploadId' in path for path in self.requests('POST')))
+                    self.etc('verify', 'X')
 
     def test_progress_of_a_single_body(self):
         """Progress tells of bytes when they move, not when all of a part or a range has."""
@@ -5349,7 +5361,7 @@ class Links(S3Case):
 # Installing
 # ---------------------------------------------------------------------------------------
 
-def run_python(program, *args, flags=(), **kwargs):
+def run_python(program, *args, flags=('-S',), **kwargs):
     """Run a program in an interpreter of its own; its exit status, and what it prints."""
     head = 'import os, re, signal, sys, threading\nsys.path.insert(0, %r)\n' % str(HERE)
     command = [sys.executable, *flags, '-c', head + program] + [str(arg) for arg in args]
@@ -5554,35 +5566,40 @@ class Install(Installing):
                 self.etc('verify X')
                 self.assertEqual((tree(self.here), self.leftovers()), (tree('ds'), []))
 
-    STEPS = """
-import errno, itertools
-import etcetera as etc
-steps, in_image = itertools.count(1), sys.argv[2] == 'image'
-def slow(function):
-    def step(path, *args, **kwargs):
-        if in_image and function.__name__ == 'rename' and os.path.dirname(path) == os.path.abspath(sys.argv[4]):
-            raise OSError(errno.EXDEV, 'Invalid cross-device link', path)
-        result = function(path, *args, **kwargs)
-        if next(steps) == int(sys.argv[1]):
-            os._exit(9)
-        return result
-    return step
-for name in ('mkdir', 'rename', 'rmdir', 'unlink'):
-    setattr(os, name, slow(getattr(os, name)))
-sys.exit(etc.main(sys.argv[3:]))
-"""
+    def die_at(self, last, words, in_image):
+        """In a child: run a command up to one of its steps."""
+        steps = itertools.count(1)
 
-    def steps(self, words, kind=''):
-        """Kill a command at each of its steps; 'image': where the directories of the store cannot be renamed."""
+        def slow(function):
+            def step(path, *args, **kwargs):
+                if in_image and function.__name__ == 'rename' and os.path.dirname(path) == str(self.here.parent):
+                    raise OSError(errno.EXDEV, 'Invalid cross-device link', path)
+                result = function(path, *args, **kwargs)
+                if next(steps) == last:
+                    os._exit(9)
+                return result
+            return step
+        for name in 'mkdir rename rmdir unlink'.split():
+            setattr(os, name, slow(getattr(os, name)))
+        os._exit(etc.main(['-q', '--home', 'home', '--url', self.url] + words.split()))
+
+    def steps(self, words, in_image=False):
+        """Kill a command at each of its steps; in_image: where the directories of the store cannot be renamed."""
         for number in itertools.count(1):
-            place = '--home', 'home', '--url', self.url
-            code, out = run_python(self.STEPS, number, kind, *place, *words.split())
+            child = os.fork()
+            if not child:
+                try:
+                    self.die_at(number, words, in_image)
+                finally:
+                    os._exit(8)
+            code = os.waitpid(child, 0)[1] >> 8
             if code != 9:
-                self.assertEqual((code, number > 2), (0, True), out)
+                self.assertEqual((code, number > 2), (0, True))
                 return
             with self.subTest(number, words=words):
                 yield
 
+    @POSIX
     def test_killed_at_each_step(self):
         """What was moved aside is put back by whatever comes next, but not if another one stands there."""
         self.url = (self.tmp / 'share').as_uri()
@@ -5602,13 +5619,14 @@ sys.exit(etc.main(sys.argv[3:]))
             self.assertEqual(tree(self.here), {} if is_purge else tree(new))
             self.assertEqual(('X' in self.installed(), self.leftovers()), (not is_purge, []))
 
+    @POSIX
     def test_killed_while_it_removes_what_cannot_be_renamed(self):
         """As in a container's image: nothing half-removed passes for a whole dataset."""
         self.url = (self.tmp / 'share').as_uri()
         self.root = write('ds', {'data/train/x': 'x', 'data/test/y': 'y', 'README.md': 'r'})
         self.share(self.root, home='pub')
         self.etc('pull X')
-        for _ in self.steps('purge X', kind='image'):
+        for _ in self.steps('purge X', in_image=True):
             if self.installed():
                 self.assertEqual(tree(self.here), tree(self.root))
                 self.etc('purge X')
@@ -5684,12 +5702,6 @@ atexit.register(get, 'exit', 0)
         self.assertEqual((code, out.split()), (0, ['late', 'train', 'exit', 'train']), out)
         for home in 'late', 'exit':
             self.check(home)
-
-    def test_home_that_is_a_file(self):
-        self.publish(MIB)
-        write(self.tmp, {'file': 'x'})
-        err = self.etc('pull', 'X', home='file/home', status=1)[1]
-        self.assertIn(('Not a directory: ' if os.name == 'posix' else '') + str(self.tmp / 'file'), err)
 
 
 @POSIX
@@ -6061,12 +6073,19 @@ def refusing(status, code):
 class PushReuse(Shell, S3Case):
     """What archives in the bucket hold is copied there, and not sent."""
 
+    archive = []  # type: list  # that of Old, which is pushed once
+
     def setUp(self):
         super().setUp()
         self.old = write('old', {'data/test/y': noise(11 * MIB, 2), 'data/train/x': noise(12 * MIB, 1),
                                             'data/val/z': noise(11 * MIB, 3), 'README.md': 'one', 'assets/a': 'a'})
-        self.share(self.old, 'Old')
-        self.kept = self.server.objects['some/prefix/Old.tgz']
+        self.etc('register', self.old, 'Old')
+        if not self.archive:
+            self.etc('push Old')
+            self.archive.append(self.server.objects['some/prefix/Old.tgz'])
+        self.kept, = self.archive
+        self.server.objects['some/prefix/Old.tgz'] = self.kept
+        self.trees = {}  # of the archives that were pulled
         self.new = Path('new')
         shutil.copytree(self.old, self.new, copy_function=os.link)
         self.change('README.md', 'the second one')
@@ -6092,9 +6111,12 @@ class PushReuse(Shell, S3Case):
         self.server.fault = None
         self.assertEqual(self.server.uploads, {})
         name = words.split()[-1]
-        self.etc('pull', name, home='other')
-        self.assertEqual(tree('other/' + name), tree('home/' + name))
-        remove('other')
+        data = self.server.objects[self.url.split('/', 3)[3] + '/%s.tgz' % name][0]
+        if data not in self.trees:
+            self.etc('pull', name, home='other')
+            self.trees[data] = tree('other/' + name)
+            remove('other')
+        self.assertEqual(self.trees[data], tree('home/' + name))
         return sum(sent) / MIB, err
 
     def copies(self):
@@ -6300,7 +6322,9 @@ class PushReuse(Shell, S3Case):
     @POSIX
     def test_killed(self):
         """At each request of a push: nothing, or all, is there, and the next push succeeds."""
-        self.pushed('New')
+        self.etc('register -f', self.new, 'New')
+        self.server.log.clear()
+        self.etc('push New')
         whole = self.server.objects['some/prefix/New.tgz'][0]
         for number in range(1, len(self.requests()) + 1, 1 if RUNS > 1 else 3):
             with self.subTest(number):
@@ -6328,7 +6352,7 @@ class Disks(Shell, Case):
         if sys.platform != 'linux' or not shutil.which('gcc'):
             self.skipTest('no gcc here')
         write('.', {'disk.c': source})
-        subprocess.check_call(['gcc', '-shared', '-fPIC', '-o', 'disk.so', 'disk.c', '-ldl'])
+        subprocess.check_call('gcc -shared -fPIC -o disk.so disk.c -ldl'.split())
         os.environ['LD_PRELOAD'] = str(self.tmp / 'disk.so')
 
     def test_disk_without_modes_and_links(self):
@@ -6414,11 +6438,11 @@ class Disks(Shell, Case):
             mkdir over home
             mount -t tmpfs tmpfs over && mkdir over/upper over/work || exit 77
             mount -t overlay overlay -o lowerdir=image,upperdir=over/upper,workdir=over/work home || exit 77
-            ! "%s" -c 'import os; os.rename("home/X", "home/Z")' 2>/dev/null || exit 77
-            etc() { echo "$*"; "%s" "%s" --url "%s" --home home "$@" || echo failed; }
+            ! "%s" -S -c 'import os; os.rename("home/X", "home/Z")' 2>/dev/null || exit 77
+            etc() { echo "$*"; "%s" -S -c "%s" --url "%s" --home home "$@" || echo failed; }
             etc pull X; etc pull -f X; etc verify X; etc register --copy -f ds Y; etc verify Y
             etc purge X; etc ls; etc pull X; etc verify X; etc pull -f X; etc purge Y; etc ls
-            ''' % (sys.executable, sys.executable, SCRIPT, self.url)
+            ''' % (sys.executable, sys.executable, START, self.url)
         if not shutil.which('unshare'):
             self.skipTest('nothing can be mounted here')
         done = subprocess.run(['unshare', '-m', 'sh', '-ec', script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -6532,7 +6556,7 @@ class Kills(Shell, S3Case):
             begin = time.time()
             self.spawn(words, url=self.urls[where]).communicate()
             lasts = time.time() - begin
-            for seed in range(2 * RUNS):
+            for seed in range(RUNS):
                 self.prepare(local, remote)
                 with self.subTest(line, seed=seed):
                     killed += self.kill(self.spawn(words, url=self.urls[where]), random.Random(line + str(seed)), lasts)
@@ -6546,7 +6570,7 @@ class Kills(Shell, S3Case):
                     self.assertEqual((self.local(), self.remotes()), (locals_.split('|')[-1], remotes[-1]))
                     self.etc('create -f Z')
                     self.assertEqual(self.leftovers(), [])
-        self.assertGreater(killed, 5 * RUNS, 'most shall be killed before they end')
+        self.assertGreater(killed, 2 * RUNS, 'most shall be killed before they end')
 
 
 # ---------------------------------------------------------------------------------------
@@ -6580,49 +6604,48 @@ class Locked(Shell):
         self.put('Bad.tgz', block(bytes(1024)) * 3)
         odd(Path('ds'), 3)
 
-    def test_strict_interpreter(self):
-        python = ['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
-        os.environ.update(LC_ALL='C', LANG='C')
-        for home, words in self.COMMANDS:
-            with self.subTest(words):
-                process = self.spawn('-q', *words.split(), home=home, python=python,
-                                     stdin=subprocess.DEVNULL, start_new_session=True)
-                err, problem = process.communicate()[1].decode(), self.FAILED.get(words)
-                self.assertEqual(process.returncode, int(words in self.FAILED), err)
-                self.assertRegex(err, r'\Aetc: %s[^\n]+\n\Z' % problem if problem else r'\A\Z')
-        self.assertEqual(tree('two/X'), tree('ds'))
-
-    def test_what_is_missing(self):
-        """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
-        program = '''if True:
-            import gc, hashlib, io, json
-            sys.stdout = io.StringIO()
-            def refuse(*args, **kwargs):
-                raise ValueError('disabled for FIPS')
-            for name in ('ssl', '_ssl', 'fcntl', 'ctypes', '_ctypes'):
-                sys.modules[name] = None
-            hashlib.md5 = refuse
-            os.environ.pop('HOME', None)
-            try:
-                import pwd
-                def nobody(uid):
-                    raise KeyError('getpwuid(): uid not found: %d' % uid)
-                pwd.getpwuid = nobody
-            except ImportError:
-                pass
-            import etcetera
-            config, url, commands, failing = sys.argv[1:]
-            for home, words in json.loads(commands):
-                found = etcetera.main(['--config', config, '-q', '--url', url, '--home', home] + words.split())
-                assert found == (words in failing), (words, found)
-                gc.collect()
-            '''
+    def all_commands(self, flags, before=''):
+        """Run them in one such interpreter, after some lines."""
+        program = before + """
+import gc, io, json
+sys.stdout = io.StringIO()
+import etcetera
+config, url, commands, failing = sys.argv[1:]
+for home, words in json.loads(commands):
+    found = etcetera.main(['--config', config, '-q', '--url', url, '--home', home] + words.split())
+    assert found == (words in failing), (words, found)
+    assert 'train' in sys.stdout.getvalue() or 'info' not in words
+    gc.collect()
+"""
         self.etc('ls')  # writes the settings
         code, out = run_python(program, 'settings.yaml', self.url, json.dumps(self.COMMANDS), list(self.FAILED),
-                               flags=['-I', '-S', '-W', 'error'], stdin=subprocess.DEVNULL)
+                               flags=flags, stdin=subprocess.DEVNULL, start_new_session=True)
         self.assertEqual(code, 0, out)
         self.assertRegex(out, r'\Aetc: %s[^\n]+\netc: %s[^\n]+\n\Z' % tuple(self.FAILED.values()))
         self.assertEqual(tree('two/X'), tree('ds'))
+
+    def test_strict_interpreter(self):
+        os.environ.update(LC_ALL='C', LANG='C')
+        self.all_commands(['-I', '-S', '-bb', '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7)))
+
+    def test_what_is_missing(self):
+        """No ssl, no fcntl, no ctypes, no MD5, no $HOME, no entry in the passwords file, no terminal, no stdin."""
+        self.all_commands(['-I', '-S', '-W', 'error'], """
+import hashlib
+def refuse(*args, **kwargs):
+    raise ValueError('disabled for FIPS')
+for name in ('ssl', '_ssl', 'fcntl', 'ctypes', '_ctypes'):
+    sys.modules[name] = None
+hashlib.md5 = refuse
+os.environ.pop('HOME', None)
+try:
+    import pwd
+    def nobody(uid):
+        raise KeyError('getpwuid(): uid not found: %d' % uid)
+    pwd.getpwuid = nobody
+except ImportError:
+    pass
+""")
 
 
 class FileLocked(Locked, Case):
@@ -6789,10 +6812,16 @@ class Secrets(Hush, S3Case):
 
 
 # what stands between the marks of a secret
-ALPHABETS = {'slash': '/', 'hash': '#', 'at': '@', 'unicode': '\u00e9', 'newline': '\n'}
+MARKS = '/ # @ \u00e9 \n'.split(' ')
 if RUNS > 1:  # all of them take minutes
-    ALPHABETS.update({'plus': '+/', 'equals': '=', 'question': '?', 'colon': ':', 'percent': '%2F', 'space': ' ',
-                      'quote': "'", 'json': '", "', 'port': ':1/', 'scheme': '://', 'long': '/' + 'x' * 300})
+    MARKS += "+/ = ? : %2F ' :1/ ://".split() + [' ', '", "', '/' + 'x' * 300]
+
+
+def some(rows):
+    """Each of these with all marks, or, as that takes long, with two of them in turn."""
+    for number, row in enumerate(rows):
+        for mark in MARKS if RUNS > 1 else [MARKS[number % 5], MARKS[number % 5 - 3]]:
+            yield mark, row
 
 
 class Places(Hush, S3Case):
@@ -6831,8 +6860,8 @@ class Places(Hush, S3Case):
 
     def everywhere(self, table, words=('ls', '-r'), more='', says=''):
         """table: lines with a variable or setting, =, its value (% is a secret), other variables, |, what is said."""
-        for (alphabet, mark), line in itertools.product(ALPHABETS.items(), table.strip().splitlines()):
-            with self.subTest(line, alphabet=alphabet, more=more):
+        for mark, line in some(table.strip().splitlines()):
+            with self.subTest(line, mark=mark, more=more):
                 variables, _, said = line.partition('|')
                 pairs = [pair.split('=', 1) for pair in (variables + more).split()]
                 name, value = pairs[0][0], pairs[0][1].replace('%', mark.join(self.secrets))
@@ -6913,13 +6942,13 @@ class Places(Hush, S3Case):
 
     def test_queries_that_are_legal(self):
         """In the name of a "directory" of a bucket."""
-        for alphabet, mark in ALPHABETS.items():
+        for mark in MARKS:
             for url in ('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x') * (mark != '\n'):
                 self.server.objects.clear()
                 os.environ['ETC_URL'] = url % mark.join(self.secrets)
                 for words in ('push X', 'push X', 'ls -rl', 'info -r X', '--home two pull X', '--home two info X',
                               '--home two ls -l', 'pull Nope'):
-                    with self.subTest(words, alphabet=alphabet, url=url):
+                    with self.subTest(words, mark=mark, url=url):
                         nope = "no dataset 'Nope' in s3://" if 'Nope' in words else ''
                         self.told(words.split(), int(bool(nope)), nope, sent=False)
 
@@ -6929,11 +6958,11 @@ class Places(Hush, S3Case):
         self.addCleanup(proxy.stop)
         bad = ('https://user:%@PROXY socks5://user:%@PROXY socks5h://PROXY/% http://user:%@ user:%@127.0.0.1:x '
                'http://user:%@127.0.0.1:99999 http://user:%@[')
-        for (alphabet, mark), scheme in itertools.product(ALPHABETS.items(), ('http', 'https')):
-            secret = mark.join(self.secrets)
-            for template in bad.split() + ['http://user:%@PROXY/'] * (mark != '\n'):
-                with self.subTest(template, alphabet=alphabet, scheme=scheme):
-                    is_bad = template in bad
+        for mark, (template, scheme) in some(itertools.product(
+                bad.split() + ['http://user:%@PROXY/'], ('http', 'https'))):
+            secret, is_bad = mark.join(self.secrets), template in bad
+            if is_bad or mark != '\n':
+                with self.subTest(template, mark=mark, scheme=scheme):
                     says = (scheme + '_proxy is not of the form http://' if is_bad else
                             'does not answer as S3|cannot reach https://')
                     value = template.replace('%', secret).replace('PROXY', proxy.url[len('http://'):])
@@ -6981,19 +7010,18 @@ class Places(Hush, S3Case):
     def test_words(self):
         """On the command line: what is typed is shown, but URLs without password and query."""
         etc.push('X')  # or pull would not come to look at partitions
-        templates = ('https://user:%s@127.0.0.1:1/x', 's3://user:%s@bucket', 'https://127.0.0.1/x?sig=%s',
-                     'user:%s@127.0.0.1', 'https://%s@127.0.0.1', 'https://127.0.0.1/x#token=%s')
-        for (alphabet, mark), template in itertools.product(ALPHABETS.items(), templates):
+        templates = '''https://user:%s@127.0.0.1:1/x s3://user:%s@bucket https://127.0.0.1/x?sig=%s
+                       user:%s@127.0.0.1 https://%s@127.0.0.1 https://127.0.0.1/x#token=%s'''.split()
+        for mark, (template, row) in some(itertools.product(templates, self.WORDS.strip().splitlines())):
             word = template % mark.join(self.secrets)
-            for row in self.WORDS.strip().splitlines():
-                line, says = row.split('|', 1)
-                with self.subTest(line, word=word):
-                    code, last = self.type('-v', *[part.replace('%', word) for part in line.split()])
-                    self.assertIn(code, (1, 2))
-                    self.assertRegex(last, says.strip())  # below the traceback
-                    for secret in self.secrets:
-                        self.assertNotIn(secret, ''.join(self.said))
-                    del self.said[:]
+            line, says = row.split('|', 1)
+            with self.subTest(line, word=word):
+                code, last = self.type('-v', *[part.replace('%', word) for part in line.split()])
+                self.assertIn(code, (1, 2))
+                self.assertRegex(last, says.strip())  # below the traceback
+                for secret in self.secrets:
+                    self.assertNotIn(secret, ''.join(self.said))
+                del self.said[:]
 
 
 class GoogleSecrets(Hush, GoogleCase):
@@ -7061,7 +7089,7 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     streams = dict(dict.fromkeys(('stdin', 'stdout', 'stderr'), theirs), **streams)
     process = subprocess.Popen(
-        [sys.executable, SCRIPT] + [str(word) for word in words], env=dict(os.environ, TERM=term),
+        [sys.executable, '-S', '-c', START] + [str(word) for word in words], env=dict(os.environ, TERM=term),
         start_new_session=True,
         preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
     os.close(theirs)
@@ -7255,7 +7283,7 @@ supported)
         os.environ['COLUMNS'] = '82'  # argparse leaves two of them empty
         with contextlib.redirect_stderr(io.StringIO()) as overview:
             self.assertEqual(etc.main([]), 2)
-        for command in ('ls', 'info', 'diff', 'pull', 'push', 'register', 'create', 'verify', 'purge'):
+        for command in 'ls info diff pull push register create verify purge'.split():
             with self.subTest(command):
                 self.assertRegex(self.etc('-h')[0], r'(?m)^  etc %s .* \w' % command)
                 with contextlib.redirect_stdout(io.StringIO()) as out, self.assertRaises(SystemExit):
@@ -7278,7 +7306,7 @@ class People(Shell, Case):
             'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest,
             'Registered        -  -  -         ' + root.as_uri()])
         self.etc('push C')
-        both = {'digest', 'files', 'name', 'partitions', 'size', 'when'}
+        both = set('digest files name partitions size when'.split())
         for flags, more in (([], {'partial', 'root', 'source'}), (['-r'], {'archive_size', 'meta', 'readme'})):
             for item in json.loads(self.etc('ls --json', *flags)[0]):
                 self.assertEqual(set(item), both | more)
@@ -7530,7 +7558,8 @@ threading.Thread.start = interrupted
         for last in 1, 2:
             with self.subTest(last):
                 code, out = self.run_(program, last, 'push X', timeout=60)
-                self.assertEqual((code, out[:16], out.count('\n')), (130, 'etc: interrupted', 1))
+                # it may have pushed before the main thread comes to hear of the signal
+                self.assertRegex('%d %s' % (code, out), r'\A130 (etc: pushed X .*\n)?etc: interrupted.*\n\Z')
 
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
@@ -7541,19 +7570,22 @@ import resource
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
 resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
 """
-        outcomes = set()
-        for room in (1, 12, 24, 40, 70, 150, 1500):
+        outcomes, lacking, enough, room = set(), 0, 2048, 1024
+        while enough - lacking > 2:  # which is found, as it differs from Python to Python
+            code = None
             with self.subTest(room), contextlib.suppress(subprocess.TimeoutExpired):
                 # CPython may wait for ever for a thread whose start failed for want of memory
-                code, out = self.run_(program, room, 'pull X', 'home%d' % room, timeout=60)
-                if room == 1 or re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
+                code, out = self.run_(program, room, 'pull X', 'home%d' % room, timeout=30)
+                if re.search('Fatal Python error|exception in thread|libgcc_s', out, re.I):
                     self.assertTrue(code == 0 or 'pulled' not in out, out)  # the interpreter itself gave up
-                    continue
-                # Python's own words, where it lacks memory
-                out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)
-                self.assertRegex(out, r'\Aetc: (pulled X.*|.*(memory|threads).*; set .connections: 1..*)\n\Z')
-                self.assertEqual('pulled' in out, code == 0)
-                outcomes.add(code)
+                else:
+                    # Python's own words, where it lacks memory
+                    out = re.sub(r'\AException ignored [^\n]*?(?=etc: )', '', out)
+                    self.assertRegex(out, r'\Aetc: (pulled X.*|.*(memory|threads).*; set .connections: 1..*)\n\Z')
+                    self.assertEqual('pulled' in out, code == 0)
+                    outcomes.add(code)
+            lacking, enough = (lacking, room) if code == 0 else (room, enough)
+            room = (lacking + enough) // 2
         self.assertEqual(outcomes, {0, 1})
 
     def test_times_past_2038(self):
@@ -7800,12 +7832,12 @@ sys.exit(status)
         for number in range(60000):
             os.close(os.open('%s/%06d' % (flat, number), os.O_CREAT))
         write('Large', {'data/train/zeros': ''})
-        os.truncate('Large/data/train/zeros', 300 * MIB)
+        os.truncate('Large/data/train/zeros', 120 * MIB)
         extra = 100 if sys.implementation.name == 'pypy' else 0
         for name in 'Many', 'Flat', 'Large':
             self.etc('register', name)
-        for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 200),
-                                   ('two', 'pull Large', 200)):
+        for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 90),
+                                   ('two', 'pull Large', 90)):
             with self.subTest(words):
                 code, out = run_python(self.MEMORY, '--url', self.url, '--home', home, *words.split())
                 self.assertEqual(code, 0, out)
@@ -7814,8 +7846,8 @@ sys.exit(status)
 
     def test_import_is_light(self):
         """And no library of a cloud is loaded for what needs none."""
-        heavy = {'ssl', 'urllib.request', 'http.client', 'xml.etree.ElementTree', 'concurrent.futures', 'argparse',
-                 'tarfile', 'logging', 'socket', 'email', 'configparser', 'ctypes'}
+        heavy = set('''ssl urllib.request http.client xml.etree.ElementTree concurrent.futures argparse tarfile
+                       logging socket email configparser ctypes'''.split())
         write('.', {'share': None})
         code = '''if True:
             before = set(sys.modules)
@@ -7831,11 +7863,12 @@ sys.exit(status)
         root = odd(Path('ds'), 3)
         os.environ.update(LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
         run = [sys.executable, '-W', 'error'] + ['-X', 'dev'] * (sys.version_info >= (3, 7))
-        run += [SCRIPT, '-q', '--url', self.url]
+        command = [SCRIPT]
         for words in ('register ds X', 'push X', '--home two pull X', '--home two pull -f X', '--home two verify X',
                       'info -r X'):
             with self.subTest(words):
-                self.run_(*run + words.split())
+                self.run_(*run + command + ['-q', '--url', self.url] + words.split())
+                command = ['-c', START]  # once it was compiled without a warning
         self.assertEqual(tree('two/X'), tree(root))
         self.assertEqual(etc.info('X', True, self.config())['digest'], etc.Dataset(root).digest)
 
@@ -8048,40 +8081,57 @@ def mutated(rng, seeds):
 
 class Fuzzing(Case):
     def test_targets(self):
-        for target, inputs in ((ArchiveTarget, 100), (TgzTarget, 60), (YamlTarget, 1000), (AnswerTarget, 150),
-                               (S3Target, 150),
-                               (GoogleTarget, 150), (ProfilesTarget, 150), (KeysTarget, 150)):
+        for target in (ArchiveTarget, TgzTarget, YamlTarget, AnswerTarget, S3Target, GoogleTarget, ProfilesTarget,
+                       KeysTarget):
             run = target(self.tmp / target.__name__)
             for seed in run.seeds:
                 run(seed)
-            for number in range(inputs * RUNS):
+            for number in range((500 if target is YamlTarget else 70) * RUNS):
                 with self.subTest(target=target.__name__, number=number):
                     run(mutated(random.Random('%s %d' % (target.__name__, number)), run.seeds))
 
 
+def run(names):
+    done = unittest.main(argv=sys.argv[:1] + names, exit=False).result
+    if done.skipped and os.environ.get('ETC_TEST_REQUIRE_PEERS'):
+        sys.exit('skipped, though all peers are demanded: %s' % done.skipped)
+    sys.exit(not done.wasSuccessful())
+
+
+def run_class(name, path):
+    """Run a class; what it says goes to a file."""
+    with open(path, 'wb') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(1, 2)
+    run([name])
+
+
 def all_classes():
     """Run all classes, each in a process of its own, one more at a time than there are cores, as many wait much."""
-    def run(name):
-        begin = time.time()
-        command = [sys.executable, *['-W' + option for option in sys.warnoptions], __file__, name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        out = done.stdout.decode('utf-8', 'replace').strip()
-        print('%-22s %6.1f s  %s' % (name, time.time() - begin, out if done.returncode else out.split('\n')[-1]),
-              flush=True)
-        return done.returncode
     begin, names = time.time(), unittest.defaultTestLoader.getTestCaseNames
-    classes = [name for name, cls in globals().items()
+    waiting = [name for name, cls in globals().items()
                if isinstance(cls, type) and issubclass(cls, unittest.TestCase) and names(cls)]
-    with ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
-        failed = any(list(pool.map(run, classes[::-1])))
+    context = multiprocessing.get_context('fork' if hasattr(os, 'fork') else None)  # which need not import again
+    running, failed = {}, 0
+    with tempfile.TemporaryDirectory(prefix='etc-said-') as said:
+        while waiting or running:
+            if waiting and len(running) <= (os.cpu_count() or 1):
+                name = waiting.pop()
+                process = context.Process(target=run_class, args=(name, os.path.join(said, name)))
+                process.start()
+                running[process.sentinel] = name, process, time.time()
+                continue
+            for name, process, start in map(running.pop, multiprocessing.connection.wait(running)):
+                process.join()
+                out = Path(said, name).read_text(encoding='utf-8', errors='replace').strip()
+                out = out if process.exitcode else out.split('\n')[-1]
+                print('%-22s %6.1f s  %s' % (name, time.time() - start, out), flush=True)
+                failed |= process.exitcode != 0
     print('%s in %.1f s' % ('FAILED' if failed else 'OK', time.time() - begin))
-    return int(failed)
+    return failed
 
 
 if __name__ == '__main__':
     if len(sys.argv) == 1:
         sys.exit(all_classes())
-    done = unittest.main(exit=False).result
-    if done.skipped and os.environ.get('ETC_TEST_REQUIRE_PEERS'):
-        sys.exit('skipped, though all peers are demanded: %s' % done.skipped)
-    sys.exit(not done.wasSuccessful())
+    run(sys.argv[1:])
