@@ -6915,8 +6915,8 @@ class Places(Hush, S3Case):
                 NAME=https://user:x%@127.0.0.1:1/ | user or password
                 NAME=https://127.0.0.1:1/x?sig=%  | the url
                 NAME=https://127.0.0.1:1/x#%      | the url
-                NAME=s3://user:%@bucket           | the url is not of the form
-                NAME=gs://user:%@bucket/x         | the url is not of the form
+                NAME=s3://user:%@bucket           | is not of the form
+                NAME=gs://user:%@bucket/x         | is not of the form
                 NAME=ftp://user:%@127.0.0.1:1/x   | it must start with
                 NAME=file://user:%@host/x         | is no absolute path
                 """.replace('NAME', name), more='' if name == 'ETC_URL' else ' ETC_URL= AWS_ENDPOINT_URL=')
