@@ -3931,7 +3931,6 @@ def _version(etag: Optional[str], modified: float) -> str:
 
 
 def _read_ahead(
-        job: _Job,
         remote: _Remote,
         read: Callable[[int, int], bytes],
         spans: Sequence[Sequence[int]],
@@ -3942,7 +3941,7 @@ def _read_ahead(
     would show little progress, and much would be lost when one breaks. What is under way or waits is bounded.
     """
     left = sum(stop - start for start, stop in spans)
-    job.begin(left)
+    remote.job.begin(left)
     length = _MIN_RANGE  # of the next range
 
     def ranges() -> Iterator[_Extent]:
@@ -3970,7 +3969,7 @@ def _read_ahead(
         return count * length < _AHEAD
 
     connections = min(remote.connections, left // _MIN_RANGE)
-    with _Pool(job, max(1, connections)) as pool:
+    with _Pool(remote.job, max(1, connections)) as pool:
         yield from _ordered(pool, fetch, ranges(), has_room)
 
 
@@ -4919,7 +4918,11 @@ class _Place(_Home):
             self.work.mkdir(parents=True)
             try:
                 self.clear()
-                self.check_movable()
+                _make_movable(self.path)
+                with contextlib.suppress(OSError):
+                    if replace and not self.set_aside(self.inner):  # has no effect, as that is not empty
+                        raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
+                                    f"run 'etc purge {self.name}' first")
                 self.sweep()
                 yield
             except Exception as e:
@@ -4955,8 +4958,7 @@ class _Place(_Home):
                 if _age(work) < keep:
                     continue
                 if interrupted and is_same:
-                    longest = max(interrupted, key=lambda place: (place / 'journal').stat().st_size)
-                    os.rename(longest, self.work / 'earlier')
+                    os.rename(interrupted[0], self.work / 'earlier')
                 claimed = self.work / work.name  # if its owner lives after all, it must not install it
                 os.rename(work, claimed)
                 _remove(claimed)
@@ -4993,27 +4995,21 @@ class _Place(_Home):
     def taken_error(self, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
         return Exists(f"another '{self.name}' is installed already", remedy)
 
-    def check_movable(self) -> None:
-        """Raises Error if the dataset must be renamed and cannot be. Trying has no effect, as `inner` is not empty."""
-        if self.replace:
-            _make_movable(self.path)
-            try:
-                os.rename(self.path, self.inner)
-            except OSError as e:
-                if e.errno == errno.EXDEV:
-                    raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
-                                f"run 'etc purge {self.name}' first") from None
+    def set_aside(self, target: Path) -> bool:
+        """Rename the dataset. Returns False if it is part of a container image, whose directories cannot be renamed."""
+        try:
+            os.rename(self.path, target)
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            return False
+        return True
 
     def remove(self) -> None:
         with self.installing():
-            _make_movable(self.path)
-            try:
-                os.rename(self.path, self.new)
-            except OSError as e:
-                if e.errno != errno.EXDEV:
-                    raise
-                # It is part of a container image; so first of all it stops counting as a dataset.
-                _write_receipt(self.work, _Receipt(self.name, source=''))  # nothing is installed
+            if not self.set_aside(self.new):
+                # So first of all it stops counting as a dataset.
+                _write_receipt(self.work, _Receipt(self.name, source=''))
                 _flush(self.work)
                 os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
                 self.clear()
@@ -5111,8 +5107,8 @@ def _write_receipt(directory: Path, receipt: _Receipt) -> None:
 
 
 def _resumable(work: Path) -> List[Path]:
-    """The interrupted pulls in a directory of work."""
-    return [place for place in (work, work / 'earlier') if (place / 'journal').exists()]
+    """The interrupted pulls in a directory of work; the first is further than the other."""
+    return [place for place in (work / 'earlier', work) if (place / 'journal').exists()]
 
 
 def _age(work: Path) -> float:
@@ -5201,6 +5197,7 @@ class _Archive:
 
     def __init__(self, remote: _Remote, obj: _Object, tail: bytes) -> None:
         self.remote = remote
+        self.job = remote.job
         self.obj = obj
         self.tail = tail  # its last bytes
         self.label = f"'{obj.name}' in {remote.url}"
@@ -5243,42 +5240,43 @@ class _Archive:
         last = self.read(segment.stop - longest, segment.stop)
         return _end_digests(first, last)
 
-    def is_same(self, job: _Job, local: Dataset) -> Optional[bool]:
+    def is_same(self, local: Dataset) -> Optional[bool]:
         """Whether it holds a local dataset; None if only extracting it would tell."""
         if self.segments:
-            return self.digest == _dataset_digest(local._read(job))
+            return self.digest == _dataset_digest(local._read(self.job))
         receipt = local._receipt
         is_source = (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
         return is_source or None
 
-    def extract(self, job: _Job, place: _Place, wanted: Container[str]) -> Set[str]:
+    def extract(self, place: _Place, wanted: Container[str]) -> Set[str]:
         """Fill a place with the segments that have these paths, and return the paths of those that were here already.
         """
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
             segments = [segment for segment in self.segments if segment.path in wanted]
-            reused = place.reuse(job, segments)
-            self.fetch(job, [segment for segment in segments if segment.path not in reused], place.work)
+            reused = place.reuse(self.job, segments)
+            self.fetch([segment for segment in segments if segment.path not in reused], place.work)
             _validate(place.new, self.label)
             return reused
-        chunks = _read_ahead(job, self.remote, self.read, [(0, self.obj.size)])
-        with self.labelled(), contextlib.closing(chunks), _Pool(job, 1) as pool:
+        chunks = _read_ahead(self.remote, self.read, [(0, self.obj.size)])
+        with self.labelled(), contextlib.closing(chunks), _Pool(self.job, 1) as pool:
             _extract_foreign(chunks, place.new, pool)
         _validate(place.new, self.label)
-        self.segments = _digest_segments(job, place.new)
+        self.segments = _digest_segments(self.job, place.new)
         return reused
 
-    def fetch(self, job: _Job, segments: Sequence[_Segment], work: Path) -> None:
+    def fetch(self, segments: Sequence[_Segment], work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         head = json.dumps([self.remote.url, self.obj.name, self.obj.version])
         had = {segment.path: 0 for segment in segments}
 
         def blocks() -> Generator[_Block, None, None]:
             earlier = work / 'earlier'
-            for block in _replay(job, pool, earlier / 'new', earlier / 'journal', head, had):
+            for block in _replay(self.job, pool, earlier / 'new', earlier / 'journal', head, had):
                 had[block.path] += block.length
                 yield block
+            _remove(earlier / 'journal')  # all of it is in place
             _say(f"'{self.obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
             rest = [(segment, had[segment.path]) for segment in segments]
             rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
@@ -5286,10 +5284,10 @@ class _Archive:
             for before, span in zip(spans, spans[1:]):
                 if before[1] == span[0]:  # one request may read both
                     span[0] = before[1] = before[0]
-            with contextlib.closing(_read_ahead(job, self.remote, self.read, spans)) as chunks:
+            with contextlib.closing(_read_ahead(self.remote, self.read, spans)) as chunks:
                 yield from _inflate_blocks(pool, chunks, rest)
 
-        with self.labelled(), _Pool(job, _cores()) as pool, contextlib.closing(blocks()) as found:
+        with self.labelled(), _Pool(self.job, _cores()) as pool, contextlib.closing(blocks()) as found:
             promised = {segment.path: segment for segment in segments}
             _extract(found, promised, _Sink(work / 'new'), work / 'journal', head)
 
@@ -5562,7 +5560,7 @@ def info(
                 archive = _find(store, place.name)
                 segments = archive.segments
                 summary = _describe_remote(archive.obj, segments)
-                summary.update(_read_root_files(job, archive))
+                summary.update(_read_root_files(archive))
         place.check(segments)
         return summary
 
@@ -5598,11 +5596,11 @@ def _describe_local(path: Path, segments: Sequence[_Segment] = ()) -> _Row:
 
 
 def _describe_remote(obj: _Object, segments: Sequence[_Segment]) -> _Row:
-    when = _utc(obj.modified) or None if obj.modified else None
+    when = obj.modified and _utc(obj.modified) or None
     return _summary(obj.name, segments, segments, archive_size=obj.size, when=when, meta=None, readme=None)
 
 
-def _read_root_files(job: _Job, archive: _Archive) -> _Row:
+def _read_root_files(archive: _Archive) -> _Row:
     """meta and readme of a remote dataset, unless they are in large files."""
     root_files = archive.segments[:1]
     if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
@@ -5611,7 +5609,7 @@ def _read_root_files(job: _Job, archive: _Archive) -> _Row:
     with tempfile.TemporaryDirectory() as work:
         new = Path(work, 'new')
         new.mkdir()
-        archive.fetch(job, root_files, new.parent)
+        archive.fetch(root_files, new.parent)
         return {'meta': _read_meta(new, archive.label), 'readme': _read_readme(new)}
 
 
@@ -5641,7 +5639,7 @@ def diff(
     sides.sort(key=lambda side: not side[2])  # first what takes no time
 
     def work(job: _Job) -> _Row:
-        found: _Row = {'equal': None}
+        found: _Row = {'equal': None, 'segments': {}}
         known: Dict[str, Dict[str, _Segment]] = collections.defaultdict(dict)  # segments by path and side
         for side, place, is_remote in sides:
             segments = _find_segments(job, place, is_remote)
@@ -5649,7 +5647,12 @@ def diff(
             found[side] = {'name': place.name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
             for segment in segments:
                 known[segment.path][side] = segment
-        found['segments'] = {path: _contrast(**known[path]) for path in sorted(known, key=_segment_order)}
+        for path in sorted(known, key=_segment_order):
+            one, other = map(known[path].get, 'ab')
+            status = 'new' if one is None else 'gone' if other is None else 'differs'
+            if one and other and one.digest == other.digest:
+                status = 'same'
+            found['segments'][path] = {'status': status, 'a': one and one.amount(), 'b': other and other.amount()}
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
 
@@ -5666,12 +5669,6 @@ def _find_segments(job: _Job, place: _Place, is_remote: bool) -> Sequence[_Segme
         raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
                     f"run 'etc pull {place.name}', and compare what that installs")
     return archive.segments
-
-
-def _contrast(a: Optional[_Segment] = None, b: Optional[_Segment] = None) -> _Row:
-    """What diff() tells of what has one path in both datasets; None where there is nothing."""
-    status = 'new' if a is None else 'gone' if b is None else 'same' if a.digest == b.digest else 'differs'
-    return {'status': status, 'a': a and a.amount(), 'b': b and b.amount()}
 
 
 def dataset(
@@ -5743,7 +5740,7 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
         is_same: Optional[bool] = None
         if not force and _is_dataset(place.path):
             local = place.open()
-            is_same = archive.is_same(job, local)
+            is_same = archive.is_same(local)
             if is_same is False:
                 raise place.taken_error(f"'etc pull -f {name}' replaces it")
             if is_same and (not receipt.name or wanted <= receipt.installed):
@@ -5755,7 +5752,7 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
         if receipt.digest == archive.digest:
             wanted |= receipt.installed
         with place.installing(replace=force or bool(is_same)):
-            reused = archive.extract(job, place, wanted)
+            reused = archive.extract(place, wanted)
             place.check(archive.segments)
             new = archive.receipt(wanted)
             is_new = place.commit(new)
@@ -5802,7 +5799,7 @@ def push(
         if place.pin:
             place.check(local._read(job))
         with _open_remote(place.config, job) as store:
-            if force or not _is_stored(job, store, local):
+            if force or not _is_stored(store, local):
                 store.check_writable()
                 with contextlib.suppress(_NameTaken):
                     segments, copies = _write_archive(job, store, local, not force, place.config.compression_level)
@@ -5810,13 +5807,13 @@ def push(
                     digest = _dataset_digest(segments)
                     _say(f'{local.name}@{digest}', _DEBUG)
                     return digest
-                _is_stored(job, store, local, is_taken=True)
+                _is_stored(store, local, is_taken=True)
         return _dataset_digest(local._read(job))
 
     return _perform(progress, work)
 
 
-def _is_stored(job: _Job, store: _Remote, local: Dataset, is_taken: bool = False) -> bool:
+def _is_stored(store: _Remote, local: Dataset, is_taken: bool = False) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name.
 
     is_taken: whether the remote has refused a write because of the name; then False is an error, too.
@@ -5836,7 +5833,7 @@ def _is_stored(job: _Job, store: _Remote, local: Dataset, is_taken: bool = False
             raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
                               'try again when it has ended')
         return False
-    if not archive.is_same(job, local):
+    if not archive.is_same(local):
         raise Exists(f"another '{local.name}' is in {store.url} already",
                      f"push it under another name, or 'etc push -f {local.name}' replaces it")
     _say(f"'{local.name}' is in {store.url} already, and identical")
