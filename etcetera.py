@@ -4927,9 +4927,10 @@ class _Place(_Home):
                                     f"run 'etc purge {self.name}' first")
                 self.sweep()
                 yield
-            except Exception as e:
-                if not isinstance(e, RemoteError):
-                    self.forget()
+            except RemoteError:
+                raise
+            except Exception:
+                self.forget()
                 raise
             finally:
                 gone = self.work / 'gone'
@@ -5055,7 +5056,7 @@ class _Place(_Home):
             same = dict(here & lacking - linked.items())
             linked.update(same)
             with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
-                for _, entries in _only(same, _segments(source)):
+                for _, entries in _only(same, _segments(source)) if same else ():
                     for entry in entries:
                         job.add(0)
                         target = _join(self.new, entry.name)
@@ -6068,9 +6069,6 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
     remote: by keyword only, so that no call that was meant for the local store can reach what others share.
     Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors.
     """
-    if remote:
-        _purge_remote(name, config)
-        return
     place = _Place(name, config)
 
     def work(job: _Job) -> None:
@@ -6080,21 +6078,18 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
                 place.check(place.open("'etc ls' lists what there is")._read(job))
             place.remove()
 
-    _perform(None, work)
-    _say(f"purged '{place.name}'")
+    if remote:
+        _purge_remote(place)
+    else:
+        _perform(None, work)
+        _say(f"purged '{place.name}'")
 
 
-def _purge_remote(
-        name: str,
-        config: Optional[Config],
-        confirm: Optional[Callable[[str], None]] = None,
-) -> None:
+def _purge_remote(place: _Place, confirm: Callable[[str], Any] = bool) -> None:
     """Remove the version of a remote dataset that is there now.
 
     confirm: is called with a description of it before, and may raise an Error.
     """
-    place = _Place(name, config)
-
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
             store.check_writable()
@@ -6110,8 +6105,7 @@ def _purge_remote(
             return store.remove(obj)
 
     obj, url = _perform(None, find)
-    if confirm:
-        confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
+    confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
     is_kept = _perform(None, remove)
     _say(f"purged '{place.name}' from {url}" + ', which keeps it as an old version' * is_kept)
 
@@ -6311,7 +6305,7 @@ def _purge(name: str, config: Config, remote: bool = False, force: bool = False)
     if force or not remote:
         purge(name, config, remote=remote)
     elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
-        _purge_remote(name, config, _confirm_removal)
+        _purge_remote(_Place(name, config), _confirm_removal)
     else:
         _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
 
