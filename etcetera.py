@@ -6554,20 +6554,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ['help']:
         words = words[1:] + ['-h']
-    handled: List[int] = []  # SIGTERM and SIGHUP, unless they are ignored, as by nohup, or a program around us has them
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    handled: Dict[int, Any] = {}  # signals that are neither ignored, as by nohup, nor handled by a program around us
 
     def end(number: int, _: Any) -> None:  # as Ctrl-C does, so that nothing is left behind that is billed
-        for other in handled:  # a terminal that closes may send several
+        for other in handled.keys() - {signal.SIGINT}:  # a terminal that closes may send several
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     try:
         with contextlib.suppress(ValueError):  # only the main thread may do so
             hang_up = getattr(signal, 'SIGHUP', signal.SIGTERM)  # which Windows has not
-            for number in (signal.SIGTERM, hang_up):
-                if signal.getsignal(number) == signal.SIG_DFL:
-                    handled.append(number)
-                    signal.signal(number, end)
+            for number in (signal.SIGINT, signal.SIGTERM, hang_up):
+                if signal.getsignal(number) in usual:
+                    handled[number] = signal.signal(number, end)
         return _run(words)
     except Error as e:
         return _show(e)
@@ -6583,8 +6583,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     finally:
         _console.show_progress('')
         _console.level = None
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 if __name__ == '__main__':
