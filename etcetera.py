@@ -3939,7 +3939,6 @@ def _version(etag: Optional[str], modified: float) -> str:
 
 
 def _read_ahead(
-        job: _Job,
         remote: _Remote,
         read: Callable[[int, int], bytes],
         spans: Sequence[Sequence[int]],
@@ -3950,7 +3949,7 @@ def _read_ahead(
     would show little progress, and much would be lost when one breaks. What is under way or waits is bounded.
     """
     left = sum(stop - start for start, stop in spans)
-    job.begin(left)
+    remote.job.begin(left)
     length = _MIN_RANGE  # of the next range
 
     def ranges() -> Iterator[_Extent]:
@@ -3978,7 +3977,7 @@ def _read_ahead(
         return count * length < _AHEAD
 
     connections = min(remote.connections, left // _MIN_RANGE)
-    with _Pool(job, max(1, connections)) as pool:
+    with _Pool(remote.job, max(1, connections)) as pool:
         yield from _ordered(pool, fetch, ranges(), has_room)
 
 
@@ -4855,7 +4854,8 @@ class _Home:
     def names(self) -> List[str]:
         """The names of the datasets that are here, sorted."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(name for name in os.listdir(self.root) if _is_name(name) and _is_dataset(self.root / name))
+            names = filter(_is_name, os.listdir(self.root))
+            return sorted(name for name in names if _is_dataset(self.root / name))
         return []
 
     def abandoned(self) -> Iterator[Path]:
@@ -4869,7 +4869,8 @@ class _Home:
     def settle(self, work: Path) -> None:
         """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
         old = work / 'old'
-        place = self.root / work.name.split('@')[0]
+        name = work.name.split('@')[0]
+        place = self.root / name
         if not os.path.lexists(old):
             return
         if os.path.lexists(place):
@@ -4939,15 +4940,21 @@ class _Place(_Home):
             self.work.mkdir(parents=True)
             try:
                 self.clear()
-                self.check_movable()
+                _make_movable(self.path)
+                with contextlib.suppress(OSError):
+                    if replace and not self.set_aside(self.inner):  # has no effect, as that is not empty
+                        raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
+                                    f"run 'etc purge {self.name}' first")
                 self.sweep()
                 yield
-            except Exception as e:
-                if not isinstance(e, RemoteError):
-                    self.forget()
+            except RemoteError:
+                raise
+            except Exception:
+                self.forget()
                 raise
             finally:
-                if _resumable(self.work) or os.path.lexists(self.work / 'gone'):
+                gone = self.work / 'gone'
+                if _resumable(self.work) or os.path.lexists(gone):
                     os.utime(self.work)
                     os.rename(self.work, f'{self.work}@0')
                 else:
@@ -4975,8 +4982,7 @@ class _Place(_Home):
                 if _age(work) < keep:
                     continue
                 if interrupted and is_same:
-                    longest = max(interrupted, key=lambda place: (place / 'journal').stat().st_size)
-                    os.rename(longest, self.work / 'earlier')
+                    os.rename(interrupted[0], self.work / 'earlier')
                 claimed = self.work / work.name  # if its owner lives after all, it must not install it
                 os.rename(work, claimed)
                 _remove(claimed)
@@ -5006,34 +5012,30 @@ class _Place(_Home):
             finally:
                 self.settle(self.work)
         other = _read_receipt(self.path)
-        if not receipt.name or other.digest != receipt.digest or not other.installed >= receipt.installed:
+        is_same = receipt.name and receipt.digest == other.digest
+        if not is_same or receipt.installed - other.installed:
             raise self.taken_error()
         return False
 
     def taken_error(self, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
         return Exists(f"another '{self.name}' is installed already", remedy)
 
-    def check_movable(self) -> None:
-        """Raises Error if the dataset must be renamed and cannot be. Trying has no effect, as `inner` is not empty."""
-        if self.replace:
-            _make_movable(self.path)
-            try:
-                os.rename(self.path, self.inner)
-            except OSError as e:
-                if e.errno == errno.EXDEV:
-                    raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
-                                f"run 'etc purge {self.name}' first") from None
+    def set_aside(self, target: Path) -> bool:
+        """Rename the dataset. Returns False if it is part of a container image, whose directories cannot be renamed."""
+        try:
+            os.rename(self.path, target)
+        except OSError as e:
+            if e.errno != errno.EXDEV:
+                raise
+            return False
+        return True
 
     def remove(self) -> None:
         with self.installing():
-            _make_movable(self.path)
-            try:
-                os.rename(self.path, self.new)
-            except OSError as e:
-                if e.errno != errno.EXDEV:
-                    raise
-                # It is part of a container image; so first of all it stops counting as a dataset.
-                _write_receipt(self.work, _Receipt(self.name, source=''))  # nothing is installed
+            if not self.set_aside(self.new):
+                # So first of all it stops counting as a dataset.
+                nothing = _Receipt(self.name, source='')
+                _write_receipt(self.work, nothing)
                 _flush(self.work)
                 os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
                 self.clear()
@@ -5053,9 +5055,10 @@ class _Place(_Home):
         """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
         with contextlib.suppress(OSError):  # as in a store that can only be read
             os.close(os.open(self.work, _CREATE, 0o755))
-            modes = [path.stat().st_mode & 0o100 for path in (self.work, self.path / _RECEIPT)]
+            executable = self.work.stat().st_mode
+            plain = (self.path / _RECEIPT).stat().st_mode
             self.work.unlink()
-            return modes == [0o100, 0]
+            return bool(executable & ~plain & 0o100)
         return True
 
     # What is here already
@@ -5063,14 +5066,17 @@ class _Place(_Home):
     def reuse(self, job: _Job, wanted: Sequence[_Segment]) -> Set[str]:
         """Link the segments that installed datasets have, and return the paths of those whose files hash to the digest.
         """
+        lacking = _digests(wanted).items()
         linked: Dict[str, str] = {}  # digests by path
         os.mkdir(self.new / 'data')
         for name in sorted(self.names(), key=lambda name: name != self.name):
-            receipt = _read_receipt(self.root / name)
-            same = dict(_digests(receipt.here()).items() & _digests(wanted).items() - linked.items())
+            source = self.root / name
+            receipt = _read_receipt(source)
+            here = _digests(receipt.here()).items()
+            same = dict(here & lacking - linked.items())
             linked.update(same)
             with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
-                for _, entries in _only(same, _segments(self.root / name)):
+                for _, entries in _only(same, _segments(source)) if same else ():
                     for entry in entries:
                         job.add(0)
                         target = _join(self.new, entry.name)
@@ -5083,13 +5089,15 @@ class _Place(_Home):
         sound: Dict[str, str] = {}
         with contextlib.suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
-            sound = dict(_digests(found).items() & linked.items())
+            here = _digests(found).items()
+            sound = dict(here & linked.items())
         for path in linked.keys() - sound.keys():
             litter = [self.new / _to_os(path)]
             if path == '.':
-                litter = [item for item in self.new.iterdir() if item.is_symlink() or item.is_file()]
+                litter = list(self.new.iterdir())
             for item in litter:
-                _remove(item)
+                if path != '.' or item.is_symlink() or item.is_file():
+                    _remove(item)
         return set(sound)
 
 
@@ -5116,28 +5124,34 @@ def _read_receipt(directory: Path) -> _Receipt:
         segments = tuple(map(_Segment.from_json, row['segments']))
         texts = [row[key] for key in ('source', 'version', 'when')]
         ''.join(texts + row['installed'])  # TypeError if they are no texts
-        receipt = _Receipt(directory.name, segments, frozenset(row['installed']), *texts)
-        return receipt if (row['name'], row['digest']) == (receipt.name, receipt.digest) else _NO_RECEIPT
+        installed = frozenset(row['installed'])
+        receipt = _Receipt(row['name'], segments, installed, *texts)
+        is_its_own = (receipt.name, receipt.digest) == (directory.name, row['digest'])
+        return receipt if is_its_own else _NO_RECEIPT
     except (OSError, _Malformed, TypeError, KeyError):
         return _NO_RECEIPT
 
 
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
-    row = receipt._replace(when=_utc(time.time()))._asdict()
+    row = receipt._asdict()
+    row['when'] = _utc(time.time())
     row['digest'] = receipt.digest
     row['segments'] = [segment._asdict() for segment in receipt.segments]
-    with open(_Sink(directory).create_file(_RECEIPT, False), 'w') as file:
+    sink = _Sink(directory)
+    with open(sink.create_file(_RECEIPT, False), 'w') as file:
         json.dump(row, file, indent=1, default=sorted)
 
 
 def _resumable(work: Path) -> List[Path]:
-    """The interrupted pulls in a directory of work."""
-    return [place for place in (work, work / 'earlier') if (place / 'journal').exists()]
+    """The interrupted pulls in a directory of work; the first is further than the other."""
+    places = [work / 'earlier', work]
+    return [place for place in places if (place / 'journal').exists()]
 
 
 def _age(work: Path) -> float:
     """Seconds since a sign of life."""
-    return time.time() - max(path.lstat().st_mtime for path in [work, *work.glob('new')])
+    signs = [work, *work.glob('new')]
+    return time.time() - max(path.lstat().st_mtime for path in signs)
 
 
 def _is_alive(work: Path) -> bool:
@@ -5187,7 +5201,8 @@ def _make_movable(path: _Path) -> None:
     """Let a read-only directory be renamed, which otherwise only root can."""
     with contextlib.suppress(OSError):
         if not os.path.islink(path):
-            os.chmod(path, stat.S_IMODE(os.stat(path).st_mode) | 0o700)
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            os.chmod(path, mode | 0o700)
 
 
 def _remove(path: Path) -> None:
@@ -5221,6 +5236,7 @@ class _Archive:
 
     def __init__(self, remote: _Remote, obj: _Object, tail: bytes) -> None:
         self.remote = remote
+        self.job = remote.job
         self.obj = obj
         self.tail = tail  # its last bytes
         self.label = f"'{obj.name}' in {remote.url}"
@@ -5243,7 +5259,8 @@ class _Archive:
     def read_index(self) -> Sequence[_Segment]:
         offset = _find_index(self.tail, self.obj.size)
         if offset is not None:
-            return _parse_index(self.read(offset, self.obj.size), offset) or ()
+            index = self.read(offset, self.obj.size)
+            return _parse_index(index, offset) or ()
         head = self.read(0, min(self.obj.size, _FIELD_OFFSET))
         if head == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
             raise Corrupt('the archive is damaged: its index is missing')
@@ -5263,60 +5280,77 @@ class _Archive:
         last = self.read(segment.stop - longest, segment.stop)
         return _end_digests(first, last)
 
-    def is_same(self, job: _Job, local: Dataset) -> Optional[bool]:
+    def is_same(self, local: Dataset) -> Optional[bool]:
         """Whether it holds a local dataset; None if only extracting it would tell."""
         if self.segments:
-            return self.digest == _dataset_digest(local._read(job))
+            return self.digest == _dataset_digest(local._read(self.job))
         receipt = local._receipt
         is_source = (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
         return is_source or None
 
-    def extract(self, job: _Job, place: _Place, wanted: Container[str]) -> Set[str]:
+    def extract(self, place: _Place, wanted: Container[str]) -> Set[str]:
         """Fill a place with the segments that have these paths, and return the paths of those that were here already.
         """
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
             segments = [segment for segment in self.segments if segment.path in wanted]
-            reused = place.reuse(job, segments)
-            self.fetch(job, [segment for segment in segments if segment.path not in reused], place.work)
+            reused = place.reuse(self.job, segments)
+            rest = [segment for segment in segments if segment.path not in reused]
+            self.fetch(rest, place.work)
             _validate(place.new, self.label)
             return reused
-        chunks = _read_ahead(job, self.remote, self.read, [(0, self.obj.size)])
-        with self.labelled(), contextlib.closing(chunks), _Pool(job, 1) as pool:
+        everything = [(0, self.obj.size)]
+        chunks = _read_ahead(self.remote, self.read, everything)
+        with self.labelled(), contextlib.closing(chunks), _Pool(self.job, 1) as pool:
             _extract_foreign(chunks, place.new, pool)
         _validate(place.new, self.label)
-        self.segments = _digest_segments(job, place.new)
+        self.segments = _digest_segments(self.job, place.new)
         return reused
 
-    def fetch(self, job: _Job, segments: Sequence[_Segment], work: Path) -> None:
+    def fetch(self, segments: Sequence[_Segment], work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
-        head = json.dumps([self.remote.url, self.obj.name, self.obj.version])
+        identity = [self.remote.url, self.obj.name, self.obj.version]
+        head = json.dumps(identity)
         had = {segment.path: 0 for segment in segments}
 
         def blocks() -> Generator[_Block, None, None]:
             earlier = work / 'earlier'
-            for block in _replay(job, pool, earlier / 'new', earlier / 'journal', head, had):
+            journal = earlier / 'journal'
+            for block in _replay(self.job, pool, earlier / 'new', journal, head, had):
                 had[block.path] += block.length
                 yield block
+            _remove(journal)  # all of it is in place
             _say(f"'{self.obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
             rest = [(segment, had[segment.path]) for segment in segments]
             rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
-            spans = [[segment.offset + skipped, segment.stop] for segment, skipped in rest]
+            spans = [
+                [segment.offset + skipped, segment.stop]
+                for segment, skipped in rest
+            ]
             for before, span in zip(spans, spans[1:]):
                 if before[1] == span[0]:  # one request may read both
                     span[0] = before[1] = before[0]
-            with contextlib.closing(_read_ahead(job, self.remote, self.read, spans)) as chunks:
+            chunks = _read_ahead(self.remote, self.read, spans)
+            with contextlib.closing(chunks):
                 yield from _inflate_blocks(pool, chunks, rest)
 
-        with self.labelled(), _Pool(job, _cores()) as pool, contextlib.closing(blocks()) as found:
-            promised = {segment.path: segment for segment in segments}
-            _extract(found, promised, _Sink(work / 'new'), work / 'journal', head)
+        promised = {segment.path: segment for segment in segments}
+        sink = _Sink(work / 'new')
+        with self.labelled(), _Pool(self.job, _cores()) as pool:
+            with contextlib.closing(blocks()) as found:
+                _extract(found, promised, sink, work / 'journal', head)
 
     def receipt(self, installed: Set[str]) -> _Receipt:
         """Of an installed dataset with the segments that have these paths; none means all."""
         paths = installed or _paths_of(self.obj.name, self.segments, None)
-        return _Receipt(self.obj.name, tuple(self.segments), frozenset(paths), self.remote.url, self.obj.version)
+        return _Receipt(
+            self.obj.name,
+            tuple(self.segments),
+            frozenset(paths),
+            self.remote.url,
+            self.obj.version,
+        )
 
 
 def _find(remote: _Remote, name: str) -> _Archive:
@@ -5335,7 +5369,11 @@ def _existing(remote: _Remote, name: str, obj: Optional[_Object]) -> _Object:
     raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
 
 
-def _paths_of(name: str, segments: Sequence[_Segment], partitions: _Names) -> Set[str]:
+def _paths_of(
+        name: str,
+        segments: Sequence[_Segment],
+        partitions: _Names,
+) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
@@ -5361,13 +5399,14 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
     def look(obj: _Object) -> List[Tuple[_Archive, _Segment]]:
+        same = []
         with contextlib.suppress(Error):
             archive = _find(hasty, obj.name)
-            return [(archive, segment) for segment in archive.segments if is_like_ours(segment)]
-        return []
-
-    def is_like_ours(segment: _Segment) -> bool:
-        return survey.segments.get(segment.path) == segment._replace(offset=0, length=0, digest='')
+            for segment in archive.segments:
+                bare = segment._replace(offset=0, length=0, digest='')
+                if bare == survey.segments.get(segment.path):
+                    same.append((archive, segment))
+        return same
 
     def is_sound(item: Tuple[_Archive, _Segment]) -> bool:
         archive, segment = item
@@ -5388,13 +5427,19 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     with _Pool(job, remote.connections) as pool:
         looks = _ordered(pool, look, objects[-_MAX_SOURCES:], _for_all)
         held = list(itertools.chain.from_iterable(looks))
-        read = _hash(job, _only({segment.path for _, segment in held}, survey.listing()))
+        paths = {segment.path for _, segment in held}
+        read = _hash(job, _only(paths, survey.listing()))
         digests = _digests(read.segments)
-        held = [(archive, segment) for archive, segment in held if segment.digest == digests[segment.path]]
-        replaced = [archive for archive, _ in held if archive.obj.name == name]
+        found: _Copies = {}
+        replaced = []
+        for archive, segment in held:
+            if segment.digest == digests[segment.path]:
+                if archive.obj.name == name:
+                    replaced.append(archive)
+                if segment.length >= _MIN_PART:
+                    found[segment.path] = archive, segment
         if len(survey.segments) == len(replaced) == len(replaced[0].segments):
             return {}
-        found = {segment.path: (archive, segment) for archive, segment in held if segment.length >= _MIN_PART}
         sound = _ordered(pool, is_sound, found.values(), _for_all)
         return dict(itertools.compress(found.items(), sound))
 
@@ -5409,13 +5454,15 @@ def _archive_chunks(
         local: Dataset,
 ) -> Iterator[_Chunk]:
     """A dataset's archive; `segments` grows on the way. Raises Corrupt if they are not what is known of the dataset."""
-    listing = _only(survey.segments.keys() - copies.keys(), survey.listing())
-    blocks = _process(job, pool, listing, functools.partial(_compress, level))
+    rest = survey.segments.keys() - copies.keys()
+    compress = functools.partial(_compress, level)
+    blocks = _process(job, pool, _only(rest, survey.listing()), compress)
     packed = itertools.groupby(blocks, operator.attrgetter('path'))
     for path in survey.segments:
         if path in copies:
             archive, segment = copies[path]
-            segments.segments.append(segment._replace(offset=segments.archive_length()))
+            copied = segment._replace(offset=segments.archive_length())
+            segments.segments.append(copied)
             yield _Range(archive.obj, segment.offset, segment.stop)
             continue
         for block in next(packed)[1]:
@@ -5446,7 +5493,8 @@ def _is_whole(
     end, size: what it must have. doubt: raised if it is not there, unless it was to be exclusive, and another one is.
     """
     obj = remote.stat(name)
-    if not obj or remote.read(obj, max(0, obj.size - len(end)), obj.size) != end:
+    start = max(0, obj.size - len(end)) if obj else 0
+    if not obj or remote.read(obj, start, obj.size) != end:
         if doubt and obj and exclusive:
             raise _NameTaken
         if doubt:
@@ -5479,7 +5527,8 @@ def _write_archive(
     while True:
         segments = _SegmentList()
         doubt: Optional[_Unconfirmed] = None
-        job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
+        copied = sum(segment.size for _, segment in copies.values())
+        job.begin(survey.size - copied)
         try:
             with _Pool(job, _cores()) as pool:
                 chunks = _archive_chunks(job, pool, survey, level, copies, segments, local)
@@ -5520,10 +5569,16 @@ def ls(
     """
     if isinstance(patterns, str):
         raise ConfigError("'patterns' must be a list")
-    return [row['name'] for row in _list(remote, config or Config.load(), patterns, names_only=True)]
+    rows = _list(remote, config or Config.load(), patterns, names_only=True)
+    return [row['name'] for row in rows]
 
 
-def _list(remote: bool, config: Config, patterns: _Names = None, names_only: bool = False) -> List[_Row]:
+def _list(
+        remote: bool,
+        config: Config,
+        patterns: _Names = None,
+        names_only: bool = False,
+) -> List[_Row]:
     """As ls(), with what `etc ls -l` shows."""
     def work(job: _Job) -> List[_Row]:
         def describe(obj: _Object) -> _Row:
@@ -5537,7 +5592,9 @@ def _list(remote: bool, config: Config, patterns: _Names = None, names_only: boo
         if not remote:
             home = _Home(config.home)
             names = [name for name in home.names() if _matches(name, patterns)]
-            return [{'name': name} if names_only else _describe_local(home.root / name) for name in names]
+            if names_only:
+                return [{'name': name} for name in names]
+            return [_describe_local(home.root / name) for name in names]
         with _open_remote(config, job) as store, _Pool(job, config.connections) as pool:
             objects = sorted(obj for obj in store.list() if _matches(obj.name, patterns))
             if names_only:
@@ -5582,14 +5639,19 @@ def info(
                 archive = _find(store, place.name)
                 segments = archive.segments
                 summary = _describe_remote(archive.obj, segments)
-                summary.update(_read_root_files(job, archive))
+                summary.update(_read_root_files(archive))
         place.check(segments)
         return summary
 
     return _perform(progress, work)
 
 
-def _summary(name: str, whole: Sequence[_Segment], here: Sequence[_Segment], **more: Any) -> _Row:
+def _summary(
+        name: str,
+        whole: Sequence[_Segment],
+        here: Sequence[_Segment],
+        **more: Any,
+) -> _Row:
     """What info() and _list() tell of all datasets. whole: empty if nothing is known of the segments."""
     summary = dict.fromkeys(['name', 'digest', 'files', 'size', 'partitions'])
     summary.update(more, name=name)
@@ -5598,7 +5660,10 @@ def _summary(name: str, whole: Sequence[_Segment], here: Sequence[_Segment], **m
             digest=_dataset_digest(whole),
             files=sum(segment.files for segment in here),
             size=sum(segment.size for segment in here),
-            partitions={segment.partition: segment.amount() for segment in here if segment.partition},
+            partitions={
+                segment.partition: segment.amount()
+                for segment in here if segment.partition
+            },
         )
     return summary
 
@@ -5606,23 +5671,34 @@ def _summary(name: str, whole: Sequence[_Segment], here: Sequence[_Segment], **m
 def _describe_local(path: Path, segments: Sequence[_Segment] = ()) -> _Row:
     """segments: what was read of a dataset that may have no receipt."""
     receipt = _read_receipt(path)
+    source = receipt.source
+    if path.is_symlink():
+        source = Path(os.path.realpath(path)).as_uri()
     return _summary(
         path.name,
         receipt.segments or segments,
         receipt.here() or segments,
         root=str(path),
-        source=Path(os.path.realpath(path)).as_uri() if path.is_symlink() else receipt.source,
+        source=source,
         when=receipt.when,
         partial=receipt.is_partial,
     )
 
 
 def _describe_remote(obj: _Object, segments: Sequence[_Segment]) -> _Row:
-    when = _utc(obj.modified) or None if obj.modified else None
-    return _summary(obj.name, segments, segments, archive_size=obj.size, when=when, meta=None, readme=None)
+    when = obj.modified and _utc(obj.modified) or None
+    return _summary(
+        obj.name,
+        segments,
+        segments,
+        archive_size=obj.size,
+        when=when,
+        meta=None,
+        readme=None,
+    )
 
 
-def _read_root_files(job: _Job, archive: _Archive) -> _Row:
+def _read_root_files(archive: _Archive) -> _Row:
     """meta and readme of a remote dataset, unless they are in large files."""
     root_files = archive.segments[:1]
     if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
@@ -5631,7 +5707,7 @@ def _read_root_files(job: _Job, archive: _Archive) -> _Row:
     with tempfile.TemporaryDirectory() as work:
         new = Path(work, 'new')
         new.mkdir()
-        archive.fetch(job, root_files, new.parent)
+        archive.fetch(root_files, new.parent)
         return {'meta': _read_meta(new, archive.label), 'readme': _read_readme(new)}
 
 
@@ -5657,19 +5733,33 @@ def diff(
     `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors.
     """
     remotes = (remote, remote) if isinstance(remote, bool) else remote
-    sides = list(zip('ab', [_Place(a, config), _Place(b, config)], remotes))
+    places = _Place(a, config), _Place(b, config)
+    sides = list(zip('ab', places, remotes))
     sides.sort(key=lambda side: not side[2])  # first what takes no time
 
     def work(job: _Job) -> _Row:
-        found: _Row = {'equal': None}
+        found: _Row = {'equal': None, 'segments': {}}
         known: Dict[str, Dict[str, _Segment]] = collections.defaultdict(dict)  # segments by path and side
         for side, place, is_remote in sides:
             segments = _find_segments(job, place, is_remote)
             place.check(segments)
-            found[side] = {'name': place.name, 'remote': is_remote, 'digest': _dataset_digest(segments)}
+            found[side] = {
+                'name': place.name,
+                'remote': is_remote,
+                'digest': _dataset_digest(segments),
+            }
             for segment in segments:
                 known[segment.path][side] = segment
-        found['segments'] = {path: _contrast(**known[path]) for path in sorted(known, key=_segment_order)}
+        for path in sorted(known, key=_segment_order):
+            one, other = map(known[path].get, 'ab')
+            status = 'new' if one is None else 'gone' if other is None else 'differs'
+            if one and other and one.digest == other.digest:
+                status = 'same'
+            found['segments'][path] = {
+                'status': status,
+                'a': one and one.amount(),
+                'b': other and other.amount(),
+            }
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
 
@@ -5686,12 +5776,6 @@ def _find_segments(job: _Job, place: _Place, is_remote: bool) -> Sequence[_Segme
         raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
                     f"run 'etc pull {place.name}', and compare what that installs")
     return archive.segments
-
-
-def _contrast(a: Optional[_Segment] = None, b: Optional[_Segment] = None) -> _Row:
-    """What diff() tells of what has one path in both datasets; None where there is nothing."""
-    status = 'new' if a is None else 'gone' if b is None else 'same' if a.digest == b.digest else 'differs'
-    return {'status': status, 'a': a and a.amount(), 'b': b and b.amount()}
 
 
 def dataset(
@@ -5715,8 +5799,10 @@ def dataset(
 
     def work(job: _Job) -> Dataset:
         receipt = _read_receipt(place.path)
-        missing = _paths_of(place.name, receipt.segments, partitions) - receipt.installed
-        if (auto_install or auto_pull) and (missing or not _is_dataset(place.path)):
+        wanted = _paths_of(place.name, receipt.segments, partitions)
+        missing = wanted - receipt.installed
+        is_missing = missing or not _is_dataset(place.path)
+        if is_missing and (auto_install or auto_pull):
             return _pull(job, place, False, partitions)
         local = place.open()
         if place.pin:
@@ -5763,19 +5849,20 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
         is_same: Optional[bool] = None
         if not force and _is_dataset(place.path):
             local = place.open()
-            is_same = archive.is_same(job, local)
+            is_same = archive.is_same(local)
             if is_same is False:
                 raise place.taken_error(f"'etc pull -f {name}' replaces it")
             if is_same and (not receipt.name or wanted <= receipt.installed):
                 place.check(local._read(job))
-                if not receipt.name and (place.inner / 'receipts').exists() and not place.path.is_symlink():
+                is_link = place.path.is_symlink()
+                if not receipt.name and not is_link and (place.inner / 'receipts').exists():
                     _write_receipt(place.path, archive.receipt(set()))  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
         if receipt.digest == archive.digest:
             wanted |= receipt.installed
         with place.installing(replace=force or bool(is_same)):
-            reused = archive.extract(job, place, wanted)
+            reused = archive.extract(place, wanted)
             place.check(archive.segments)
             new = archive.receipt(wanted)
             is_new = place.commit(new)
@@ -5789,7 +5876,12 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
         return place.open()
 
 
-def _tally(place: _Place, segments: Sequence[_Segment], reused: Container[str] = (), where: str = 'here') -> str:
+def _tally(
+        place: _Place,
+        segments: Sequence[_Segment],
+        reused: Container[str] = (),
+        where: str = 'here',
+) -> str:
     """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
     had = sum(segment.size for segment in segments if segment.path in reused)
@@ -5822,7 +5914,7 @@ def push(
         if place.pin:
             place.check(local._read(job))
         with _open_remote(place.config, job) as store:
-            if force or not _is_stored(job, store, local):
+            if force or not _is_stored(store, local):
                 store.check_writable()
                 with contextlib.suppress(_NameTaken):
                     segments, copies = _write_archive(job, store, local, not force, place.config.compression_level)
@@ -5830,13 +5922,13 @@ def push(
                     digest = _dataset_digest(segments)
                     _say(f'{local.name}@{digest}', _DEBUG)
                     return digest
-                _is_stored(job, store, local, is_taken=True)
+                _is_stored(store, local, is_taken=True)
         return _dataset_digest(local._read(job))
 
     return _perform(progress, work)
 
 
-def _is_stored(job: _Job, store: _Remote, local: Dataset, is_taken: bool = False) -> bool:
+def _is_stored(store: _Remote, local: Dataset, is_taken: bool = False) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name.
 
     is_taken: whether the remote has refused a write because of the name; then False is an error, too.
@@ -5856,7 +5948,7 @@ def _is_stored(job: _Job, store: _Remote, local: Dataset, is_taken: bool = False
             raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
                               'try again when it has ended')
         return False
-    if not archive.is_same(job, local):
+    if not archive.is_same(local):
         raise Exists(f"another '{local.name}' is in {store.url} already",
                      f"push it under another name, or 'etc push -f {local.name}' replaces it")
     _say(f"'{local.name}' is in {store.url} already, and identical")
@@ -5890,7 +5982,8 @@ def register(
         if place.pin:
             place.check(local._read(job))
         installed = Path(os.path.realpath(place.path))
-        if installed in (root, *root.parents) and not copy and not place.path.is_symlink():
+        is_link = place.path.is_symlink()
+        if not copy and not is_link and installed in (root, *root.parents):
             raise InvalidDataset(f"{root} is what is installed as '{place.name}'", 'use --copy, or another directory')
         if not force and _is_dataset(place.path):
             if copy or installed != root:
@@ -5921,7 +6014,9 @@ def _copy(job: _Job, root: Path, place: _Place, force: bool) -> Dataset:
         place.new.mkdir()
         with _Pool(job, _cores()) as pool:
             segments = _extract(blocks(), {}, _Sink(place.new))
-        place.commit(_Receipt(place.name, tuple(segments), frozenset(survey.segments), root.as_uri(), ''))
+        paths = frozenset(survey.segments)
+        receipt = _Receipt(place.name, tuple(segments), paths, root.as_uri())
+        place.commit(receipt)
     _say(f'copied {place.name}: {_tally(place, segments)}')
     return place.open()
 
@@ -5966,7 +6061,8 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
         found = _digest_segments(job, place.path)
         outcome = 'nothing known to compare it with'
         if receipt.name:
-            wrong = sorted(dict(_digests(found).items() ^ _digests(receipt.here()).items()))
+            promised = _digests(receipt.here()).items()
+            wrong = sorted(dict(promised ^ _digests(found).items()))
             if wrong:
                 remedy = f"'etc pull -f {place.name}' repairs it" if receipt.version else 'register it again'
                 if not place.keeps_x_bits():
@@ -5993,9 +6089,6 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
     remote: by keyword only, so that no call that was meant for the local store can reach what others share.
     Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors.
     """
-    if remote:
-        _purge_remote(name, config)
-        return
     place = _Place(name, config)
 
     def work(job: _Job) -> None:
@@ -6005,17 +6098,18 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
                 place.check(place.open("'etc ls' lists what there is")._read(job))
             place.remove()
 
-    _perform(None, work)
-    _say(f"purged '{place.name}'")
+    if remote:
+        _purge_remote(place)
+    else:
+        _perform(None, work)
+        _say(f"purged '{place.name}'")
 
 
-def _purge_remote(name: str, config: Optional[Config], confirm: Optional[Callable[[str], None]] = None) -> None:
+def _purge_remote(place: _Place, confirm: Callable[[str], Any] = bool) -> None:
     """Remove the version of a remote dataset that is there now.
 
     confirm: is called with a description of it before, and may raise an Error.
     """
-    place = _Place(name, config)
-
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
             store.check_writable()
@@ -6031,8 +6125,7 @@ def _purge_remote(name: str, config: Optional[Config], confirm: Optional[Callabl
             return store.remove(obj)
 
     obj, url = _perform(None, find)
-    if confirm:
-        confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
+    confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
     is_kept = _perform(None, remove)
     _say(f"purged '{place.name}' from {url}" + ', which keeps it as an old version' * is_kept)
 
@@ -6232,7 +6325,7 @@ def _purge(name: str, config: Config, remote: bool = False, force: bool = False)
     if force or not remote:
         purge(name, config, remote=remote)
     elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
-        _purge_remote(name, config, _confirm_removal)
+        _purge_remote(_Place(name, config), _confirm_removal)
     else:
         _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
 
@@ -6481,20 +6574,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ['help']:
         words = words[1:] + ['-h']
-    handled: List[int] = []  # SIGTERM and SIGHUP, unless they are ignored, as by nohup, or a program around us has them
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    handled: Dict[int, Any] = {}  # signals that are neither ignored, as by nohup, nor handled by a program around us
 
     def end(number: int, _: Any) -> None:  # as Ctrl-C does, so that nothing is left behind that is billed
-        for other in handled:  # a terminal that closes may send several
+        for other in handled.keys() - {signal.SIGINT}:  # a terminal that closes may send several
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     try:
         with contextlib.suppress(ValueError):  # only the main thread may do so
             hang_up = getattr(signal, 'SIGHUP', signal.SIGTERM)  # which Windows has not
-            for number in (signal.SIGTERM, hang_up):
-                if signal.getsignal(number) == signal.SIG_DFL:
-                    handled.append(number)
-                    signal.signal(number, end)
+            for number in (signal.SIGINT, signal.SIGTERM, hang_up):
+                if signal.getsignal(number) in usual:
+                    handled[number] = signal.signal(number, end)
         return _run(words)
     except Error as e:
         return _show(e)
@@ -6511,8 +6604,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     finally:
         _console.show_progress('')
         _console.level = None
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 if __name__ == '__main__':
