@@ -6377,56 +6377,72 @@ _VALUES: Dict[str, Any] = {  # what argparse must know of some
 }
 
 _COMMANDS = {
-    'register': _Command(register, 'copying {}', 'DIR [NAME] [-f] [--copy]', '''give a directory a name
+    'register': _Command(register, 'copying {}', 'DIR [NAME] [-f] [--copy]', '''\
+Give a directory a name
 
+examples:
   etc register ./digits MNIST        it stays where it is
   etc register ./digits as MNIST     the same
   etc register --copy ./digits MNIST
                                      install a read-only copy of it'''),
 
-    'push': _Command(push, 'pushing {}', 'NAME... [-f]', '''share local datasets
+    'push': _Command(push, 'pushing {}', 'NAME... [-f]', '''\
+Share local datasets
 
+examples:
   etc push MNIST
   etc push -f MNIST                  replace a different dataset of that name'''),
 
-    'ls': _Command(_ls, '', '[PATTERN...] [-r] [-l] [--json]', '''list datasets
+    'ls': _Command(_ls, '', '[PATTERN...] [-r] [-l] [--json]', '''\
+List datasets
 
+examples:
   etc ls -r                          what is shared
   etc ls                             what is here
   etc ls -r 'MNIST*'                 whose names match, with *, ? and [...]
   etc ls -l                          with size, files, when and digest'''),
 
-    'pull': _Command(pull, 'pulling {}', 'NAME... [-f] [-p PARTITION]', '''install remote datasets
+    'pull': _Command(pull, 'pulling {}', 'NAME... [-f] [-p PARTITION]', '''\
+Install remote datasets
 
+examples:
   etc pull MNIST
   etc pull MNIST -p test             only one partition; the rest may follow later
   etc pull -f MNIST                  replace a different dataset of that name
   etc pull MNIST@sha256:...          insist on these contents'''),
 
-    'info': _Command(_info, 'reading {}', 'NAME [-r] [--json]', '''show what is known of a dataset
+    'info': _Command(_info, 'reading {}', 'NAME [-r] [--json]', '''\
+Show what is known of a dataset
 
+examples:
   etc info MNIST
   etc info -r MNIST                  of a remote one, without downloading its data'''),
 
     'diff': _Command(_diff, 'comparing {} with {}', 'A B [-r NAME] [--json]', '''\
-show what of a dataset is the same, differs, is new or gone
+Show what of a dataset is the same, differs, is new or gone
 
+examples:
   etc diff MNIST -r MNIST            what is here, and what is shared
   etc diff -r MNIST -r MNIST2        both are remote'''),
 
     'verify': _Command(verify, 'verifying {}', 'NAME...', '''\
-read all files again and compare them with the digest
+Read all files again and compare them with the digest
 
+examples:
   etc verify MNIST
   etc verify MNIST@sha256:...        with this digest'''),
 
-    'create': _Command(_create, '', 'NAME [PARTITION...] [-f]', '''make an empty dataset to fill
+    'create': _Command(_create, '', 'NAME [PARTITION...] [-f]', '''\
+Make an empty dataset to fill
 
+examples:
   etc create MNIST                   with the partitions train and test
   etc create MNIST train val test'''),
 
-    'purge': _Command(_purge, '', 'NAME... [-r] [-f]', '''remove local datasets, or with -r remote ones
+    'purge': _Command(_purge, '', 'NAME... [-r] [-f]', '''\
+Remove local datasets, or with -r remote ones
 
+examples:
   etc purge MNIST                    a registered directory itself is not touched
   etc purge -r MNIST                 from the remote storage, after a question
   etc purge -r MNIST@sha256:...      only if it has these contents'''),
@@ -6447,9 +6463,8 @@ etc shares immutable datasets through cloud storage.
 
 Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
 For help on a command, run 'etc pull -h'.
-('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)'''
+('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)
 
-_EXIT_STATUS = '''\
 exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong usage;
 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP'''
 
@@ -6462,7 +6477,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
         argparse.ArgumentParser,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=hidden)
-    parser = new_parser('etc', description=_OVERVIEW, epilog=_EXIT_STATUS)
+    parser = new_parser('etc', description=_OVERVIEW)
     _add_flags(parser, '[--version] COMMAND')
     commands = parser.add_subparsers(
         prog='etc',
@@ -6471,14 +6486,9 @@ def _parser(argv: Sequence[str] = ()) -> Any:
         metavar='COMMAND',
         help=hidden)
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
-        row = _COMMANDS[name]
-        what, _, examples = row.help.partition('\n')
-        command = commands.add_parser(
-            name,
-            description=what.capitalize(),
-            epilog=f'examples:{examples}')
+        command = commands.add_parser(name, description=_COMMANDS[name].help)
         command.add_argument('words', nargs='*', action='append', help=hidden)
-        _add_flags(command, row.usage)
+        _add_flags(command, _COMMANDS[name].usage)
     return parser
 
 
