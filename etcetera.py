@@ -3170,7 +3170,7 @@ class _Aws(_Renewed):
             token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names',
                                  'check the path')
         headers = {'Authorization': token} if token else {}
-        reply = _ask_metadata(self.http, _Request('GET', url, headers), _TRIES)
+        reply = _ask_metadata(self.http, _Request('GET', url, headers))
         answer = reply.json()
         source = "the container's credentials service"
         if reply.status == 200:
@@ -3190,15 +3190,15 @@ class _Aws(_Renewed):
         default = 'http://[fd00:ec2::254]' if mode == 'ipv6' else 'http://169.254.169.254'
         site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or default)
         headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
-        request = _Request('PUT', f'{site}/latest/api/token', headers)
+        request = _Request('PUT', f'{site}/latest/api/token', headers, tries=1)
         token = _word(_ask_metadata(self.http, request))
         if not token:
             return None
         url = f'{site}/latest/meta-data/iam/security-credentials/'
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
-        role = _word(_ask_metadata(self.http, request, _TRIES))
+        role = _word(_ask_metadata(self.http, request))
         request = request._replace(url=f'{url}{role}')
-        answer = _ask_metadata(self.http, request, _TRIES).json()
+        answer = _ask_metadata(self.http, request).json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
@@ -3252,45 +3252,37 @@ def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
 def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {
-        re.sub('aws_|session|_', '', key.lower()): value
+        re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
         for key, value in values.items()}
-    parts = [
-        str(plain.get(key) or '').strip()
-        for key in ('accesskeyid', 'secretaccesskey', 'token')]
+    names = ('accesskeyid', 'secretaccesskey', 'token')
+    parts = [plain.get(name, '') for name in names]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
     expiration = plain.get('expiration')
-    expires = _iso_time(str(expiration)) if expiration else 1e12
+    expires = _iso_time(expiration) if expiration else 1e12
     return _AwsKeys._make([*parts, expires, source])
 
 
-def _ask_metadata(
-        http: _Http,
-        request: _Request,
-        tries: int = 1,
-) -> _Reply:
+def _ask_metadata(http: _Http, request: _Request) -> _Reply:
     """What a metadata service answers; nothing if there is none. Raises RemoteError if one that is there fails.
 
-    tries: more than one if it is known to be there. On most machines there is none, and nobody wants to wait for it.
+    request: has one try if there may be none, as on most machines, where nobody wants to wait for it.
     """
-    request = request._replace(
-        limit=_TOKEN_LIMIT,
-        tries=tries,
-        timeout=2)
     client = _Http(http.job, http.ca_bundle, direct=True)
+    request = request._replace(limit=_TOKEN_LIMIT, timeout=2)
     with contextlib.closing(client):
         try:
             reply = client.request(lambda: request)
         except RemoteError as e:
-            if tries > 1:
+            if request.tries > 1:
                 raise
             _say(f'no metadata service: {e}', _DEBUG)
             return _Reply(0, {}, b'')
     if reply.status not in _TRANSIENT:
         return reply
-    if tries == 1:
-        return _ask_metadata(http, request, _TRIES)
+    if request.tries == 1:
+        return _ask_metadata(http, request._replace(tries=_TRIES))
     raise RemoteError(f'{_site(request.url)} answers {reply.status}', 'try again later', reply.status)
 
 
@@ -3455,9 +3447,10 @@ class _GoogleCredentials(_Renewed):
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
         url = f'http://{host}/{path}?scopes={_quote(_GOOGLE_SCOPE)}'
-        reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}))
-        is_google = reply.status == 200 and reply.headers.get('Metadata-Flavor') == 'Google'
-        return reply.json() if is_google else None
+        flavor = {'Metadata-Flavor': 'Google'}
+        reply = _ask_metadata(self.http, _Request('GET', url, flavor, tries=1))
+        is_google = reply.headers.get('Metadata-Flavor') == 'Google'
+        return reply.json() if is_google and reply.status == 200 else None
 
     def from_tools(self) -> _Row:
         """For federation, impersonation and all other kinds: from google-auth, else from the command `gcloud`."""
