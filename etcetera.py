@@ -4153,7 +4153,14 @@ _S3_PERMISSIONS = {
     'GET': 's3:GetObject, and s3:ListBucket to tell what is missing',
     'DELETE': 's3:DeleteObject',
 }
-_S3_REMEDIES = {  # by the code of an error
+_S3_CHECK = 'check the url, the endpoint_url and the region'
+_S3_ALLOW = 'the credentials, which come from {source}, need {permission} here'
+_S3_REMEDIES: Dict[Any, str] = {  # by the code of an error, or its status
+    'AccessDenied': _S3_ALLOW,
+    401: _S3_ALLOW,
+    403: _S3_ALLOW,
+    429: _WAIT,
+    503: _WAIT,
     'NoSuchBucket': 'check the bucket in the url',
     'InvalidAccessKeyId': 'check the access key; it comes from {source}',
     'SignatureDoesNotMatch': 'check the secret access key, which comes from {source}, and the region',
@@ -4195,7 +4202,14 @@ class _S3Remote(_BucketStore):
         is_r2 = '.r2.cloudflarestorage.com' in self.endpoint  # which wants equal parts
         is_odd = self.endpoint and '%' in self.prefix  # Ceph decodes the name of a source twice
         self.can_copy = not is_r2 and not is_odd
-        self.is_bucket_in_host = self.choose_addressing()
+        # The bucket is part of the host's name or of the path, as with `aws`, which takes the path where no host can
+        # have that name: https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
+        style = self.aws.values.get('s3.addressing_style')
+        is_wanted = style == 'virtual' or not self.endpoint and style != 'path'
+        is_address = re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint)  # which has no subdomains
+        dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
+        is_possible = re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket)
+        self.is_bucket_in_host = is_wanted and is_possible and not is_address
         self.must_check = False  # whether the bucket has been found to want checksums
         self.takes_few_parts = False  # the same
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
@@ -4205,19 +4219,6 @@ class _S3Remote(_BucketStore):
             'x-amz-storage-class': config.storage_class,
             'x-amz-server-side-encryption': config.sse or config.sse_kms_key_id and 'aws:kms',
             'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
-
-    def choose_addressing(self) -> bool:
-        """Whether the bucket is part of the host's name (virtual-hosted style) instead of the path.
-
-        Decided as `aws` does, which falls back to the path where no host can have that name:
-        https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
-        """
-        style = self.aws.values.get('s3.addressing_style')
-        is_address = re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint)  # which has no subdomains
-        if is_address or style == 'path' or self.endpoint and style != 'virtual':
-            return False
-        dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
-        return bool(re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket))
 
     def address(self, name: str) -> str:
         return '/' + _quote(self.key(name), safe='/')
@@ -4269,22 +4270,22 @@ class _S3Remote(_BucketStore):
 
     def error(self, reply: _Reply) -> RemoteError:
         code, message, _ = _aws_error(reply)
-        keys, method = reply.request.keys, reply.request.method
-        remedy = _WAIT if reply.status in _OVERLOAD else 'check the url, the endpoint_url and the region'
-        remedy = _S3_REMEDIES.get(code, remedy)
-        if not keys and reply.status in (400, 401, 403):
+        request = reply.request
+        remedy = _S3_REMEDIES.get(code) or _S3_REMEDIES.get(reply.status) or _S3_CHECK
+        if not request.keys and reply.status in (400, 401, 403):
             remedy = _ANONYMOUS
-        elif method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.IGNORECASE):
+        elif request.method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.I):
             remedy = _ASK_WHO_PROTECTS
-        elif code in ('AccessDenied', '') and reply.status in (401, 403):
-            permission = _S3_PERMISSIONS.get(method, 's3:PutObject')
-            if 'list-type' in reply.request.url:
-                permission = 's3:ListBucket'
-            remedy = 'the credentials, which come from {source}, need ' + permission + ' here'
-        source = keys and keys.source
-        remedy = remedy.format(source=source, profile=self.aws.name)
+        permission = _S3_PERMISSIONS.get(request.method, 's3:PutObject')
+        if 'list-type' in request.url:
+            permission = 's3:ListBucket'
+        remedy = remedy.format(
+            source=request.keys and request.keys.source,
+            profile=self.aws.name,
+            permission=permission,
+        )
         kind = RemoteError
-        is_unchecked = reply.request.body and _CHECKSUM not in reply.request.headers
+        is_unchecked = request.body and _CHECKSUM not in request.headers
         if 'content-md5' in message.lower() and is_unchecked:
             self.must_check = True
             kind = _WriteAgain
@@ -4360,8 +4361,12 @@ class _S3Remote(_BucketStore):
 
         def send(item: Tuple[int, Any]) -> str:
             number, part = item
+            part_url = f'{url}?partNumber={number}&{query}'
             try:
-                found = self.send_part(f'{url}?partNumber={number}&{query}', part)
+                if isinstance(part, _Range):
+                    found = self.copy(part_url, *part)
+                else:
+                    found = self.ask('PUT', part_url, body=part).headers
             except RemoteError as e:
                 if may_grow and number > _FEW_PARTS and 400 <= e.status < 500:
                     self.takes_few_parts = True
@@ -4381,19 +4386,24 @@ class _S3Remote(_BucketStore):
             rows = ''.join(_ordered(pool, send, numbered, _for_all))
         return f'<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>'.encode()
 
-    def send_part(self, url: str, part: Any) -> Any:
-        """Send a part of an upload, or let the storage copy it; return what it tells of it, by name.
+    def copy(
+            self,
+            url: str,
+            source: _Object,
+            start: int,
+            stop: int,
+    ) -> Dict[str, str]:
+        """Let the storage copy a part of an upload from another object; return what it tells of it.
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
-        if not isinstance(part, _Range):
-            reply = self.ask('PUT', url, body=part)
-            return reply.headers
-        source = _quote(f'{self.bucket}/{self.key(part.obj.name)}', safe='/')
-        headers = {_COPY_SOURCE: source, f'{_COPY_SOURCE}-range': f'bytes={part.start}-{part.stop - 1}'}
+        headers = {
+            _COPY_SOURCE: f'{self.bucket}{self.address(source.name)}',
+            f'{_COPY_SOURCE}-range': f'bytes={start}-{stop - 1}',
+        }
         reply = self.ask('PUT', url, headers=headers)
-        if not self.is_current(part.obj):  # some stores misjudge conditions of the source, or ignore them
-            raise self.overtaken_error(part.obj)
+        if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
+            raise self.overtaken_error(source)
         return _xml_items(reply, 'CopyPartResult')
 
     def finish(
@@ -4706,14 +4716,25 @@ class _WebRemote(_HttpStore):
         return RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
 
     def list(self) -> List[_Object]:
-        """The archives to which the index page of the directory links."""
+        """The archives in the directory to which its index page links."""
+        from html import unescape
         reply = self.ask('GET', self.base, 403, 404)
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
-        names = _linked_names(self.base, reply.page())
+        page = reply.page().decode('utf-8', 'replace')
+        directory = unquote(self.base)
+        names = set()
+        links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
+        for link in re.findall(links, page):
+            with contextlib.suppress(ValueError):
+                address = unescape(link.strip('"\''))
+                target = unquote(urljoin(self.base, address))
+                name = target[len(directory):-4]
+                if target == f'{directory}{name}.tgz' and _is_name(name):
+                    names.add(name)
         with _Pool(self.job, self.connections) as pool:
-            objects = _ordered(pool, self.stat, names, _for_all)
+            objects = _ordered(pool, self.stat, sorted(names), _for_all)
             return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
@@ -4754,21 +4775,6 @@ class _WebRemote(_HttpStore):
     def check_writable(self) -> None:
         raise ConfigError(f'{self.url} can only be read',
                           'to push or purge, set a url that begins with s3://, gs:// or file://')
-
-
-def _linked_names(base: str, page: bytes) -> List[str]:
-    """The names of the archives in the directory `base` to which an HTML page links."""
-    from html import unescape
-    directory = unquote(base)
-    names = set()
-    links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
-    for link in re.findall(links, page.decode('utf-8', 'replace')):
-        with contextlib.suppress(ValueError):
-            target = unquote(urljoin(base, unescape(link.strip('"\''))))
-            name = target[len(directory):-4]
-            if target == f'{directory}{name}.tgz' and _is_name(name):
-                names.add(name)
-    return sorted(names)
 
 
 # All kinds -----------------------------------------------------------------------------
