@@ -2438,14 +2438,6 @@ class _Reply(NamedTuple):
         seconds -= _http_time(self.headers.get('Date')) or time.time()
         return min(max(seconds, 0.0), _RETRY_AFTER)
 
-    def whole_size(self) -> Optional[int]:
-        """The size of an object, from an answer to HEAD or to GET of a range; None if it does not say."""
-        told = self.headers.get('Content-Range')
-        if told is None and self.status == 200:
-            told = f"/{self.headers.get('Content-Length')}"
-        match = re.search(r'/([0-9]{1,19})\Z', told or '')
-        return int(match.group(1)) if match else None
-
 
 def _judge(reply: _Reply) -> str:
     """'final', or whether to try again: 'later', or 'at once' because something was learnt."""
@@ -2484,12 +2476,11 @@ class _Http:
     def interrupt(self) -> None:
         """Let all requests fail that are under way."""
         import socket
-        until = time.monotonic() + _LAST_TIMEOUT
-        while time.monotonic() < until:
+        for _ in range(100):
             requests = list(self.busy.values())
             if not any(request.is_vital for request in requests):
                 break
-            time.sleep(_TICK / 10)
+            time.sleep(_LAST_TIMEOUT / 100)
         for connection in list(self.busy):
             connection.is_cut = True
             # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
@@ -3621,10 +3612,7 @@ class _Remote:
         self.connections = config.connections
         self.job = job
 
-    def __enter__(self) -> '_Remote':
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         """Free all resources."""
 
     def list(self) -> List[_Object]:
@@ -3688,7 +3676,7 @@ class _HttpStore(_Remote):
     http: _Http
     tries = _TRIES + _MORE_TRIES  # of each request, at most
 
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self.http.close()
 
     def prepare(self, request: _Request) -> _Request:
@@ -3775,13 +3763,16 @@ class _HttpStore(_Remote):
 
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
-        size = reply.whole_size()
+        told = reply.headers.get('Content-Range')
+        if told is None and reply.status == 200:
+            told = f"/{reply.headers.get('Content-Length')}"
+        size = re.search(r'/([0-9]{1,19})\Z', told or '')
         version = self.version(reply)
-        if size is None or not version:
+        if not size or not version:
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
         modified = _http_time(reply.headers.get('Last-Modified'))
-        return _Object(name, size, version, modified)
+        return _Object(name, int(size.group(1)), version, modified)
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
@@ -4678,7 +4669,7 @@ class _WebRemote(_HttpStore):
         self.http = _Http(job, config.ca_bundle)
         self.downloads: Dict[_Object, Any] = {}  # files, for objects of a server that knows no ranges
 
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
         self.http.close()
         for file in self.downloads.values():
             file.close()
@@ -4743,9 +4734,10 @@ class _WebRemote(_HttpStore):
         reply = self.ask('HEAD', url, *range(400, 600))
         if reply.status in _MISSING:
             return None
-        if reply.whole_size() is None:
+        try:
+            return self.describe(name, reply)
+        except RemoteError:
             return super().stat(name)
-        return self.describe(name, reply)
 
     def read(self, obj: _Object,
              start: int, stop: int) -> bytes:
@@ -4798,12 +4790,12 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
         if not kind:
             raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}",
                               f"did you mean 'file://{url}'?" if url[0] == '/' else '')
-        with kind(config, job) as remote:
+        with contextlib.closing(kind(config, job)) as remote:
             yield remote
     except Error as e:
         if config._url_source:
             e.message, e.remedy = (
-                re.sub(r'\bthe url\b', f'the url (from {config._url_source})', text, 1)
+                re.sub(r'\bthe url\b', f'the url (from {config._url_source})', text, count=1)
                 for text in (e.message, e.remedy))
         raise
 
