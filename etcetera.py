@@ -83,7 +83,7 @@ Files. It reads:
   It writes below the local store (~/.etc by default), and besides:
     - a `file://` remote, where `purge -r` removes an archive, and a push what killed commands left behind a day ago or
       more;
-    - a temporary directory, for `etc info -r`, and if a web server does not support range requests.
+    - temporary files, for `etc info -r`, and if a web server does not support range requests.
   In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names. In
   S3, a push reads other archives in the bucket, and lets the storage copy what it shares with them; if the storage
   copies something else, the new archive is deleted again.
@@ -3700,7 +3700,8 @@ class _HttpStore(_Remote):
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
         more.setdefault('tries', self.tries)
         request = _Request(method, url, **more)
-        reply = self.http.request(lambda: self.prepare(request), self.judge)
+        reply = self.http.request(
+            lambda: self.prepare(request), self.judge)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
         raise self.error(reply)
@@ -3723,7 +3724,8 @@ class _HttpStore(_Remote):
             headers['If-Match'] = wanted
         url = self.address(name)
         limit = stop - start + 65536
-        reply = self.ask('GET', url, *_NO_RANGE, headers=headers, limit=limit)
+        reply = self.ask('GET', url, *_NO_RANGE,
+                         headers=headers, limit=limit)
         is_wanted = self.version(reply) in (wanted, '')
         if known and (reply.status in _NO_RANGE or not is_wanted):
             raise self.mismatch_error(known, reply)
@@ -3739,8 +3741,8 @@ class _HttpStore(_Remote):
         stop = min(stop or obj.size, obj.size)
         expected = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
         told = reply.headers.get('Content-Range') or ''
-        length = len(reply.body)
-        if not re.match(expected, told) or not 0 < length <= stop - start:
+        fits = 0 < len(reply.body) <= stop - start
+        if not re.match(expected, told) or not fits:
             raise RemoteError(f'{self.url} does not answer with the range that was asked for',
                               'a proxy or the endpoint_url is at fault', reply.status)
         return obj, reply.body
@@ -3757,8 +3759,8 @@ class _HttpStore(_Remote):
                 raise
             return super().find(name)
         if obj:
-            start = max(0, obj.size - _TAIL)
-            tail += self.read(obj, start + len(tail), obj.size)
+            start = max(0, obj.size - _TAIL) + len(tail)
+            tail += self.read(obj, start, obj.size)
         return obj, tail
 
     def describe(self, name: str, reply: _Reply) -> _Object:
@@ -3772,7 +3774,8 @@ class _HttpStore(_Remote):
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
         modified = _http_time(reply.headers.get('Last-Modified'))
-        return _Object(name, int(size.group(1)), version, modified)
+        return _Object(
+            name, int(size.group(1)), version, modified)
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
@@ -3857,8 +3860,8 @@ class _BucketStore(_HttpStore):
             if not is_archived and e.status not in _UNSUPPORTED:
                 raise
         # What is empty, in an archive class, or where not all is told, can be listed.
-        found = [obj for obj in self.list() if obj.name == name]
-        return found[0] if found else None
+        objects = {obj.name: obj for obj in self.list()}
+        return objects.get(name)
 
     def delete(self, obj: _Object, url: str) -> Optional[_Reply]:
         """Delete this very version; None if it is gone already."""
@@ -3899,7 +3902,8 @@ class _BucketStore(_HttpStore):
                 count = (stop - middle) // longest + 1
                 step = (stop - middle) // count + 1
                 for at in range(middle, stop, step):
-                    ranges.append(_Range(obj, at, min(at + step, stop)))
+                    end = min(at + step, stop)
+                    ranges.append(_Range(obj, at, end))
             rest = memoryview(chunk)
             while rest:
                 part.append(rest[:left])
@@ -4144,7 +4148,6 @@ _S3_PERMISSIONS = {
     'GET': 's3:GetObject, and s3:ListBucket to tell what is missing',
     'DELETE': 's3:DeleteObject',
 }
-_S3_CHECK = 'check the url, the endpoint_url and the region'
 _S3_ALLOW = 'the credentials, which come from {source}, need {permission} here'
 _S3_REMEDIES: Dict[Any, str] = {  # by the code of an error, or its status
     'AccessDenied': _S3_ALLOW,
@@ -4231,7 +4234,11 @@ class _S3Remote(_BucketStore):
             base = base.replace('//', f'//{self.bucket}.', 1)
         else:
             base += '/' + self.bucket
-        request = request._replace(url=base + request.url, headers=headers, keys=self.aws.get())
+        request = request._replace(
+            url=base + request.url,
+            headers=headers,
+            keys=self.aws.get(),
+        )
         return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
@@ -4262,10 +4269,14 @@ class _S3Remote(_BucketStore):
     def error(self, reply: _Reply) -> RemoteError:
         code, message, _ = _aws_error(reply)
         request = reply.request
-        remedy = _S3_REMEDIES.get(code) or _S3_REMEDIES.get(reply.status) or _S3_CHECK
+        remedy = (
+            _S3_REMEDIES.get(code)
+            or _S3_REMEDIES.get(reply.status)
+            or 'check the url, the endpoint_url and the region')
+        is_protected = re.search(_PROTECTED, f'{code} {message}', re.I)
         if not request.keys and reply.status in (400, 401, 403):
             remedy = _ANONYMOUS
-        elif request.method == 'DELETE' and re.search(_PROTECTED, f'{code} {message}', re.I):
+        elif request.method == 'DELETE' and is_protected:
             remedy = _ASK_WHO_PROTECTS
         permission = _S3_PERMISSIONS.get(request.method, 's3:PutObject')
         if 'list-type' in request.url:
@@ -4330,7 +4341,8 @@ class _S3Remote(_BucketStore):
                         headers=headers, body=[manifest])
         except BaseException:  # abandoned parts are billed
             with contextlib.suppress(RemoteError):
-                self.ask('DELETE', f'{url}?{query}', 404, tries=_LAST_TRIES, is_vital=True)
+                self.ask('DELETE', f'{url}?{query}', 404,
+                         tries=_LAST_TRIES, is_vital=True)
             raise
 
     def send_parts(
@@ -4372,10 +4384,12 @@ class _S3Remote(_BucketStore):
             return f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(found['ETag'])}</ETag>{extra}</Part>"
 
         with _Pool(self.job, connections) as pool:
-            # No more parts are in memory than are being sent.
-            numbered = filter(lambda _: slots.acquire(), enumerate(parts, 1))
-            rows = ''.join(_ordered(pool, send, numbered, _for_all))
-        return f'<CompleteMultipartUpload>{rows}</CompleteMultipartUpload>'.encode()
+            numbered = filter(
+                lambda _: slots.acquire(),  # so that no more parts are in memory than are being sent
+                enumerate(parts, 1))
+            rows = _ordered(pool, send, numbered, _for_all)
+            manifest = ''.join(rows)
+        return f'<CompleteMultipartUpload>{manifest}</CompleteMultipartUpload>'.encode()
 
     def copy(
             self,
@@ -4526,7 +4540,8 @@ class _GsRemote(_BucketStore):
             name = self.name_of(item['name'])
             modified = _iso_time(item.get('updated', ''))
             version = str(item['generation'])
-            objects.append(_Object(name, int(item['size']), version, modified))
+            objects.append(_Object(
+                name, int(item['size']), version, modified))
         return objects, '' + page.get('nextPageToken', '')  # a TypeError if that is no text
 
     def version(self, reply: _Reply) -> str:
@@ -4553,8 +4568,8 @@ class _GsRemote(_BucketStore):
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
-                answers = _ordered(pool, send, parts(), lambda count: count < 2)
-                *_, answer = answers
+                *_, answer = _ordered(
+                    pool, send, parts(), lambda count: count < 2)
         except BaseException:
             abort = _Request('DELETE', session, tries=1, is_vital=True)
             with contextlib.suppress(RemoteError):
@@ -4562,7 +4577,8 @@ class _GsRemote(_BucketStore):
             raise
         generation = str(answer.get('generation', ''))
         is_whole = str(answer.get('size')) == str(size)
-        if not generation or not is_whole or answer.get('name') != self.key(name):
+        is_named = answer.get('name') == self.key(name)
+        if not generation or not is_whole or not is_named:
             raise _Unconfirmed(str(self.protocol_error()))
         found = answer.get('md5Hash')
         if md5 and found and found != _base64(md5.digest()):
@@ -4581,7 +4597,8 @@ class _GsRemote(_BucketStore):
         headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
         body = [b'{"contentType": "application/gzip"}']
         url = self.resource(api='/upload', **query)
-        reply = self.ask('POST', url, 412, headers=headers, body=body)
+        reply = self.ask('POST', url, 412,
+                         headers=headers, body=body)
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
@@ -4646,7 +4663,8 @@ class _GsRemote(_BucketStore):
         """
         url = self.resource(obj.name, ifGenerationMatch=obj.version)
         self.delete(obj, url)
-        url = self.resource(obj.name, generation=obj.version, fields='generation')
+        url = self.resource(obj.name, fields='generation',
+                            generation=obj.version)
         reply = self.ask('GET', url, 403, 404)
         return bool(reply.json().get('generation') == obj.version)
 
@@ -4686,7 +4704,8 @@ class _WebRemote(_HttpStore):
     ) -> _Reply:
         """As above. It follows redirects."""
         for _ in range(_TRIES):
-            reply = super().ask(method, url, *accept, *_REDIRECTS, **more)
+            reply = super().ask(
+                method, url, *accept, *_REDIRECTS, **more)
             if reply.status not in _REDIRECTS:
                 return reply
             with contextlib.suppress(ValueError):
@@ -4752,9 +4771,10 @@ class _WebRemote(_HttpStore):
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = tempfile.TemporaryFile()
             url = self.address(obj.name)
-            reply = self.ask('GET', url, 404, headers=_UNCHANGED, into=file)
-            is_same = file.tell() == obj.size and self.version(reply) == obj.version
-            if reply.status != 200 or not is_same:
+            reply = self.ask('GET', url, 404,
+                             headers=_UNCHANGED, into=file)
+            is_whole = reply.status == 200 and file.tell() == obj.size
+            if not is_whole or self.version(reply) != obj.version:
                 raise self.mismatch_error(obj, reply)
             self.downloads[obj] = file
         file = self.downloads[obj]
