@@ -3550,7 +3550,7 @@ _IN_FLIGHT = 48 << 20  # bytes that may be sent at once
 _AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 3 << 20  # bytes that one request reads at most
-_FAST_RANGE = 1.5  # seconds that a range may take if the next one is to be longer
+_FAST_RANGE = 0.75  # seconds that a range may take if the next one is to be four times as long
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
 _UNCHANGED = {'Cache-Control': 'no-transform'}  # the header that asks for an object as it is (RFC 9111, 5.2.1.6)
@@ -3956,8 +3956,7 @@ def _read_ahead(
         data = read(*span)
         seconds = time.monotonic() - begin
         if seconds < _FAST_RANGE:
-            growth = 4 if seconds < _TICK else 2
-            length = max(length, len(data) * growth)
+            length = max(length, 4 * len(data))
             length = min(length, _MAX_RANGE)
         return data
 
@@ -4594,11 +4593,9 @@ class _GsRemote(_BucketStore):
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
-        headers = {'Content-Type': 'application/json', 'X-Upload-Content-Type': 'application/gzip'}
-        body = [b'{"contentType": "application/gzip"}']
+        headers = {'X-Upload-Content-Type': 'application/gzip'}
         url = self.resource(api='/upload', **query)
-        reply = self.ask('POST', url, 412,
-                         headers=headers, body=body)
+        reply = self.ask('POST', url, 412, headers=headers)
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
@@ -4717,13 +4714,8 @@ class _WebRemote(_HttpStore):
         raise self.error(reply)
 
     def error(self, reply: _Reply) -> RemoteError:
-        remedies = {
-            401: 'it wants a login, which etcetera does not have',
-            403: 'check what everyone may read there',
-            404: 'check the url',
-        }
-        remedy = remedies.get(reply.status, 'check the url, or ask who runs that server')
-        return RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
+        return RemoteError(f'{self.url} answers {reply.status}',
+                           'check the url, and whether everyone can read it without a login', reply.status)
 
     def list(self) -> List[_Object]:
         """The archives in the directory to which its index page links."""
