@@ -1180,17 +1180,26 @@ class _Block(NamedTuple):
     source: str = ''  # the directory whose files it was read from, if they may be linked
 
 
-def _process(job: _Job, pool: _Pool, listing: _Listing, work: Callable[[bytes], Any]) -> Generator[_Block, None, None]:
-    """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order."""
+def _process(
+        job: _Job,
+        pool: _Pool,
+        listing: _Listing,
+        work: Callable[[bytes], Any],
+        is_all: bool = False,
+) -> Generator[_Block, None, None]:
+    """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order.
+
+    is_all: whether reading is all of the job, and so counts as its progress.
+    """
     def process(item: Tuple[str, _Pieces, bytes]) -> _Block:
         path, pieces, payload = item
-        job.add(0)
         payload = payload or _read_pieces(pieces)
         files = size = 0
         for _, entry, start, stop in pieces:
             size += stop - start
             if entry and entry.kind != _DIRECTORY and stop == entry.size:
                 files += 1
+        job.add(size if is_all else 0)
         return _Block(path, work(payload), _sha256(payload).digest(), files, size)
 
     def items() -> Iterator[Tuple[str, _Pieces, bytes]]:
@@ -1249,9 +1258,8 @@ def _hash(job: _Job, listing: _Listing) -> _SegmentList:
     """Read all files of some segments."""
     found = _SegmentList()
     with _Pool(job, _cores()) as pool:
-        for block in _process(job, pool, listing, len):
+        for block in _process(job, pool, listing, len, is_all=True):
             found.add(block)
-            job.add(block.size)
     return found
 
 
@@ -1279,7 +1287,7 @@ class _Receipt(NamedTuple):
     """What is known of an installed directory."""
 
     name: str = ''
-    segments: Tuple[_Segment, ...] = ()  # of the whole dataset
+    segments: Sequence[_Segment] = ()  # of the whole dataset
     installed: FrozenSet[str] = frozenset()  # paths of the segments that are here
     source: Optional[str] = None  # URL from which it was pulled or copied
     version: str = ''  # of the object; '' if it was copied
@@ -2070,17 +2078,17 @@ def _extract(
 def _replay(
         job: _Job,
         pool: _Pool,
-        root: Path,
-        journal: Path,
+        work: Path,
         head: str,
         paths: Container[str],
 ) -> Iterator[_Block]:
-    """The first blocks of some segments, from the files and the journal of an extraction that was interrupted.
+    """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
 
     Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
     cut.
     """
-    with contextlib.suppress(OSError, Error, ValueError, TypeError), open(journal, 'rb') as file:
+    root = work / 'new'
+    with contextlib.suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
@@ -4885,7 +4893,11 @@ class _Home:
 class _Place(_Home):
     """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
 
-    def __init__(self, text: str, config: Optional[Config]) -> None:
+    def __init__(
+            self,
+            text: str,
+            config: Optional[Config],
+    ) -> None:
         """text: NAME, or NAME@sha256:..."""
         self.started = time.monotonic()
         self.config = config or Config.load()
@@ -4905,7 +4917,10 @@ class _Place(_Home):
     def open(self, remedy: str = '') -> Dataset:
         """The dataset that is here, with its receipt. Raises NotFound, with this remedy."""
         if not _is_dataset(self.path):
-            remedy = _did_you_mean(self.name, self.names()) or remedy or f"'etc pull {self.name}' would fetch it"
+            remedy = (
+                _did_you_mean(self.name, self.names())
+                or remedy
+                or f"'etc pull {self.name}' would fetch it")
             raise NotFound(f"no local dataset '{self.name}'", remedy)
         if not self.path.exists():
             raise NotFound(f"the directory that '{self.name}' was registered for is gone ({os.readlink(self.path)})",
@@ -5066,20 +5081,27 @@ class _Place(_Home):
 
     # What is here already
 
-    def reuse(self, job: _Job, wanted: Sequence[_Segment]) -> Set[str]:
+    def reuse(
+            self,
+            job: _Job,
+            wanted: Sequence[_Segment],
+    ) -> Set[str]:
         """Link the segments that installed datasets have, and return the paths of those whose files hash to the digest.
         """
         lacking = _digests(wanted).items()
         linked: Dict[str, str] = {}  # digests by path
         os.mkdir(self.new / 'data')
-        for name in sorted(self.names(), key=lambda name: name != self.name):
+        names = self.names()
+        names.sort(key=lambda name: name != self.name)
+        for name in names:
             source = self.root / name
             receipt = _read_receipt(source)
             here = _digests(receipt.here()).items()
             same = dict(here & lacking - linked.items())
             linked.update(same)
             with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
-                for _, entries in _only(same, _segments(source)) if same else ():
+                listing = _segments(source) if same else ()
+                for _, entries in _only(same, listing):
                     for entry in entries:
                         job.add(0)
                         target = _join(self.new, entry.name)
@@ -5114,7 +5136,9 @@ def _is_dataset(path: Path) -> bool:
     receipt = _read_receipt(path)
     if receipt.name:  # without anything that is installed while it is being removed
         return bool(receipt.installed)
-    return path.is_symlink() or path.is_dir() and os.listdir(path) != []
+    if path.is_symlink():
+        return True
+    return path.is_dir() and os.listdir(path) != []
 
 
 def _read_receipt(directory: Path) -> _Receipt:
@@ -5124,13 +5148,14 @@ def _read_receipt(directory: Path) -> _Receipt:
         if directory.is_symlink() or path.is_symlink():
             return _NO_RECEIPT
         row = _parse_json(path.read_bytes())
-        segments = tuple(map(_Segment.from_json, row['segments']))
+        segments = list(map(_Segment.from_json, row['segments']))
         texts = [row[key] for key in ('source', 'version', 'when')]
         ''.join(texts + row['installed'])  # TypeError if they are no texts
         installed = frozenset(row['installed'])
         receipt = _Receipt(row['name'], segments, installed, *texts)
-        is_its_own = (receipt.name, receipt.digest) == (directory.name, row['digest'])
-        return receipt if is_its_own else _NO_RECEIPT
+        is_sound = receipt.digest == row['digest']
+        is_its_own = receipt.name == directory.name
+        return receipt if is_sound and is_its_own else _NO_RECEIPT
     except (OSError, _Malformed, TypeError, KeyError):
         return _NO_RECEIPT
 
@@ -5139,7 +5164,10 @@ def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     row = receipt._asdict()
     row['when'] = _utc(time.time())
     row['digest'] = receipt.digest
-    row['segments'] = [segment._asdict() for segment in receipt.segments]
+    row['segments'] = [
+        segment._asdict()
+        for segment in receipt.segments
+    ]
     sink = _Sink(directory)
     with open(sink.create_file(_RECEIPT, False), 'w') as file:
         json.dump(row, file, indent=1, default=sorted)
@@ -5154,7 +5182,8 @@ def _resumable(work: Path) -> List[Path]:
 def _age(work: Path) -> float:
     """Seconds since a sign of life."""
     signs = [work, *work.glob('new')]
-    return time.time() - max(path.lstat().st_mtime for path in signs)
+    last = max(path.lstat().st_mtime for path in signs)
+    return time.time() - last
 
 
 def _is_alive(work: Path) -> bool:
@@ -5179,7 +5208,8 @@ def _host() -> str:
     words = [socket.gethostname()]
     with contextlib.suppress(OSError):
         words.append(os.readlink('/proc/self/ns/pid'))
-        words.append(Path('/etc/machine-id').read_text()[:8])
+        machine = Path('/etc/machine-id').read_text()
+        words.append(machine[:8])
     return re.sub('[^A-Za-z0-9]+', '-', '-'.join(words))
 
 
@@ -5237,18 +5267,27 @@ def _remove(path: Path) -> None:
 class _Archive:
     """segments: empty if another tool made the archive, until it has been extracted; nothing is known of them then."""
 
-    def __init__(self, remote: _Remote, obj: _Object, tail: bytes) -> None:
+    def __init__(
+            self,
+            remote: _Remote,
+            obj: _Object,
+            tail: bytes,
+    ) -> None:
         self.remote = remote
         self.job = remote.job
         self.obj = obj
         self.tail = tail  # its last bytes
         self.label = f"'{obj.name}' in {remote.url}"
+        self.segments: Sequence[_Segment] = ()
         with self.labelled():
-            self.segments: Sequence[_Segment] = self.read_index()
-
-    @property
-    def digest(self) -> Optional[str]:
-        return _dataset_digest(self.segments) if self.segments else None
+            offset = _find_index(tail, obj.size)
+            if offset is not None:
+                index = self.read(offset, obj.size)
+                self.segments = _parse_index(index, offset) or ()
+                return
+            head = self.read(0, min(obj.size, _FIELD_OFFSET))
+            if head == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
+                raise Corrupt('the archive is damaged: its index is missing')
 
     @contextlib.contextmanager
     def labelled(self) -> Iterator[None]:
@@ -5258,16 +5297,6 @@ class _Archive:
         except Corrupt as e:
             remedy = e.remedy or f"'etc push -f {self.obj.name}' from an intact copy repairs it"
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
-
-    def read_index(self) -> Sequence[_Segment]:
-        offset = _find_index(self.tail, self.obj.size)
-        if offset is not None:
-            index = self.read(offset, self.obj.size)
-            return _parse_index(index, offset) or ()
-        head = self.read(0, min(self.obj.size, _FIELD_OFFSET))
-        if head == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
-            raise Corrupt('the archive is damaged: its index is missing')
-        return ()
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes of the archive. Those of the tail are here already."""
@@ -5286,12 +5315,17 @@ class _Archive:
     def is_same(self, local: Dataset) -> Optional[bool]:
         """Whether it holds a local dataset; None if only extracting it would tell."""
         if self.segments:
-            return self.digest == _dataset_digest(local._read(self.job))
+            segments = local._read(self.job)
+            return _dataset_digest(self.segments) == _dataset_digest(segments)
         receipt = local._receipt
-        is_source = (receipt.source, receipt.version) == (self.remote.url, self.obj.version)
-        return is_source or None
+        source = self.remote.url, self.obj.version
+        return (receipt.source, receipt.version) == source or None
 
-    def extract(self, place: _Place, wanted: Container[str]) -> Set[str]:
+    def extract(
+            self,
+            place: _Place,
+            wanted: Container[str],
+    ) -> Set[str]:
         """Fill a place with the segments that have these paths, and return the paths of those that were here already.
         """
         place.new.mkdir()
@@ -5305,26 +5339,30 @@ class _Archive:
             return reused
         everything = [(0, self.obj.size)]
         chunks = _read_ahead(self.remote, self.read, everything)
-        with self.labelled(), contextlib.closing(chunks), _Pool(self.job, 1) as pool:
-            _extract_foreign(chunks, place.new, pool)
+        with self.labelled(), contextlib.closing(chunks):
+            with _Pool(self.job, 1) as pool:
+                _extract_foreign(chunks, place.new, pool)
         _validate(place.new, self.label)
         self.segments = _digest_segments(self.job, place.new)
         return reused
 
-    def fetch(self, segments: Sequence[_Segment], work: Path) -> None:
+    def fetch(
+            self,
+            segments: Sequence[_Segment],
+            work: Path,
+    ) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
-        identity = [self.remote.url, self.obj.name, self.obj.version]
-        head = json.dumps(identity)
+        obj = self.obj
+        head = json.dumps([self.remote.url, obj.name, obj.version])
         had = {segment.path: 0 for segment in segments}
 
         def blocks() -> Generator[_Block, None, None]:
             earlier = work / 'earlier'
-            journal = earlier / 'journal'
-            for block in _replay(self.job, pool, earlier / 'new', journal, head, had):
+            for block in _replay(self.job, pool, earlier, head, had):
                 had[block.path] += block.length
                 yield block
-            _remove(journal)  # all of it is in place
-            _say(f"'{self.obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
+            _remove(earlier / 'journal')  # all of it is in place
+            _say(f"'{obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
             rest = [(segment, had[segment.path]) for segment in segments]
             rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
             spans = [
@@ -5349,7 +5387,7 @@ class _Archive:
         paths = installed or _paths_of(self.obj.name, self.segments, None)
         return _Receipt(
             self.obj.name,
-            tuple(self.segments),
+            self.segments,
             frozenset(paths),
             self.remote.url,
             self.obj.version,
@@ -5361,7 +5399,11 @@ def _find(remote: _Remote, name: str) -> _Archive:
     return _Archive(remote, _existing(remote, name, obj), tail)
 
 
-def _existing(remote: _Remote, name: str, obj: Optional[_Object]) -> _Object:
+def _existing(
+        remote: _Remote,
+        name: str,
+        obj: Optional[_Object],
+) -> _Object:
     """The object that was found. Raises NotFound if none was."""
     if obj:
         return obj
@@ -5417,7 +5459,7 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
             return archive.read_ends(segment) == read.ends[segment.path]
         return False
 
-    if not isinstance(remote, _S3Remote) or not remote.can_copy or survey.size < _MIN_SHARED:
+    if survey.size < _MIN_SHARED or not isinstance(remote, _S3Remote) or not remote.can_copy:
         return {}
     try:
         objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
@@ -5459,7 +5501,8 @@ def _archive_chunks(
     """A dataset's archive; `segments` grows on the way. Raises Corrupt if they are not what is known of the dataset."""
     rest = survey.segments.keys() - copies.keys()
     compress = functools.partial(_compress, level)
-    blocks = _process(job, pool, _only(rest, survey.listing()), compress)
+    listing = _only(rest, survey.listing())
+    blocks = _process(job, pool, listing, compress)
     packed = itertools.groupby(blocks, operator.attrgetter('path'))
     for path in survey.segments:
         if path in copies:
@@ -5496,8 +5539,10 @@ def _is_whole(
     end, size: what it must have. doubt: raised if it is not there, unless it was to be exclusive, and another one is.
     """
     obj = remote.stat(name)
-    start = max(0, obj.size - len(end)) if obj else 0
-    if not obj or remote.read(obj, start, obj.size) != end:
+    if (
+            not obj
+            or obj.size < len(end)
+            or remote.read(obj, obj.size - len(end), obj.size) != end):
         if doubt and obj and exclusive:
             raise _NameTaken
         if doubt:
@@ -5549,7 +5594,8 @@ def _write_archive(
             continue
         end = _archive_end(level, segments)
         size = segments.archive_length() + len(end)
-        if not (copies or doubt) or _is_whole(remote, local.name, end, size, exclusive, doubt):
+        is_sure = not copies and not doubt
+        if is_sure or _is_whole(remote, local.name, end, size, exclusive, doubt):
             return segments.segments, copies
         copies = {}
         exclusive = True  # as another push may have been faster
@@ -5572,7 +5618,8 @@ def ls(
     """
     if isinstance(patterns, str):
         raise ConfigError("'patterns' must be a list")
-    rows = _list(remote, config or Config.load(), patterns, names_only=True)
+    config = config or Config.load()
+    rows = _list(remote, config, patterns, names_only=True)
     return [row['name'] for row in rows]
 
 
@@ -5599,7 +5646,8 @@ def _list(
                 return [{'name': name} for name in names]
             return [_describe_local(home.root / name) for name in names]
         with _open_remote(config, job) as store, _Pool(job, config.connections) as pool:
-            objects = sorted(obj for obj in store.list() if _matches(obj.name, patterns))
+            objects = [obj for obj in store.list() if _matches(obj.name, patterns)]
+            objects.sort()
             if names_only:
                 return [{'name': obj.name} for obj in objects]
             return list(_ordered(pool, describe, objects, _for_all))
@@ -5610,7 +5658,9 @@ def _list(
 def _matches(name: str, patterns: _Names) -> bool:
     import fnmatch
     try:
-        return patterns is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if patterns is None:
+            return True
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     except re.error:  # up to Python 3.11, from a range without characters, [z-a]
         return False
 
@@ -5656,7 +5706,8 @@ def _summary(
         **more: Any,
 ) -> _Row:
     """What info() and _list() tell of all datasets. whole: empty if nothing is known of the segments."""
-    summary = dict.fromkeys(['name', 'digest', 'files', 'size', 'partitions'])
+    keys = 'name digest files size partitions'
+    summary = dict.fromkeys(keys.split())
     summary.update(more, name=name)
     if whole:
         summary.update(
@@ -5671,7 +5722,10 @@ def _summary(
     return summary
 
 
-def _describe_local(path: Path, segments: Sequence[_Segment] = ()) -> _Row:
+def _describe_local(
+        path: Path,
+        segments: Sequence[_Segment] = (),
+) -> _Row:
     """segments: what was read of a dataset that may have no receipt."""
     receipt = _read_receipt(path)
     source = receipt.source
@@ -5704,14 +5758,18 @@ def _describe_remote(obj: _Object, segments: Sequence[_Segment]) -> _Row:
 def _read_root_files(archive: _Archive) -> _Row:
     """meta and readme of a remote dataset, unless they are in large files."""
     root_files = archive.segments[:1]
-    if not root_files or max(root_files[0].length, root_files[0].size) > _META_LIMIT + _README_LIMIT:
+    most = max((max(segment.length, segment.size) for segment in root_files), default=0)
+    if not 0 < most <= _META_LIMIT + _README_LIMIT:
         return {}
     import tempfile
     with tempfile.TemporaryDirectory() as work:
         new = Path(work, 'new')
         new.mkdir()
         archive.fetch(root_files, new.parent)
-        return {'meta': _read_meta(new, archive.label), 'readme': _read_readme(new)}
+        return {
+            'meta': _read_meta(new, archive.label),
+            'readme': _read_readme(new),
+        }
 
 
 def _check_partitions(partitions: _Names) -> None:
@@ -5742,7 +5800,7 @@ def diff(
 
     def work(job: _Job) -> _Row:
         found: _Row = {'equal': None, 'segments': {}}
-        known: Dict[str, Dict[str, _Segment]] = collections.defaultdict(dict)  # segments by path and side
+        known: Any = collections.defaultdict(dict)  # segments by path and side
         for side, place, is_remote in sides:
             segments = _find_segments(job, place, is_remote)
             place.check(segments)
@@ -5769,7 +5827,11 @@ def diff(
     return _perform(progress, work)
 
 
-def _find_segments(job: _Job, place: _Place, is_remote: bool) -> Sequence[_Segment]:
+def _find_segments(
+        job: _Job,
+        place: _Place,
+        is_remote: bool,
+) -> Sequence[_Segment]:
     """Of the whole dataset; from its index or receipt, if there is one."""
     if not is_remote:
         return place.open()._read(job)
@@ -5837,10 +5899,16 @@ def pull(
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
     _check_partitions(partitions)
-    return _perform(progress, _pull, _Place(name, config), force, partitions)
+    place = _Place(name, config)
+    return _perform(progress, _pull, place, force, partitions)
 
 
-def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
+def _pull(
+        job: _Job,
+        place: _Place,
+        force: bool,
+        partitions: _Names,
+) -> Dataset:
     name = place.name
     here_already = f"'{name}' is installed already; 'etc verify {name}' reads it again"
     with _open_remote(place.config, job) as store, place.lock(job):
@@ -5857,12 +5925,12 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
                 raise place.taken_error(f"'etc pull -f {name}' replaces it")
             if is_same and (not receipt.name or wanted <= receipt.installed):
                 place.check(local._read(job))
-                is_link = place.path.is_symlink()
-                if not receipt.name and not is_link and (place.inner / 'receipts').exists():
+                is_old = not receipt.name and (place.inner / 'receipts').exists()
+                if is_old and not place.path.is_symlink():
                     _write_receipt(place.path, archive.receipt(set()))  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
-        if receipt.digest == archive.digest:
+        if archive.segments and receipt.digest == _dataset_digest(archive.segments):
             wanted |= receipt.installed
         with place.installing(replace=force or bool(is_same)):
             reused = archive.extract(place, wanted)
@@ -5871,7 +5939,8 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
             is_new = place.commit(new)
         old = ''
         if receipt.name and receipt.digest != new.digest:
-            partitions = [segment.partition for segment in receipt.here() if segment.partition]
+            here = receipt.here()
+            partitions = [segment.partition for segment in here if segment.partition]
             old = f"; it replaces another one with {', '.join(partitions)}"
         done = f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}'
         _say(done if is_new else here_already)
@@ -5920,7 +5989,8 @@ def push(
             if force or not _is_stored(store, local):
                 store.check_writable()
                 with contextlib.suppress(_NameTaken):
-                    segments, copies = _write_archive(job, store, local, not force, place.config.compression_level)
+                    level = place.config.compression_level
+                    segments, copies = _write_archive(job, store, local, not force, level)
                     _say(f"pushed {local.name} to {store.url}: {_tally(place, segments, copies, 'there')}")
                     digest = _dataset_digest(segments)
                     _say(f'{local.name}@{digest}', _DEBUG)
@@ -5931,7 +6001,11 @@ def push(
     return _perform(progress, work)
 
 
-def _is_stored(store: _Remote, local: Dataset, is_taken: bool = False) -> bool:
+def _is_stored(
+        store: _Remote,
+        local: Dataset,
+        is_taken: bool = False,
+) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name.
 
     is_taken: whether the remote has refused a write because of the name; then False is an error, too.
@@ -5977,7 +6051,7 @@ def register(
         root = Path(os.path.realpath(_check_path(directory)))
         if name is None:
             _validate(root)  # first, or a part of a URL might be taken for a name, and shown
-        elif not _is_name(name) and not root.exists() and os.path.isdir(name):  # as in `etc register NAME DIR`
+        elif not root.exists() and os.path.isdir(name) and not _is_name(name):  # as in `etc register NAME DIR`
             raise InvalidDataset(f'no directory {_masked(str(root))}',
                                  f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
         place = _Place(root.name if name is None else name, config)
@@ -6004,21 +6078,22 @@ def register(
     return _perform(progress, work)
 
 
-def _copy(job: _Job, root: Path, place: _Place, force: bool) -> Dataset:
+def _copy(
+        job: _Job,
+        root: Path,
+        place: _Place,
+        force: bool,
+) -> Dataset:
     """Install a copy of a dataset as if it had been pushed and pulled."""
-    def blocks() -> Iterator[_Block]:
-        for block in _process(job, pool, survey.listing(), bytes):
-            job.add(block.size)
-            yield block
-
     survey = _Survey(root)
     job.begin(survey.size)
     with place.installing(force):
         place.new.mkdir()
         with _Pool(job, _cores()) as pool:
-            segments = _extract(blocks(), {}, _Sink(place.new))
+            blocks = _process(job, pool, survey.listing(), bytes, is_all=True)
+            segments = _extract(blocks, {}, _Sink(place.new))
         paths = frozenset(survey.segments)
-        receipt = _Receipt(place.name, tuple(segments), paths, root.as_uri())
+        receipt = _Receipt(place.name, segments, paths, root.as_uri())
         place.commit(receipt)
     _say(f'copied {place.name}: {_tally(place, segments)}')
     return place.open()
@@ -6050,7 +6125,11 @@ def create(
     return _perform(None, work)
 
 
-def verify(name: str, config: Optional[Config] = None, progress: _Progress = None) -> str:
+def verify(
+        name: str,
+        config: Optional[Config] = None,
+        progress: _Progress = None,
+) -> str:
     """Read all files of a local dataset and return their digest.
 
     Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... insists on. A registered or
@@ -6085,7 +6164,12 @@ def verify(name: str, config: Optional[Config] = None, progress: _Progress = Non
     return _perform(progress, work)
 
 
-def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -> None:
+def purge(
+        name: str,
+        config: Optional[Config] = None,
+        *,
+        remote: bool = False,
+) -> None:
     """Remove a local dataset, or, without asking, one in the remote storage. A registered directory is not touched.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -6108,7 +6192,10 @@ def purge(name: str, config: Optional[Config] = None, *, remote: bool = False) -
         _say(f"purged '{place.name}'")
 
 
-def _purge_remote(place: _Place, confirm: Callable[[str], Any] = bool) -> None:
+def _purge_remote(
+        place: _Place,
+        confirm: Callable[[str], Any] = bool,
+) -> None:
     """Remove the version of a remote dataset that is there now.
 
     confirm: is called with a description of it before, and may raise an Error.
