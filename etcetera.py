@@ -4990,19 +4990,19 @@ class _Place(_Home):
         """
         for work in self.abandoned():
             is_same = work.name.startswith(self.name + '@')
-            interrupted = _resumable(work)
             keep: float = 0
             if os.path.lexists(work / 'gone'):
                 keep = grace if is_same else _GRACE
-            elif interrupted and not is_same:
+            elif not is_same and _resumable(work):
                 keep = _RESUMABLE
             with contextlib.suppress(OSError):  # another process was faster
                 if _age(work) < keep:
                     continue
+                claimed = self.work / work.name
+                os.rename(work, claimed)  # if its owner lives after all, it must not install it
+                interrupted = _resumable(claimed)
                 if interrupted and is_same:
                     os.rename(interrupted[0], self.work / 'earlier')
-                claimed = self.work / work.name  # if its owner lives after all, it must not install it
-                os.rename(work, claimed)
                 _remove(claimed)
 
     # Putting a dataset in place
@@ -5521,9 +5521,7 @@ def _archive_chunks(
     if digest != expected:
         raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
                       f"'etc verify {local.name}' tells more")
-    end = _archive_end(level, segments)
-    job.produced += len(end)
-    yield end
+    yield _archive_end(level, segments)
 
 
 def _is_whole(
