@@ -308,6 +308,10 @@ class UnknownPartition(Error, KeyError):
     """The dataset has no partition of that name."""
 
 
+class _NoRoom(Error):
+    """There is too little room on a disk; nothing was written."""
+
+
 class _Malformed(Exception):
     """The data that was read is malformed. Not a ValueError, since that may be a bug in etcetera."""
 
@@ -1047,6 +1051,12 @@ class _Survey:
         # than 12 KiB, and blocks are at most as much longer as _LONGEST_BLOCK allows.
         self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
 
+    def warn(self, name: str) -> None:
+        """Tell what may be shared by accident."""
+        found = [f'{what} ({len(names)}, such as {names[0]})' for what, names in self.surprises.items()]
+        if found:
+            _say(f"all of '{name}' is shared, also {', '.join(found)}")
+
     def listing(self) -> _Listing:
         for path, batches in self.kept.items():
             rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
@@ -1652,8 +1662,6 @@ def _archive_end(level: int, segments: _SegmentList) -> bytes:
     index = {'etcetera': 1, 'digest': _dataset_digest(segments.segments),
              'segments': [segment._asdict() for segment in segments.segments]}
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
-    if len(text) > _INDEX_LIMIT * 9 // 10:
-        raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
     end = _compress(level, _ZEROS)
     offset = struct.pack('<Q', segments.archive_length() + len(end))
     members = [_member(b'ei', text[start:start + _INDEX_STEP]) for start in range(0, len(text), _INDEX_STEP)]
@@ -3820,7 +3828,8 @@ class _BucketStore(_HttpStore):
         super().__init__(config, job)
         match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', config.url or '')
         if not match:
-            raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like')
+            raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like',
+                              "a bucket's name has at least 3 letters, digits, '.', '_' or '-'")
         self.bucket = match.group(2)
         self.prefix = (match.group(3) or '').strip('/')
         if self.prefix:
@@ -4951,7 +4960,7 @@ class _Place(_Home):
     def installing(self, replace: bool = False) -> Iterator[None]:
         """Let `new` be filled, which vanishes at the end if commit() did not give it the dataset's name.
 
-        If the network or Ctrl-C interrupts it, it is kept for the next one.
+        If the network, Ctrl-C or a lack of room interrupts it, it is kept for the next one.
         """
         self.replace = replace
         with _refusals(Error, self.root, 'change what is in', "ask who owns it, or set 'home' to a place of yours"):
@@ -4965,7 +4974,7 @@ class _Place(_Home):
                                     f"run 'etc purge {self.name}' first")
                 self.sweep()
                 yield
-            except RemoteError:
+            except (RemoteError, _NoRoom):
                 raise
             except Exception:
                 self.forget()
@@ -5238,6 +5247,15 @@ def _make_movable(path: _Path) -> None:
             os.chmod(path, mode | 0o700)
 
 
+def _check_room(directory: Path, size: int) -> None:
+    """Raises _NoRoom if a disk has less room than that, as far as it says."""
+    import shutil
+    free = shutil.disk_usage(str(directory)).free
+    if 0 < free < size:
+        raise _NoRoom(f'{_size(size)} are to be written to {directory.parent}, but only {_size(free)} are free there',
+                      "free some space, or set 'home' to a place that has more")
+
+
 def _remove(path: Path) -> None:
     """Remove a file, link or tree, if it is there."""
     import shutil
@@ -5357,10 +5375,13 @@ class _Archive:
         had = {segment.path: 0 for segment in segments}
 
         def blocks() -> Generator[_Block, None, None]:
+            lacking = sum(segment.size for segment in segments)
             earlier = work / 'earlier'
             for block in _replay(self.job, pool, earlier, head, had):
                 had[block.path] += block.length
+                lacking -= block.size
                 yield block
+            _check_room(work, lacking)
             _remove(earlier / 'journal')  # all of it is in place
             _say(f"'{obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
             rest = [(segment, had[segment.path]) for segment in segments]
@@ -5569,6 +5590,9 @@ def _write_archive(
     exclusive: raise _NameTaken if there is an archive of that name already.
     """
     survey = _Survey(local.root)
+    survey.warn(local.name)
+    if sum(len(json.dumps(path)) + 200 for path in survey.segments) > _INDEX_LIMIT:
+        raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
     copies = _find_copies(job, remote, local.name, survey)
     while True:
         segments = _SegmentList()
@@ -6071,6 +6095,8 @@ def register(
             _symlink(root, place.new, "'etc register --copy' installs a copy")
             place.commit()
         _say(f"registered '{place.name}': {root}")
+        with contextlib.suppress(InvalidDataset, OSError):  # which a push will tell
+            _Survey(root).warn(place.name)
         return place.open()
 
     return _perform(progress, work)
@@ -6086,6 +6112,7 @@ def _copy(
     survey = _Survey(root)
     job.begin(survey.size)
     with place.installing(force):
+        _check_room(place.work, survey.size)
         place.new.mkdir()
         with _Pool(job, _cores()) as pool:
             blocks = _process(job, pool, survey.listing(), bytes, is_all=True)
