@@ -6724,7 +6724,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         after = {'pull': '; the same command goes on', 'push': '; the same command begins anew'}
-        _console.show('interrupted' + ''.join(after.get(word, '') for word in words[:1]))
+        outlook = after.get(''.join(words[:1]), '')
+        _console.show(f'interrupted{outlook}')
         return 128 + int(e.args[0] if e.args else 2)
     finally:
         _console.show_progress('')
