@@ -5093,20 +5093,19 @@ class _Place(_Home):
     def reuse(
             self,
             job: _Job,
-            wanted: Sequence[_Segment],
+            wanted: Dict[str, str],
     ) -> Set[str]:
-        """Link the segments that installed datasets have, and return the paths of those whose files hash to the digest.
+        """Link what installed datasets have of some segments; return the paths of those whose files hash as wanted.
+
+        wanted: digests by path.
         """
-        lacking = _digests(wanted).items()
-        linked: Dict[str, str] = {}  # digests by path
+        linked: Dict[str, str] = {}
         os.mkdir(self.new / 'data')
-        names = self.names()
-        names.sort(key=lambda name: name != self.name)
-        for name in names:
+        for name in self.names():
             source = self.root / name
             receipt = _read_receipt(source)
             here = _digests(receipt.here()).items()
-            same = dict(here & lacking - linked.items())
+            same = dict(here & wanted.items() - linked.items())
             linked.update(same)
             with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
                 listing = _segments(source) if same else ()
@@ -5206,8 +5205,10 @@ def _is_alive(work: Path) -> bool:
         return token.startswith(_OURS)
     try:
         os.kill(int(pid), 0)
-    except OSError as e:
-        return e.errno != errno.ESRCH
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it belongs to somebody else
     return True
 
 
@@ -5342,17 +5343,16 @@ class _Archive:
     def extract(
             self,
             place: _Place,
-            wanted: Container[str],
+            wanted: Set[str],
     ) -> Set[str]:
         """Fill a place with the segments that have these paths, and return the paths of those that were here already.
         """
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
-            segments = [segment for segment in self.segments if segment.path in wanted]
-            reused = place.reuse(self.job, segments)
-            rest = [segment for segment in segments if segment.path not in reused]
-            self.fetch(rest, place.work)
+            lacking = {segment.path: segment.digest for segment in self.segments if segment.path in wanted}
+            reused = place.reuse(self.job, lacking)
+            self.fetch(wanted - reused, place.work)
             _validate(place.new, self.label)
             return reused
         everything = [(0, self.obj.size)]
@@ -5366,13 +5366,14 @@ class _Archive:
 
     def fetch(
             self,
-            segments: Sequence[_Segment],
+            paths: Set[str],
             work: Path,
     ) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         obj = self.obj
         head = json.dumps([self.remote.url, obj.name, obj.version])
-        had = {segment.path: 0 for segment in segments}
+        had = dict.fromkeys(paths, 0)
+        segments = [segment for segment in self.segments if segment.path in paths]
 
         def blocks() -> Generator[_Block, None, None]:
             lacking = sum(segment.size for segment in segments)
@@ -5787,7 +5788,7 @@ def _read_root_files(archive: _Archive) -> _Row:
     with tempfile.TemporaryDirectory() as work:
         new = Path(work, 'new')
         new.mkdir()
-        archive.fetch(root_files, new.parent)
+        archive.fetch({'.'}, new.parent)
         return {
             'meta': _read_meta(new, archive.label),
             'readme': _read_readme(new),
