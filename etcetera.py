@@ -2602,24 +2602,22 @@ class _Http:
                     return connection
                 connection.close()
         scheme, _, host = site.partition('://')
-        proxy = ''
-        headers: _Headers = {}
-        if not self.direct:
-            proxy, headers = _find_proxy(scheme, host)
+        address, headers = (
+            (host, None) if self.direct
+            else _find_proxy(scheme, host))
         if scheme == 'https':
             self.tls = self.tls or _tls(self.ca_bundle)
             connection = http.client.HTTPSConnection(
-                proxy or host, timeout=_CONNECT, context=self.tls)
-            if proxy:
+                address, timeout=_CONNECT, context=self.tls)
+            if headers is not None:
                 connection.set_tunnel(host, headers=headers)
-                proxy = ''
+                headers = None
         else:
-            connection = http.client.HTTPConnection(
-                proxy or host, timeout=_CONNECT)
+            connection = http.client.HTTPConnection(address)
         connection.site = site
         connection.idle_since = 0.0
-        connection.base = site if proxy else ''  # a plain request to a proxy names the whole URL
-        connection.headers = headers if proxy else {}
+        connection.base = '' if headers is None else site  # a plain request to a proxy names the whole URL
+        connection.headers = headers or {}
         return connection
 
     def send(self, connection: Any,
@@ -2722,13 +2720,13 @@ def _unreachable_error(site: str, e: Exception) -> RemoteError:
 def _find_proxy(
         scheme: str,
         host: str,
-) -> Tuple[str, Dict[str, str]]:
-    """The proxy for a host, and the headers that it wants to see; '' if there is none."""
+) -> Tuple[str, Optional[Dict[str, str]]]:
+    """The address of the proxy for a host, and the headers that it wants to see; of the host, and None without one."""
     import urllib.request
     proxies = urllib.request.getproxies()
     url = proxies.get(scheme, '').strip()
     if not url or urllib.request.proxy_bypass(host):
-        return '', {}
+        return host, None
     # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
     kind = 'https?' if os.name == 'nt' else 'http'
     start = rf'(?ai)(?:{kind}://|(?![^/?#@]*://))(?:(.*)@)?'
