@@ -2480,7 +2480,7 @@ class _Http:
         self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
-        self.idle: Dict[str, List[Any]]  # kept connections, by site
+        self.idle: Dict[str, Any]  # kept connections, by site
         self.idle = collections.defaultdict(list)
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection
         self.most = 256.0  # requests that may be made at once
@@ -2635,8 +2635,8 @@ class _Http:
                     connection.moved += len(piece)
                     connection.job.add(len(piece))
 
-        _, _, path, query, _ = urlsplit(request.url)
-        target = f"{connection.base}{path or '/'}{'?' * bool(query)}{query}"
+        parts = urlsplit(request.url)
+        target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
         headers = {
             'Accept-Encoding': 'identity',
             **request.headers,
@@ -2740,7 +2740,7 @@ def _find_proxy(
         name, _, password = user.partition(':')
         credentials = f'{unquote(name)}:{unquote(password)}'
         credentials = _base64(credentials.encode('utf-8', 'surrogateescape'))
-        headers['Proxy-Authorization'] = 'Basic ' + credentials
+        headers['Proxy-Authorization'] = f'Basic {credentials}'
     return f'{address}:{port or 80}', headers
 
 
@@ -2762,8 +2762,8 @@ def _tls(ca_bundle: Optional[str]) -> Any:
 
 def _site(url: str) -> str:
     """What may be shown of the address of a request, whose path and query may hold keys."""
-    scheme, netloc = urlsplit(url)[:2]
-    return f'{scheme}://{netloc}'
+    parts = urlsplit(url)
+    return f'{parts.scheme}://{parts.netloc}'
 
 
 def _check_address(url: str) -> str:
@@ -4229,7 +4229,8 @@ class _S3Remote(_BucketStore):
             'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
 
     def address(self, name: str) -> str:
-        return '/' + _quote(self.key(name), safe='/')
+        key = _quote(self.key(name), safe='/')
+        return f'/{key}'
 
     def prepare(self, request: _Request) -> _Request:
         headers = {
@@ -4247,9 +4248,9 @@ class _S3Remote(_BucketStore):
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
         else:
-            base += '/' + self.bucket
+            base += f'/{self.bucket}'
         request = request._replace(
-            url=base + request.url,
+            url=f'{base}{request.url}',
             headers=headers,
             keys=self.aws.get(),
         )
@@ -4501,7 +4502,7 @@ class _GsRemote(_BucketStore):
             or os.environ.get('STORAGE_EMULATOR_HOST')
             or 'https://storage.googleapis.com')
         if '://' not in endpoint:
-            endpoint = 'http://' + endpoint
+            endpoint = f'http://{endpoint}'
         self.endpoint = _check_endpoint(endpoint)
         self.is_public = config.public
         self.http = _Http(job, config.ca_bundle)
@@ -4512,7 +4513,7 @@ class _GsRemote(_BucketStore):
     def resource(self, archive: str = '',
                  api: str = '', **query: str) -> str:
         """The address of an object, or of the bucket."""
-        key = '/' + _quote(self.key(archive)) if archive else ''
+        key = f'/{_quote(self.key(archive))}' if archive else ''
         return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query)}'
 
     def address(self, name: str) -> str:
@@ -4522,7 +4523,7 @@ class _GsRemote(_BucketStore):
         headers = {'Accept-Encoding': 'gzip', **request.headers}  # or it may gunzip an object
         keys = self.credentials and self.credentials.get()
         headers.update(keys or {})
-        url = self.endpoint + request.url
+        url = f'{self.endpoint}{request.url}'
         return request._replace(url=url, headers=headers, keys=keys)
 
     def judge(self, reply: _Reply) -> str:
