@@ -3596,7 +3596,6 @@ class _Range(NamedTuple):
 _Chunk = Union[bytes, _Range]
 _Found = Tuple[Optional[_Object], bytes]  # an object, if there is one, and some bytes of it
 _Page = Tuple[List[_Object], str]  # some objects, and the token of the next page, if there is one
-_Extent = Tuple[int, int]  # where bytes start and stop
 
 
 class _NameTaken(Exception):
@@ -3939,48 +3938,6 @@ def _version(etag: Optional[str], modified: float) -> str:
         return f'{modified:.0f}'
     bare = etag.strip('"')
     return f'"{bare}"'
-
-
-def _read_ahead(
-        remote: _Remote,
-        read: Callable[[int, int], bytes],
-        spans: Sequence[Sequence[int]],
-) -> Generator[bytes, None, None]:
-    """The bytes of some spans of an object, in order, read over several connections at once.
-
-    Ranges begin short and grow while they come fast, so a fast link needs few connections. On a slow one, long ranges
-    would show little progress, and much would be lost when one breaks. What is under way or waits is bounded.
-    """
-    left = sum(stop - start for start, stop in spans)
-    remote.job.begin(left)
-    length = _MIN_RANGE  # of the next range
-
-    def ranges() -> Iterator[_Extent]:
-        nonlocal left
-        for start, end in spans:
-            while start < end:
-                fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
-                stop = min(start + min(length, fair), end)
-                left -= stop - start
-                yield start, stop
-                start = stop
-
-    def fetch(span: _Extent) -> bytes:
-        nonlocal length
-        begin = time.monotonic()
-        data = read(*span)
-        seconds = time.monotonic() - begin
-        if seconds < _FAST_RANGE:
-            length = max(length, 4 * len(data))
-            length = min(length, _MAX_RANGE)
-        return data
-
-    def has_room(count: int) -> bool:
-        return count * length < _AHEAD
-
-    connections = min(remote.connections, left // _MIN_RANGE)
-    with _Pool(remote.job, max(1, connections)) as pool:
-        yield from _ordered(pool, fetch, ranges(), has_room)
 
 
 def _md5() -> Any:
@@ -5323,6 +5280,47 @@ class _Archive:
             return self.remote.read(self.obj, start, stop)
         return self.tail[skipped:][:stop - start]
 
+    def read_ahead(
+            self,
+            spans: Sequence[Sequence[int]],
+    ) -> Generator[bytes, None, None]:
+        """The bytes of some spans, in order, read over several connections at once.
+
+        Ranges begin short and grow while they come fast, so a fast link needs few connections. On a slow one, long
+        ranges would show little progress, and much would be lost when one breaks. What is under way or waits is
+        bounded.
+        """
+        left = sum(stop - start for start, stop in spans)
+        self.job.begin(left)
+        length = _MIN_RANGE  # of the next range
+
+        def ranges() -> Iterator[Sequence[int]]:
+            nonlocal left
+            for start, end in spans:
+                while start < end:
+                    fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
+                    stop = min(start + min(length, fair), end)
+                    left -= stop - start
+                    yield start, stop
+                    start = stop
+
+        def fetch(span: Sequence[int]) -> bytes:
+            nonlocal length
+            begin = time.monotonic()
+            data = self.read(*span)
+            seconds = time.monotonic() - begin
+            if seconds < _FAST_RANGE:
+                length = max(length, 4 * len(data))
+                length = min(length, _MAX_RANGE)
+            return data
+
+        def has_room(count: int) -> bool:
+            return count * length < _AHEAD
+
+        connections = min(self.remote.connections, left // _MIN_RANGE)
+        with _Pool(self.job, max(1, connections)) as pool:
+            yield from _ordered(pool, fetch, ranges(), has_room)
+
     def read_ends(self, segment: _Segment) -> List[bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
         longest = min(segment.length, _LONGEST_BLOCK)
@@ -5354,8 +5352,7 @@ class _Archive:
             self.fetch(wanted - reused, place.work)
             _validate(place.new, self.label)
             return reused
-        everything = [(0, self.obj.size)]
-        chunks = _read_ahead(self.remote, self.read, everything)
+        chunks = self.read_ahead([(0, self.obj.size)])
         with self.labelled(), contextlib.closing(chunks):
             with _Pool(self.job, 1) as pool:
                 _extract_foreign(chunks, place.new, pool)
@@ -5393,7 +5390,7 @@ class _Archive:
             for before, span in zip(spans, spans[1:]):
                 if before[1] == span[0]:  # one request may read both
                     span[0] = before[1] = before[0]
-            chunks = _read_ahead(self.remote, self.read, spans)
+            chunks = self.read_ahead(spans)
             with contextlib.closing(chunks):
                 yield from _inflate_blocks(pool, chunks, rest)
 
@@ -5653,26 +5650,28 @@ def _list(
 ) -> List[_Row]:
     """As ls(), with what `etc ls -l` shows."""
     def work(job: _Job) -> List[_Row]:
-        def describe(obj: _Object) -> _Row:
+        def describe(item: Any) -> _Row:
+            if names_only:
+                return {'name': item.name}
+            if not remote:
+                return _describe_local(item)
             segments: Sequence[_Segment] = ()
             try:
-                segments = _find(store, obj.name).segments
+                segments = _find(store, item.name).segments
             except (Error, OSError) as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
-            return _describe_remote(obj, segments)
+            return _describe_remote(item, segments)
 
-        if not remote:
-            home = _Home(config.home)
-            names = [name for name in home.names() if _matches(name, patterns)]
-            if names_only:
-                return [{'name': name} for name in names]
-            return [_describe_local(home.root / name) for name in names]
-        with _open_remote(config, job) as store, _Pool(job, config.connections) as pool:
-            objects = [obj for obj in store.list() if _matches(obj.name, patterns)]
-            objects.sort()
-            if names_only:
-                return [{'name': obj.name} for obj in objects]
-            return list(_ordered(pool, describe, objects, _for_all))
+        with contextlib.ExitStack() as stack:
+            items: Iterable[Any]
+            if remote:
+                store = stack.enter_context(_open_remote(config, job))
+                items = store.list()
+            else:
+                items = map(config.home.joinpath, _Home(config.home).names())
+            items = sorted(item for item in items if _matches(item.name, patterns))
+            pool = stack.enter_context(_Pool(job, config.connections))
+            return list(_ordered(pool, describe, items, _for_all))
 
     return _perform(None, work)
 
