@@ -6723,7 +6723,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         after = {'pull': '; the same command goes on', 'push': '; the same command begins anew'}
-        outlook = after.get(''.join(words[:1]), '')
+        outlook = next((after[word] for word in words if word in after), '')
         _console.show(f'interrupted{outlook}')
         return 128 + int(e.args[0] if e.args else 2)
     finally:

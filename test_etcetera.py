@@ -2033,7 +2033,8 @@ class FileRemote(RemoteSuite, Case):
         self.fails_with("no dataset 'Z' in", 'diff', 'X', '-r', 'Z')
 
     def test_urls(self):
-        start, bucket = 'cannot use the url (from --url); it must start with file://', 'the url (from --url) is not of the form s3://bucket'
+        start = 'cannot use the url (from --url); it must start with file://'
+        bucket = 'the url (from --url) is not of the form s3://bucket'
         nowhere = self.tmp / 'no where'
         for url, problem in (
                 ('file://host/x', 'the url (from --url) is no absolute path; write file:///path'), ('file:x', start),
@@ -2507,7 +2508,7 @@ class S3Remote(BucketSuite, S3Case):
         self.assertTrue(busy.wait(60))
         process.terminate()
         err = process.communicate(timeout=60)[1]
-        self.assertEqual((process.returncode, err), (143, b'etc: interrupted\n'))
+        self.assertEqual((process.returncode, err), (143, b'etc: interrupted; the same command begins anew\n'))
 
     def test_object_lock(self):
         """Such buckets want a checksum of every body; SHA-256 will do."""
@@ -2650,6 +2651,13 @@ class S3Remote(BucketSuite, S3Case):
                 self.etc('push', '-f', 'X')
                 self.etc('pull', '-f', 'X', home='two')
                 self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
+
+    def test_too_many_partitions(self):
+        """They are refused before anything is sent."""
+        stand_in(self, etc, '_INDEX_LIMIT', 3000)
+        self.etc('register', write(self.tmp / 'ds', {'data/%02d/x' % n: '' for n in range(20)}), 'X')
+        self.fails_with('it has too many partitions for one archive; gather them', 'push', 'X')
+        self.assertEqual(self.requests('PUT') + self.requests('POST'), [])
 
     def test_parts_are_sent_while_packing_goes_on(self):
         write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * MIB, n) for n in range(12)})
@@ -5306,6 +5314,32 @@ class Links(S3Case):
         self.server.fault = lambda handler: 'partNumber=2' in handler.path and self.server.uploads.clear()
         self.assertRegex(self.etc('push', 'X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push ')
 
+    def test_connections_that_a_nat_forgets(self):
+        """Where one idle connection is dead, so are the others."""
+        self.settings['connections'] = 4
+        stand_in(self, etc, '_TIMEOUT', 1.5)
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(25 * MIB)}), 'X')
+        known, silent = set(), []
+
+        def fault(handler):
+            if handler.command == 'PUT':
+                known.add(handler.connection)
+            elif handler.connection in known:  # all parts have been sent
+                silent.append(handler.command)
+                return misbehave(handler, 'silence')
+        self.server.fault = fault
+        self.etc('push', 'X')
+        self.assertGreater(len(known), 1)
+        self.assertEqual(len(silent), 1)
+
+    def test_connections_that_were_idle_for_a_minute(self):
+        used, clock = [], itertools.count(0, 61)
+        stand_in(self, time, 'monotonic', lambda: next(clock))
+        self.server.fault = lambda handler: used.append(handler.connection)
+        self.share(small(self.tmp / 'ds'))
+        self.assertGreater(len(used), 1)
+        self.assertEqual(len(set(used)), len(used))
+
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_while_the_server_is_silent(self):
         """Ctrl-C ends a push at once, and the upload."""
@@ -5320,7 +5354,8 @@ class Links(S3Case):
                 self.assertTrue(started.wait(20))
                 process.send_signal(getattr(signal, name))
                 err = process.communicate(timeout=20)[1]
-                self.assertEqual((process.returncode, err, self.server.uploads), (status, b'etc: interrupted\n', {}))
+                said = b'etc: interrupted; the same command begins anew\n'
+                self.assertEqual((process.returncode, err, self.server.uploads), (status, said, {}))
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_at_any_time(self):
@@ -5335,7 +5370,9 @@ class Links(S3Case):
                 process.send_signal(signal.SIGINT)
                 ended = process.communicate(timeout=20)[1], process.returncode
                 # the signal may also come when all is done, and Python has put back what it did by default
-                self.assertIn(ended, [(b'', 0), (b'etc: interrupted\n', 130), (b'', -signal.SIGINT)])
+                after = b'begins anew' if 'push' in command else b'goes on'
+                self.assertIn(ended, [(b'', 0), (b'etc: interrupted; the same command %s\n' % after, 130),
+                                      (b'', -signal.SIGINT)])
                 self.assertEqual(self.server.uploads, {})
                 if ended[1] <= 0:
                     self.assertTrue('pull' in command or any('uploadId' in path for path in self.requests('POST')))
@@ -7248,7 +7285,10 @@ and '-', the first a letter or digit
         purge -r -f MNITS      no dataset 'MNITS' in SHARE; did you mean 'MNIST'?
         verify Flowers         no local dataset 'Flowers'; 'etc pull Flowers' would fetch it
         info mine              no local dataset 'mine'; did you mean 'Mine'?
-        --url bucket ls -r     cannot use the url (from --url); it must start with file:// or s3:// or gs:// or https:// or http://
+        --url bucket ls -r     cannot use the url (from --url); it must start with file:// or s3:// or gs:// or \
+https:// or http://
+        --url /data ls -r      cannot use the url (from --url); it must start with file:// or s3:// or gs:// or \
+https:// or http://; did you mean 'file:///data'?
         --url file://x ls -r   the url (from --url) is no absolute path; write file:///path, with three slashes
         --url file://HERE/no ls -r  no directory HERE/no; check the url (from --url), or make it with the first push
         --config typo.yaml ls  HERE/typo.yaml:2: unknown setting 'ulr'; did you mean 'url'?
@@ -7343,6 +7383,22 @@ class People(Shell, Case):
                      'partitions  test: 0 B in 1 file\n            train: 1.5 kB in 1 file\n\n0\n1\n2'):
             self.assertIn('\n%s\n' % line, '\n' + shown)
         self.assertTrue(shown.endswith('\n18\n19\n... (30 more lines of README.md)\n'))
+
+
+    def test_what_is_shared_by_accident(self):
+        write('.', {'out/x': 'x', 'ds/.env': 'x', 'ds/assets': ('->', '../out'), 'ds/data/train/.git/x': '',
+                    'ds/data/@eaDir/x': '', 'ds/data/train/l': ('->', '../../../out/x'), 'ds/data/train/k': ('->', 'x'),
+                    'ds/data/train/x': 'x'})
+        said = ("etc: all of 'X' is shared, also hidden files (2, such as .env), links that lead out of it (2, such as "
+                'assets -> %s), odd partitions (1, such as data/@eaDir)\n' % Path('out').resolve())
+        for command in ('register ds X', 'push X'):
+            with self.subTest(command):
+                self.assertIn(said, self.etc(command)[1])
+                self.assertEqual(self.etc('-q ' + command + ' -f')[1], '')
+
+    def test_verbosely(self):
+        said = self.etc('-v ls')[1].splitlines()[0]
+        self.assertRegex(said, r"etc: settings file: \S+; url from --url; Config\('file://")
 
 
 class Diff(Shell, Case):
@@ -7774,6 +7830,13 @@ class Mypy(Shell, Case):
         self.check(USER, sys.executable, 0)
 
 
+def may_mount():
+    """Whether a command may have mounts of its own."""
+    if sys.platform != 'linux' or os.geteuid() or not shutil.which('unshare'):
+        return False
+    return subprocess.call(['unshare', '--mount', 'true'], stderr=subprocess.DEVNULL) == 0
+
+
 class Program(Shell, Case):
     def run_(self, *command, **kwargs):
         """What a command prints; it must succeed, and say nothing else."""
@@ -7789,6 +7852,10 @@ class Program(Shell, Case):
             self.assertEqual(self.run_(sys.executable, *words, 'ls', cwd=str(cwd)), 'X\n')
         with open(SCRIPT, 'rb') as script:
             self.assertEqual(self.run_(sys.executable, '-', 'ls', stdin=script), 'X\n')
+        for words, cwd, said in (([SCRIPT], self.tmp, SCRIPT), (['-m', 'etcetera'], HERE, '-m etcetera')):
+            with self.subTest(said):
+                done = subprocess.run([sys.executable, *words, 'info', 'Y'], cwd=str(cwd), stderr=subprocess.PIPE)
+                self.assertIn("; 'python3 %s pull Y' would fetch it" % said, done.stderr.decode())
         code = 'import pickle, vendored.etcetera as e; print(pickle.loads(pickle.dumps(e.dataset("X")))["train"].name)'
         self.assertEqual(self.run_(sys.executable, '-c', code), 'train\n')
 
@@ -7822,6 +7889,17 @@ peak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) >> 10
 print(max([scanned.count(path) for path in scanned if 'train/' in path] or [0]), peak)
 sys.exit(status)
 """
+
+    @unittest.skipUnless(may_mount(), 'needs root, and a mount of its own')
+    def test_small_disk(self):
+        """What cannot fit is not fetched."""
+        self.share(write('ds', {'data/train/x': noise(5 * MIB)}))
+        write('.', {'two': None})
+        mount = 'mount -t tmpfs -o size=3m none two && exec "$@"'
+        command = ['unshare', '--mount', 'sh', '-c', mount, 'sh', sys.executable, SCRIPT, '--url', self.url]
+        done = subprocess.run(command + ['--home', 'two', 'pull', 'X'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertRegex(done.stderr.decode(), r'\Aetc: 5.24 MB are to be written to .*/two/\.etcetera, but only 3.\d+ '
+                                               r'MB are free there; free some space, or .*\n\Z')
 
     @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux measures it')
     def test_memory_is_flat(self):
