@@ -4110,7 +4110,6 @@ def _file_object(name: str, status: os.stat_result) -> _Object:
 
 # s3:// ---------------------------------------------------------------------------------
 
-_COPY_SOURCE = 'x-amz-copy-source'
 _CHECKSUM = 'x-amz-checksum-sha256'
 _S3_UNKNOWN = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')  # how stores answer that know no conditions
 _BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
@@ -4219,8 +4218,7 @@ class _S3Remote(_BucketStore):
         OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
         """
         request = reply.request
-        is_late = request.method == 'POST' or _COPY_SOURCE in request.headers  # errors may come with status 200
-        if reply.status < 300 and not is_late:
+        if reply.status < 300 and request.method == 'GET':  # of others, errors may come with status 200
             return 'final'
         code, _, region = _aws_error(reply)
         region = reply.headers.get('x-amz-bucket-region') or region
@@ -4375,8 +4373,8 @@ class _S3Remote(_BucketStore):
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
         headers = {
-            _COPY_SOURCE: f'{self.bucket}{self.address(source.name)}',
-            f'{_COPY_SOURCE}-range': f'bytes={start}-{stop - 1}',
+            'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
+            'x-amz-copy-source-range': f'bytes={start}-{stop - 1}',
         }
         reply = self.ask('PUT', url, headers=headers)
         if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
