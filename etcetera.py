@@ -5291,14 +5291,16 @@ class _Archive:
         left = sum(stop - start for start, stop in spans)
         self.job.begin(left)
         length = _MIN_RANGE  # of the next range
+        ahead = 0  # bytes that are being read or wait to be yielded
 
         def ranges() -> Iterator[Sequence[int]]:
-            nonlocal left
+            nonlocal left, ahead
             for start, end in spans:
                 while start < end:
                     fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
                     stop = min(start + min(length, fair), end)
                     left -= stop - start
+                    ahead += stop - start
                     yield start, stop
                     start = stop
 
@@ -5312,12 +5314,13 @@ class _Archive:
                 length = min(length, _MAX_RANGE)
             return data
 
-        def has_room(count: int) -> bool:
-            return count * length < _AHEAD
-
         connections = min(self.remote.connections, left // _MIN_RANGE)
         with _Pool(self.job, max(1, connections)) as pool:
-            yield from _ordered(pool, fetch, ranges(), has_room)
+            chunks = _ordered(
+                pool, fetch, ranges(), lambda _: ahead < _AHEAD)
+            for data in chunks:
+                ahead -= len(data)
+                yield data
 
     def read_ends(self, segment: _Segment) -> List[bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
