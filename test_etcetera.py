@@ -4635,7 +4635,10 @@ class AwsLibrary(AwsCase):
 class MotoIdentity(Case):
     """moto_server as IAM, STS and instance metadata; here it checks signatures and policies, of S3 too."""
 
-    def test_roles_and_metadata(self):
+    POLICY = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": %s, %s}]}'
+
+    def setUp(self):
+        super().setUp()
         import boto3
         process, endpoint = serve(tool('moto_server'), '-H', '127.0.0.1', '-p', 'PORT',
                                   INITIAL_NO_AUTH_ACTION_COUNT='1000')
@@ -4645,20 +4648,53 @@ class MotoIdentity(Case):
         os.environ.update(AWS_ENDPOINT_URL=endpoint, AWS_DEFAULT_REGION='us-east-1')
         session = boto3.Session(aws_access_key_id='x', aws_secret_access_key='y')
         session.client('s3').create_bucket(Bucket='bucket')
-        iam = session.client('iam')
-        policy = '{"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "%s:*", %s}]}'
-        iam.create_user(UserName='base')
-        iam.put_user_policy(UserName='base', PolicyName='p', PolicyDocument=policy % ('sts', '"Resource": "*"'))
-        for name, service in (('mid', 'sts'), ('top', 's3')):
-            iam.create_role(RoleName=name, AssumeRolePolicyDocument=policy % ('sts', '"Principal": {"AWS": "*"}'))
-            iam.put_role_policy(RoleName=name, PolicyName='p', PolicyDocument=policy % (service, '"Resource": "*"'))
-        key = iam.create_access_key(UserName='base')['AccessKey']
-        strict = urllib.request.Request(endpoint + '/moto-api/reset-auth', b'0', {'Content-Type': 'text/plain'})
+        self.iam, self.endpoint = session.client('iam'), endpoint
+
+    def user(self, name, actions):
+        """Its keys, as settings."""
+        self.iam.create_user(UserName=name)
+        self.iam.put_user_policy(UserName=name, PolicyName='p', PolicyDocument=self.POLICY % (
+            json.dumps(actions), '"Resource": "*"'))
+        key = self.iam.create_access_key(UserName=name)['AccessKey']
+        return {'aws_access_key_id': key['AccessKeyId'], 'aws_secret_access_key': key['SecretAccessKey']}
+
+    def be_strict(self):
+        strict = urllib.request.Request(self.endpoint + '/moto-api/reset-auth', b'0', {'Content-Type': 'text/plain'})
         self.assertEqual(urllib.request.urlopen(strict).status, 200)
 
+    def test_permissions(self):
+        """Those that the README names suffice, and each is needed."""
+        reading, writing = ['s3:GetObject', 's3:ListBucket'], ['s3:PutObject', 's3:AbortMultipartUpload']
+        users = {name: self.user(name, actions) for name, actions in (
+            ('reader', reading), ('writer', reading + writing), ('remover', reading + ['s3:DeleteObject']))}
+        self.be_strict()
+        self.etc('register', small(self.tmp / 'small'), 'X')
+        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(40 * MIB), 'data/test/y': 'y'}), 'Y')
+        write(self.tmp / 'ds2', {'data/train/x': noise(40 * MIB), 'data/test/y': 'other'})
+        self.etc('register', self.tmp / 'ds2', 'Z')
+        for user, commands, lacking in (
+                ('reader', (), 'push X needs s3:PutObject'),
+                ('writer', ('push X', 'push Y Z', 'push -f Y'), 'purge -r -f X needs s3:DeleteObject'),
+                ('reader', ('info -r X', 'pull X Y Z'), ''),  # moto misjudges signatures of listings, boto3's too
+                ('remover', ('purge -r -f X Y Z',), '')):
+            self.settings = users[user]
+            for command in commands:
+                self.etc(*command.split(), home='home' if 'push' in command else 'two')
+            if lacking:
+                command, _, permission = lacking.partition(' needs ')
+                self.fails_with('need %s here' % permission, *command.split())
+
+    def test_roles_and_metadata(self):
+        key = self.user('base', 'sts:*')
+        for name, service in (('mid', 'sts'), ('top', 's3')):
+            trust, resource = '"Principal": {"AWS": "*"}', '"Resource": "*"'
+            self.iam.create_role(RoleName=name, AssumeRolePolicyDocument=self.POLICY % ('"sts:*"', trust))
+            self.iam.put_role_policy(RoleName=name, PolicyName='p', PolicyDocument=self.POLICY % (
+                '"%s:*"' % service, resource))
+        self.be_strict()
         write(self.tmp / '.aws', {'config': '[profile top]\nsource_profile = mid\n' + ROLE + 'top\n[profile mid]\n'
                                             'credential_source = Environment\n' + ROLE + 'mid\n'})
-        os.environ.update(AWS_ACCESS_KEY_ID=key['AccessKeyId'], AWS_SECRET_ACCESS_KEY=key['SecretAccessKey'])
+        os.environ.update((name.upper(), value) for name, value in key.items())
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.fails_with('AccessDenied', 'push', 'X')
         self.settings['aws_profile'] = 'top'
@@ -4666,7 +4702,7 @@ class MotoIdentity(Case):
         self.etc('pull', 'X', home='two')
         self.settings.clear()
         os.environ.update(AWS_ACCESS_KEY_ID='', AWS_SECRET_ACCESS_KEY='', AWS_EC2_METADATA_DISABLED='',
-                          AWS_EC2_METADATA_SERVICE_ENDPOINT=endpoint)
+                          AWS_EC2_METADATA_SERVICE_ENDPOINT=self.endpoint)
         self.fails_with('InvalidAccessKeyId', 'ls', '-r')  # it does not know those of its metadata
 
 
