@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unittest
 import urllib.parse
 import urllib.request
@@ -2056,7 +2057,9 @@ class FileRemote(Scaled, RemoteSuite, Case):
         for url, problem in (
                 ('file://host/x', 'the url (from --url) is no absolute path; write file:///path'), ('file:x', start),
                 ('nonsense', start), ('ftp://x/y', start), ('s3:/x', start), ('S3://x', start), ('s3://', bucket),
-                ('s3://a b', bucket), (nowhere.as_uri(), 'no directory %s;' % nowhere)):
+                ('s3://a b', bucket), ('s3://ab', bucket + ", gs://bucket, s3://bucket/prefix or the like; a bucket's "
+                                                           'name has at least 3 letters'),
+                (nowhere.as_uri(), 'no directory %s;' % nowhere)):
             with self.subTest(url):
                 self.fails_with('etc: ' + problem, 'ls', '-r', url=url)
         nowhere.mkdir()
@@ -7576,6 +7579,12 @@ class Python(Shell, Case):
         for error in (etc.RemoteError('gone', status=404), etc.UnknownPartition('no')):
             other = pickle.loads(pickle.dumps(error))
             self.assertEqual((type(other), str(other), vars(other)), (type(error), str(error), vars(error)))
+
+    def test_stderr_of_notebooks(self):
+        said = []
+        with contextlib.redirect_stderr(types.SimpleNamespace(write=said.append)):
+            self.assertEqual(etc.main(['--home', 'home', '--url', self.url, 'pull', 'X']), 1)
+        self.assertIn('no directory', ''.join(said))
 
     def test_worker_processes(self):
         import multiprocessing
