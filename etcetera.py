@@ -5817,8 +5817,9 @@ def diff(
     """
     remotes = (remote, remote) if isinstance(remote, bool) else remote
     places = _Place(a, config), _Place(b, config)
-    sides = list(zip('ab', places, remotes))
-    sides.sort(key=lambda side: not side[2])  # first what takes no time
+    sides = sorted(
+        zip('ab', places, remotes),
+        key=lambda side: not side[2])  # first what takes no time
 
     def work(job: _Job) -> _Row:
         found: _Row = {'equal': None, 'segments': {}}
