@@ -66,6 +66,8 @@ RUNS = int(os.environ.get('ETC_TEST_RUNS') or 1)  # how many times longer random
 START = 'import sys; sys.path.insert(0, %r); import etcetera; vars(etcetera).update(%%r); ' \
         'sys.exit(etcetera.main())' % str(HERE)
 
+parser_of = functools.lru_cache(maxsize=None)(etc._parser)  # as to make one takes longer than many a command
+etc._parser = lambda argv=(): parser_of(frozenset(etc._COMMANDS).intersection(argv))
 
 with contextlib.suppress(AttributeError, OSError):
     memory = os.statvfs('/dev/shm')  # is faster than many a disk
@@ -3471,7 +3473,7 @@ class WebHandler(Handler, http.server.SimpleHTTPRequestHandler):
         return os.path.join(self.server.root, os.path.relpath(super().translate_path(path), os.getcwd()))
 
 
-class WebSuite:
+class WebSuite(Scaled):
     """What was pushed into a directory is read by its web address. Subclasses start(), and set `url`."""
     path = '/data sets/\u00e9'
 
@@ -3480,7 +3482,7 @@ class WebSuite:
         self.share = self.tmp / ('www' + self.path)
         self.share.mkdir(parents=True)
         self.start()
-        self.etc('register', write(small(self.tmp / 'ds'), {'data/train/large': noise(9 * MIB)}), 'X')
+        self.etc('register', write(small(self.tmp / 'ds'), {'data/train/large': noise(9 * UNIT)}), 'X')
         self.etc('push', 'X', url=self.share.as_uri())
 
     def test_round_trip(self):
@@ -3526,7 +3528,7 @@ class Web(WebSuite, Case):
         self.server.sent = 0
         self.etc('pull', '-p', 'test', 'X', home='two')
         self.etc('info', '-r', 'X')
-        self.assertLess(self.server.sent, MIB)
+        self.assertLess(self.server.sent, UNIT)
 
     def test_replaced_while_read(self):
         for self.server.conditions in (True, False):
@@ -3559,7 +3561,7 @@ class Web(WebSuite, Case):
             if handler.command == 'GET' and not handler.headers.get('Range') and len(cuts) < 2:
                 cuts.append(handler)
                 modified = handler.date_time_string(path.stat().st_mtime)
-                handler.answer(200, b'x' * MIB, {'Last-Modified': modified}, path.stat().st_size)
+                handler.answer(200, b'x' * UNIT, {'Last-Modified': modified}, path.stat().st_size)
                 return True
         self.server.fault = fault
         assert_pulls(self, 'ds', force=True)
@@ -3650,12 +3652,12 @@ class Web(WebSuite, Case):
                                 'pull', 'X', home='three')
 
 
-class Rfc9110(S3Case):
+class Rfc9110(Scaled, S3Case):
     """Answers that are rare, but right by RFC 9110."""
 
     def setUp(self):
         super().setUp()
-        root = write(self.tmp / 'ds', {'data/train/x': noise(9 * MIB), 'data/test/y': 'y', 'README.md': '# Hi'})
+        root = write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT), 'data/test/y': 'y', 'README.md': '# Hi'})
         self.etc('register', root, 'X')
 
     def round_trip(self):
