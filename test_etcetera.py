@@ -1245,16 +1245,17 @@ class Foreign(Pulls):
 
     def test_absurd_sizes(self):
         ok, huge, negative = entry('data/train/a'), b'\x80' + (1 << 60).to_bytes(11, 'big'), b'\xff' * 10 + b'\xfe\0'
-        headers = '(its global headers|(the )?headers( of one entry)?) take more than 4194304 bytes'
+        stand_in(self, etc, '_TAR_HEADERS', UNIT)
+        headers = '(its global headers|(the )?headers( of one entry)?) take more than 65536 bytes'
         wrong = 'backward|headers of one entry|ends too early|bad checksum|invalid|subsequent|end of file'
         for kind, size in itertools.product((b'L', b'K', b'x', b'g', b'X'), (b'%011o\0' % (700 * MIB), huge)):
-            self.breaks(headers, entry('././@LongLink', kind=kind, _124=size) + bytes(5 * MIB), (kind, size))
+            self.breaks(headers, entry('././@LongLink', kind=kind, _124=size) + bytes(2 * UNIT), (kind, size))
         numbers = entry('pax', b'22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=9\n', b'x')
         for what, tar, message in (
-                ('many records', b''.join(entry('pax', b'1000011 %08d=%s\n' % (number, b'v' * 999993), b'g')
-                                          for number in range(6)), headers),
-                ('many names', entry('././@LongLink', b'n' * MIB, b'L') * 5, headers),
-                ('a sparse map', numbers + entry('data/train/s', b'9999999\n' + b'0\n' * 4 * MIB), headers),
+                ('many records', b''.join(entry('pax', b'10011 %08d=%s\n' % (number, b'v' * 9995), b'g')
+                                          for number in range(7)), headers),
+                ('many names', entry('././@LongLink', b'n' * (UNIT // 4), b'L') * 5, headers),
+                ('a sparse map', numbers + entry('data/train/s', b'9999999\n' + b'0\n' * UNIT), headers),
                 ('a negative file', ok + entry('data/train/n', _124=negative), wrong),
                 ('a negative name', ok + entry('data/train/n', kind=b'L', _124=negative), wrong)):
             self.breaks(message, tar + ok + bytes(1024), what)
@@ -1405,10 +1406,9 @@ class Hostile(Pulls):
 
     def test_webs_of_links(self):
         root = write(self.tmp / 'web', {'data/p%02d/%s' % (n, side): ('->', '../p%02d' % (n + 1))
-                                        for n in range(15) for side in 'ab'})
-        write(root, {'data/p15/x': 'x'})
-        self.addCleanup(setattr, etc, '_MAX_FOLLOWED', etc._MAX_FOLLOWED)
-        etc._MAX_FOLLOWED = 2000
+                                        for n in range(12) for side in 'ab'})
+        write(root, {'data/p12/x': 'x'})
+        stand_in(self, etc, '_MAX_FOLLOWED', 500)
         self.etc('register', root, 'W')
         self.fails_with('its links lead to too many files; remove links', 'push', 'W')
 
@@ -1599,7 +1599,7 @@ class Deflate(Case):
         write(root, {'data/text/a': text, 'data/noise/n': noise(100000), 'data/zeros/z': bytes(MIB), 'README.md': ''})
         self.etc('register', root, 'X')
         share, zlib_sizes, sizes = self.tmp / 'share', [], []
-        for level in range(10):
+        for level in 0, 1, 3, 6, 9:
             for writer, reader, found in (('0', '1', zlib_sizes), ('1', '0', sizes)):
                 os.environ['ETC_LIBDEFLATE'] = writer
                 etc.push('X', config=self.config(compression_level=level))
@@ -3342,7 +3342,7 @@ class GoogleCredentials(GoogleCase):
         self.respond({'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer', 'assertion': right})
         info = {'type': 'service_account', 'client_email': 'me@project', 'private_key_id': 'kid1',
                 'token_uri': self.tokens.url + '/token'}
-        for bits, form in ((2048, ['pkey']), (3072, ['rsa', '-traditional'])):
+        for bits, form in ((2048, ['pkey']), (1536, ['rsa', '-traditional'])):
             with self.subTest(bits=bits, form=form):
                 openssl('genpkey', '-algorithm', 'RSA', '-pkeyopt', 'rsa_keygen_bits:%d' % bits, '-out', 'key.pem')
                 openssl('pkey', '-in', 'key.pem', '-pubout', '-out', 'pub.pem')
@@ -5741,8 +5741,8 @@ class Install(Installing):
 vars(etc).update(%r)
 print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).digest)
 ''' % (self.sizes, self.url, 'home', self.settings)
-        with ThreadPoolExecutor(8) as pool:
-            results = set(pool.map(run_python, [code] * 8))
+        with ThreadPoolExecutor(5) as pool:
+            results = set(pool.map(run_python, [code] * 5))
         self.assertEqual(results, {(0, etc.Dataset(self.root).digest + '\n')})
         self.check()
         self.assertLess(self.server.sent, 1.5 * 20 * UNIT)
@@ -6055,13 +6055,13 @@ int symlinkat(const char *a, int b, const char *c) { errno = EPERM; return -1; }
 """
 
 
-class PullReuse(Shell, S3Case):
+class PullReuse(Scaled, Shell, S3Case):
     """What any installed dataset has is not fetched again."""
 
     def setUp(self):
         super().setUp()
-        self.old = write('old', {'data/train/%d' % n: noise(MIB, n) for n in range(4)})
-        write(self.old, {'data/test/x': noise(2 * MIB, 9), 'data/test/y': ('->', 'x'), 'README.md': 'one'})
+        self.old = write('old', {'data/train/%d' % n: noise(UNIT, n) for n in range(4)})
+        write(self.old, {'data/test/x': noise(2 * UNIT, 9), 'data/test/y': ('->', 'x'), 'README.md': 'one'})
         self.new = Path('new')
         shutil.copytree(self.old, self.new, symlinks=True)
         write(self.new, {'README.md': 'the second one'})
@@ -6071,28 +6071,28 @@ class PullReuse(Shell, S3Case):
         self.here = Path('home')
 
     def pulled(self, words, root=None):
-        """Pull; returns how many MiB the server sent, and what was said."""
+        """Pull; returns how many units the server sent, and what was said."""
         before, name = self.server.sent, words.split()[-1]
         err = self.etc('pull', words)[1]
         self.etc('verify', name)
         if '-p' not in words:
             self.assertEqual(tree(self.here / name), tree(root or self.new))
-        return (self.server.sent - before) / MIB, err
+        return (self.server.sent - before) / UNIT, err
 
     def test_versions_and_names(self):
         self.share(self.old, 'Renamed', home='pub')
-        self.share(write('third', {'data/val/v': noise(3 * MIB, 7)}), 'Third', home='pub')
-        write('sum', {'data/val/v': noise(3 * MIB, 7), 'data/more/m': noise(MIB, 8)})
+        self.share(write('third', {'data/val/v': noise(3 * UNIT, 7)}), 'Third', home='pub')
+        write('sum', {'data/val/v': noise(3 * UNIT, 7), 'data/more/m': noise(UNIT, 8)})
         shutil.copytree(self.old / 'data/train', 'sum/data/train')
         self.share('sum', 'Sum', home='pub')
         self.etc('pull Third')
         for name, root, least, said in (
-                ('New', self.new, 0, 'pulled New to .*: 7 files, 6.29 MB in .*; 6.29 MB were here already'),
-                ('Renamed', self.old, 0, 'pulled Renamed to .*; 6.29 MB were here already'),
-                ('Sum', 'sum', 1, '; 7.34 MB were here already')):
+                ('New', self.new, 0, 'pulled New to .*: 7 files, 393 kB in .*; 393 kB were here already'),
+                ('Renamed', self.old, 0, 'pulled Renamed to .*; 393 kB were here already'),
+                ('Sum', 'sum', 1, '; 459 kB were here already')):
             with self.subTest(name):
                 sent, err = self.pulled(name, root=root)
-                self.assertTrue(least < sent < least + 0.03, sent)
+                self.assertTrue(least < sent < least + 0.2, sent)
                 self.assertRegex(err, said)
                 if os.name != 'nt':
                     self.assertTrue((self.here / 'Old/data/train/2').samefile(self.here / name / 'data/train/2'))
@@ -6101,25 +6101,25 @@ class PullReuse(Shell, S3Case):
 
     def test_some_partitions_and_the_rest(self):
         sent, err = self.pulled('-p test New')
-        self.assertEqual((sent < 0.02, os.listdir(self.here / 'New/data')), (True, ['test']))
-        self.assertRegex(err, 'pulled New to .*: 3 files, 2.1 MB')
+        self.assertEqual((sent < 0.2, os.listdir(self.here / 'New/data')), (True, ['test']))
+        self.assertRegex(err, 'pulled New to .*: 3 files, 131 kB')
         self.etc('purge Old')
         sent, err = self.pulled('New')
-        self.assertTrue(4 < sent < 4.1, sent)
-        self.assertIn('; 2.1 MB were here already', err)
+        self.assertTrue(4 < sent < 4.2, sent)
+        self.assertIn('; 131 kB were here already', err)
 
     def test_what_changed_is_fetched(self):
         """And nothing that was damaged here spreads."""
         path = self.here / 'Old/data/train/2'
         for name, damage in (
-                ('other bytes', lambda: (path.chmod(0o644), path.write_bytes(noise(MIB, 77)))),
+                ('other bytes', lambda: (path.chmod(0o644), path.write_bytes(noise(UNIT, 77)))),
                 ('a file less', lambda: remove(path)),
-                ('a file more', lambda: write(path.parent, {'2': noise(MIB, 2), 'more': 'm'})),
+                ('a file more', lambda: write(path.parent, {'2': noise(UNIT, 2), 'more': 'm'})),
                 ('no directory', lambda: remove(path.parent))):
             with self.subTest(name):
                 damage()
                 sent, err = self.pulled('New')
-                self.assertTrue(4 < sent < 4.1, sent)
+                self.assertTrue(4 < sent < 4.2, sent)
                 self.etc('purge New')
 
     @POSIX
@@ -6144,7 +6144,7 @@ class PullReuse(Shell, S3Case):
         """What is linked is what was hashed, whatever happens to the other dataset."""
         changed = Path('changed')
         shutil.copytree(self.old, changed, symlinks=True)
-        self.share(write(changed, {'data/train/2': noise(MIB, 22)}), 'Changed', home='pub')
+        self.share(write(changed, {'data/train/2': noise(UNIT, 22)}), 'Changed', home='pub')
         for words in ('purge Old', 'register --copy -f %s Old' % changed):
             changes = [words]
             etc.pull('New', config=self.config(), progress=lambda done, total: changes and self.etc(changes.pop()))
@@ -6155,7 +6155,7 @@ class PullReuse(Shell, S3Case):
 
     def test_interrupted(self):
         """What could be linked is linked again."""
-        write(self.new, {'data/late/%d' % n: noise(MIB, 50 + n) for n in range(20)})
+        write(self.new, {'data/late/%d' % n: noise(UNIT, 50 + n) for n in range(20)})
         self.share(self.new, 'Long', home='pub')
         asked = itertools.count()
         self.server.fault = lambda handler: next(asked) > 5 and refusing(403, 'AccessDenied')(handler)
@@ -7044,8 +7044,8 @@ class Places(Hush, S3Case):
 
     def test_queries_that_are_legal(self):
         """In the name of a "directory" of a bucket."""
-        for mark in MARKS:
-            for url in ('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x') * (mark != '\n'):
+        for mark, url in some(('s3://bucket/x?sig=%s', 's3://bucket/x#%s', 's3://bucket/user:%s@x')):
+            if mark != '\n':
                 self.server.objects.clear()
                 os.environ['ETC_URL'] = url % mark.join(self.secrets)
                 for words in ('push X', 'push X', 'ls -rl', 'info -r X', '--home two pull X', '--home two info X',
@@ -7244,7 +7244,7 @@ class Progress(Shell, Case):
     def test_terminal(self):
         write('ds', {'data/train/big': noise(24 * MIB), 'data/train/small': 'x'})
         etc.register('ds', 'MNIST', config=etc.Config())
-        for columns in 80, 40, 12:
+        for columns in 40, 12:
             for words in ('push -f MNIST', 'verify MNIST', '--home %d pull MNIST' % columns):
                 with self.subTest(words, columns=columns):
                     code, shown = on_terminal('--url', self.url, *words.split(), columns=columns,
@@ -7272,8 +7272,8 @@ class Question(Shell, Case):
 
     def test_answers(self):
         asked = "etc: remove 'X' (1.5 kB) in %s? [y/N] " % self.url
-        for answers, code, left in (('\n|n\n|no\n|yy\n|\xff\n| \n|\x04', 1, ['X', 'Y']),
-                                    ('y\n|Y\n|yes\n| yes \n', 0, ['Y'])):
+        for answers, code, left in (('\n|no\n|yy\n|\xff\n|\x04', 1, ['X', 'Y']),
+                                    ('y\n| YES \n', 0, ['Y'])):
             for answer in answers.split('|'):
                 with self.subTest(answer):
                     *found, shown = self.purge('-r', '-q', 'X', answers=[answer.encode('latin-1')])
@@ -7658,7 +7658,7 @@ def limited(thread):
 threading.Thread.start = limited
 """
         write('.', {'one.yaml': 'connections: 1\n'})
-        for limit, settings in ((5, ''), (3, ''), (2, ' --config one.yaml')):
+        for limit, settings in ((3, ''), (2, ' --config one.yaml')):
             for home, words in (('home', 'push -f X'), ('two', 'pull X'), ('two', 'verify X'), ('two', 'purge X')):
                 with self.subTest(words, limit=limit):
                     code, out = self.run_(program, limit, words + settings, home)
@@ -7691,14 +7691,14 @@ threading.Thread.start = interrupted
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
         """As with ulimit -v: the command succeeds, or says what to do."""
-        self.share(write('ds', {'data/train/x': noise(30 * MIB)}))
+        self.share(write('ds', {'data/train/x': noise(12 * MIB)}))
         program = r"""
 import resource
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
 resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource.RLIM_INFINITY))
 """
         outcomes, lacking, enough, room = set(), 0, 2048, 1024
-        while enough - lacking > 2:  # which is found, as it differs from Python to Python
+        while enough - lacking > 8:  # which is found, as it differs from Python to Python
             code = None
             with self.subTest(room), contextlib.suppress(subprocess.TimeoutExpired):
                 # CPython may wait for ever for a thread whose start failed for want of memory
@@ -7976,17 +7976,17 @@ sys.exit(status)
     def test_memory_is_flat(self):
         """With many files, which take one walk, in flat directories, and with large ones."""
         write('outside', {'%04d' % number: '' for number in range(1000)})
-        write('Many', {'data/train/%03d' % number: ('->', str(self.tmp / 'outside')) for number in range(150)})
+        write('Many', {'data/train/%03d' % number: ('->', str(self.tmp / 'outside')) for number in range(100)})
         flat = write('Flat', {'data/train': None}) / 'data/train'
-        for number in range(60000):
+        for number in range(45000):
             os.close(os.open('%s/%06d' % (flat, number), os.O_CREAT))
         write('Large', {'data/train/zeros': ''})
-        os.truncate('Large/data/train/zeros', 120 * MIB)
+        os.truncate('Large/data/train/zeros', 60 * MIB)
         extra = 100 if sys.implementation.name == 'pypy' else 0
         for name in 'Many', 'Flat', 'Large':
             self.etc('register', name)
-        for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 90),
-                                   ('two', 'pull Large', 90)):
+        for home, words, limit in (('home', 'push Many', 56), ('home', 'verify Flat', 56), ('home', 'push Large', 70),
+                                   ('two', 'pull Large', 70)):
             with self.subTest(words):
                 code, out = run_python(self.MEMORY, '--url', self.url, '--home', home, *words.split())
                 self.assertEqual(code, 0, out)
