@@ -5314,8 +5314,7 @@ class _Archive:
                 length = min(length, _MAX_RANGE)
             return data
 
-        connections = min(self.remote.connections, left // _MIN_RANGE)
-        with _Pool(self.job, max(1, connections)) as pool:
+        with _Pool(self.job, self.remote.connections) as pool:
             chunks = _ordered(
                 pool, fetch, ranges(), lambda _: ahead < _AHEAD)
             for data in chunks:
@@ -5348,17 +5347,18 @@ class _Archive:
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
-            lacking = {segment.path: segment.digest for segment in self.segments if segment.path in wanted}
+            lacking = {
+                segment.path: segment.digest
+                for segment in self.segments if segment.path in wanted}
             reused = place.reuse(self.job, lacking)
             self.fetch(wanted - reused, place.work)
-            _validate(place.new, self.label)
-            return reused
-        chunks = self.read_ahead([(0, self.obj.size)])
-        with self.labelled(), contextlib.closing(chunks):
-            with _Pool(self.job, 1) as pool:
-                _extract_foreign(chunks, place.new, pool)
+        else:
+            chunks = self.read_ahead([(0, self.obj.size)])
+            with self.labelled(), contextlib.closing(chunks):
+                with _Pool(self.job, 1) as pool:
+                    _extract_foreign(chunks, place.new, pool)
         _validate(place.new, self.label)
-        self.segments = _digest_segments(self.job, place.new)
+        self.segments = self.segments or _digest_segments(self.job, place.new)
         return reused
 
     def fetch(
@@ -5369,11 +5369,13 @@ class _Archive:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         obj = self.obj
         head = json.dumps([self.remote.url, obj.name, obj.version])
-        had = dict.fromkeys(paths, 0)
-        segments = [segment for segment in self.segments if segment.path in paths]
+        promised = {
+            segment.path: segment
+            for segment in self.segments if segment.path in paths}
+        had = dict.fromkeys(promised, 0)
 
         def blocks() -> Generator[_Block, None, None]:
-            lacking = sum(segment.size for segment in segments)
+            lacking = sum(segment.size for segment in promised.values())
             earlier = work / 'earlier'
             for block in _replay(self.job, pool, earlier, head, had):
                 had[block.path] += block.length
@@ -5382,7 +5384,7 @@ class _Archive:
             _check_room(work, lacking)
             _remove(earlier / 'journal')  # all of it is in place
             _say(f"'{obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
-            rest = [(segment, had[segment.path]) for segment in segments]
+            rest = list(zip(promised.values(), had.values()))
             rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
             spans = [
                 [segment.offset + skipped, segment.stop]
@@ -5395,7 +5397,6 @@ class _Archive:
             with contextlib.closing(chunks):
                 yield from _inflate_blocks(pool, chunks, rest)
 
-        promised = {segment.path: segment for segment in segments}
         sink = _Sink(work / 'new')
         with self.labelled(), _Pool(self.job, _cores()) as pool:
             with contextlib.closing(blocks()) as found:
@@ -5403,7 +5404,7 @@ class _Archive:
 
     def receipt(self, installed: Set[str]) -> _Receipt:
         """Of an installed dataset with the segments that have these paths; none means all."""
-        paths = installed or _paths_of(self.obj.name, self.segments, None)
+        paths = installed or _digests(self.segments)
         return _Receipt(
             self.obj.name,
             self.segments,
@@ -5463,14 +5464,12 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
     def look(obj: _Object) -> List[Tuple[_Archive, _Segment]]:
-        same = []
         with contextlib.suppress(Error):
             archive = _find(hasty, obj.name)
-            for segment in archive.segments:
-                bare = segment._replace(offset=0, length=0, digest='')
-                if bare == survey.segments.get(segment.path):
-                    same.append((archive, segment))
-        return same
+            return [
+                (archive, segment) for segment in archive.segments
+                if segment._replace(offset=0, length=0, digest='') == survey.segments.get(segment.path)]
+        return []
 
     def is_sound(item: Tuple[_Archive, _Segment]) -> bool:
         archive, segment = item
@@ -5508,72 +5507,54 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
         return dict(itertools.compress(found.items(), sound))
 
 
-def _archive_chunks(
+def _send(
         job: _Job,
-        pool: _Pool,
-        survey: _Survey,
-        level: int,
-        copies: _Copies,
-        segments: _SegmentList,
-        local: Dataset,
-) -> Iterator[_Chunk]:
-    """A dataset's archive; `segments` grows on the way. Raises Corrupt if they are not what is known of the dataset."""
-    rest = survey.segments.keys() - copies.keys()
-    compress = functools.partial(_compress, level)
-    listing = _only(rest, survey.listing())
-    blocks = _process(job, pool, listing, compress)
-    packed = itertools.groupby(blocks, operator.attrgetter('path'))
-    for path in survey.segments:
-        if path in copies:
-            archive, segment = copies[path]
-            copied = segment._replace(offset=segments.archive_length())
-            segments.segments.append(copied)
-            yield _Range(archive.obj, segment.offset, segment.stop)
-            continue
-        for block in next(packed)[1]:
-            segments.add(block, len(block.payload))
-            job.produced += len(block.payload)
-            job.packed += block.size
-            yield block.payload
-    digest = _dataset_digest(segments.segments)
-    expected = _dataset_digest(local._segments or segments.segments)
-    if digest != expected:
-        raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
-                      f"'etc verify {local.name}' tells more")
-    yield _archive_end(level, segments)
-
-
-def _is_whole(
         remote: _Remote,
-        name: str,
-        end: bytes,
-        size: int,
+        local: Dataset,
+        survey: _Survey,
+        copies: _Copies,
         exclusive: bool,
-        doubt: Optional[_Unconfirmed],
-) -> bool:
-    """Whether an archive that was just written is right; if not, it is not there any more.
+        level: int,
+) -> Tuple[_SegmentList, Optional[_Unconfirmed]]:
+    """Write the archive of a dataset once; return its segments, and what leaves it in doubt whether it is there.
 
-    end, size: what it must have. doubt: raised if it is not there, unless it was to be exclusive, and another one is.
+    Raises Corrupt if the files are not what is known of the dataset.
     """
-    obj = remote.stat(name)
-    if (
-            not obj
-            or obj.size < len(end)
-            or remote.read(obj, obj.size - len(end), obj.size) != end):
-        if doubt and obj and exclusive:
-            raise _NameTaken
-        if doubt:
-            raise doubt
-        _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
-    elif obj.size != size:
-        _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
-        try:
-            remote.remove(obj)
-        except RemoteError as e:
-            raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
-                          f"'etc push -f {name}' replaces it") from None
-        return False
-    return True
+    segments = _SegmentList()
+
+    def chunks() -> Iterator[_Chunk]:
+        rest = survey.segments.keys() - copies.keys()
+        compress = functools.partial(_compress, level)
+        listing = _only(rest, survey.listing())
+        blocks = _process(job, pool, listing, compress)
+        packed = itertools.groupby(blocks, operator.attrgetter('path'))
+        for path in survey.segments:
+            if path in copies:
+                archive, segment = copies[path]
+                copied = segment._replace(offset=segments.archive_length())
+                segments.segments.append(copied)
+                yield _Range(archive.obj, segment.offset, segment.stop)
+                continue
+            for block in next(packed)[1]:
+                segments.add(block, len(block.payload))
+                job.produced += len(block.payload)
+                job.packed += block.size
+                yield block.payload
+        digest = _dataset_digest(segments.segments)
+        expected = _dataset_digest(local._segments or segments.segments)
+        if digest != expected:
+            raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
+                          f"'etc verify {local.name}' tells more")
+        yield _archive_end(level, segments)
+
+    copied = sum(segment.size for _, segment in copies.values())
+    job.begin(survey.size - copied)
+    try:
+        with _Pool(job, _cores()) as pool:
+            remote.write(local.name, chunks(), survey.limit, exclusive)
+    except _Unconfirmed as e:
+        return segments, e
+    return segments, None
 
 
 def _write_archive(
@@ -5587,38 +5568,43 @@ def _write_archive(
 
     exclusive: raise _NameTaken if there is an archive of that name already.
     """
+    name = local.name
     survey = _Survey(local.root)
-    survey.warn(local.name)
+    survey.warn(name)
     if sum(len(json.dumps(path)) + 200 for path in survey.segments) > _INDEX_LIMIT:
         raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
-    copies = _find_copies(job, remote, local.name, survey)
+    copies = _find_copies(job, remote, name, survey)
     while True:
-        segments = _SegmentList()
-        doubt: Optional[_Unconfirmed] = None
-        copied = sum(segment.size for _, segment in copies.values())
-        job.begin(survey.size - copied)
         try:
-            with _Pool(job, _cores()) as pool:
-                chunks = _archive_chunks(job, pool, survey, level, copies, segments, local)
-                remote.write(local.name, chunks, survey.limit, exclusive)
+            segments, doubt = _send(job, remote, local, survey, copies, exclusive, level)
         except _WriteAgain as e:
             _say(f'{e.message}; writing it again', _DEBUG)
             continue
-        except _Unconfirmed as e:
-            doubt = e
         except RemoteError as e:
             if not copies or not e.status:
                 raise
             _say(f'nothing is copied: {e.message}', _DEBUG)
             copies = {}
             continue
-        end = _archive_end(level, segments)
-        size = segments.archive_length() + len(end)
-        is_sure = not copies and not doubt
-        if is_sure or _is_whole(remote, local.name, end, size, exclusive, doubt):
+        if not copies and not doubt:
             return segments.segments, copies
-        copies = {}
-        exclusive = True  # as another push may have been faster
+        end = _archive_end(level, segments)
+        obj, tail = remote.find(name)
+        if not obj or not tail.endswith(end[-_TAIL:]):
+            if doubt:
+                raise _NameTaken if obj and exclusive else doubt
+            _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
+        elif obj.size != segments.archive_length() + len(end):
+            _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
+            copies = {}
+            exclusive = True  # as another push may have been faster
+            try:
+                remote.remove(obj)
+                continue
+            except RemoteError as e:
+                raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
+                              f"'etc push -f {name}' replaces it") from None
+        return segments.segments, copies
 
 
 # ---------------------------------------------------------------------------------------
