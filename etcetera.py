@@ -2980,8 +2980,7 @@ class _Aws(_Renewed):
     def judge(self, reply: _Reply) -> str:
         """For _Http.request(): errors are judged by their code, too. One may tell that our clock is wrong."""
         code = _aws_error(reply)[0]
-        date = reply.headers.get('Date')
-        ahead = _http_time(date) - time.time()
+        ahead = _http_time(reply.headers.get('Date')) - time.time()
         is_news = 300 < abs(ahead - self.skew) < 1e9
         if is_news and code in _AWS_CLOCK_ERRORS:
             self.skew = ahead
@@ -3129,8 +3128,7 @@ class _Aws(_Renewed):
         reply = self.http.request(lambda: self.sign(request, place), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
-        code, message, _ = _aws_error(reply)
-        raise RemoteError(f'{source}: AWS STS answers {_status(reply, code, message)}',
+        raise RemoteError(f'{source}: AWS STS answers {_status(reply)}',
                           f'check the role_arn {_printable(role)} and who may assume it, or try again later',
                           reply.status)
 
@@ -3180,8 +3178,7 @@ class _Aws(_Renewed):
         source = "the container's credentials service"
         if reply.status == 200:
             return _aws_keys(answer, source)
-        message = str(answer.get('message', ''))
-        problem = _status(reply, '', message)
+        problem = _status(reply, answer.get('message'))
         raise RemoteError(f'{source} answers {problem}', 'check what it may do', reply.status)
 
     def from_instance(self) -> Optional[_AwsKeys]:
@@ -3234,17 +3231,15 @@ def _aws_sections() -> Dict[str, Dict[str, str]]:
         for title in parser.sections():
             name = re.sub(r'''^profile\s+|(?<=\s)["']|["']$''', '', title)
             section = sections[name]
-            for key, text in parser.items(title):
-                section[key] = text
+            items = dict(parser.items(title))
+            if file == 'credentials' and 'aws_access_key_id' in items:
+                # Nothing in the other file may be mixed with these keys.
+                items.setdefault('aws_session_token', '')
+                items.update(credential_process='', login_session='')
+            section.update(items)
+            for key, text in items.items():
                 for inner, value in re.findall(r'(?m)^(\w+)\s*=\s*(\S+)', text):
                     section[f'{key}.{inner}'] = value
-            if file == 'credentials' and parser.has_option(title, 'aws_access_key_id'):
-                # Nothing in the other file may be mixed with these keys.
-                token = parser.get(title, 'aws_session_token', fallback='')
-                section.update(
-                    aws_session_token=token,
-                    credential_process='',
-                    login_session='')
     return sections
 
 
@@ -3363,9 +3358,10 @@ def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
         items.get('Region', ''))
 
 
-def _status(reply: _Reply, code: str, message: str) -> str:
-    """What an error says, for people."""
-    explanation = _printable(message)[:300] or 'no explanation'
+def _status(reply: _Reply, message: Any = None) -> str:
+    """What an error says, for people; if it is not in XML, its message must be given."""
+    code, text, _ = _aws_error(reply)
+    explanation = _printable(str(message or text))[:300] or 'no explanation'
     return f"{reply.status}{' ' * bool(code)}{code}: {explanation}"
 
 
@@ -4261,7 +4257,7 @@ class _S3Remote(_BucketStore):
         if 'content-md5' in message.lower() and is_unchecked:
             self.must_check = True
             kind = _WriteAgain
-        return kind(f'{self.url} answers {_status(reply, code, message)}', remedy, reply.status)
+        return kind(f'{self.url} answers {_status(reply)}', remedy, reply.status)
 
     def list_page(self, query: _Headers) -> _Page:
         """ListObjectsV2"""
@@ -4497,7 +4493,7 @@ class _GsRemote(_BucketStore):
         remedy = next(
             remedy for pattern, remedy in _GS_REMEDIES
             if re.match(pattern, text, re.I | re.S))
-        return RemoteError(f"{self.url} answers {_status(reply, '', message)}", remedy, reply.status)
+        return RemoteError(f"{self.url} answers {_status(reply, message)}", remedy, reply.status)
 
     def list_page(self, query: _Headers) -> _Page:
         fields = 'kind,items(name,size,generation,updated),nextPageToken'
@@ -5640,14 +5636,13 @@ def _list(
         def describe(item: Any) -> _Row:
             if names_only:
                 return {'name': item.name}
-            if not remote:
-                return _describe_local(item)
             segments: Sequence[_Segment] = ()
             try:
-                segments = _find(store, item.name).segments
+                if remote:
+                    segments = _find(store, item.name).segments
             except (Error, OSError) as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
-            return _describe_remote(item, segments)
+            return _describe(item, segments)
 
         with contextlib.ExitStack() as stack:
             items: Iterable[Any]
@@ -5693,13 +5688,13 @@ def info(
         if not remote:
             local = place.open()
             segments = local._read(job)
-            summary = _describe_local(place.path, segments)
+            summary = _describe(place.path, segments)
             summary.update(meta=local.meta, readme=_read_readme(place.path))
         else:
             with _open_remote(place.config, job) as store:
                 archive = _find(store, place.name)
                 segments = archive.segments
-                summary = _describe_remote(archive.obj, segments)
+                summary = _describe(archive.obj, segments)
                 summary.update(_read_root_files(archive))
         place.check(segments)
         return summary
@@ -5707,19 +5702,41 @@ def info(
     return _perform(progress, work)
 
 
-def _summary(
-        name: str,
-        whole: Sequence[_Segment],
-        here: Sequence[_Segment],
-        **more: Any,
+def _describe(
+        item: Union[Path, _Object],
+        segments: Sequence[_Segment],
 ) -> _Row:
-    """What info() and _list() tell of all datasets. whole: empty if nothing is known of the segments."""
+    """What info() and _list() tell of all datasets.
+
+    item: where it is: a directory, or an object. segments: what is known of them, if there is no receipt.
+    """
     keys = 'name digest files size partitions'
-    summary = dict.fromkeys(keys.split())
-    summary.update(more, name=name)
-    if whole:
+    summary: _Row = dict.fromkeys(keys.split())
+    summary['name'] = item.name
+    here = segments
+    if isinstance(item, _Object):
         summary.update(
-            digest=_dataset_digest(whole),
+            archive_size=item.size,
+            when=item.modified and _utc(item.modified) or None,
+            meta=None,
+            readme=None,
+        )
+    else:
+        receipt = _read_receipt(item)
+        segments = receipt.segments or segments
+        here = receipt.here() or segments
+        summary.update(
+            root=str(item),
+            source=receipt.source,
+            when=receipt.when,
+            partial=receipt.is_partial,
+        )
+        if item.is_symlink():
+            target = os.path.realpath(item)
+            summary['source'] = Path(target).as_uri()
+    if segments:
+        summary.update(
+            digest=_dataset_digest(segments),
             files=sum(segment.files for segment in here),
             size=sum(segment.size for segment in here),
             partitions={
@@ -5730,44 +5747,10 @@ def _summary(
     return summary
 
 
-def _describe_local(
-        path: Path,
-        segments: Sequence[_Segment] = (),
-) -> _Row:
-    """segments: what was read of a dataset that may have no receipt."""
-    receipt = _read_receipt(path)
-    source = receipt.source
-    if path.is_symlink():
-        source = Path(os.path.realpath(path)).as_uri()
-    return _summary(
-        path.name,
-        receipt.segments or segments,
-        receipt.here() or segments,
-        root=str(path),
-        source=source,
-        when=receipt.when,
-        partial=receipt.is_partial,
-    )
-
-
-def _describe_remote(obj: _Object, segments: Sequence[_Segment]) -> _Row:
-    when = obj.modified and _utc(obj.modified) or None
-    return _summary(
-        obj.name,
-        segments,
-        segments,
-        archive_size=obj.size,
-        when=when,
-        meta=None,
-        readme=None,
-    )
-
-
 def _read_root_files(archive: _Archive) -> _Row:
     """meta and readme of a remote dataset, unless they are in large files."""
-    root_files = archive.segments[:1]
-    most = max((max(segment.length, segment.size) for segment in root_files), default=0)
-    if not 0 < most <= _META_LIMIT + _README_LIMIT:
+    sizes = [(segment.length, segment.size) for segment in archive.segments[:1]]
+    if not sizes or max(*sizes[0]) > _META_LIMIT + _README_LIMIT:
         return {}
     import tempfile
     with tempfile.TemporaryDirectory() as work:
@@ -5808,7 +5791,7 @@ def diff(
         key=lambda side: not side[2])  # first what takes no time
 
     def work(job: _Job) -> _Row:
-        found: _Row = {'equal': None, 'segments': {}}
+        found: _Row = {'segments': {}}
         known: Any = collections.defaultdict(dict)  # segments by path and side
         for side, place, is_remote in sides:
             segments = _find_segments(job, place, is_remote)
@@ -5822,9 +5805,11 @@ def diff(
                 known[segment.path][side] = segment
         for path in sorted(known, key=_segment_order):
             one, other = map(known[path].get, 'ab')
-            status = 'new' if one is None else 'gone' if other is None else 'differs'
-            if one and other and one.digest == other.digest:
-                status = 'same'
+            status = (
+                'new' if not one
+                else 'gone' if not other
+                else 'same' if one.digest == other.digest
+                else 'differs')
             found['segments'][path] = {
                 'status': status,
                 'a': one and one.amount(),
@@ -5873,10 +5858,8 @@ def dataset(
 
     def work(job: _Job) -> Dataset:
         receipt = _read_receipt(place.path)
-        wanted = _paths_of(place.name, receipt.segments, partitions)
-        missing = wanted - receipt.installed
-        is_missing = missing or not _is_dataset(place.path)
-        if is_missing and (auto_install or auto_pull):
+        missing = _paths_of(place.name, receipt.segments, partitions) - receipt.installed
+        if (auto_install or auto_pull) and (missing or not _is_dataset(place.path)):
             return _pull(job, place, False, partitions)
         local = place.open()
         if place.pin:
@@ -5939,7 +5922,7 @@ def _pull(
                     _write_receipt(place.path, archive.receipt(set()))  # as 1.0 kept them elsewhere
                 _say(here_already)
                 return local
-        if archive.segments and receipt.digest == _dataset_digest(archive.segments):
+        if receipt.digest == _dataset_digest(archive.segments):
             wanted |= receipt.installed
         with place.installing(replace=force or bool(is_same)):
             reused = archive.extract(place, wanted)
@@ -5948,8 +5931,7 @@ def _pull(
             is_new = place.commit(new)
         old = ''
         if receipt.name and receipt.digest != new.digest:
-            here = receipt.here()
-            partitions = [segment.partition for segment in here if segment.partition]
+            partitions = [segment.partition for segment in receipt.here() if segment.partition]
             old = f"; it replaces another one with {', '.join(partitions)}"
         done = f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}'
         _say(done if is_new else here_already)
@@ -6076,14 +6058,15 @@ def register(
                 raise place.taken_error()
             _say(f"'{place.name}' is registered already")
             return place.open()
-        if copy:
-            return _copy(job, root, place, force)
         with place.installing(force):
-            _symlink(root, place.new, "'etc register --copy' installs a copy")
-            place.commit()
-        _say(f"registered '{place.name}': {root}")
-        with contextlib.suppress(InvalidDataset, OSError):  # which a push will tell
-            _Survey(root).warn(place.name)
+            if copy:
+                _copy(job, root, place)
+            else:
+                _symlink(root, place.new, "'etc register --copy' installs a copy")
+                place.commit()
+                _say(f"registered '{place.name}': {root}")
+                with contextlib.suppress(InvalidDataset, OSError):  # which a push will tell
+                    _Survey(root).warn(place.name)
         return place.open()
 
     return _perform(progress, work)
@@ -6093,22 +6076,19 @@ def _copy(
         job: _Job,
         root: Path,
         place: _Place,
-        force: bool,
-) -> Dataset:
+) -> None:
     """Install a copy of a dataset as if it had been pushed and pulled."""
     survey = _Survey(root)
     job.begin(survey.size)
-    with place.installing(force):
-        _check_room(place.work, survey.size)
-        place.new.mkdir()
-        with _Pool(job, _cores()) as pool:
-            blocks = _process(job, pool, survey.listing(), bytes, is_all=True)
-            segments = _extract(blocks, {}, _Sink(place.new))
-        paths = frozenset(survey.segments)
-        receipt = _Receipt(place.name, segments, paths, root.as_uri())
-        place.commit(receipt)
+    _check_room(place.work, survey.size)
+    place.new.mkdir()
+    with _Pool(job, _cores()) as pool:
+        blocks = _process(job, pool, survey.listing(), bytes, is_all=True)
+        segments = _extract(blocks, {}, _Sink(place.new))
+    paths = frozenset(survey.segments)
+    receipt = _Receipt(place.name, segments, paths, root.as_uri())
+    place.commit(receipt)
     _say(f'copied {place.name}: {_tally(place, segments)}')
-    return place.open()
 
 
 def create(
@@ -6215,12 +6195,11 @@ def _purge_remote(
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
             store.check_writable()
+            obj = store.stat(place.name)  # which finds damaged archives and archived ones, too
+            found = _existing(store, place.name, obj)
             if place.pin:
-                archive = _find(store, place.name)
-                place.check(archive.segments)
-                return archive.obj, store.url
-            obj = store.stat(place.name)  # which finds damaged archives, too
-            return _existing(store, place.name, obj), store.url
+                place.check(_find(store, place.name).segments)
+            return found, store.url
 
     def remove(job: _Job) -> bool:
         with _open_remote(place.config, job) as store:
