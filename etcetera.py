@@ -667,8 +667,7 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
 
     def work() -> None:
         try:
-            with _system_errors():
-                outcome.append((function(job, *args), None))
+            outcome.append((function(job, *args), None))
         except BaseException as e:
             outcome.append((None, e))
         job.wake()
@@ -691,7 +690,7 @@ def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R
         raise
     result, error = outcome[0]
     if error:
-        with _system_errors():  # again, as memory may have lacked even for that
+        with _system_errors():
             raise error
     job.moved = job.total
     job.produced = 0
@@ -766,13 +765,15 @@ def _ordered(
         pool: _Pool,
         function: Callable[[_T], _R],
         items: Iterable[_T],
-        has_room: Callable[[int], bool],
+        has_room: Optional[Callable[[int], bool]] = None,
 ) -> Generator[_R, None, None]:
     """Yield function(item) for every item, in order.
 
-    has_room: whether another item may be begun while so many are under way or wait to be yielded. What is done is
-        yielded early, except for as many results as keep the pool busy while the caller uses one.
+    has_room: whether another item may be begun while so many are under way or wait to be yielded; by default, each
+        thread has one under way and one waiting. What is done is yielded early, except for as many results as keep the
+        pool busy while the caller uses one.
     """
+    has_room = has_room or (2 * pool.wanted).__gt__
     pending: Any = collections.deque()
     keep = _cores()
     for item in items:
@@ -782,16 +783,6 @@ def _ordered(
         del item
     while pending:
         yield pending.popleft().result()
-
-
-def _for_all(_: int) -> bool:
-    """For _ordered(): few items."""
-    return True
-
-
-def _for_cores(count: int) -> bool:
-    """For _ordered(): computation, of which each core has one piece under way and one waiting."""
-    return count < 2 * _cores()
 
 
 # ---------------------------------------------------------------------------------------
@@ -1184,7 +1175,6 @@ class _Block(NamedTuple):
     path: str  # of its segment
     payload: Any  # its bytes, or what was made of them
     digest: bytes  # SHA-256 of its bytes
-    files: int = 0  # number of files and links that end in it
     size: int = 0  # bytes of files in it
     length: int = 0  # bytes in the archive
     source: str = ''  # the directory whose files it was read from, if they may be linked
@@ -1204,13 +1194,9 @@ def _process(
     def process(item: Tuple[str, _Pieces, bytes]) -> _Block:
         path, pieces, payload = item
         payload = payload or _read_pieces(pieces)
-        files = size = 0
-        for _, entry, start, stop in pieces:
-            size += stop - start
-            if entry and entry.kind != _DIRECTORY and stop == entry.size:
-                files += 1
+        size = sum([stop - start for _, _, start, stop in pieces])
         job.add(size if is_all else 0)
-        return _Block(path, work(payload), _sha256(payload).digest(), files, size)
+        return _Block(path, work(payload), _sha256(payload).digest(), size)
 
     def items() -> Iterator[Tuple[str, _Pieces, bytes]]:
         is_fast = True
@@ -1224,36 +1210,12 @@ def _process(
                 is_fast = time.monotonic() - begin < 4e-5 * len(pieces)
             yield path, pieces, payload
 
-    return _ordered(pool, process, items(), _for_cores)
+    return _ordered(pool, process, items())
 
 
-class _SegmentList:
-    """Accumulates blocks into segments."""
-
-    def __init__(self) -> None:
-        self.segments: List[_Segment] = []
-        self.digests = _sha256()  # of the last segment's blocks
-        self.ends: Dict[str, List[bytes]] = {}  # digests of each segment's first and last block, by path
-
-    def add(self, block: _Block, length: int = 0) -> None:
-        """Count a block, which takes `length` bytes in the archive."""
-        if not self.segments or self.segments[-1].path != block.path:
-            self.segments.append(_Segment(block.path, self.archive_length()))
-            self.digests = _sha256()
-            self.ends[block.path] = [block.digest]
-        self.digests.update(block.digest)
-        self.ends[block.path][1:] = [block.digest]
-        last = self.segments[-1]
-        self.segments[-1] = last._replace(
-            length=last.length + length,
-            files=last.files + block.files,
-            size=last.size + block.size,
-            digest='sha256:' + self.digests.hexdigest(),
-        )
-
-    def archive_length(self) -> int:
-        """Bytes of all blocks in the archive."""
-        return self.segments[-1].stop if self.segments else 0
+def _segment_digest(blocks: bytes) -> str:
+    """The digest of a segment, from the digests of its blocks."""
+    return f'sha256:{_sha256(blocks).hexdigest()}'
 
 
 def _dataset_digest(segments: Iterable[_Segment]) -> str:
@@ -1264,12 +1226,12 @@ def _dataset_digest(segments: Iterable[_Segment]) -> str:
     return f'sha256:{total.hexdigest()}'
 
 
-def _hash(job: _Job, listing: _Listing) -> _SegmentList:
-    """Read all files of some segments."""
-    found = _SegmentList()
+def _hash(job: _Job, listing: _Listing) -> Mapping[str, bytes]:
+    """Read all files of some segments; return the digests of the blocks of each, one after another, by its path."""
+    found: Dict[str, Any] = collections.defaultdict(bytearray)
     with _Pool(job, _cores()) as pool:
         for block in _process(job, pool, listing, len, is_all=True):
-            found.add(block)
+            found[block.path] += block.digest
     return found
 
 
@@ -1277,7 +1239,11 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
     """The segments of a dataset, after reading all its files."""
     survey = _Survey(root)
     job.begin(survey.size)
-    return _hash(job, survey.listing()).segments
+    blocks = _hash(job, survey.listing())
+    return [
+        segment._replace(digest=_segment_digest(blocks[path]))
+        for path, segment in survey.segments.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------
@@ -1657,13 +1623,16 @@ def _choose_effort(level: int, payload: bytes) -> Tuple[int, bool]:
     return level, False
 
 
-def _archive_end(level: int, segments: _SegmentList) -> bytes:
+def _archive_end(level: int, segments: Sequence[_Segment]) -> bytes:
     """What follows the blocks: the end of the tar, the index and the footer."""
-    index = {'etcetera': 1, 'digest': _dataset_digest(segments.segments),
-             'segments': [segment._asdict() for segment in segments.segments]}
+    index = {
+        'etcetera': 1,
+        'digest': _dataset_digest(segments),
+        'segments': [segment._asdict() for segment in segments],
+    }
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     end = _compress(level, _ZEROS)
-    offset = struct.pack('<Q', segments.archive_length() + len(end))
+    offset = struct.pack('<Q', segments[-1].stop + len(end))
     members = [_member(b'ei', text[start:start + _INDEX_STEP]) for start in range(0, len(text), _INDEX_STEP)]
     return end + b''.join([member + _EMPTY for member in [*members, _member(b'ef', offset)]])
 
@@ -2161,7 +2130,7 @@ def _inflate_blocks(
                 yield segment.path, (header, stream.take(length - _BLOCK_HEADER_SIZE))
                 left -= length
 
-    return _ordered(pool, lambda item: _inflate_block(item[0], b''.join(item[1])), members(), _for_cores)
+    return _ordered(pool, lambda item: _inflate_block(item[0], b''.join(item[1])), members())
 
 
 def _end_digests(first: bytes, last: bytes) -> List[bytes]:
@@ -2272,7 +2241,8 @@ def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
     import gzip
     import tarfile
     plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
-    stream = _TarStream(itertools.takewhile(len, _ordered(pool, plain.read, itertools.repeat(_BLOCK), lambda n: n < 4)))
+    pieces = _ordered(pool, plain.read, itertools.repeat(_BLOCK))
+    stream = _TarStream(itertools.takewhile(len, pieces))
     sink = _Sink(root)
     try:
         tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))  # type: ignore
@@ -4353,7 +4323,7 @@ class _S3Remote(_BucketStore):
             numbered = filter(
                 lambda _: slots.acquire(),  # so that no more parts are in memory than are being sent
                 enumerate(parts, 1))
-            rows = _ordered(pool, send, numbered, _for_all)
+            rows = _ordered(pool, send, numbered)
             manifest = ''.join(rows)
         return f'<CompleteMultipartUpload>{manifest}</CompleteMultipartUpload>'.encode()
 
@@ -4534,8 +4504,7 @@ class _GsRemote(_BucketStore):
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
-                *_, answer = _ordered(
-                    pool, send, parts(), lambda count: count < 2)
+                *_, answer = _ordered(pool, send, parts())
         except BaseException:
             abort = _Request('DELETE', session, tries=1, is_vital=True)
             with contextlib.suppress(RemoteError):
@@ -4703,7 +4672,7 @@ class _WebRemote(_HttpStore):
                 if target == f'{directory}{name}.tgz' and _is_name(name):
                     names.add(name)
         with _Pool(self.job, self.connections) as pool:
-            objects = _ordered(pool, self.stat, sorted(names), _for_all)
+            objects = _ordered(pool, self.stat, sorted(names))
             return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
@@ -5470,7 +5439,8 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     def is_sound(item: Tuple[_Archive, _Segment]) -> bool:
         archive, segment = item
         with contextlib.suppress(Error):
-            return archive.read_ends(segment) == read.ends[segment.path]
+            digests = read[segment.path]
+            return archive.read_ends(segment) == [digests[:32], digests[-32:]]
         return False
 
     if survey.size < _MIN_SHARED or not isinstance(remote, _S3Remote) or not remote.can_copy:
@@ -5484,22 +5454,21 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     hasty = copy.copy(remote)
     hasty.tries = 2  # as none of it is worth a long wait
     with _Pool(job, remote.connections) as pool:
-        looks = _ordered(pool, look, objects[-_MAX_SOURCES:], _for_all)
+        looks = _ordered(pool, look, objects[-_MAX_SOURCES:])
         held = list(itertools.chain.from_iterable(looks))
         paths = {segment.path for _, segment in held}
         read = _hash(job, _only(paths, survey.listing()))
-        digests = _digests(read.segments)
         found: _Copies = {}
         replaced = []
         for archive, segment in held:
-            if segment.digest == digests[segment.path]:
+            if segment.digest == _segment_digest(read[segment.path]):
                 if archive.obj.name == name:
                     replaced.append(archive)
                 if segment.length >= _MIN_PART:
                     found[segment.path] = archive, segment
         if len(survey.segments) == len(replaced) == len(replaced[0].segments):
             return {}
-        sound = _ordered(pool, is_sound, found.values(), _for_all)
+        sound = _ordered(pool, is_sound, found.values())
         return dict(itertools.compress(found.items(), sound))
 
 
@@ -5511,12 +5480,12 @@ def _send(
         copies: _Copies,
         exclusive: bool,
         level: int,
-) -> Tuple[_SegmentList, Optional[_Unconfirmed]]:
+) -> Tuple[List[_Segment], Optional[_Unconfirmed]]:
     """Write the archive of a dataset once; return its segments, and what leaves it in doubt whether it is there.
 
     Raises Corrupt if the files are not what is known of the dataset.
     """
-    segments = _SegmentList()
+    segments: List[_Segment] = []
 
     def chunks() -> Iterator[_Chunk]:
         rest = survey.segments.keys() - copies.keys()
@@ -5524,20 +5493,25 @@ def _send(
         listing = _only(rest, survey.listing())
         blocks = _process(job, pool, listing, compress)
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
-        for path in survey.segments:
+        offset = 0
+        for path, segment in survey.segments.items():
             if path in copies:
                 archive, segment = copies[path]
-                copied = segment._replace(offset=segments.archive_length())
-                segments.segments.append(copied)
                 yield _Range(archive.obj, segment.offset, segment.stop)
-                continue
-            for block in next(packed)[1]:
-                segments.add(block, len(block.payload))
-                job.produced += len(block.payload)
-                job.packed += block.size
-                yield block.payload
-        digest = _dataset_digest(segments.segments)
-        expected = _dataset_digest(local._segments or segments.segments)
+            else:
+                length = 0
+                digests = bytearray()
+                for block in next(packed)[1]:
+                    digests += block.digest
+                    length += len(block.payload)
+                    job.produced += len(block.payload)
+                    job.packed += block.size
+                    yield block.payload
+                segment = segment._replace(length=length, digest=_segment_digest(digests))
+            segments.append(segment._replace(offset=offset))
+            offset = segments[-1].stop
+        digest = _dataset_digest(segments)
+        expected = _dataset_digest(local._segments or segments)
         if digest != expected:
             raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
                           f"'etc verify {local.name}' tells more")
@@ -5583,14 +5557,14 @@ def _write_archive(
             copies = {}
             continue
         if not copies and not doubt:
-            return segments.segments, copies
+            return segments, copies
         end = _archive_end(level, segments)
         obj, tail = remote.find(name)
         if not obj or not tail.endswith(end[-_TAIL:]):
             if doubt:
                 raise _NameTaken if obj and exclusive else doubt
             _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
-        elif obj.size != segments.archive_length() + len(end):
+        elif obj.size != segments[-1].stop + len(end):
             _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
             copies = {}
             exclusive = True  # as another push may have been faster
@@ -5600,7 +5574,7 @@ def _write_archive(
             except RemoteError as e:
                 raise Corrupt(f'what was copied is damaged, and cannot be removed: {e.message}',
                               f"'etc push -f {name}' replaces it") from None
-        return segments.segments, copies
+        return segments, copies
 
 
 # ---------------------------------------------------------------------------------------
@@ -5653,7 +5627,7 @@ def _list(
                 items = map(config.home.joinpath, _Home(config.home).names())
             items = sorted(item for item in items if _matches(item.name, patterns))
             pool = stack.enter_context(_Pool(job, config.connections))
-            return list(_ordered(pool, describe, items, _for_all))
+            return list(_ordered(pool, describe, items))
 
     return _perform(None, work)
 
