@@ -1213,7 +1213,7 @@ def _process(
     return _ordered(pool, process, items())
 
 
-def _segment_digest(blocks: bytes) -> str:
+def _segment_digest(blocks: Any) -> str:
     """The digest of a segment, from the digests of its blocks."""
     return f'sha256:{_sha256(blocks).hexdigest()}'
 
@@ -1774,19 +1774,16 @@ class _Sink:
         path = self.path(name)
         try:
             os.mkdir(path)
-        except OSError as e:
+        except FileExistsError:
             if not exist_ok or not os.path.isdir(path):
-                raise self.explained(e, name) from None
+                raise
 
     def create_file(self, name: str, is_executable: bool) -> int:
         """Create a read-only file, and return a descriptor to write to it."""
         path = self.path(name)
         mode = 0o555 if is_executable else 0o444
-        try:
+        with contextlib.suppress(PermissionError):
             return os.open(path, _CREATE, mode)
-        except OSError as e:
-            if not isinstance(e, PermissionError):
-                raise self.explained(e, name) from None
         # Some network file systems do not open a new read-only file for writing.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -1808,21 +1805,32 @@ class _Sink:
             os.close(file)
 
     def add_link(self, name: str, target: str) -> None:
-        """Note a link. finish() makes it, so that nothing can be written through it."""
-        self.path(name)
+        """Note a link, which is made at the end, so that nothing can be written through it."""
+        path = self.path(name)
         if name in self.links:
-            raise self.explained(FileExistsError(), name)
+            raise FileExistsError(errno.EEXIST, name, path)
         if not 0 < len(target) < 4096 or '\0' in target or not _is_utf8(target):
             raise self.link_error(name, ascii(target)[1:-1])
         self.links[name] = target
 
-    def finish(self, confined: bool) -> None:
-        """Make the links. Raises Corrupt if one leads out of the dataset or, if `confined`, out of its segment."""
-        for name, target in self.links.items():
-            try:
+    @contextlib.contextmanager
+    def filling(self, confined: bool) -> Iterator[None]:
+        """Explain what the system refuses meanwhile, and make the links at the end.
+
+        Raises Corrupt if one leads out of the dataset or, if `confined`, out of its segment.
+        """
+        try:
+            yield
+            for name, target in self.links.items():
                 _symlink(_to_os(target), self.path(name))
-            except OSError as e:
-                raise self.explained(e, name) from None
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as e:
+            path = str(e.filename2 or e.filename)
+            name = _from_os(path[len(self.root):])
+            if isinstance(e, FileExistsError):
+                raise Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)") from None
+            if not os.path.isdir(self.root):
+                raise Error(f'{self.root} was removed while it was being filled', 'run the command again') from None
+            raise Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it") from None
         root = os.path.join(os.path.realpath(self.root), '')
         for name, target in self.links.items():
             path = self.path(name)
@@ -1833,16 +1841,6 @@ class _Sink:
             is_confined = inside and _segment_of(inside) == _segment_of(_to_os(name))
             if not (real + os.sep).startswith(root) or confined and not is_confined:
                 raise self.link_error(name, target)
-
-    def explained(self, error: OSError, name: str) -> Exception:
-        """What to raise when the system refuses an entry."""
-        if isinstance(error, FileExistsError):
-            return Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)")
-        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            return error
-        if not os.path.isdir(self.root):
-            return Error(f'{self.root} was removed while it was being filled', 'run the command again')
-        return Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it")
 
     def link_error(self, name: str, target: str) -> Error:
         return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
@@ -1859,163 +1857,7 @@ _HEADER_SIZE = 512  # bytes of a ustar header
 _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
 _PAX_LIMIT = 32768  # bytes of a pax header
-
-
-class _SegmentReader:
-    """Writes one segment into a sink, and refuses whatever is not canonical.
-
-    So what is installed hashes, file by file, to the digest that the index promises.
-    """
-
-    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
-        self.path = path
-        self.blocks = iter(blocks)
-        self.sink = sink
-        self.notes = notes  # the journal
-        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
-        # before the next header is read.
-        self.ready: List[Tuple[str, bool, Tuple[Any]]] = []
-        self.block: Optional[_Block] = None  # the last one
-        self.digests = _sha256()
-        self.data = b''  # the end of the tar stream, as far as it is here
-        self.view = memoryview(b'')  # of it
-        self.at = 0  # what of it has been given out
-        self.last = ''  # by what the last entry is sorted
-        self.around = posixpath.dirname(path)  # the last directory, or the one around the last file
-
-    def extract(self, promised: Optional[_Segment]) -> _Segment:
-        """Write all of it, and return it as it was read. Raises Corrupt if it is not what was promised."""
-        files = size = 0
-        has_directory = False
-        while self.at < len(self.data) or self.pull():
-            name, kind, mode, length, link = self.header()
-            self.check_place(name)
-            if kind == _DIRECTORY:
-                has_directory = True
-                self.sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
-                continue
-            files += 1
-            size += length
-            if promised and size > promised.size:
-                raise self.error('size')
-            if kind == _LINK:
-                self.sink.add_link(name, link)
-            else:
-                self.write_file(name, mode == _EXECUTABLE, length)
-        segment = _Segment(self.path, 0, 0, files, size, 'sha256:' + self.digests.hexdigest())
-        if not has_directory or promised and segment != promised._replace(offset=0, length=0):
-            raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
-        return segment
-
-    def pull(self) -> bool:
-        """Write what is ready, note that the block is written, and get the next one, if there is one."""
-        for file in self.ready:
-            self.sink.write_file(*file)
-        self.ready = []
-        last = self.block
-        if last:
-            self.notes.write(json.dumps([last.path, last.length, last.digest.hex()]).encode() + b'\n')
-            os.utime(self.sink.root)  # a sign of life, or this would soon count as abandoned
-        block = next(self.blocks, None)
-        if block is None:
-            return False
-        if last and len(last.payload) != _BLOCK:  # only the last block may be shorter
-            raise self.error('block length')
-        self.block = block
-        self.digests.update(block.digest)
-        self.data = self.data[self.at:] + block.payload
-        self.view = memoryview(self.data)
-        self.at = 0
-        return True
-
-    def take(self, size: int) -> bytes:
-        """The next bytes."""
-        while len(self.data) - self.at < size:
-            if not self.pull():
-                raise self.error('end')
-        self.at += size
-        return self.data[self.at - size:self.at]
-
-    def header(self) -> Tuple[str, bytes, bytes, int, str]:
-        """The fields of the next entry."""
-        header = self.take(_HEADER_SIZE)
-        try:
-            if header[_KIND_AT] == _PAX[0]:
-                size = int(header[_SIZE_FIELD], 8)
-                if not 0 < size <= _PAX_LIMIT:
-                    raise ValueError
-                header += self.take(-(-size // 512) * 512 + _HEADER_SIZE)
-            return _parse_header(header)
-        except ValueError:
-            raise self.error('header') from None
-
-    def check_place(self, name: str) -> None:
-        """The rules for which entries a segment holds, and in which order."""
-        path = name.rstrip('/')
-        parent = path.rpartition('/')[0]
-        order = path.replace('/', '\0')  # as lists of their components would be
-        if self.path == '.':
-            belongs = name == 'data/' or '/' not in name and name != _RECEIPT
-        else:
-            belongs = name.startswith(self.path + '/')
-        if not belongs or parent and not (self.around + '/').startswith(parent + '/'):
-            raise self.error('place')
-        if order <= self.last:
-            raise self.error('order')
-        self.last = order
-        self.around = parent if path == name else path
-
-    def write_file(self, name: str, is_executable: bool, size: int) -> None:
-        """Write the file whose header came last, or link what is known to have its bytes."""
-        here = self.view[self.at:self.at + size]
-        if len(here) < size:
-            self.sink.write_file(name, is_executable, self.pieces(size), size)
-        else:
-            self.at += size
-            if self.block and self.block.source:
-                _link_or_copy(_join(self.block.source, name), self.sink.path(name))
-            else:
-                self.ready.append((name, is_executable, (here,)))
-        padding = -size % 512
-        if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
-            raise self.error('padding')
-        self.at += padding
-
-    def pieces(self, size: int) -> Iterator[bytes]:
-        left = size
-        while left:
-            piece = self.take(min(left, len(self.data) - self.at or _BLOCK))
-            left -= len(piece)
-            yield piece
-
-    def error(self, rule: str) -> Error:
-        return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
-
-
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
-
-
-def _parse_header(header: bytes) -> Tuple[str, bytes, bytes, int, str]:
-    """The entry of a canonical header. Raises ValueError if another header would be written for it."""
-    raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack_from(header, len(header) - _HEADER_SIZE)
-    size = int(digits, 8)
-    if len(header) > _HEADER_SIZE:
-        pax = dict(_pax_records(header[_HEADER_SIZE:-_HEADER_SIZE]))
-        raw_name = pax.get(b'path', raw_name)
-        raw_link = pax.get(b'linkpath', raw_link)
-        size = int(pax.get(b'size', size))
-    name = raw_name.rstrip(b'\0').decode('utf-8')
-    link = raw_link.rstrip(b'\0').decode('utf-8')
-    if kind == _FILE:
-        mode, link = mode if mode == _EXECUTABLE else _PLAIN, ''
-    elif kind == _LINK:
-        mode, size, link = _PLAIN, 0, _relative(name, link)
-    else:
-        kind, mode, size, link = _DIRECTORY, _EXECUTABLE, 0, ''
-    is_canonical = header == _tar_header(name, kind, mode, size, link)
-    if not is_canonical or size < 0 or name.endswith('/') != (kind == _DIRECTORY):
-        raise ValueError
-    return name, kind, mode, size, link
 
 
 def _pax_records(data: bytes) -> Iterator[Tuple[bytes, bytes]]:
@@ -2029,50 +1871,6 @@ def _pax_records(data: bytes) -> Iterator[Tuple[bytes, bytes]]:
             raise ValueError('a malformed pax header')
         yield head.group(2), data[head.end():stop - 1]
         start = stop
-
-
-def _extract(
-        blocks: Iterable[_Block],
-        promised: Mapping[str, _Segment],
-        sink: _Sink,
-        journal: Optional[Path] = None,
-        head: str = '',
-) -> List[_Segment]:
-    """Write complete segments to a sink, and return them as they were read.
-
-    promised: what an index says of a segment, by its path. journal: a new file that notes which blocks have been
-    written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
-    describes a block: the path of its segment, its length in the archive, its digest.
-    """
-    with open(journal or os.devnull, 'wb', buffering=0) as notes:
-        notes.write(head.encode() + b'\n')
-        segments = [_SegmentReader(path, own, sink, notes).extract(promised.get(path))
-                    for path, own in itertools.groupby(blocks, operator.attrgetter('path'))]
-    sink.finish(confined=True)
-    return segments
-
-
-def _replay(
-        job: _Job,
-        pool: _Pool,
-        work: Path,
-        head: str,
-        paths: Container[str],
-) -> Iterator[_Block]:
-    """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
-
-    Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
-    cut.
-    """
-    root = work / 'new'
-    with contextlib.suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
-        if file.readline() != head.encode() + b'\n':
-            return
-        notes = (note for note in map(json.loads, file) if note[0] in paths)
-        for (path, length, digest), block in zip(notes, _process(job, pool, _only(paths, _segments(root)), bytes)):
-            if (block.path, block.digest.hex()) != (path, digest):
-                break
-            yield block._replace(length=int(length), source=str(root))
 
 
 class _Stream:
@@ -2096,6 +1894,176 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         return bytes(self.take(size))
+
+
+class _SegmentReader(_Stream):
+    """Writes one segment into a sink, and refuses whatever is not canonical.
+
+    So what is installed hashes, file by file, to the digest that the index promises.
+    """
+
+    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
+        """notes: the journal."""
+        super().__init__(self.payloads(blocks, notes))
+        self.path = path
+        self.sink = sink
+        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
+        # before the next header is read.
+        self.ready: List[Tuple[str, bool, Tuple[Any]]] = []
+        self.source = ''  # of the last block
+        self.digests = _sha256()
+        self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
+
+    def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
+        """The tar stream. Once all of a block has been taken, write what is ready, and note that it is written."""
+        length = _BLOCK
+        for block in blocks:
+            if length != _BLOCK:  # only the last block may be shorter
+                raise self.error('block length')
+            length = len(block.payload)
+            self.source = block.source
+            self.digests.update(block.digest)
+            yield block.payload
+            for file in self.ready:
+                self.sink.write_file(*file)
+            self.ready = []
+            note = json.dumps([self.path, block.length, block.digest.hex()])
+            notes.write(note.encode() + b'\n')
+            os.utime(self.sink.root)  # a sign of life, or this would soon count as abandoned
+
+    def extract(self, promised: Optional[_Segment]) -> _Segment:
+        """Write all of it, and return it as it was read. Raises Corrupt if it is not what was promised."""
+        files = size = 0
+        has_directory = False
+        for header in iter(functools.partial(self.read, _HEADER_SIZE), b''):
+            name, kind, mode, length, link = self.parse(header)
+            self.check_place(name)
+            if kind == _DIRECTORY:
+                has_directory = True
+                self.sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
+                continue
+            files += 1
+            size += length
+            if promised and size > promised.size:
+                raise self.error('size')
+            if kind == _LINK:
+                self.sink.add_link(name, link)
+            else:
+                self.write_file(name, mode == _EXECUTABLE, length)
+        segment = _Segment(self.path, 0, 0, files, size, f'sha256:{self.digests.hexdigest()}')
+        if not has_directory or promised and segment != promised._replace(offset=0, length=0):
+            raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
+        return segment
+
+    def parse(self, header: bytes) -> Tuple[str, bytes, bytes, int, str]:
+        """The fields of the next entry. Raises Corrupt if another header would be written for it."""
+        pax = {}
+        try:
+            if header[_KIND_AT] == _PAX[0]:
+                size = int(header[_SIZE_FIELD], 8)
+                if not 0 < size <= _PAX_LIMIT:
+                    raise ValueError
+                header += self.read(size + -size % 512 + _HEADER_SIZE)
+                pax = dict(_pax_records(header[_HEADER_SIZE:-_HEADER_SIZE]))
+            raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-_HEADER_SIZE:])
+            name = pax.get(b'path', raw_name).rstrip(b'\0').decode('utf-8')
+            link = pax.get(b'linkpath', raw_link).rstrip(b'\0').decode('utf-8')
+            size = int(pax.get(b'size') or int(digits, 8))
+            is_sound = size >= 0 and name.endswith('/') == (kind == _DIRECTORY)
+            if kind == _FILE:
+                is_sound &= not link and mode in (_PLAIN, _EXECUTABLE)
+            elif kind == _LINK:
+                is_sound &= not size and mode == _PLAIN and link == _relative(name, link)
+            else:
+                is_sound &= not size and not link and kind == _DIRECTORY and mode == _EXECUTABLE
+            if is_sound and header == _tar_header(name, kind, mode, size, link):
+                return name, kind, mode, size, link
+        except ValueError:
+            pass
+        raise self.error('header')
+
+    def check_place(self, name: str) -> None:
+        """The rules for which entries a segment holds, and in which order."""
+        if self.path == '.':
+            belongs = name == 'data/' or '/' not in name and name != _RECEIPT
+        else:
+            belongs = name.startswith(self.path + '/')
+        order = name.replace('/', '\0')  # as lists of their components would be
+        around = order[:order.rfind('\0', 0, -1) + 1]
+        if not belongs or not self.last.startswith(around):  # the last entry is the directory around it, or in it
+            raise self.error('place')
+        if order <= self.last:
+            raise self.error('order')
+        self.last = order
+
+    def write_file(self, name: str, is_executable: bool, size: int) -> None:
+        """Write the file whose header came last, or link what is known to have its bytes."""
+        if size > len(self.rest):
+            self.sink.write_file(name, is_executable, self.pieces(size), size)
+        elif self.source:
+            self.take(size)
+            _link_or_copy(_join(self.source, name), self.sink.path(name))
+        else:
+            self.ready.append((name, is_executable, (self.take(size),)))
+        padding = -size % 512
+        if self.read(padding) != _ZEROS[:padding]:
+            raise self.error('padding')
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        while size:
+            piece = self.take(min(size, len(self.rest) or _BLOCK))
+            if not piece:
+                raise self.error('end')
+            size -= len(piece)
+            yield piece
+
+    def error(self, rule: str) -> Error:
+        return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
+
+
+def _extract(
+        blocks: Iterable[_Block],
+        promised: Mapping[str, _Segment],
+        sink: _Sink,
+        journal: Optional[Path] = None,
+        head: str = '',
+) -> List[_Segment]:
+    """Write complete segments to a sink, and return them as they were read.
+
+    promised: what an index says of a segment, by its path. journal: a new file that notes which blocks have been
+    written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
+    describes a block: the path of its segment, its length in the archive, its digest.
+    """
+    groups = itertools.groupby(blocks, operator.attrgetter('path'))
+    with open(journal or os.devnull, 'wb', buffering=0) as notes, sink.filling(confined=True):
+        notes.write(head.encode() + b'\n')
+        return [
+            _SegmentReader(path, own, sink, notes).extract(promised.get(path))
+            for path, own in groups
+        ]
+
+
+def _replay(
+        job: _Job,
+        pool: _Pool,
+        work: Path,
+        head: str,
+        paths: Container[str],
+) -> Iterator[_Block]:
+    """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
+
+    Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
+    cut.
+    """
+    root = work / 'new'
+    with contextlib.suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
+        if file.readline() != head.encode() + b'\n':
+            return
+        notes = (note for note in map(json.loads, file) if note[0] in paths)
+        for (path, length, digest), block in zip(notes, _process(job, pool, _only(paths, _segments(root)), bytes)):
+            if (block.path, block.digest.hex()) != (path, digest):
+                break
+            yield block._replace(length=int(length), source=str(root))
 
 
 def _block_length(data: bytes, start: int = 0) -> int:
@@ -2244,18 +2212,19 @@ def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
     pieces = _ordered(pool, plain.read, itertools.repeat(_BLOCK))
     stream = _TarStream(itertools.takewhile(len, pieces))
     sink = _Sink(root)
-    try:
-        tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))  # type: ignore
-        for member in iter(tar.next, None):
-            tar.members = []  # or they would pile up in memory
-            _extract_member(tar, member, sink)
-        stream.finish()
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, LookupError, ArithmeticError,
-            RecursionError) as e:
-        if getattr(e, 'errno', None) is not None:  # without a number, it is gzip's
-            raise
-        raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
-    sink.finish(confined=False)
+    with sink.filling(confined=False):
+        try:
+            tar: Any = tarfile.open(  # type: ignore
+                fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))
+            for member in iter(tar.next, None):
+                tar.members = []  # or they would pile up in memory
+                _extract_member(tar, member, sink)
+            stream.finish()
+        except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, LookupError, ArithmeticError,
+                RecursionError) as e:
+            if getattr(e, 'errno', None) is not None:  # without a number, it is gzip's
+                raise
+            raise Corrupt(f'the archive is damaged or not a .tgz: {e}') from None
 
 
 def _plain_name(name: str) -> str:
@@ -2266,12 +2235,13 @@ def _plain_name(name: str) -> str:
 
 
 def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
+    """Write an entry. Of a file's mode only the owner's x bit is kept, as on push."""
     name = _plain_name(member.name)
     if not name and member.isdir() or member.type == _TAR_LABEL:
         return
     if name.split('/')[0] == _RECEIPT or re.match(_LITTER, name) and not member.isdir():
         return
-    sink.path(name)
+    path = sink.path(name)
     for slash in re.finditer('/', name):
         sink.make_directory(name[:slash.start()], exist_ok=True)
     if member.isdir():
@@ -2279,35 +2249,26 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     elif member.issym():
         sink.add_link(name, member.linkname)
     elif member.islnk():
-        _extract_hard_link(name, member.linkname, sink)
+        original = _plain_name(member.linkname)
+        target = sink.path(original)
+        if original in sink.links:
+            sink.add_link(name, sink.links[original])
+        elif os.path.isfile(target) and not os.path.lexists(path):
+            _link_or_copy(target, path)
+        else:
+            raise Corrupt(f"the archive holds the hard link '{name}' to '{member.linkname}', which is not in it")
     elif member.isreg():
-        _extract_file(tar, member, name, sink)
+        stored = tar.offset - member.offset_data  # whatever a sparse map says
+        if member.size > (stored << 10) + _SPARSE_ZEROS:
+            raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
+        source = tar.extractfile(member)
+        pieces = iter(functools.partial(source.read, _BLOCK), b'')
+        sink.write_file(name, bool(member.mode & 0o100), pieces)
     elif member.isdev():
         raise Corrupt(f"the archive holds '{name}', a device or pipe", 'do not trust it')
     else:
         kind = ascii(member.type.decode('latin-1'))
         raise Corrupt(f"the archive holds '{name}' of the unknown type {kind}", "pack it with tar's default options")
-
-
-def _extract_hard_link(name: str, linkname: str, sink: _Sink) -> None:
-    original = _plain_name(linkname)
-    if original in sink.links:
-        sink.add_link(name, sink.links[original])
-        return
-    target = sink.path(original)
-    if not os.path.isfile(target) or os.path.lexists(sink.path(name)):
-        raise Corrupt(f"the archive holds the hard link '{name}' to '{linkname}', which is not in it")
-    _link_or_copy(target, sink.path(name))
-
-
-def _extract_file(tar: Any, member: Any, name: str, sink: _Sink) -> None:
-    """Write a regular file. Of its mode only the owner's x bit is kept, as on push."""
-    stored = tar.offset - member.offset_data  # whatever a sparse map says
-    if member.size > (stored << 10) + _SPARSE_ZEROS:
-        raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
-    source = tar.extractfile(member)
-    pieces = iter(functools.partial(source.read, _BLOCK), b'')
-    sink.write_file(name, bool(member.mode & 0o100), pieces)
 
 
 # ---------------------------------------------------------------------------------------
