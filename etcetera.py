@@ -1079,17 +1079,17 @@ def _tar_header(name: str, kind: bytes, mode: bytes, size: int, link: str) -> by
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
     fills devmajor and devminor otherwise.
     """
-    raw_name = name.encode('utf-8')
-    if len(raw_name) == len(name) <= 100 and not link and size < 8 ** 11:  # the most frequent case, made fast
-        return _ustar(raw_name, kind, mode, size)
+    raw_name, raw_link = name.encode('utf-8'), link.encode('utf-8')
     pax = b''
-    for key, value in (('path', name), ('linkpath', link)):
-        if len(value) > 100 or len(value.encode('utf-8')) != len(value):
-            pax += _pax_record(key, value)
+    if not len(name) == len(raw_name) <= 100:
+        pax = _pax_record(b'path', raw_name)
+        raw_name = name.encode('ascii', 'replace')[:100]
+    if not len(link) == len(raw_link) <= 100:
+        pax += _pax_record(b'linkpath', raw_link)
+        raw_link = link.encode('ascii', 'replace')[:100]
     if size >= 8 ** 11:
-        pax += _pax_record('size', str(size))
+        pax += _pax_record(b'size', b'%d' % size)
         size = 0
-    raw_name, raw_link = [text.encode('ascii', 'replace')[:100] for text in (name, link)]
     header = _ustar(raw_name, kind, mode, size, raw_link)
     if not pax:
         return header
@@ -1097,11 +1097,11 @@ def _tar_header(name: str, kind: bytes, mode: bytes, size: int, link: str) -> by
     return before + pax + bytes(-len(pax) % 512) + header
 
 
-def _pax_record(key: str, value: str) -> bytes:
+def _pax_record(key: bytes, value: bytes) -> bytes:
     """`length key=value`, whose length counts itself (POSIX pax, "Extended Header")."""
-    record = f' {key}={value}\n'.encode('utf-8')
+    record = b' %s=%s\n' % (key, value)
     length = next(n for n in itertools.count(len(record)) if n == len(record) + len(str(n)))
-    return str(length).encode() + record
+    return b'%d%s' % (length, record)
 
 
 # The pieces of a block: bytes of headers and padding; then bytes of a file: its entry, from where, to where
@@ -1446,6 +1446,7 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
 # ---------------------------------------------------------------------------------------
 
 _Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
+_RUNS = -1  # a level that is fast, as only runs of a byte shrink; to zlib the default, to libdeflate its absolute value
 _GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 
 
@@ -1477,19 +1478,20 @@ def _libdeflate_paths() -> Iterator[str]:
                 yield f'{top}/{place}/{name}'
 
 
-def _deflate(data: bytes, level: int, only_runs: bool = False) -> bytes:
-    """What follows the header of a gzip member. Level 0 stores. only_runs: be fast, as only runs of a byte shrink."""
+def _deflate(data: bytes, level: int) -> bytes:
+    """What follows the header of a gzip member. Level 0 stores."""
     library = _libdeflate()
     if library:
         from ctypes import c_size_t, c_void_p
         room = bytes(len(data) + 4096)  # as nothing else knows this object yet, the library may write to it
-        state = c_void_p(library.libdeflate_alloc_compressor(1 if only_runs else level))
+        state = c_void_p(library.libdeflate_alloc_compressor(abs(level)))
         length = state and library.libdeflate_gzip_compress(
             state, data, c_size_t(len(data)), room, c_size_t(len(room)))
         library.libdeflate_free_compressor(state)
         if length:
             return room[_GZIP_HEADER_SIZE:length]
-    deflate = zlib.compressobj(level, zlib.DEFLATED, 31, 8, _Z_RLE if only_runs else zlib.Z_DEFAULT_STRATEGY)
+    strategy = _Z_RLE if level == _RUNS else zlib.Z_DEFAULT_STRATEGY
+    deflate = zlib.compressobj(level, zlib.DEFLATED, 31, 8, strategy)
     return (deflate.compress(data) + deflate.flush())[_GZIP_HEADER_SIZE:]
 
 
@@ -1594,33 +1596,33 @@ def _member(tag: bytes, data: bytes) -> bytes:
 
 def _compress(level: int, payload: bytes) -> bytes:
     """A block of the archive, from the bytes that it is to hold."""
-    level, only_runs = _choose_effort(level, payload)
-    body = _deflate(payload, level, only_runs)
+    level = _choose_effort(level, payload)
+    body = _deflate(payload, level)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
     return _member(b'et', struct.pack('<I', _BLOCK_HEADER_SIZE + len(body))) + body
 
 
-def _choose_effort(level: int, payload: bytes) -> Tuple[int, bool]:
-    """The level that pays for these bytes, judged by samples of them, and whether only runs in them shrink.
+def _choose_effort(level: int, payload: bytes) -> int:
+    """The level that pays for these bytes, judged by samples of them.
 
     JPEG, Parquet, npz and the like do not shrink: they are stored. Small files of that kind do not shrink either, but
     the padding between them does. The default level is to take at most 2 % more bytes than gzip's; zlib's level below
     often achieves that, in two thirds of the time.
     """
     if not level or len(payload) <= 65536:
-        return level, False
+        return level
     step = len(payload) // 4
     samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
     best = len(_deflate(samples, level))
     if best > 0.97 * len(samples):
-        return 0, False
-    if len(_deflate(samples, level, only_runs=True)) < 1.06 * best:
-        return level, True
+        return 0
+    if len(_deflate(samples, _RUNS)) < 1.06 * best:
+        return _RUNS
     if level == _DEFAULT_LEVEL and not _libdeflate():
         middle = payload[len(payload) // 2:][:32768]
         level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
-    return level, False
+    return level
 
 
 def _archive_end(level: int, segments: Sequence[_Segment]) -> bytes:
@@ -1659,7 +1661,17 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
         if index['etcetera'] != 1:
             return None
         segments = list(map(_Segment.from_json, index['segments']))
-        if index['digest'] == _dataset_digest(segments) and _follow_one_another(segments, offset):
+        paths = [segment.path for segment in segments]
+        starts = [segment.offset for segment in segments]
+        stops = [0] + [segment.stop for segment in segments]
+        if (
+                index['digest'] == _dataset_digest(segments)
+                and paths[:1] == ['.']
+                and paths == sorted(set(paths), key=_segment_order)
+                and all(_is_safe(path) and path == _segment_of(path + '/x') for path in paths[1:])
+                and starts == stops[:-1]
+                and stops == sorted(set(stops))
+                and stops[-1] <= offset):
             return segments
     except (_Malformed, KeyError, TypeError):
         pass
@@ -1688,19 +1700,6 @@ def _index_text(data: bytes) -> bytes:
     if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
         raise _Malformed
     return bytes(text)
-
-
-def _follow_one_another(segments: List[_Segment], end: int) -> bool:
-    """Whether these can be all segments of an archive, from its start to `end`, or before."""
-    stops = [0]
-    for segment in segments:
-        path = segment.path
-        is_safe = path == '.' or _is_safe(path) and path == _segment_of(path + '/x')
-        if not is_safe or segment.offset != stops[-1] or segment.length <= 0:
-            return False
-        stops.append(segment.stop)
-    order = [_segment_order(segment.path) for segment in segments]
-    return order[:1] == [_segment_order('.')] and order == sorted(set(order)) and stops[-1] <= end
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1782,8 +1781,10 @@ class _Sink:
         """Create a read-only file, and return a descriptor to write to it."""
         path = self.path(name)
         mode = 0o555 if is_executable else 0o444
-        with contextlib.suppress(PermissionError):
+        try:
             return os.open(path, _CREATE, mode)
+        except PermissionError:
+            pass
         # Some network file systems do not open a new read-only file for writing.
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -1857,6 +1858,7 @@ _HEADER_SIZE = 512  # bytes of a ustar header
 _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
 _PAX_LIMIT = 32768  # bytes of a pax header
+_KINDS_AND_MODES = {(_FILE, _PLAIN), (_FILE, _EXECUTABLE), (_LINK, _PLAIN), (_DIRECTORY, _EXECUTABLE)}
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
 
@@ -1969,14 +1971,12 @@ class _SegmentReader(_Stream):
             name = pax.get(b'path', raw_name).rstrip(b'\0').decode('utf-8')
             link = pax.get(b'linkpath', raw_link).rstrip(b'\0').decode('utf-8')
             size = int(pax.get(b'size') or int(digits, 8))
-            is_sound = size >= 0 and name.endswith('/') == (kind == _DIRECTORY)
-            if kind == _FILE:
-                is_sound &= not link and mode in (_PLAIN, _EXECUTABLE)
-            elif kind == _LINK:
-                is_sound &= not size and mode == _PLAIN and link == _relative(name, link)
-            else:
-                is_sound &= not size and not link and kind == _DIRECTORY and mode == _EXECUTABLE
-            if is_sound and header == _tar_header(name, kind, mode, size, link):
+            if (
+                    (kind, mode) in _KINDS_AND_MODES
+                    and (size == 0 or size > 0 and kind == _FILE)
+                    and link == (_relative(name, link) if kind == _LINK else '')
+                    and name.endswith('/') == (kind == _DIRECTORY)
+                    and header == _tar_header(name, kind, mode, size, link)):
                 return name, kind, mode, size, link
         except ValueError:
             pass
