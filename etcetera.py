@@ -1884,15 +1884,18 @@ class _Stream:
 
     def take(self, size: int) -> Any:
         """The next bytes, or fewer at the end; not copied if they are in one chunk."""
-        parts = []
-        while size:
-            self.rest = self.rest or memoryview(next(self.chunks, b''))
-            if not self.rest:
-                break
-            parts.append(self.rest[:size])
-            self.rest = self.rest[size:]
+        taken = self.rest[:size]
+        self.rest = self.rest[size:]
+        if len(taken) == size:
+            return taken
+        parts = [taken]
+        for chunk in self.chunks:
             size -= len(parts[-1])
-        return parts[0] if len(parts) == 1 else b''.join(parts)
+            parts.append(memoryview(chunk)[:size])
+            if len(parts[-1]) == size:
+                self.rest = memoryview(chunk)[size:]
+                break
+        return b''.join(parts)
 
     def read(self, size: int) -> bytes:
         return bytes(self.take(size))
@@ -1968,9 +1971,13 @@ class _SegmentReader(_Stream):
                 header += self.read(size + -size % 512 + _HEADER_SIZE)
                 pax = dict(_pax_records(header[_HEADER_SIZE:-_HEADER_SIZE]))
             raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-_HEADER_SIZE:])
-            name = pax.get(b'path', raw_name).rstrip(b'\0').decode('utf-8')
-            link = pax.get(b'linkpath', raw_link).rstrip(b'\0').decode('utf-8')
-            size = int(pax.get(b'size') or int(digits, 8))
+            size = int(digits, 8)
+            if pax:
+                raw_name = pax.get(b'path', raw_name)
+                raw_link = pax.get(b'linkpath', raw_link)
+                size = int(pax.get(b'size', size))
+            name = raw_name.rstrip(b'\0').decode('utf-8')
+            link = raw_link.rstrip(b'\0').decode('utf-8')
             if (
                     (kind, mode) in _KINDS_AND_MODES
                     and (size == 0 or size > 0 and kind == _FILE)
