@@ -152,6 +152,7 @@ _Path = Union[str, 'os.PathLike[str]']
 _Names = Optional[Sequence[str]]
 _Row = Dict[str, Any]
 _Headers = Mapping[str, str]
+_Texts = Dict[str, str]
 
 
 # ---------------------------------------------------------------------------------------
@@ -2822,6 +2823,7 @@ class _Renewed:
 
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
 _AWS_IDENTITY = ('web_identity_token_file', 'role_arn', 'role_session_name')
+_AWS_LOGIN = ('sso_account_id', 'sso_role_name', 'login_session')
 _AWS_ROLE = ('role_arn', 'role_session_name', 'external_id', 'duration_seconds', 'web_identity_token')
 _AWS_CLOCK_ERRORS = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
 _AWS_TRANSIENT = (  # what means 'try again later', whatever the status
@@ -2847,6 +2849,9 @@ class _AwsKeys(NamedTuple):
     token: str
     expires: float  # unix time
     source: str  # where they were found, for people
+
+
+_MaybeKeys = Optional[_AwsKeys]
 
 
 class _Aws(_Renewed):
@@ -2878,7 +2883,7 @@ class _Aws(_Renewed):
         self.sections = _aws_sections()
         self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
 
-    def section(self, name: str, source: str) -> Dict[str, str]:
+    def section(self, name: str, source: str) -> _Texts:
         """The settings of a profile that `source` names."""
         if name != 'default' and name not in self.sections:
             raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
@@ -2909,7 +2914,8 @@ class _Aws(_Renewed):
         partition = region.rsplit('-', 2)[0]
         suffix = _AWS_SUFFIXES.get(partition, 'amazonaws.com')
         is_s3 = service == 's3'
-        if self.flag('use_fips_endpoint') and (is_s3 or partition != 'us-gov'):
+        has_fips = is_s3 or partition != 'us-gov'
+        if has_fips and self.flag('use_fips_endpoint'):
             service += '-fips'
         if self.flag('use_dualstack_endpoint') and is_s3:
             service += '.dualstack'
@@ -2940,9 +2946,10 @@ class _Aws(_Renewed):
         digest = request.digest().hexdigest()
         now = time.time() + self.skew
         stamp = _utc(now, '%Y%m%dT%H%M%SZ')
+        usual_port = ':443$' if scheme == 'https' else ':80$'
         headers = {
             **request.headers,
-            'host': re.sub(':443$' if scheme == 'https' else ':80$', '', netloc),
+            'host': re.sub(usual_port, '', netloc),
             'x-amz-date': stamp,
             'x-amz-content-sha256': digest,
         }
@@ -2964,7 +2971,7 @@ class _Aws(_Renewed):
                                     f'Signature={key.hex()}')
         return request._replace(headers=headers)
 
-    def fetch(self) -> Tuple[Optional[_AwsKeys], float]:
+    def fetch(self) -> Tuple[_MaybeKeys, float]:
         """From the settings, else the environment, the profile, the container, or the machine."""
         self.read_files()  # as other tools may have changed them meanwhile
         keys = _aws_static(vars(self.config), 'the settings')
@@ -2981,15 +2988,17 @@ class _Aws(_Renewed):
         soon = time.time() + 300
         return keys, max(keys.expires, soon)
 
-    def from_environment(self) -> Optional[_AwsKeys]:
-        values = {key: _env(key.upper()) for key in _AWS_KEYS}
+    def from_environment(self) -> _MaybeKeys:
+        values = {
+            key: _env(key.upper())
+            for key in _AWS_KEYS}
         return _aws_static(values, 'the environment')
 
     def from_profile(
             self,
             name: str,
             users: Tuple[str, ...] = (),
-    ) -> Optional[_AwsKeys]:
+    ) -> _MaybeKeys:
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
@@ -3020,7 +3029,9 @@ class _Aws(_Renewed):
                 raise ConfigError(f'{where} finds no credentials in {profile or kind}')
             return self.from_sts(where, values, keys)
         if not users and not self.config.aws_profile:
-            identity = {key: self.setting(key) for key in _AWS_IDENTITY}
+            identity = {
+                key: self.setting(key)
+                for key in _AWS_IDENTITY}
             values = {**values, **identity}
         path = values.get('web_identity_token_file')
         if path:
@@ -3028,8 +3039,7 @@ class _Aws(_Renewed):
                                        '$AWS_WEB_IDENTITY_TOKEN_FILE names', 'check the path')
             values = {**values, 'web_identity_token': token}
             return self.from_sts('web identity', values, None)
-        needs_login = map(values.get, ('sso_account_id', 'sso_role_name', 'login_session'))
-        if any(needs_login):
+        if any(map(values.get, _AWS_LOGIN)):
             return self.from_tools(name)
         if values.get('credential_process'):
             return self.from_process(values['credential_process'], f'the credential_process of {where}')
@@ -3038,8 +3048,8 @@ class _Aws(_Renewed):
     def from_sts(
             self,
             source: str,
-            values: Dict[str, str],
-            keys: Optional[_AwsKeys],
+            values: _Texts,
+            keys: _MaybeKeys,
     ) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
         role = values.get('role_arn', '')
@@ -3054,7 +3064,9 @@ class _Aws(_Renewed):
             if values.get(key):
                 parameter = key.title().replace('_', '')
                 form[parameter] = values[key]
-        url = self.endpoint('sts') or self.host('sts', self.region)
+        url = (
+            self.endpoint('sts')
+            or self.host('sts', self.region))
         request = _Request(
             'POST',
             f'{url}/',
@@ -3063,7 +3075,8 @@ class _Aws(_Renewed):
             _TOKEN_LIMIT,
             keys=keys)
         place = f'{self.region}/sts'
-        reply = self.http.request(lambda: self.sign(request, place), self.judge)
+        reply = self.http.request(
+            lambda: self.sign(request, place), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
         raise RemoteError(f'{source}: AWS STS answers {_status(reply)}',
@@ -3083,19 +3096,27 @@ class _Aws(_Renewed):
             found = session.get_credentials()
             if found:  # otherwise it may be too old
                 parts = found.get_frozen_credentials()
-                keys = _aws_keys(dict(zip(_AWS_KEYS, parts)), source)
-                return keys._replace(expires=time.time() + 600)
+                values = zip(_AWS_KEYS, parts)
+                keys = _aws_keys(dict(values), source)
+                expires = time.time() + 600
+                return keys._replace(expires=expires)
         command = f'aws configure export-credentials --profile "{name}" --format process'
         return self.from_process(command, f'the command aws for {source}', remedy)
 
-    def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
+    def from_process(
+            self,
+            command: str,
+            source: str,
+            remedy: str = ''
+    ) -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        output = _output_of(self.http.job, command, source, remedy)
+        output = _output_of(
+            self.http.job, command, source, remedy)
         answer = _Reply(200, {}, output).json()
         is_known = answer.get('Version') == 1
         return _aws_keys(answer if is_known else {}, source)
 
-    def from_container(self) -> Optional[_AwsKeys]:
+    def from_container(self) -> _MaybeKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
         relative = _env('AWS_CONTAINER_CREDENTIALS_RELATIVE_URI')
         url = 'http://169.254.170.2' + relative if relative else _env('AWS_CONTAINER_CREDENTIALS_FULL_URI')
@@ -3111,7 +3132,8 @@ class _Aws(_Renewed):
             token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names',
                                  'check the path')
         headers = {'Authorization': token} if token else {}
-        reply = _ask_metadata(self.http, _Request('GET', url, headers))
+        request = _Request('GET', url, headers)
+        reply = _ask_metadata(self.http, request)
         answer = reply.json()
         source = "the container's credentials service"
         if reply.status == 200:
@@ -3119,7 +3141,7 @@ class _Aws(_Renewed):
         problem = _status(reply, answer.get('message'))
         raise RemoteError(f'{source} answers {problem}', 'check what it may do', reply.status)
 
-    def from_instance(self) -> Optional[_AwsKeys]:
+    def from_instance(self) -> _MaybeKeys:
         """Instance metadata, version 2:
 
         https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
@@ -3148,13 +3170,13 @@ def _env(*names: str) -> str:
     return next(filter(None, values), '')
 
 
-def _aws_sections() -> Dict[str, Dict[str, str]]:
+def _aws_sections() -> Dict[str, _Texts]:
     """The sections of ~/.aws/config and ~/.aws/credentials, profiles by their names. The latter file precedes.
 
     A setting among the indented lines below another one is called OUTER.INNER.
     """
     import configparser
-    sections: Dict[str, Dict[str, str]] = collections.defaultdict(dict)
+    sections: Dict[str, _Texts] = collections.defaultdict(dict)
     for file, variable in (
             ('config', 'AWS_CONFIG_FILE'),
             ('credentials', 'AWS_SHARED_CREDENTIALS_FILE'),
@@ -3181,16 +3203,23 @@ def _aws_sections() -> Dict[str, Dict[str, str]]:
     return sections
 
 
-def _aws_static(values: Mapping[str, Any], source: str) -> Optional[_AwsKeys]:
+def _aws_static(
+        values: Mapping[str, Any],
+        source: str
+) -> _MaybeKeys:
     """The keys that are among these values, if there are any."""
-    is_there = values.get('aws_access_key_id') or values.get('aws_secret_access_key')
+    is_there = any(map(values.get, _AWS_KEYS[:2]))
     return _aws_keys(values, source) if is_there else None
 
 
-def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
+def _aws_keys(
+        values: Mapping[str, Any],
+        source: str
+) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {
-        re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
+        re.sub('aws_|session|_', '', key.lower()):
+        str(value or '').strip()
         for key, value in values.items()}
     names = ('accesskeyid', 'secretaccesskey', 'token')
     parts = [plain.get(name, '') for name in names]
@@ -3207,7 +3236,8 @@ def _ask_metadata(http: _Http, request: _Request) -> _Reply:
 
     request: has one try if there may be none, as on most machines, where nobody wants to wait for it.
     """
-    client = _Http(http.job, http.ca_bundle, direct=True)
+    client = _Http(
+        http.job, http.ca_bundle, direct=True)
     request = request._replace(limit=_TOKEN_LIMIT, timeout=2)
     with contextlib.closing(client):
         try:
@@ -3232,7 +3262,10 @@ def _word(reply: _Reply) -> str:
 
 
 @contextlib.contextmanager
-def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]]:
+def _optional_library(
+        source: str,
+        remedy: str
+) -> Iterator[Callable[[str], Any]]:
     """For code that gets credentials from a library, with import_module(): skipped if that is not installed."""
     from importlib import import_module  # so that no type checker looks for the library
     try:
@@ -3257,7 +3290,11 @@ def _output_of(
     try:
         arguments = command if os.name == 'nt' else shlex.split(command)
         environment = {**os.environ, **variables}
-        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env=environment)
+        process = Popen(
+            arguments,
+            stdout=PIPE,
+            stderr=PIPE,
+            env=environment)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
@@ -3279,7 +3316,7 @@ def _read_secret(path: str, what: str, remedy: str) -> str:
         raise ConfigError(f'cannot read {what}: {e.strerror}', remedy) from None
 
 
-def _xml_items(reply: _Reply, name: str) -> Dict[str, str]:
+def _xml_items(reply: _Reply, name: str) -> _Texts:
     """The texts in all XML elements of that name by their tags; {} if there is none."""
     items = {}
     for row in reply.xml(name):
@@ -5191,8 +5228,9 @@ class _Archive:
                 index = self.read(offset, obj.size)
                 self.segments = _parse_index(index, offset) or ()
                 return
-            head = self.read(0, min(obj.size, _FIELD_OFFSET))
-            if head == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
+            length = min(obj.size, _FIELD_OFFSET)
+            block = _member(b'et', bytes(4))
+            if self.read(0, length) == block[:_FIELD_OFFSET]:
                 raise Corrupt('the archive is damaged: its index is missing')
 
     @contextlib.contextmanager
@@ -5206,7 +5244,7 @@ class _Archive:
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes of the archive. Those of the tail are here already."""
-        skipped = start - (self.obj.size - len(self.tail))
+        skipped = start + len(self.tail) - self.obj.size
         if skipped < 0:
             return self.remote.read(self.obj, start, stop)
         return self.tail[skipped:][:stop - start]
@@ -5256,9 +5294,10 @@ class _Archive:
 
     def read_ends(self, segment: _Segment) -> List[bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
+        start, stop = segment.offset, segment.stop
         longest = min(segment.length, _LONGEST_BLOCK)
-        first = self.read(segment.offset, segment.offset + longest)
-        last = self.read(segment.stop - longest, segment.stop)
+        first = self.read(start, start + longest)
+        last = self.read(stop - longest, stop)
         return _end_digests(first, last)
 
     def is_same(self, local: Dataset) -> Optional[bool]:
@@ -5301,24 +5340,28 @@ class _Archive:
     ) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         obj = self.obj
-        head = json.dumps([self.remote.url, obj.name, obj.version])
+        identity = self.remote.url, obj.name, obj.version
+        head = json.dumps(identity)
         promised = {
             segment.path: segment
             for segment in self.segments if segment.path in paths}
         had = dict.fromkeys(promised, 0)
 
         def blocks() -> Generator[_Block, None, None]:
-            lacking = sum(segment.size for segment in promised.values())
+            lacking = sum(
+                segment.size for segment in promised.values())
             earlier = work / 'earlier'
-            for block in _replay(self.job, pool, earlier, head, had):
+            replayed = _replay(self.job, pool, earlier, head, had)
+            for block in replayed:
                 had[block.path] += block.length
                 lacking -= block.size
                 yield block
             _check_room(work, lacking)
             _remove(earlier / 'journal')  # all of it is in place
             _say(f"'{obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
-            rest = list(zip(promised.values(), had.values()))
-            rest.sort(key=lambda item: item[1] == 0)  # what has begun goes on first
+            rest = sorted(
+                zip(promised.values(), had.values()),
+                key=lambda item: not item[1])  # what has begun goes on first
             spans = [
                 [segment.offset + skipped, segment.stop]
                 for segment, skipped in rest
@@ -5331,7 +5374,8 @@ class _Archive:
                 yield from _inflate_blocks(pool, chunks, rest)
 
         sink = _Sink(work / 'new')
-        with self.labelled(), _Pool(self.job, _cores()) as pool:
+        pool = _Pool(self.job, _cores())
+        with self.labelled(), pool:
             with contextlib.closing(blocks()) as found:
                 _extract(found, promised, sink, work / 'journal', head)
 
@@ -5362,7 +5406,7 @@ def _existing(
         return obj
     remedy = 'check the name and the url'
     with contextlib.suppress(_Unlisted):
-        names = [other.name for other in remote.list()]
+        names = (other.name for other in remote.list())
         remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
     raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
 
@@ -5375,11 +5419,15 @@ def _paths_of(
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
-    known = [segment.partition for segment in segments if segment.partition]
+    known = [
+        segment.partition
+        for segment in segments if segment.partition]
+    paths = {'.'}
     for partition in partitions:
         if partition not in known:
             raise _unknown_partition_error(partition, name, known)
-    return {'.', *['data/' + partition for partition in partitions]}
+        paths.add('data/' + partition)
+    return paths
 
 
 # Pushing
@@ -5387,25 +5435,31 @@ def _paths_of(
 _MIN_SHARED = 32 << 20  # bytes of a dataset above which it pays to look for what other archives share with it
 _MAX_SOURCES = 24  # archives that are looked at
 
-_Copies = Dict[str, Tuple[_Archive, _Segment]]  # segments that S3 copies, by path, and where they stand
+_Source = Tuple[_Archive, _Segment]  # where a segment stands
+_Copies = Dict[str, _Source]  # segments that S3 copies, by path
 
 
-def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Copies:
+def _find_copies(
+        remote: _Remote,
+        name: str,
+        survey: _Survey,
+) -> _Copies:
     """Segments that need not be sent.
 
     All their files are read, and must hash to what an index says; so must both ends of what is to be copied. If the
     archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
-    def look(obj: _Object) -> List[Tuple[_Archive, _Segment]]:
+    def look(obj: _Object) -> List[_Source]:
         with contextlib.suppress(Error):
             archive = _find(hasty, obj.name)
             return [
                 (archive, segment) for segment in archive.segments
-                if segment._replace(offset=0, length=0, digest='') == survey.segments.get(segment.path)]
+                if survey.segments.get(segment.path)
+                == segment._replace(offset=0, length=0, digest='')]
         return []
 
-    def is_sound(item: Tuple[_Archive, _Segment]) -> bool:
-        archive, segment = item
+    def is_sound(source: _Source) -> bool:
+        archive, segment = source
         with contextlib.suppress(Error):
             digests = read[segment.path]
             return archive.read_ends(segment) == [digests[:32], digests[-32:]]
@@ -5414,18 +5468,22 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
     if survey.size < _MIN_SHARED or not isinstance(remote, _S3Remote) or not remote.can_copy:
         return {}
     try:
-        objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
+        objects = [
+            obj for obj in remote.list()
+            if obj.size >= _MIN_PART]
     except Error as e:
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
     hasty = copy.copy(remote)
     hasty.tries = 2  # as none of it is worth a long wait
-    with _Pool(job, remote.connections) as pool:
-        looks = _ordered(pool, look, objects[-_MAX_SOURCES:])
+    with _Pool(remote.job, remote.connections) as pool:
+        latest = objects[-_MAX_SOURCES:]
+        looks = _ordered(pool, look, latest)
         held = list(itertools.chain.from_iterable(looks))
         paths = {segment.path for _, segment in held}
-        read = _hash(job, _only(paths, survey.listing()))
+        listing = _only(paths, survey.listing())
+        read = _hash(remote.job, listing)
         found: _Copies = {}
         replaced = []
         for archive, segment in held:
@@ -5434,14 +5492,14 @@ def _find_copies(job: _Job, remote: _Remote, name: str, survey: _Survey) -> _Cop
                     replaced.append(archive)
                 if segment.length >= _MIN_PART:
                     found[segment.path] = archive, segment
-        if len(survey.segments) == len(replaced) == len(replaced[0].segments):
+        whole = len(survey.segments)
+        if whole == len(replaced) == len(replaced[0].segments):
             return {}
         sound = _ordered(pool, is_sound, found.values())
         return dict(itertools.compress(found.items(), sound))
 
 
 def _send(
-        job: _Job,
         remote: _Remote,
         local: Dataset,
         survey: _Survey,
@@ -5453,6 +5511,7 @@ def _send(
 
     Raises Corrupt if the files are not what is known of the dataset.
     """
+    job = remote.job
     segments: List[_Segment] = []
 
     def chunks() -> Iterator[_Chunk]:
@@ -5485,18 +5544,19 @@ def _send(
                           f"'etc verify {local.name}' tells more")
         yield _archive_end(level, segments)
 
-    copied = sum(segment.size for _, segment in copies.values())
+    copied = sum(
+        segment.size for _, segment in copies.values())
     job.begin(survey.size - copied)
     try:
         with _Pool(job, _cores()) as pool:
-            remote.write(local.name, chunks(), survey.limit, exclusive)
+            remote.write(
+                local.name, chunks(), survey.limit, exclusive)
     except _Unconfirmed as e:
         return segments, e
     return segments, None
 
 
 def _write_archive(
-        job: _Job,
         remote: _Remote,
         local: Dataset,
         exclusive: bool,
@@ -5509,12 +5569,16 @@ def _write_archive(
     name = local.name
     survey = _Survey(local.root)
     survey.warn(name)
-    if sum(len(json.dumps(path)) + 200 for path in survey.segments) > _INDEX_LIMIT:
+    rows = (
+        len(json.dumps(path)) + 200
+        for path in survey.segments)
+    if sum(rows) > _INDEX_LIMIT:
         raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
-    copies = _find_copies(job, remote, name, survey)
+    copies = _find_copies(remote, name, survey)
     while True:
         try:
-            segments, doubt = _send(job, remote, local, survey, copies, exclusive, level)
+            segments, doubt = _send(
+                remote, local, survey, copies, exclusive, level)
         except _WriteAgain as e:
             _say(f'{e.message}; writing it again', _DEBUG)
             continue
@@ -5551,9 +5615,12 @@ def _write_archive(
 # What programs call, and what each command does. Every function takes its settings as `config`, and raises only Error.
 # ---------------------------------------------------------------------------------------
 
+_MaybeConfig = Optional[Config]  # None means Config.load()
+
+
 def ls(
         remote: bool = False,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         patterns: _Names = None,
 ) -> List[str]:
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
@@ -5592,8 +5659,11 @@ def _list(
                 store = stack.enter_context(_open_remote(config, job))
                 items = store.list()
             else:
-                items = map(config.home.joinpath, _Home(config.home).names())
-            items = sorted(item for item in items if _matches(item.name, patterns))
+                names = _Home(config.home).names()
+                items = map(config.home.joinpath, names)
+            items = sorted(
+                item for item in items
+                if _matches(item.name, patterns))
             pool = stack.enter_context(_Pool(job, config.connections))
             return list(_ordered(pool, describe, items))
 
@@ -5601,11 +5671,10 @@ def _list(
 
 
 def _matches(name: str, patterns: _Names) -> bool:
-    import fnmatch
+    from fnmatch import fnmatchcase
     try:
-        if patterns is None:
-            return True
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return patterns is None or any(
+            fnmatchcase(name, pattern) for pattern in patterns)
     except re.error:  # up to Python 3.11, from a range without characters, [z-a]
         return False
 
@@ -5613,7 +5682,7 @@ def _matches(name: str, patterns: _Names) -> bool:
 def info(
         name: str,
         remote: bool = False,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
 ) -> _Row:
     """What is known of a dataset; of a remote one without downloading its data.
@@ -5631,7 +5700,8 @@ def info(
             local = place.open()
             segments = local._read(job)
             summary = _describe(place.path, segments)
-            summary.update(meta=local.meta, readme=_read_readme(place.path))
+            readme = _read_readme(place.path)
+            summary.update(meta=local.meta, readme=readme)
         else:
             with _open_remote(place.config, job) as store:
                 archive = _find(store, place.name)
@@ -5691,8 +5761,11 @@ def _describe(
 
 def _read_root_files(archive: _Archive) -> _Row:
     """meta and readme of a remote dataset, unless they are in large files."""
-    sizes = [(segment.length, segment.size) for segment in archive.segments[:1]]
-    if not sizes or max(*sizes[0]) > _META_LIMIT + _README_LIMIT:
+    limit = _META_LIMIT + _README_LIMIT
+    if not archive.segments:
+        return {}
+    root = archive.segments[0]
+    if max(root.length, root.size) > limit:
         return {}
     import tempfile
     with tempfile.TemporaryDirectory() as work:
@@ -5714,7 +5787,7 @@ def diff(
         a: str,
         b: str,
         remote: Union[bool, Tuple[bool, bool]] = False,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
 ) -> _Row:
     """How dataset `b` differs from dataset `a`, without downloading any data.
@@ -5783,7 +5856,7 @@ def dataset(
         name: str,
         auto_install: bool = False,
         partitions: _Names = None,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
         auto_pull: bool = False,
 ) -> Dataset:
@@ -5800,8 +5873,10 @@ def dataset(
 
     def work(job: _Job) -> Dataset:
         receipt = _read_receipt(place.path)
-        missing = _paths_of(place.name, receipt.segments, partitions) - receipt.installed
-        if (auto_install or auto_pull) and (missing or not _is_dataset(place.path)):
+        wanted = _paths_of(place.name, receipt.segments, partitions)
+        missing = wanted - receipt.installed
+        is_complete = not missing and _is_dataset(place.path)
+        if (auto_install or auto_pull) and not is_complete:
             return _pull(job, place, False, partitions)
         local = place.open()
         if place.pin:
@@ -5820,7 +5895,7 @@ def pull(
         name: str,
         force: bool = False,
         partitions: _Names = None,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
 ) -> Dataset:
     """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
@@ -5859,9 +5934,10 @@ def _pull(
                 raise place.taken_error(f"'etc pull -f {name}' replaces it")
             if is_same and (not receipt.name or wanted <= receipt.installed):
                 place.check(local._read(job))
-                is_old = not receipt.name and (place.inner / 'receipts').exists()
-                if is_old and not place.path.is_symlink():
-                    _write_receipt(place.path, archive.receipt(set()))  # as 1.0 kept them elsewhere
+                is_old = (place.inner / 'receipts').exists()  # as 1.0 kept them elsewhere
+                if is_old and not receipt.name and not place.path.is_symlink():
+                    new = archive.receipt(set())
+                    _write_receipt(place.path, new)
                 _say(here_already)
                 return local
         if receipt.digest == _dataset_digest(archive.segments):
@@ -5873,7 +5949,9 @@ def _pull(
             is_new = place.commit(new)
         old = ''
         if receipt.name and receipt.digest != new.digest:
-            partitions = [segment.partition for segment in receipt.here() if segment.partition]
+            partitions = [
+                segment.partition for segment in receipt.here()
+                if segment.partition]
             old = f"; it replaces another one with {', '.join(partitions)}"
         done = f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}'
         _say(done if is_new else here_already)
@@ -5889,9 +5967,12 @@ def _tally(
 ) -> str:
     """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
-    had = sum(segment.size for segment in segments if segment.path in reused)
+    had = sum(
+        segment.size for segment in segments
+        if segment.path in reused)
     seconds = max(time.monotonic() - place.started, 0.001)
-    files = _plural(sum(segment.files for segment in segments), 'file')
+    count = sum(segment.files for segment in segments)
+    files = _plural(count, 'file')
     more = f'; {_size(had)} were {where} already' if had else f' ({_size(size / seconds)}/s)'
     return f'{files}, {_size(size)} in {_duration(seconds)}{more}'
 
@@ -5899,7 +5980,7 @@ def _tally(
 def push(
         name: str,
         force: bool = False,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
 ) -> str:
     """Share a local dataset. Returns its digest.
@@ -5923,7 +6004,8 @@ def push(
                 store.check_writable()
                 with contextlib.suppress(_NameTaken):
                     level = place.config.compression_level
-                    segments, copies = _write_archive(job, store, local, not force, level)
+                    segments, copies = _write_archive(
+                        store, local, not force, level)
                     _say(f"pushed {local.name} to {store.url}: {_tally(place, segments, copies, 'there')}")
                     digest = _dataset_digest(segments)
                     _say(f'{local.name}@{digest}', _DEBUG)
@@ -5970,7 +6052,7 @@ def register(
         name: Optional[str] = None,
         force: bool = False,
         copy: bool = False,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
 ) -> Dataset:
     """Give a directory a dataset's name, by default its own. It stays where it is, and must not change any more.
@@ -5992,8 +6074,8 @@ def register(
         if place.pin:
             place.check(local._read(job))
         installed = Path(os.path.realpath(place.path))
-        is_link = place.path.is_symlink()
-        if not copy and not is_link and installed in (root, *root.parents):
+        is_around = installed in (root, *root.parents)
+        if is_around and not copy and not place.path.is_symlink():
             raise InvalidDataset(f"{root} is what is installed as '{place.name}'", 'use --copy, or another directory')
         if not force and _is_dataset(place.path):
             if copy or installed != root:
@@ -6025,10 +6107,12 @@ def _copy(
     _check_room(place.work, survey.size)
     place.new.mkdir()
     with _Pool(job, _cores()) as pool:
-        blocks = _process(job, pool, survey.listing(), bytes, is_all=True)
+        listing = survey.listing()
+        blocks = _process(job, pool, listing, bytes, is_all=True)
         segments = _extract(blocks, {}, _Sink(place.new))
     paths = frozenset(survey.segments)
-    receipt = _Receipt(place.name, segments, paths, root.as_uri())
+    source = root.as_uri()
+    receipt = _Receipt(place.name, segments, paths, source)
     place.commit(receipt)
     _say(f'copied {place.name}: {_tally(place, segments)}')
 
@@ -6037,7 +6121,7 @@ def create(
         name: str,
         partitions: Sequence[str] = ('train', 'test'),
         force: bool = False,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
 ) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
     place = _Place(name, config)
@@ -6061,7 +6145,7 @@ def create(
 
 def verify(
         name: str,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         progress: _Progress = None,
 ) -> str:
     """Read all files of a local dataset and return their digest.
@@ -6078,7 +6162,8 @@ def verify(
         outcome = 'nothing known to compare it with'
         if receipt.name:
             promised = _digests(receipt.here()).items()
-            wrong = sorted(dict(promised ^ _digests(found).items()))
+            differing = promised ^ _digests(found).items()
+            wrong = sorted(dict(differing))
             if wrong:
                 remedy = f"'etc pull -f {place.name}' repairs it" if receipt.version else 'register it again'
                 if not place.keeps_x_bits():
@@ -6100,7 +6185,7 @@ def verify(
 
 def purge(
         name: str,
-        config: Optional[Config] = None,
+        config: _MaybeConfig = None,
         *,
         remote: bool = False,
 ) -> None:
@@ -6116,7 +6201,8 @@ def purge(
         with place.lock(job):
             place.clear()
             if place.pin or not _is_dataset(place.path):
-                place.check(place.open("'etc ls' lists what there is")._read(job))
+                local = place.open("'etc ls' lists what there is")
+                place.check(local._read(job))
             place.remove()
 
     if remote:
@@ -6177,7 +6263,8 @@ def _print(*lines: str) -> None:
 
 
 def _print_json(found: object) -> None:
-    _print(*json.dumps(found, indent=1).splitlines())
+    text = json.dumps(found, indent=1)
+    _print(*text.splitlines())
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -6205,7 +6292,9 @@ def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
     """The heading, whose parts a | divides, is for people, on a terminal."""
     if rows and _is_terminal(sys.stdout):
         rows = [heading.split('|'), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [
+        max(map(len, column))
+        for column in zip(*rows)]
     for row in rows:
         cells = map(str.ljust, row, widths)
         _print('  '.join(cells).rstrip())
@@ -6214,7 +6303,8 @@ def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
     is_dumb = os.environ.get('TERM') == 'dumb'
-    if is_dumb or _console.level == _WARNING or not _is_terminal(sys.stderr):
+    is_quiet = _console.level == _WARNING
+    if is_dumb or is_quiet or not _is_terminal(sys.stderr):
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
@@ -6269,7 +6359,8 @@ def _ls(
     where = f"in {_masked(config.url or '')}" if remote else 'here'
     unmatched = [
         pattern for pattern in patterns
-        if not any(_matches(name, [pattern]) for name in names)]
+        if not any(
+            _matches(name, [pattern]) for name in names)]
     if unmatched:
         remedy = 'use --url for a URL'
         if '://' not in unmatched[0]:
@@ -6315,7 +6406,12 @@ class _RemoteName(str):
     """A name of `etc diff` that -r precedes."""
 
 
-def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
+def _diff(
+        a: str,
+        b: str,
+        json: bool = False,
+        **options: Any
+) -> Any:
     """Whether they are the same."""
     remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
     found = diff(a, b, remotes, **options)
@@ -6334,7 +6430,11 @@ def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     return found['equal']
 
 
-def _create(name: str, *partitions: str, **options: Any) -> None:
+def _create(
+        name: str,
+        *partitions: str,
+        **options: Any
+) -> None:
     decoded = tuple(map(_text, partitions))
     create(name, decoded or ('train', 'test'), **options)
 
@@ -6344,7 +6444,12 @@ def _text(word: str) -> str:
     return os.fsencode(word).decode('utf-8', 'surrogateescape')
 
 
-def _purge(name: str, config: Config, remote: bool = False, force: bool = False) -> None:
+def _purge(
+        name: str,
+        config: Config,
+        remote: bool = False,
+        force: bool = False
+) -> None:
     if force or not remote:
         purge(name, config, remote=remote)
     elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
@@ -6509,9 +6614,11 @@ def _parser(argv: Sequence[str] = ()) -> Any:
         metavar='COMMAND',
         help=hidden)
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
-        command = commands.add_parser(name, description=_COMMANDS[name].help)
-        command.add_argument('words', nargs='*', action='append', help=hidden)
-        _add_flags(command, _COMMANDS[name].usage)
+        row = _COMMANDS[name]
+        command = commands.add_parser(name, description=row.help)
+        command.add_argument(
+            'words', nargs='*', action='append', help=hidden)
+        _add_flags(command, row.usage)
     return parser
 
 
@@ -6567,22 +6674,22 @@ def _run(argv: Sequence[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     run, doing, usage, _ = _COMMANDS[name]
-    words = list(itertools.chain(*groups or []))
+    words: List[str] = sum(groups or [], [])
     more = options.get('partitions', words)  # as in `etc pull NAME -p ONE TWO`
     more.extend(map(_text, rest))
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
-    places = usage.partition(' [-')[0].split()
-    needed = [place.rstrip('.') for place in places if place[0] != '[']
+    places = usage.partition(' [-')[0]
+    needed = re.findall(r'(?<!\[)\b[A-Z]+', places)
     if len(words) < len(needed):
         _fail(prog, f"'{prog}' needs {' '.join(needed)}")
-    if len(words) > len(places) and '...' not in usage:
+    if len(words) > len(places.split()) and '...' not in places:
         _fail(prog, f"'{prog}' takes no '{words[-1]}'")
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
     config = Config.load(path, url=url, home=home)
     status = 0
     runs = [words]
-    if places == ['NAME...']:
+    if places == 'NAME...':
         runs = [[word] for word in words]
     for each in runs:
         if doing:
@@ -6632,9 +6739,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     except KeyboardInterrupt as e:
         after = {'pull': '; the same command goes on', 'push': '; the same command begins anew'}
-        outlook = next((after[word] for word in words if word in after), '')
+        outlooks = map(after.get, words)
+        outlook = next(filter(None, outlooks), '')
         _console.show(f'interrupted{outlook}')
-        return 128 + int(e.args[0] if e.args else 2)
+        number, = e.args or [2]
+        return 128 + int(number)
     finally:
         _console.show_progress('')
         _console.level = None
