@@ -3183,6 +3183,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
 
     def test_uploads_that_fail(self):
         """Nothing is left."""
+        skip_pauses(self)
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(17 * UNIT)}), 'X')
         for what, place, answer, problem in (
                 ('it takes nothing', 'bytes', lambda h: h.answer(308), 'takes no more'),  # to some servers a redirect
