@@ -3532,10 +3532,10 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 48 << 20  # bytes that may be sent at once
-_AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_MAX_RANGE = 3 << 20  # bytes that one request reads at most
-_FAST_RANGE = 0.75  # seconds that a range may take if the next one is to be four times as long
+_MAX_RANGE = 2 << 20  # bytes that one request reads at most
+_FAST_RANGE = 0.5  # seconds that a range may take if the next one is to be twice as long
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
 _UNCHANGED = {'Cache-Control': 'no-transform'}  # the header that asks for an object as it is (RFC 9111, 5.2.1.6)
@@ -5281,7 +5281,7 @@ class _Archive:
             data = self.read(*span)
             seconds = time.monotonic() - begin
             if seconds < _FAST_RANGE:
-                length = max(length, 4 * len(data))
+                length = max(length, 2 * len(data))
                 length = min(length, _MAX_RANGE)
             return data
 
