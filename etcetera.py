@@ -2611,9 +2611,9 @@ class _Http:
         import http.client
         import io
         is_file = request.into and response.status == 200
-        body = request.into if is_file else io.BytesIO()
+        size = min(response.length or 0, request.limit)  # at once, as allocators keep what a body leaves as it grows
+        body = request.into if is_file else io.BytesIO(bytes(size))
         body.seek(0)
-        body.truncate()
         try:
             for data in iter(lambda: response.read(_SLICE), b''):
                 body.write(data)
@@ -2628,6 +2628,7 @@ class _Http:
             is_range = 'Content-Range' in response.headers
             if connection.is_cut or not is_range or body.tell() < _SLICE:
                 raise
+        body.truncate()
         return b'' if is_file else body.getvalue()
 
 
@@ -3532,9 +3533,9 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 48 << 20  # bytes that may be sent at once
-_AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 28 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_MAX_RANGE = 2 << 20  # bytes that one request reads at most
+_MAX_RANGE = 3 << 20  # bytes that one request reads at most
 _FAST_RANGE = 0.5  # seconds that a range may take if the next one is to be twice as long
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 
