@@ -2302,18 +2302,13 @@ _TRIES = 5
 _MORE_TRIES = 2  # for a server that has answered before
 _LAST_TRIES = 2  # after an interruption
 _SLICE = 1 << 17  # bytes that are sent or received at once
-# The socket option TCP_NOTSENT_LOWAT, which Python names on some systems only from 3.7 on. It keeps the system from
-# taking megabytes that a slow link has yet to send: a server's silence meanwhile would look like a fault.
-_NOTSENT_LOWAT = {
-    'linux': 25,
-    'darwin': 0x201,
-}.get(sys.platform)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
 _OVERLOAD = (429, 503)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _RETRY_AFTER = 60.0  # seconds that a server may ask for before the next try
 _INTERIM = 100  # interim answers that may precede the final one
-_SITE = r'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?'
+_PORT = '(?:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))'  # to 65535
+_SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[([0-9A-Fa-f:.]+)\])(?::{_PORT})?'
 
 
 class _Request(NamedTuple):
@@ -2331,12 +2326,11 @@ class _Request(NamedTuple):
     condition: Dict[str, str] = {}  # for remotes: headers; they are cleared if the store turns out to know none
     keys: Any = None  # with which it is signed
 
-    def digest(self) -> Any:
-        """SHA-256 of the body."""
-        digest = _sha256()
+    def digest(self, digest: Any) -> Any:
+        """What a new hash object makes of the body."""
         for chunk in self.body:
             digest.update(chunk)
-        return digest
+        return digest.digest()
 
 
 class _Reply(NamedTuple):
@@ -2385,13 +2379,20 @@ class _Reply(NamedTuple):
         ]
 
     def requested_delay(self) -> float:
-        """The seconds for which the server asks to be left alone, within reason; or 0 (RFC 9110, 10.2.3)."""
+        """The seconds for which the server asks to be left alone, or 0 (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
         if text.isdecimal():
-            return min(float(text), _RETRY_AFTER)
-        seconds = _http_time(text)
-        seconds -= _http_time(self.headers.get('Date')) or time.time()
-        return min(max(seconds, 0.0), _RETRY_AFTER)
+            return float(text)
+        now = self.time('Date') or time.time()
+        return max(0.0, self.time('Retry-After') - now)
+
+    def time(self, name: str) -> float:
+        """Unix time of the date in a header; 0 if there is none."""
+        from email.utils import parsedate_to_datetime
+        try:
+            return parsedate_to_datetime(self.headers.get(name)).timestamp()
+        except (TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, before 1970
+            return 0.0
 
 
 def _judge(reply: _Reply) -> str:
@@ -2409,6 +2410,10 @@ def _backoff(failures: int) -> float:
 class _Http:
     """Makes requests. Threads share it."""
 
+    most = 256.0  # requests that may be made at once
+    successes = 0
+    tls: Any = None
+
     def __init__(
             self,
             job: _Job,
@@ -2419,13 +2424,9 @@ class _Http:
         self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
-        self.idle: Dict[str, Any]  # kept connections, by site
-        self.idle = collections.defaultdict(list)
+        self.idle: Dict[str, Any] = collections.defaultdict(list)  # kept connections, by site
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection
-        self.most = 256.0  # requests that may be made at once
-        self.successes = 0
         self.answered: Set[str] = set()  # sites that have answered
-        self.tls: Any = None
         job.at_end.append(self.interrupt)
 
     def interrupt(self) -> None:
@@ -2448,8 +2449,11 @@ class _Http:
             while idle:
                 idle.pop().close()
 
-    def request(self, prepare: Callable[[], _Request],
-                judge: Callable[[_Reply], str] = _judge) -> _Reply:
+    def request(
+            self,
+            prepare: Callable[[], _Request],
+            judge: Callable[[_Reply], str] = _judge,
+    ) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
@@ -2493,8 +2497,7 @@ class _Http:
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
             job.sleep(_backoff(failures) + delay)
 
-    def exchange(self, request: _Request,
-                 job: _Job, patience: float) -> _Reply:
+    def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again over a new connection if the server has closed a kept one."""
         import http.client
         while len(self.busy) >= self.most:
@@ -2517,8 +2520,7 @@ class _Http:
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
             if connection.is_cut:
                 raise _Ended from None
-            is_closed = isinstance(e, (ConnectionError, http.client.BadStatusLine))
-            if not connection.idle_since or not is_closed:
+            if not connection.idle_since or not isinstance(e, ConnectionError):
                 raise
         finally:
             del self.busy[connection]
@@ -2546,8 +2548,7 @@ class _Http:
             else _find_proxy(scheme, host))
         if scheme == 'https':
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(
-                address, timeout=_CONNECT, context=self.tls)
+            connection = http.client.HTTPSConnection(address, context=self.tls)
             if headers is not None:
                 connection.set_tunnel(host, headers=headers)
                 headers = None
@@ -2559,44 +2560,41 @@ class _Http:
         connection.headers = headers or {}
         return connection
 
-    def send(self, connection: Any,
-             request: _Request, patience: float) -> Any:
+    def send(self, connection: Any, request: _Request, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import http.client
         import socket
-
-        def slices() -> Iterator[Any]:  # as the time-out of a socket applies to each
-            for chunk in request.body:
-                view = memoryview(chunk)
-                for start in range(0, len(view), _SLICE):
-                    piece = view[start:start + _SLICE]
-                    yield piece
-                    connection.moved += len(piece)
-                    connection.job.add(len(piece))
-
         parts = urlsplit(request.url)
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-        headers = {
-            'Accept-Encoding': 'identity',
-            **request.headers,
-            **connection.headers,
-        }
-        if request.body or request.method in ('PUT', 'POST'):
+        headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
+        if request.body:  # otherwise http.client knows where to say 0
             length = sum(map(len, request.body))
             headers['Content-Length'] = str(length)
-        _check_headers(headers, connection.site)
+        for name, value in headers.items():
+            if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
+                raise ConfigError(f'a header for {connection.site}, such as a token or project, contains invalid '
+                                  'characters', 'check the credentials')
         connection.job.add(0)  # an interruption may have come before the connection was among the busy ones
         if not connection.sock:
             connection.timeout = min(patience, _CONNECT)
             connection.connect()
-            with contextlib.suppress(OSError, TypeError):
-                connection.sock.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, _SLICE)
+            # Let the system not take megabytes that a slow link has yet to send: a server's silence meanwhile would
+            # look like a fault. Python 3.6 lacks the name; 25 is the option's number in Linux, and of none elsewhere.
+            unsent = getattr(socket, 'TCP_NOTSENT_LOWAT', 25)
+            with contextlib.suppress(OSError):
+                connection.sock.setsockopt(socket.IPPROTO_TCP, unsent, _SLICE)
         connection.sock.settimeout(patience)
         connection.job.add(0)  # or before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            body = slices() if request.body else None
-            connection.request(request.method, target, body, headers)
+        with contextlib.suppress(ConnectionError):
+            connection.request(request.method, target, headers=headers)
+            for chunk in request.body:
+                view = memoryview(chunk)
+                for start in range(0, len(view), _SLICE):  # as the time-out of a socket applies to each
+                    piece = view[start:start + _SLICE]
+                    connection.send(piece)
+                    connection.moved += len(piece)
+                    connection.job.add(len(piece))
         response = connection.getresponse()
         for _ in range(_INTERIM):
             if not 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
@@ -2605,8 +2603,7 @@ class _Http:
             response.begin()
         raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
 
-    def receive(self, connection: Any,
-                response: Any, request: _Request) -> bytes:
+    def receive(self, connection: Any, response: Any, request: _Request) -> bytes:
         """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
         import http.client
         import io
@@ -2630,13 +2627,6 @@ class _Http:
                 raise
         body.truncate()
         return b'' if is_file else body.getvalue()
-
-
-def _check_headers(headers: _Headers, site: str) -> None:
-    for name, value in headers.items():
-        if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
-            raise ConfigError(f'a header for {site}, such as a token or project, contains invalid characters',
-                              'check the credentials')
 
 
 def _unreachable_error(site: str, e: Exception) -> RemoteError:
@@ -2670,11 +2660,12 @@ def _find_proxy(
     # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
     kind = 'https?' if os.name == 'nt' else 'http'
     start = rf'(?ai)(?:{kind}://|(?![^/?#@]*://))(?:(.*)@)?'
-    match = re.match(start + r'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?(?:[/?#].*)?\Z', url)
-    user, address, port = match.groups() if match else ('', '', '65536')
-    if int(port or 80) > 65535:
+    end = rf'(?::({_PORT}))?(?:[/?#].*)?\Z'
+    match = re.match(start + r'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])' + end, url)
+    if not match:
         raise ConfigError(f'{scheme}_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks '
                           'neither SOCKS nor TLS to a proxy', 'change it, or exempt this host with no_proxy')
+    user, address, port = match.groups()
     headers = {}
     if user:
         name, _, password = user.partition(':')
@@ -2709,27 +2700,20 @@ def _site(url: str) -> str:
 def _check_address(url: str) -> str:
     """The site of a URL. Raises RemoteError if no request can be sent there."""
     from ipaddress import ip_address
-    with contextlib.suppress(ValueError):  # of what is no IPv6 address, or a port beyond 65535
-        parts = urlsplit(url)
-        if '[' in parts.netloc:
-            ip_address(parts.hostname or '')  # urlsplit() checks it only from Python 3.11 on
-        is_right = re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url, re.ASCII)
-        if is_right and parts.port != 0:
+    match = re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url)
+    with contextlib.suppress(ValueError):
+        if match:
+            ip_address(match.group(1) or '::')  # urlsplit() checks it only from Python 3.11 on
             return _site(url)
     raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
                       'https://host[:port][/path]; a user or password cannot be in it')
 
 
 def _check_endpoint(url: str) -> str:
-    if url and not re.match(_SITE + r'(?:/[^?#\s]*)?\Z', url, re.ASCII):
+    if url and not re.match(_SITE + r'(?:/[^?#\s]*)?\Z', url):
         raise ConfigError('the endpoint_url must look like https://host[:port]', 'check it where it is set: in the '
                           'settings, the AWS profile or a variable such as $AWS_ENDPOINT_URL')
     return url.rstrip('/')
-
-
-def _quote(text: str, safe: str = '') -> str:
-    """Percent-encode all but A-Z a-z 0-9 - . _ ~ and what is safe, as Signature Version 4 and Google want it."""
-    return quote(text, safe=safe + '~')
 
 
 def _base64(data: bytes) -> str:
@@ -2738,18 +2722,9 @@ def _base64(data: bytes) -> str:
 
 
 def _query(query: _Headers) -> str:
-    """Sorted, as signatures want it."""
+    """Sorted, and quoted to the last but A-Z a-z 0-9 - . _ ~, as signatures want it."""
     pairs = sorted(query.items())
-    return '&'.join(f'{_quote(key)}={_quote(value)}' for key, value in pairs)
-
-
-def _http_time(text: Any) -> float:
-    """Unix time of a date in a header; 0 if it is none."""
-    from email.utils import parsedate_to_datetime
-    try:
-        return parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, before 1970
-        return 0.0
+    return urlencode(pairs, safe='~', quote_via=quote)
 
 
 def _iso_time(text: str) -> float:
@@ -2776,12 +2751,13 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
 class _Renewed:
     """Something that must be fetched anew before it expires. Threads share it."""
 
+    value: Any = None
+    expires = 0.0
+    next = 0.0  # when to fetch it anew
+
     def __init__(self) -> None:
         import threading
         self.lock = threading.Lock()
-        self.value: Any = None
-        self.expires = 0.0
-        self.next = 0.0  # when to fetch it anew
 
     def fetch(self) -> Tuple[Any, float]:
         """The thing, or None if there is none, and the unix time at which it expires."""
@@ -2925,7 +2901,7 @@ class _Aws(_Renewed):
     def judge(self, reply: _Reply) -> str:
         """For _Http.request(): errors are judged by their code, too. One may tell that our clock is wrong."""
         code = _aws_error(reply)[0]
-        ahead = _http_time(reply.headers.get('Date')) - time.time()
+        ahead = reply.time('Date') - time.time()
         is_news = 300 < abs(ahead - self.skew) < 1e9
         if is_news and code in _AWS_CLOCK_ERRORS:
             self.skew = ahead
@@ -2944,7 +2920,7 @@ class _Aws(_Renewed):
         if not keys:
             return request
         scheme, netloc, path, query, _ = urlsplit(request.url)
-        digest = request.digest().hexdigest()
+        digest = request.digest(_sha256()).hex()
         now = time.time() + self.skew
         stamp = _utc(now, '%Y%m%dT%H%M%SZ')
         usual_port = ':443$' if scheme == 'https' else ':80$'
@@ -3423,7 +3399,8 @@ class _GoogleCredentials(_Renewed):
             return None
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
-        url = f'http://{host}/{path}?scopes={_quote(_GOOGLE_SCOPE)}'
+        scope = quote(_GOOGLE_SCOPE, '')
+        url = f'http://{host}/{path}?scopes={scope}'
         flavor = {'Metadata-Flavor': 'Google'}
         reply = _ask_metadata(self.http, _Request('GET', url, flavor, tries=1))
         is_google = reply.headers.get('Metadata-Flavor') == 'Google'
@@ -3541,7 +3518,7 @@ _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole inde
 
 _UNCHANGED = {'Cache-Control': 'no-transform'}  # the header that asks for an object as it is (RFC 9111, 5.2.1.6)
 _MISSING = (404, 410)
-_NO_RANGE = (404, 410, 412, 416)  # answers to GET of a range that say that there is no such object, version or range
+_NO_RANGE = (404, 410, 416)  # answers to GET of a range that say that there is no such object or range
 _UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
 _PROTECTED = r'object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
 _ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
@@ -3591,6 +3568,7 @@ class _Remote:
 
     has_exclusive_write = False  # whether write() alone tells if a name is taken, even where find() may not look
     can_copy = False  # whether write() takes ranges of other objects
+    prefix = ''  # of keys
 
     def __init__(self, config: Config, job: _Job) -> None:
         self.url = _masked(config.url or '')
@@ -3599,6 +3577,15 @@ class _Remote:
 
     def close(self) -> None:
         """Free all resources."""
+
+    def key(self, name: str) -> str:
+        """What the object of this name is called in the storage."""
+        return f'{self.prefix}{name}.tgz'
+
+    def name_of(self, key: str) -> str:
+        """The reverse of key(); '' for the key of something else."""
+        name = key[len(self.prefix):-4]
+        return name if key == self.key(name) and _is_name(name) else ''
 
     def list(self) -> List[_Object]:
         """All archives: each object NAME.tgz directly below the url, if a dataset can have that name."""
@@ -3616,13 +3603,11 @@ class _Remote:
         start = max(0, obj.size - _TAIL)
         return obj, self.read(obj, start, obj.size)
 
-    def read(self, obj: _Object,
-             start: int, stop: int) -> bytes:
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """Bytes of this very version. Raises RemoteError if the object was replaced. Threads share it."""
         raise NotImplementedError
 
-    def write(self, name: str, chunks: Iterable[_Chunk],
-              limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """Store all chunks under this name, or nothing.
 
         limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
@@ -3668,9 +3653,7 @@ class _HttpStore(_Remote):
         """A request as it is sent now; its url may be relative to the bucket."""
         return request
 
-    def judge(self, reply: _Reply) -> str:
-        """For _Http.request()."""
-        return _judge(reply)
+    judge = staticmethod(_judge)  # for _Http.request()
 
     def error(self, reply: _Reply) -> RemoteError:
         raise NotImplementedError
@@ -3695,58 +3678,48 @@ class _HttpStore(_Remote):
         """Where an object is, as prepare() takes it."""
         raise NotImplementedError
 
-    def get(self, name: str, start: int,
-            stop: int, known: Optional[_Object] = None) -> _Found:
+    def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
         """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
 
         start: if stop is 0, minus the number of bytes to read from the end (RFC 9110, 14.1.2).
-        known: the very version that it must be. Some stores ignore If-Match, and `rclone serve s3` answers 200.
+        known: the very version that it must be. The answer tells, as some stores ignore If-Match.
         """
-        wanted = known.version if known else ''
         span = f'{start}-{stop - 1}' if stop else str(start)
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
-        if wanted.startswith('"'):  # only a strong ETag will do (RFC 9110, 13.1.1)
-            headers['If-Match'] = wanted
         url = self.address(name)
         limit = stop - start + 65536
-        reply = self.ask('GET', url, *_NO_RANGE,
-                         headers=headers, limit=limit)
-        is_wanted = self.version(reply) in (wanted, '')
-        if known and (reply.status in _NO_RANGE or not is_wanted):
-            raise self.mismatch_error(known, reply)
+        reply = self.ask('GET', url, *_NO_RANGE, headers=headers, limit=limit)
+        if known:
+            version = self.version(reply)
+            if reply.status in _NO_RANGE or version not in (known.version, ''):
+                raise self.mismatch_error(known, reply)
         if reply.status in _MISSING:
             return None, b''
-        if reply.status == 412:
-            raise self.error(reply)
         obj = known or self.describe(name, reply)
         if not obj.size:
             return obj, b''
-        if not stop:
-            start = max(0, obj.size + start)
-        stop = min(stop or obj.size, obj.size)
+        start, stop, _ = slice(start, stop or None).indices(obj.size)
         expected = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
         told = reply.headers.get('Content-Range') or ''
-        fits = 0 < len(reply.body) <= stop - start
+        length = stop - start
+        fits = min(length, _SLICE) <= len(reply.body) <= length  # see _Http.receive()
         if not re.match(expected, told) or not fits:
             raise RemoteError(f'{self.url} does not answer with the range that was asked for',
                               'a proxy or the endpoint_url is at fault', reply.status)
         return obj, reply.body
 
     def stat(self, name: str) -> Optional[_Object]:
+        """As above. By a GET, which needs no other permission than reading."""
         return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
 
     def find(self, name: str) -> _Found:
         """As above: in one request, where the server knows ranges that count from the end."""
         try:
-            obj, tail = self.get(name, -_TAIL, 0)
+            return self.get(name, -_TAIL, 0)
         except RemoteError as e:
             if e.status not in _UNSUPPORTED:
                 raise
             return super().find(name)
-        if obj:
-            start = max(0, obj.size - _TAIL) + len(tail)
-            tail += self.read(obj, start, obj.size)
-        return obj, tail
 
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
@@ -3758,22 +3731,19 @@ class _HttpStore(_Remote):
         if not size or not version:
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
-        modified = _http_time(reply.headers.get('Last-Modified'))
-        return _Object(
-            name, int(size.group(1)), version, modified)
+        modified = reply.time('Last-Modified')
+        return _Object(name, int(size.group(1)), version, modified)
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
-        modified = _http_time(reply.headers.get('Last-Modified'))
-        return _version(reply.headers.get('ETag'), modified)
+        return _version(reply.headers.get('ETag'), reply.time('Last-Modified'))
 
-    def read(self, obj: _Object,
-             start: int, stop: int) -> bytes:
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. Where the connection breaks, it goes on from there."""
         data = b''
         while start < stop:
             _, part = self.get(obj.name, start, stop, obj)
-            data = data + part if data else part
+            data += part
             start += len(part)
         return data
 
@@ -3791,61 +3761,66 @@ class _BucketStore(_HttpStore):
     """What remotes share whose url names a bucket and a prefix."""
 
     service = ''  # how its API is called
+    remedies: Sequence[Tuple[str, str]] = ()  # by patterns for what error() puts together; in braces is what it knows
     next_page = ''  # the part of a query that asks for another page of the listing
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
-        match = re.match(r'([a-z0-9]+)://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/(.*))?\Z', config.url or '')
+        bucket = r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])'
+        match = re.match(bucket + r'(?:/+(.*?))?/*\Z', config.url or '')
         if not match:
             raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like',
                               "a bucket's name has at least 3 letters, digits, '.', '_' or '-'")
-        self.bucket = match.group(2)
-        self.prefix = (match.group(3) or '').strip('/')
-        if self.prefix:
-            self.prefix += '/'
+        self.bucket, prefix = match.groups('')
+        self.prefix = prefix and f'{prefix}/'
 
-    def key(self, name: str) -> str:
-        return f'{self.prefix}{name}.tgz'
+    def message(self, reply: _Reply) -> str:
+        """What an error says, if it is not XML."""
+        return ''
 
-    def name_of(self, key: str) -> str:
-        """The reverse of key(); '' for the key of something else."""
-        name = key[len(self.prefix):-4]
-        return name if key == self.key(name) and _is_name(name) else ''
+    def error(self, reply: _Reply) -> RemoteError:
+        keys = reply.request.keys
+        who = 'account' if keys else 'nobody'
+        verb = 'LIST' if 'delimiter=' in reply.request.url else reply.request.method
+        status = _status(reply, self.message(reply))
+        text = f'{reply.status} {who} {verb} {status}'
+        remedy = next(
+            remedy for pattern, remedy in self.remedies
+            if re.match(pattern, text, re.I | re.S))
+        remedy = remedy.format(keys=keys, store=self)
+        return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
 
     def protocol_error(self, status: int = 0) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as {self.service} does',
                            'check the endpoint_url, and whether a proxy or login page answers in its place', status)
 
     def list(self) -> List[_Object]:
-        objects: List[_Object] = []
-        tokens = ['']
         query = {'prefix': self.prefix, 'delimiter': '/'}
-        while True:
+        pages: Dict[str, List[_Object]] = {}
+        token = ''
+        while token not in pages:
             try:
-                page, token = self.list_page(query)
+                pages[token], token = self.list_page(query)
             except (KeyError, TypeError, ValueError, OverflowError):
                 raise self.protocol_error() from None
-            objects += [obj for obj in page if obj.name]
-            if not token:
-                return objects
-            if token in tokens:
-                raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
-            tokens.append(token)
             query[self.next_page] = token
+        if token:
+            raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
+        objects = itertools.chain.from_iterable(pages.values())
+        return [obj for obj in objects if obj.name]
 
     def list_page(self, query: _Headers) -> _Page:
         """What is no archive has no name there."""
         raise NotImplementedError
 
     def stat(self, name: str) -> Optional[_Object]:
-        """As above. By a GET, which needs no other permission than reading."""
+        """As above. What is empty, in an archive class, or where not all is told, can be listed."""
         try:
             return super().stat(name)
         except RemoteError as e:
             is_archived = 'InvalidObjectState' in e.message
             if not is_archived and e.status not in _UNSUPPORTED:
                 raise
-        # What is empty, in an archive class, or where not all is told, can be listed.
         objects = {obj.name: obj for obj in self.list()}
         return objects.get(name)
 
@@ -3887,9 +3862,10 @@ class _BucketStore(_HttpStore):
                 chunk = self.read(obj, start, middle)
                 count = (stop - middle) // longest + 1
                 step = (stop - middle) // count + 1
-                for at in range(middle, stop, step):
-                    end = min(at + step, stop)
-                    ranges.append(_Range(obj, at, end))
+                ranges = [
+                    _Range(obj, at, min(at + step, stop))
+                    for at in range(middle, stop, step)
+                ]
             rest = memoryview(chunk)
             while rest:
                 part.append(rest[:left])
@@ -3913,7 +3889,7 @@ def _version(etag: Optional[str], modified: float) -> str:
 
 
 def _md5() -> Any:
-    """A new MD5 hash, to compare with what Google got, not for security; None where there is none (FIPS)."""
+    """A new MD5 hash, which storage compares, not for security; None where there is none (FIPS)."""
     import hashlib
     md5: Any = hashlib.md5
     for options in ({'usedforsecurity': False}, {}):  # the former is a TypeError up to Python 3.8
@@ -3938,12 +3914,18 @@ class _FileRemote(_Remote):
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
             raise ConfigError('the url is no absolute path', 'write file:///path, with three slashes')
-        self.root = _check_path(_file_path(_check_path(match.group(1))))
+        path = match.group(1)
+        if os.name == 'nt':
+            from urllib.request import url2pathname  # which cuts it there from Python 3.14 on
+            path = url2pathname(path.replace('?', '%3F').replace('#', '%23'))
+        else:
+            path = unquote(path, sys.getfilesystemencoding(), 'surrogateescape')
+        self.root = _check_path(path)
         self.refusals = functools.partial(_refusals, RemoteError, self.root)
         self.is_public = config.public
 
     def path(self, name: str) -> str:
-        return os.path.join(self.root, name + '.tgz')
+        return os.path.join(self.root, self.key(name))
 
     def hidden_path(self, name: str) -> str:
         """A new path for a file that is not, or no longer, to be seen; sweep() knows its form."""
@@ -3955,34 +3937,30 @@ class _FileRemote(_Remote):
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
         objects = []
-        for name in [file[:-4] for file in files if file.endswith('.tgz')]:
+        for name in map(self.name_of, files):
             try:
-                objects.append(_is_name(name) and self.stat(name))
+                objects.append(name and self.stat(name))
             except OSError as e:
                 _say(f'{self.path(name)}: {e.strerror}', _WARNING)
         return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
-        try:
-            status = os.stat(self.path(name))
-        except FileNotFoundError:
-            return None
-        return _file_object(name, status) if stat.S_ISREG(status.st_mode) else None
+        with contextlib.suppress(FileNotFoundError):
+            return _file_object(name, self.path(name))
+        return None
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. A tool that writes into the file meanwhile changes its time."""
-        with self.refusals(f"read '{obj.name}' in", 'ask who pushed it to let you read it'):
-            try:
-                with open(self.path(obj.name), 'rb') as file:
-                    file.seek(start)
-                    data = file.read(stop - start)
-                    found = _file_object(obj.name, os.fstat(file.fileno()))
-            except FileNotFoundError:
-                found = None
-        if found != obj or len(data) != stop - start:
-            raise self.replaced_error(obj)
-        self.job.add(len(data))
-        return data
+        refusals = self.refusals(f"read '{obj.name}' in", 'ask who pushed it to let you read it')
+        with refusals, contextlib.suppress(FileNotFoundError):
+            with open(self.path(obj.name), 'rb') as file:
+                file.seek(start)
+                data = file.read(stop - start)
+                found = _file_object(obj.name, file.fileno())
+            if found == obj and len(data) == stop - start:
+                self.job.add(len(data))
+                return data
+        raise self.replaced_error(obj)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         new = self.hidden_path(name)
@@ -4031,7 +4009,7 @@ class _FileRemote(_Remote):
             return
         # The name is taken, or there are no hard links here: then whoever makes this file may go on.
         claim = os.path.join(self.root, f'.{os.path.basename(path)}.claim')
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        open(claim, 'x').close()
         try:
             if os.path.lexists(path):
                 raise FileExistsError
@@ -4045,83 +4023,85 @@ class _FileRemote(_Remote):
         aside = self.hidden_path(obj.name)
         remedy = "ask the file's owner to remove it, or the directory's owner for write access"
         with self.refusals(f"remove '{obj.name}' from", remedy):
-            if not self.is_current(obj):
-                return False
             with contextlib.suppress(FileNotFoundError):  # another purge was faster
-                os.rename(path, aside)
-                if _file_object(obj.name, os.stat(aside)) != obj:
-                    with contextlib.suppress(FileExistsError):  # a still newer one has come
-                        self.place(aside, path, exclusive=True)
-                    raise self.overtaken_error(obj)
-                os.unlink(aside)
-            return False
+                if self.is_current(obj):
+                    os.rename(path, aside)
+                    if _file_object(obj.name, aside) != obj:
+                        with contextlib.suppress(FileExistsError):  # a still newer one has come
+                            self.place(aside, path, exclusive=True)
+                        raise self.overtaken_error(obj)
+                    os.unlink(aside)
+        return False
 
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
-        for item in os.listdir(self.root):
-            path = os.path.join(self.root, item)
+        latest = time.time() - _FILE_REMNANTS
+        for item in os.scandir(self.root):
             with contextlib.suppress(OSError):
-                is_ours = re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item)
-                if is_ours and time.time() - os.stat(path).st_mtime > _FILE_REMNANTS:
-                    os.unlink(path)
+                is_ours = re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name)
+                if is_ours and item.stat().st_mtime < latest:
+                    os.unlink(item.path)
 
 
-def _file_path(path: str) -> str:
-    """The path in a file:// URL. From Python 3.14 on, url2pathname() cuts it at '?', '#' and '//'."""
-    from urllib.parse import unquote_to_bytes
-    from urllib.request import url2pathname
-    if os.name == 'nt':
-        return url2pathname(path.replace('?', '%3F').replace('#', '%23'))
-    return os.fsdecode(unquote_to_bytes(os.fsencode(path)))
-
-
-def _file_object(name: str, status: os.stat_result) -> _Object:
+def _file_object(name: str, file: Union[str, int]) -> Optional[_Object]:
+    """The object in a file, which may be open; None if it is no regular one."""
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        return None
     version = f'{status.st_mtime_ns}-{status.st_size}-{status.st_ino}'
     return _Object(name, status.st_size, version, status.st_mtime)
 
 
 # s3:// ---------------------------------------------------------------------------------
 
-_CHECKSUM = 'x-amz-checksum-sha256'
-_S3_UNKNOWN = ('', 'NotImplemented', 'InvalidArgument', 'InvalidRequest')  # how stores answer that know no conditions
-_BY_HOST = "set 'addressing_style = virtual' below 's3 =' of the profile '{profile}' in ~/.aws/config"
-_RENEW = 'renew the credentials, which come from {source}'
-_S3_PERMISSIONS = {
-    'GET': 's3:GetObject, and s3:ListBucket to tell what is missing',
-    'DELETE': 's3:DeleteObject',
-}
-_S3_ALLOW = 'the credentials, which come from {source}, need {permission} here'
-_S3_REMEDIES: Dict[Any, str] = {  # by the code of an error, or its status
-    'AccessDenied': _S3_ALLOW,
-    401: _S3_ALLOW,
-    403: _S3_ALLOW,
-    429: _WAIT,
-    503: _WAIT,
-    'NoSuchBucket': 'check the bucket in the url',
-    'InvalidAccessKeyId': 'check the access key; it comes from {source}',
-    'SignatureDoesNotMatch': 'check the secret access key, which comes from {source}, and the region',
-    'RequestTimeTooSkewed': "set this machine's clock",
-    'ExpiredToken': _RENEW,
-    'InvalidToken': _RENEW,
-    'PermanentRedirect': "set 'region' to the bucket's, and no endpoint_url for Amazon",
-    'AuthorizationHeaderMalformed': "set 'region' to the bucket's",
-    'AccessControlListNotSupported': "drop 'public: true', and let a bucket policy make the objects public",
-    'SecondLevelDomainForbidden': _BY_HOST,  # as Alibaba calls it
-    'PathStyleDomainForbidden': _BY_HOST,  # Tencent: https://www.tencentcloud.com/document/product/436/75050
-    'VirtualHostDomainRequired': _BY_HOST,  # Huawei
-    'NoSuchUpload': 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again',
-    'InvalidObjectState': 'it was moved to an archive class; restore it there first',
-}
+# How stores answer that know no conditions. OpenStack Swift has another ETag inside for what came in parts, so it never
+# deletes it under a condition.
+_S3_UNCONDITIONAL = r'\S+ (400|501) (|NotImplemented|InvalidArgument|InvalidRequest)\Z|DELETE 412 '
+# The bucket is part of the host's name or of the path, as with `aws`, which takes the path where no host can have that
+# name: https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
+_S3_IN_HOST = r"""(?x)
+    (?! https?://( [\d.]+ | \[.*\] )[:/\s] )  # an address has no subdomains
+    ( http:.*\s[a-z0-9.-]+ | .*\s[a-z0-9-]+ )\Z  # with TLS, a dot would not match the certificate
+"""
 _ANONYMOUS = (
-    "no credentials were found in the settings, the environment, the AWS profile '{profile}', or those of a container "
-    "or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or 'aws sso login'")
+    "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of a "
+    "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or 'aws sso "
+    "login'")
+_S3_ALLOW = 'the credentials, which come from {keys.source}, need %s here'
+_S3_REMEDIES = (  # see _BucketStore.error()
+    ('40[013] nobody', _ANONYMOUS),
+    (f'.* DELETE .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+    ('.* NoSuchBucket:', 'check the bucket in the url'),
+    ('.* InvalidAccessKeyId:', 'check the access key; it comes from {keys.source}'),
+    ('.* SignatureDoesNotMatch:', 'check the secret access key, which comes from {keys.source}, and the region'),
+    ('.* RequestTimeTooSkewed:', "set this machine's clock"),
+    ('.* (ExpiredToken|InvalidToken):', 'renew the credentials, which come from {keys.source}'),
+    ('.* PermanentRedirect:', "set 'region' to the bucket's, and no endpoint_url for Amazon"),
+    ('.* AuthorizationHeaderMalformed:', "set 'region' to the bucket's"),
+    ('.* AccessControlListNotSupported:',
+     "drop 'public: true', and let a bucket policy make the objects public"),
+    # As Alibaba calls it, Tencent (https://www.tencentcloud.com/document/product/436/75050) and Huawei
+    ('.* (SecondLevelDomainForbidden|PathStyleDomainForbidden|VirtualHostDomainRequired):',
+     "set 'addressing_style = virtual' below 's3 =' of the profile '{store.aws.name}' in ~/.aws/config"),
+    ('.* NoSuchUpload:', 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again'),
+    ('.* InvalidObjectState:', 'it was moved to an archive class; restore it there first'),
+    ('40[13] account LIST', _S3_ALLOW % 's3:ListBucket'),
+    ('40[13] account GET', _S3_ALLOW % 's3:GetObject, and s3:ListBucket to tell what is missing'),
+    ('40[13] account DELETE', _S3_ALLOW % 's3:DeleteObject'),
+    ('40[13] account', _S3_ALLOW % 's3:PutObject'),
+    ('429|503', _WAIT),
+    ('', 'check the url, the endpoint_url and the region'),
+)
 
 
 class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
     service = 'S3'
+    remedies = _S3_REMEDIES
     next_page = 'continuation-token'
+    must_check = False  # whether the bucket has been found to want MD5 sums
+    takes_few_parts = False  # the same
 
     def __init__(self, config: Config, job: _Job) -> None:
         if (config.url or '').startswith('s3://arn:'):
@@ -4138,16 +4118,10 @@ class _S3Remote(_BucketStore):
         is_r2 = '.r2.cloudflarestorage.com' in self.endpoint  # which wants equal parts
         is_odd = self.endpoint and '%' in self.prefix  # Ceph decodes the name of a source twice
         self.can_copy = not is_r2 and not is_odd
-        # The bucket is part of the host's name or of the path, as with `aws`, which takes the path where no host can
-        # have that name: https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
         style = self.aws.values.get('s3.addressing_style')
         is_wanted = style == 'virtual' or not self.endpoint and style != 'path'
-        is_address = re.match(r'https?://([\d.]+|\[.*\])(:|/|\Z)', self.endpoint)  # which has no subdomains
-        dot = '.' if self.endpoint.startswith('http:') else ''  # with TLS, a dot would not match the certificate
-        is_possible = re.match(rf'[a-z0-9{dot}-]+\Z', self.bucket)
-        self.is_bucket_in_host = is_wanted and is_possible and not is_address
-        self.must_check = False  # whether the bucket has been found to want checksums
-        self.takes_few_parts = False  # the same
+        is_possible = re.match(_S3_IN_HOST, f'{self.endpoint} {self.bucket}')
+        self.is_bucket_in_host = is_wanted and is_possible
         self.headers = _sendable({'x-amz-request-payer': config.request_payer})
         self.object_headers = _sendable({
             'Content-Type': 'application/gzip',
@@ -4157,7 +4131,7 @@ class _S3Remote(_BucketStore):
             'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
 
     def address(self, name: str) -> str:
-        key = _quote(self.key(name), safe='/')
+        key = quote(self.key(name), '/~')
         return f'/{key}'
 
     def prepare(self, request: _Request) -> _Request:
@@ -4166,12 +4140,9 @@ class _S3Remote(_BucketStore):
             **request.headers,
             **request.condition,
         }
-        if self.must_check:
-            # https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity.html
-            if request.url.endswith('?uploads='):
-                headers['x-amz-checksum-algorithm'] = 'SHA256'
-            elif request.method == 'PUT' and request.body:
-                headers[_CHECKSUM] = _base64(request.digest().digest())
+        md5 = self.must_check and request.body and _md5()
+        if md5:
+            headers['Content-MD5'] = _base64(request.digest(md5))
         base = self.endpoint or self.aws.host('s3', self.region)
         if self.is_bucket_in_host:
             base = base.replace('//', f'//{self.bucket}.', 1)
@@ -4185,55 +4156,29 @@ class _S3Remote(_BucketStore):
         return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
-        """As above. Another try may help after a refusal that teaches another region, clock or key, or no conditions.
-
-        OpenStack Swift has another ETag inside for what came in parts, so it never deletes it under a condition.
+        """As above. Another try may help after a refusal that tells of another region, clock or key, or no conditions.
         """
         request = reply.request
         if reply.status < 300 and request.method == 'GET':  # of others, errors may come with status 200
             return 'final'
-        code, _, region = _aws_error(reply)
+        code, message, region = _aws_error(reply)
+        if 'content-md5' in message.lower() and 'Content-MD5' not in request.headers:
+            self.must_check = True
+            return 'at once'
         region = reply.headers.get('x-amz-bucket-region') or region
-        is_unknown = reply.status in (400, 501) and code in _S3_UNKNOWN
-        is_misjudged = reply.status == 412 and request.method == 'DELETE'
-        if request.condition and (is_unknown or is_misjudged) and not self.has_exclusive_write:
+        problem = f'{request.method} {reply.status} {code}'
+        is_unknown = re.match(_S3_UNCONDITIONAL, problem)
+        if request.condition and is_unknown and not self.has_exclusive_write:
             request.condition.clear()
             return 'at once'
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(request.keys)
-            return 'at once' if self.aws.get() != request.keys else 'final'
+            return 'at once'
         is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
         if is_elsewhere and reply.status in (301, 307, 400, 403):
             self.region = region
             return 'at once'
         return self.aws.judge(reply)
-
-    def error(self, reply: _Reply) -> RemoteError:
-        code, message, _ = _aws_error(reply)
-        request = reply.request
-        remedy = (
-            _S3_REMEDIES.get(code)
-            or _S3_REMEDIES.get(reply.status)
-            or 'check the url, the endpoint_url and the region')
-        is_protected = re.search(_PROTECTED, f'{code} {message}', re.I)
-        if not request.keys and reply.status in (400, 401, 403):
-            remedy = _ANONYMOUS
-        elif request.method == 'DELETE' and is_protected:
-            remedy = _ASK_WHO_PROTECTS
-        permission = _S3_PERMISSIONS.get(request.method, 's3:PutObject')
-        if 'list-type' in request.url:
-            permission = 's3:ListBucket'
-        remedy = remedy.format(
-            source=request.keys and request.keys.source,
-            profile=self.aws.name,
-            permission=permission,
-        )
-        kind = RemoteError
-        is_unchecked = request.body and _CHECKSUM not in request.headers
-        if 'content-md5' in message.lower() and is_unchecked:
-            self.must_check = True
-            kind = _WriteAgain
-        return kind(f'{self.url} answers {_status(reply)}', remedy, reply.status)
 
     def list_page(self, query: _Headers) -> _Page:
         """ListObjectsV2"""
@@ -4248,18 +4193,15 @@ class _S3Remote(_BucketStore):
             version = _version(item.get('ETag'), modified)
             size = int(item['Size'])
             objects.append(_Object(name, size, version, modified))
-        if page['IsTruncated'] == 'true':
-            return objects, page['NextContinuationToken']
-        return objects, ''
+        is_last = page['IsTruncated'] != 'true'
+        return objects, '' if is_last else page['NextContinuationToken']
 
-    def write(self, name: str, chunks: Iterable[_Chunk],
-              limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
-        few = limit // _FEW_PARTS + 1  # bytes of a part, if there are to be few
-        size = few  # Amazon takes many, others often: they only grow while they are moderate
-        if not self.takes_few_parts:
-            size = min(few, _LONG_PART if self.endpoint else 0)
-        size = max(_MIN_PART, limit // _MAX_PARTS + 1, size)
+        are_moderate = self.endpoint and limit < _FEW_PARTS * _LONG_PART
+        # Amazon takes many parts, others often: there are few only while they are moderate.
+        most = _FEW_PARTS if self.takes_few_parts or are_moderate else _MAX_PARTS
+        size = max(_MIN_PART, limit // most + 1)  # bytes of a part
         url = self.address(name)
         parts = self.split(chunks, size)
         first: Any = next(parts, [])
@@ -4277,7 +4219,7 @@ class _S3Remote(_BucketStore):
             raise self.protocol_error()
         query = _query({'uploadId': upload})
         try:
-            manifest = self.send_parts(url, query, parts, size, size < few)
+            manifest = self.send_parts(url, query, parts, size)
             headers = {'Content-Type': 'application/xml'}
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers=headers, body=[manifest])
@@ -4293,37 +4235,23 @@ class _S3Remote(_BucketStore):
             query: str,
             parts: Iterator[Any],
             size: int,
-            may_grow: bool,
     ) -> bytes:
-        """Upload parts of this size, several at once; return the manifest that completes the upload.
-
-        may_grow: whether to write it again with larger parts if so many are refused.
-        """
+        """Upload parts of this size, several at once; return the manifest that completes the upload."""
         import threading
-        from xml.sax.saxutils import escape
         connections = min(self.connections, -(-_IN_FLIGHT // size))
         slots = threading.Semaphore(connections)
+        may_grow = not self.takes_few_parts
 
         def send(item: Tuple[int, Any]) -> str:
-            number, part = item
-            part_url = f'{url}?partNumber={number}&{query}'
             try:
-                if isinstance(part, _Range):
-                    found = self.copy(part_url, *part)
-                else:
-                    found = self.ask('PUT', part_url, body=part).headers
+                return self.send_part(url, query, *item)
             except RemoteError as e:
-                if may_grow and number > _FEW_PARTS and 400 <= e.status < 500:
+                if may_grow and item[0] > _FEW_PARTS and 400 <= e.status < 500:
                     self.takes_few_parts = True
                     raise _WriteAgain(e.message) from e
                 raise
             finally:
                 slots.release()
-            checksum = found.get('ChecksumSHA256') or found.get(_CHECKSUM)
-            if not found.get('ETag'):
-                raise self.protocol_error(200)
-            extra = f'<ChecksumSHA256>{checksum}</ChecksumSHA256>' if checksum else ''
-            return f"<Part><PartNumber>{number}</PartNumber><ETag>{escape(found['ETag'])}</ETag>{extra}</Part>"
 
         with _Pool(self.job, connections) as pool:
             numbered = filter(
@@ -4333,25 +4261,35 @@ class _S3Remote(_BucketStore):
             manifest = ''.join(rows)
         return f'<CompleteMultipartUpload>{manifest}</CompleteMultipartUpload>'.encode()
 
-    def copy(
+    def send_part(
             self,
             url: str,
-            source: _Object,
-            start: int,
-            stop: int,
-    ) -> Dict[str, str]:
-        """Let the storage copy a part of an upload from another object; return what it tells of it.
+            query: str,
+            number: int,
+            part: Any,
+    ) -> str:
+        """Send a part, or let the storage copy it from another object; return what the manifest says of it.
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
-        headers = {
-            'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
-            'x-amz-copy-source-range': f'bytes={start}-{stop - 1}',
-        }
-        reply = self.ask('PUT', url, headers=headers)
-        if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
-            raise self.overtaken_error(source)
-        return _xml_items(reply, 'CopyPartResult')
+        from xml.sax.saxutils import escape
+        url = f'{url}?partNumber={number}&{query}'
+        if isinstance(part, _Range):
+            source, start, stop = part
+            headers = {
+                'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
+                'x-amz-copy-source-range': f'bytes={start}-{stop - 1}',
+            }
+            reply = self.ask('PUT', url, headers=headers)
+            if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
+                raise self.overtaken_error(source)
+            etag = _xml_items(reply, 'CopyPartResult').get('ETag')
+        else:
+            reply = self.ask('PUT', url, body=part)
+            etag = reply.headers.get('ETag')
+        if not etag:
+            raise self.protocol_error(200)
+        return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>'
 
     def finish(
             self,
@@ -4403,14 +4341,14 @@ def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
 
 _GS_LOGIN = ("no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
              '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
-_GS_REMEDIES = (  # by what an error says: who asked, its status and its message
-    (f'.* 403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
-    ('account 40[13]', "check this account's permissions"),
-    ('nobody 40[13]', _GS_LOGIN),
-    ('.* 400 .*uniform bucket-level access',
+_GS_REMEDIES = (  # see _BucketStore.error()
+    (f'403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+    ('40[13] account', "check this account's permissions"),
+    ('40[13] nobody', _GS_LOGIN),
+    ('400 .*uniform bucket-level access',
      "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
-    ('.* 404', 'check the bucket in the url'),
-    ('.* (429|503)', _WAIT),
+    ('404', 'check the bucket in the url'),
+    ('429|503', _WAIT),
     ('', 'check the url'),
 )
 
@@ -4419,6 +4357,7 @@ class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
     service = 'Google Cloud Storage'
+    remedies = _GS_REMEDIES
     next_page = 'pageToken'
     has_exclusive_write = True
 
@@ -4437,10 +4376,9 @@ class _GsRemote(_BucketStore):
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
-    def resource(self, archive: str = '',
-                 api: str = '', **query: str) -> str:
+    def resource(self, archive: str = '', api: str = '', **query: str) -> str:
         """The address of an object, or of the bucket."""
-        key = f'/{_quote(self.key(archive))}' if archive else ''
+        key = f"/{quote(self.key(archive), '~')}" if archive else ''
         return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query)}'
 
     def address(self, name: str) -> str:
@@ -4459,17 +4397,11 @@ class _GsRemote(_BucketStore):
             return 'at once'
         return _judge(reply)
 
-    def error(self, reply: _Reply) -> RemoteError:
+    def message(self, reply: _Reply) -> str:
         try:
-            message = str(reply.json()['error']['message'])
+            return str(reply.json()['error']['message'])
         except (KeyError, TypeError):
-            message = reply.page()[:300].decode('utf-8', 'replace')
-        who = 'account' if reply.request.keys else 'nobody'
-        text = f'{who} {reply.status} {message}'
-        remedy = next(
-            remedy for pattern, remedy in _GS_REMEDIES
-            if re.match(pattern, text, re.I | re.S))
-        return RemoteError(f"{self.url} answers {_status(reply, message)}", remedy, reply.status)
+            return reply.page()[:300].decode('utf-8', 'replace')
 
     def list_page(self, query: _Headers) -> _Page:
         fields = 'kind,items(name,size,generation,updated),nextPageToken'
@@ -4489,8 +4421,7 @@ class _GsRemote(_BucketStore):
     def version(self, reply: _Reply) -> str:
         return reply.headers.get('x-goog-generation') or ''
 
-    def write(self, name: str, chunks: Iterable[_Chunk],
-              limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
         session = self.begin_upload(name, exclusive)
         md5 = _md5()
@@ -4584,10 +4515,8 @@ class _GsRemote(_BucketStore):
             reply = self.http.request(prepare, judge)
             if reply.status == 412:
                 raise _NameTaken  # perhaps by ourselves, if an answer was lost
-            if reply.status < 300 and is_last:
+            if reply.status < 300:  # if too early, write() finds the object too short
                 return reply.json()
-            if reply.status < 300:
-                raise self.protocol_error()
             if reply.status != 308:
                 raise self.error(reply)
             if not before < at <= stop:
@@ -4619,10 +4548,11 @@ class _WebRemote(_HttpStore):
         super().__init__(config, job)
         self.url = (config.url or '').rstrip('/')
         # No @ anywhere, as a password may hold a slash.
-        if not re.match(_SITE + r'(?:/[^?#@]*)?\Z', self.url, re.ASCII):
+        if not re.match(_SITE + r'(?:/[^?#@]*)?\Z', self.url):
             raise ConfigError('the url is not of the form https://host or https://host/path, or it has a user or '
                               'password in it, which etcetera never sends', 'write %40 for an @ in the path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
+        self.prefix = unquote(self.base)
         self.http = _Http(job, config.ca_bundle)
         self.downloads: Dict[_Object, Any] = {}  # files, for objects of a server that knows no ranges
 
@@ -4667,22 +4597,20 @@ class _WebRemote(_HttpStore):
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
         page = reply.page().decode('utf-8', 'replace')
-        directory = unquote(self.base)
         names = set()
         links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
         for link in re.findall(links, page):
             with contextlib.suppress(ValueError):
                 address = unescape(link.strip('"\''))
                 target = unquote(urljoin(self.base, address))
-                name = target[len(directory):-4]
-                if target == f'{directory}{name}.tgz' and _is_name(name):
-                    names.add(name)
+                names.add(self.name_of(target))
+        names.discard('')
         with _Pool(self.job, self.connections) as pool:
             objects = _ordered(pool, self.stat, sorted(names))
             return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
-        """As above. Some servers refuse HEAD, as for a URL that is signed for GET, or tell no length then."""
+        """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
         url = self.address(name)
         reply = self.ask('HEAD', url, *range(400, 600))
         if reply.status in _MISSING:
@@ -4692,8 +4620,7 @@ class _WebRemote(_HttpStore):
         except RemoteError:
             return super().stat(name)
 
-    def read(self, obj: _Object,
-             start: int, stop: int) -> bytes:
+    def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. An object of a server that knows no ranges is downloaded first."""
         import tempfile
         if obj not in self.downloads:
