@@ -3787,7 +3787,8 @@ class _BucketStore(_HttpStore):
         remedy = next(
             remedy for pattern, remedy in self.remedies
             if re.match(pattern, text, re.I | re.S))
-        remedy = remedy.format(keys=keys, store=self)
+        source = getattr(keys, 'source', 'nowhere')
+        remedy = remedy.format(source=source, store=self)
         return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
 
     def protocol_error(self, status: int = 0) -> RemoteError:
@@ -3824,8 +3825,8 @@ class _BucketStore(_HttpStore):
         objects = {obj.name: obj for obj in self.list()}
         return objects.get(name)
 
-    def delete(self, obj: _Object, url: str) -> Optional[_Reply]:
-        """Delete this very version; None if it is gone already."""
+    def delete(self, obj: _Object, url: str) -> Any:
+        """Delete this very version; return the headers of the answer, {} if it is gone already."""
         condition = {}
         if obj.version.startswith('"'):
             condition['If-Match'] = obj.version
@@ -3839,10 +3840,10 @@ class _BucketStore(_HttpStore):
         with contextlib.suppress(NotFound):
             reply = self.http.request(prepare, self.judge)
             if reply.status < 300:
-                return reply
+                return reply.headers
             prepare()
             raise self.error(reply)
-        return None
+        return {}
 
     def split(self, chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
         """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
@@ -4067,15 +4068,15 @@ _ANONYMOUS = (
     "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of a "
     "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or 'aws sso "
     "login'")
-_S3_ALLOW = 'the credentials, which come from {keys.source}, need %s here'
+_S3_ALLOW = 'the credentials, which come from {source}, need %s here'
 _S3_REMEDIES = (  # see _BucketStore.error()
     ('40[013] nobody', _ANONYMOUS),
     (f'.* DELETE .*({_PROTECTED})', _ASK_WHO_PROTECTS),
     ('.* NoSuchBucket:', 'check the bucket in the url'),
-    ('.* InvalidAccessKeyId:', 'check the access key; it comes from {keys.source}'),
-    ('.* SignatureDoesNotMatch:', 'check the secret access key, which comes from {keys.source}, and the region'),
+    ('.* InvalidAccessKeyId:', 'check the access key; it comes from {source}'),
+    ('.* SignatureDoesNotMatch:', 'check the secret access key, which comes from {source}, and the region'),
     ('.* RequestTimeTooSkewed:', "set this machine's clock"),
-    ('.* (ExpiredToken|InvalidToken):', 'renew the credentials, which come from {keys.source}'),
+    ('.* (ExpiredToken|InvalidToken):', 'renew the credentials, which come from {source}'),
     ('.* PermanentRedirect:', "set 'region' to the bucket's, and no endpoint_url for Amazon"),
     ('.* AuthorizationHeaderMalformed:', "set 'region' to the bucket's"),
     ('.* AccessControlListNotSupported:',
@@ -4323,10 +4324,9 @@ class _S3Remote(_BucketStore):
 
     def remove(self, obj: _Object) -> bool:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        reply = self.delete(obj, self.address(obj.name))
-        headers = reply.headers if reply else {}
+        headers = self.delete(obj, self.address(obj.name))
         is_suspended = headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
-        return headers.get('x-amz-delete-marker') == 'true' and not is_suspended
+        return not is_suspended and headers.get('x-amz-delete-marker') == 'true'
 
 
 def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
@@ -4448,9 +4448,8 @@ class _GsRemote(_BucketStore):
                 self.http.request(lambda: abort)
             raise
         generation = str(answer.get('generation', ''))
-        is_whole = str(answer.get('size')) == str(size)
-        is_named = answer.get('name') == self.key(name)
-        if not generation or not is_whole or not is_named:
+        told = answer.get('name'), str(answer.get('size'))
+        if not generation or told != (self.key(name), str(size)):
             raise _Unconfirmed(str(self.protocol_error()))
         found = answer.get('md5Hash')
         if md5 and found and found != _base64(md5.digest()):
@@ -4515,7 +4514,9 @@ class _GsRemote(_BucketStore):
             reply = self.http.request(prepare, judge)
             if reply.status == 412:
                 raise _NameTaken  # perhaps by ourselves, if an answer was lost
-            if reply.status < 300:  # if too early, write() finds the object too short
+            if reply.status < 300:
+                if not is_last:
+                    raise self.protocol_error()
                 return reply.json()
             if reply.status != 308:
                 raise self.error(reply)
