@@ -4058,6 +4058,7 @@ def _file_object(name: str, file: Union[str, int]) -> Optional[_Object]:
 # How stores answer that know no conditions. OpenStack Swift has another ETag inside for what came in parts, so it never
 # deletes it under a condition.
 _S3_UNCONDITIONAL = r'\S+ (400|501) (|NotImplemented|InvalidArgument|InvalidRequest)\Z|DELETE 412 '
+_S3_NO_COPIES = r'.*\.r2\.cloudflarestorage\.com|\S+ .*%'  # R2 wants equal parts; Ceph decodes a source's name twice
 # The bucket is part of the host's name or of the path, as with `aws`, which takes the path where no host can have that
 # name: https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
 _S3_IN_HOST = r"""(?x)
@@ -4116,9 +4117,7 @@ class _S3Remote(_BucketStore):
             _check_endpoint(config.endpoint_url or '')
             or self.aws.endpoint('s3'))
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
-        is_r2 = '.r2.cloudflarestorage.com' in self.endpoint  # which wants equal parts
-        is_odd = self.endpoint and '%' in self.prefix  # Ceph decodes the name of a source twice
-        self.can_copy = not is_r2 and not is_odd
+        self.can_copy = not re.match(_S3_NO_COPIES, f'{self.endpoint} {self.prefix}')
         style = self.aws.values.get('s3.addressing_style')
         is_wanted = style == 'virtual' or not self.endpoint and style != 'path'
         is_possible = re.match(_S3_IN_HOST, f'{self.endpoint} {self.bucket}')
@@ -4174,7 +4173,7 @@ class _S3Remote(_BucketStore):
             return 'at once'
         if code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(request.keys)
-            return 'at once'
+            return 'at once' if self.aws.get() != request.keys else 'final'
         is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
         if is_elsewhere and reply.status in (301, 307, 400, 403):
             self.region = region
@@ -4359,6 +4358,7 @@ class _GsRemote(_BucketStore):
     service = 'Google Cloud Storage'
     remedies = _GS_REMEDIES
     next_page = 'pageToken'
+    credentials: Any = None
     has_exclusive_write = True
 
     def __init__(self, config: Config, job: _Job) -> None:
@@ -4372,7 +4372,6 @@ class _GsRemote(_BucketStore):
         self.endpoint = _check_endpoint(endpoint)
         self.is_public = config.public
         self.http = _Http(job, config.ca_bundle)
-        self.credentials: Any = None
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
@@ -4385,9 +4384,12 @@ class _GsRemote(_BucketStore):
         return self.resource(name, alt='media')
 
     def prepare(self, request: _Request) -> _Request:
-        headers = {'Accept-Encoding': 'gzip', **request.headers}  # or it may gunzip an object
         keys = self.credentials and self.credentials.get()
-        headers.update(keys or {})
+        headers = {
+            'Accept-Encoding': 'gzip',  # or it may gunzip an object
+            **request.headers,
+            **(keys or {}),
+        }
         url = f'{self.endpoint}{request.url}'
         return request._replace(url=url, headers=headers, keys=keys)
 
@@ -4476,11 +4478,7 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error()
         return session
 
-    def send_part(
-            self,
-            session: str,
-            item: Tuple[int, bytes],
-    ) -> Dict[str, Any]:
+    def send_part(self, session: str, item: Tuple[int, bytes]) -> Dict[str, Any]:
         """Send what the server still lacks of a part until it has all; return what it says after the last one."""
         start, part = item
         stop = start + len(part)
@@ -4534,8 +4532,8 @@ class _GsRemote(_BucketStore):
         self.delete(obj, url)
         url = self.resource(obj.name, fields='generation',
                             generation=obj.version)
-        reply = self.ask('GET', url, 403, 404)
-        return bool(reply.json().get('generation') == obj.version)
+        found = self.ask('GET', url, 403, 404).json()
+        return bool(found.get('generation') == obj.version)
 
 
 # http(s):// ----------------------------------------------------------------------------
