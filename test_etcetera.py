@@ -7177,8 +7177,11 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
         start_new_session=True,
         preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
     os.close(theirs)
-    guard = threading.Timer(60, process.kill)
-    guard.start()
+    guards = [threading.Timer(60, process.kill)]
+    if b'\x03' in answers:  # which is lost if it comes just before the program begins to wait
+        guards.append(threading.Timer(15, process.send_signal, (signal.SIGINT,)))
+    for guard in guards:
+        guard.start()
     shown, answers = b'', list(answers)
     with open(ours, 'r+b', 0) as file, contextlib.suppress(OSError):  # EIO when the terminal is closed
         for data in iter(lambda: file.read(4096), b''):
@@ -7186,7 +7189,8 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
             if answers and shown.endswith(b'[y/N] '):
                 meanwhile()
                 file.write(answers.pop(0))
-    guard.cancel()
+    for guard in guards:
+        guard.cancel()
     return process.wait(), shown.decode('utf-8', 'replace').replace('\r\n', '\n')
 
 
