@@ -5367,9 +5367,7 @@ _Copies = Dict[str, _Source]  # segments that S3 copies, by path
 
 
 def _find_copies(
-        remote: _Remote,
-        name: str,
-        survey: _Survey,
+        remote: _Remote, name: str, survey: _Survey
 ) -> _Copies:
     """Segments that need not be sent.
 
@@ -5381,8 +5379,7 @@ def _find_copies(
             archive = _find(hasty, obj.name)
             return [
                 (archive, segment) for segment in archive.segments
-                if survey.segments.get(segment.path)
-                == segment._replace(offset=0, length=0, digest='')]
+                if segment._replace(offset=0, length=0, digest='') == survey.segments.get(segment.path)]
         return []
 
     def is_sound(source: _Source) -> bool:
@@ -5395,9 +5392,7 @@ def _find_copies(
     if survey.size < _MIN_SHARED or not isinstance(remote, _S3Remote) or not remote.can_copy:
         return {}
     try:
-        objects = [
-            obj for obj in remote.list()
-            if obj.size >= _MIN_PART]
+        objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
     except Error as e:
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
@@ -5405,12 +5400,10 @@ def _find_copies(
     hasty = copy.copy(remote)
     hasty.tries = 2  # as none of it is worth a long wait
     with _Pool(remote.job, remote.connections) as pool:
-        latest = objects[-_MAX_SOURCES:]
-        looks = _ordered(pool, look, latest)
-        held = list(itertools.chain.from_iterable(looks))
+        looks = _ordered(pool, look, objects[-_MAX_SOURCES:])
+        held: List[_Source] = sum(looks, [])
         paths = {segment.path for _, segment in held}
-        listing = _only(paths, survey.listing())
-        read = _hash(remote.job, listing)
+        read = _hash(remote.job, _only(paths, survey.listing()))
         found: _Copies = {}
         replaced = []
         for archive, segment in held:
@@ -5419,25 +5412,17 @@ def _find_copies(
                     replaced.append(archive)
                 if segment.length >= _MIN_PART:
                     found[segment.path] = archive, segment
-        whole = len(survey.segments)
-        if whole == len(replaced) == len(replaced[0].segments):
+        if len(survey.segments) == len(replaced) == len(replaced[0].segments):
             return {}
         sound = _ordered(pool, is_sound, found.values())
         return dict(itertools.compress(found.items(), sound))
 
 
 def _send(
-        remote: _Remote,
-        local: Dataset,
-        survey: _Survey,
-        copies: _Copies,
-        exclusive: bool,
-        level: int,
+        remote: _Remote, local: Dataset, survey: _Survey,
+        copies: _Copies, exclusive: bool, level: int
 ) -> Tuple[List[_Segment], Optional[_Unconfirmed]]:
-    """Write the archive of a dataset once; return its segments, and what leaves it in doubt whether it is there.
-
-    Raises Corrupt if the files are not what is known of the dataset.
-    """
+    """Write the archive of a dataset once; return its segments, and what leaves it in doubt whether it is there."""
     job = remote.job
     segments: List[_Segment] = []
 
@@ -5453,20 +5438,20 @@ def _send(
                 archive, segment = copies[path]
                 yield _Range(archive.obj, segment.offset, segment.stop)
             else:
-                length = 0
+                begin = job.produced
                 digests = bytearray()
                 for block in next(packed)[1]:
                     digests += block.digest
-                    length += len(block.payload)
                     job.produced += len(block.payload)
                     job.packed += block.size
                     yield block.payload
+                length = job.produced - begin
                 segment = segment._replace(length=length, digest=_segment_digest(digests))
             segments.append(segment._replace(offset=offset))
             offset = segments[-1].stop
         digest = _dataset_digest(segments)
         expected = _dataset_digest(local._segments or segments)
-        if digest != expected:
+        if digest != expected:  # as of an installed dataset that somebody has changed
             raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
                           f"'etc verify {local.name}' tells more")
         yield _archive_end(level, segments)
@@ -5484,10 +5469,8 @@ def _send(
 
 
 def _write_archive(
-        remote: _Remote,
-        local: Dataset,
-        exclusive: bool,
-        level: int,
+        remote: _Remote, local: Dataset,
+        exclusive: bool, level: int
 ) -> Tuple[List[_Segment], _Copies]:
     """Pack a dataset into the remote; return its segments, and those of them that were copied.
 
@@ -5748,8 +5731,7 @@ def diff(
         for path in sorted(known, key=_segment_order):
             one, other = map(known[path].get, 'ab')
             status = (
-                'new' if not one
-                else 'gone' if not other
+                'new' if not one else 'gone' if not other
                 else 'same' if one.digest == other.digest
                 else 'differs')
             found['segments'][path] = {
