@@ -5389,7 +5389,7 @@ def _find_copies(
             return archive.read_ends(segment) == [digests[:32], digests[-32:]]
         return False
 
-    if survey.size < _MIN_SHARED or not isinstance(remote, _S3Remote) or not remote.can_copy:
+    if survey.size < _MIN_SHARED or not remote.can_copy:
         return {}
     try:
         objects = [obj for obj in remote.list() if obj.size >= _MIN_PART]
@@ -5397,7 +5397,7 @@ def _find_copies(
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
-    hasty = copy.copy(remote)
+    hasty: Any = copy.copy(remote)
     hasty.tries = 2  # as none of it is worth a long wait
     with _Pool(remote.job, remote.connections) as pool:
         looks = _ordered(pool, look, objects[-_MAX_SOURCES:])
