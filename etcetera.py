@@ -2860,7 +2860,8 @@ class _Aws(_Renewed):
         self.sections = _aws_sections()
         self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
 
-    def section(self, name: str, source: str) -> _Texts:
+    def section(self, name: str,
+                source: str) -> _Texts:
         """The settings of a profile that `source` names."""
         if name != 'default' and name not in self.sections:
             raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
@@ -2886,7 +2887,8 @@ class _Aws(_Renewed):
             or services.get(f'{service}.endpoint_url')
             or self.values.get('endpoint_url', ''))
 
-    def host(self, service: str, region: str) -> str:
+    def host(self, service: str,
+             region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
         partition = region.rsplit('-', 2)[0]
         suffix = _AWS_SUFFIXES.get(partition, 'amazonaws.com')
@@ -2909,7 +2911,8 @@ class _Aws(_Renewed):
             return 'at once'
         return 'later' if code in _AWS_TRANSIENT else _judge(reply)
 
-    def sign(self, request: _Request, place: str) -> _Request:
+    def sign(self, request: _Request,
+             place: str) -> _Request:
         """The request with AWS Signature Version 4, by the clock as it is known now; as it is if it has no keys.
 
         request: its query is sorted, and encoded by _query(). place: region/service.
@@ -3284,7 +3287,8 @@ def _output_of(
     return output
 
 
-def _read_secret(path: str, what: str, remedy: str) -> str:
+def _read_secret(path: str, what: str,
+                 remedy: str) -> str:
     """The text of a file whose path someone has set."""
     try:
         with open(path, encoding='utf-8-sig', errors='replace') as file:
@@ -3313,7 +3317,8 @@ def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
 def _status(reply: _Reply, message: Any = None) -> str:
     """What an error says, for people; if it is not in XML, its message must be given."""
     code, text, _ = _aws_error(reply)
-    explanation = _printable(str(message or text))[:300] or 'no explanation'
+    explanation = _printable(str(message or text))
+    explanation = explanation[:300] or 'no explanation'
     return f"{reply.status}{' ' * bool(code)}{code}: {explanation}"
 
 
@@ -5169,7 +5174,8 @@ class _Archive:
             remedy = e.remedy or f"'etc push -f {self.obj.name}' from an intact copy repairs it"
             raise Corrupt(f'{self.label}: {e.message}', remedy) from e
 
-    def read(self, start: int, stop: int) -> bytes:
+    def read(self, start: int,
+             stop: int) -> bytes:
         """Bytes of the archive. Those of the tail are here already."""
         skipped = start + len(self.tail) - self.obj.size
         if skipped < 0:
@@ -5196,7 +5202,8 @@ class _Archive:
             for start, end in spans:
                 while start < end:
                     fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
-                    stop = min(start + min(length, fair), end)
+                    step = min(length, fair)
+                    stop = min(start + step, end)
                     left -= stop - start
                     ahead += stop - start
                     yield start, stop
@@ -5212,7 +5219,8 @@ class _Archive:
                 length = min(length, _MAX_RANGE)
             return data
 
-        with _Pool(self.job, self.remote.connections) as pool:
+        connections = self.remote.connections
+        with _Pool(self.job, connections) as pool:
             chunks = _ordered(
                 pool, fetch, ranges(), lambda _: ahead < _AHEAD)
             for data in chunks:
@@ -5252,12 +5260,14 @@ class _Archive:
             reused = place.reuse(self.job, lacking)
             self.fetch(wanted - reused, place.work)
         else:
-            chunks = self.read_ahead([(0, self.obj.size)])
+            whole = 0, self.obj.size
+            chunks = self.read_ahead([whole])
             with self.labelled(), contextlib.closing(chunks):
                 with _Pool(self.job, 1) as pool:
                     _extract_foreign(chunks, place.new, pool)
         _validate(place.new, self.label)
-        self.segments = self.segments or _digest_segments(self.job, place.new)
+        if not self.segments:
+            self.segments = _digest_segments(self.job, place.new)
         return reused
 
     def fetch(
@@ -5267,8 +5277,8 @@ class _Archive:
     ) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         obj = self.obj
-        identity = self.remote.url, obj.name, obj.version
-        head = json.dumps(identity)
+        head = json.dumps([
+            self.remote.url, obj.name, obj.version])
         promised = {
             segment.path: segment
             for segment in self.segments if segment.path in paths}
@@ -5278,7 +5288,8 @@ class _Archive:
             lacking = sum(
                 segment.size for segment in promised.values())
             earlier = work / 'earlier'
-            replayed = _replay(self.job, pool, earlier, head, had)
+            replayed = _replay(
+                self.job, pool, earlier, head, had)
             for block in replayed:
                 had[block.path] += block.length
                 lacking -= block.size
@@ -5972,13 +5983,15 @@ def register(
     Raises InvalidDataset, Exists and other Errors.
     """
     def work(job: _Job) -> Dataset:
-        root = Path(os.path.realpath(_check_path(directory)))
+        path = _check_path(directory)
+        root = Path(os.path.realpath(path))
         if name is None:
             _validate(root)  # first, or a part of a URL might be taken for a name, and shown
         elif not root.exists() and os.path.isdir(name) and not _is_name(name):  # as in `etc register NAME DIR`
             raise InvalidDataset(f'no directory {_masked(str(root))}',
                                  f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
-        place = _Place(root.name if name is None else name, config)
+        text = root.name if name is None else name
+        place = _Place(text, config)
         local = Dataset(root, place.name)
         if place.pin:
             place.check(local._read(job))
@@ -6017,8 +6030,10 @@ def _copy(
     place.new.mkdir()
     with _Pool(job, _cores()) as pool:
         listing = survey.listing()
-        blocks = _process(job, pool, listing, bytes, is_all=True)
-        segments = _extract(blocks, {}, _Sink(place.new))
+        blocks = _process(
+            job, pool, listing, bytes, is_all=True)
+        sink = _Sink(place.new)
+        segments = _extract(blocks, {}, sink)
     paths = frozenset(survey.segments)
     source = root.as_uri()
     receipt = _Receipt(place.name, segments, paths, source)
@@ -6044,7 +6059,8 @@ def create(
     def work(job: _Job) -> Dataset:
         with place.installing(force):
             for partition in set(partitions):
-                os.makedirs(_join(place.new, 'data/' + partition))
+                path = 'data/' + partition
+                os.makedirs(_join(place.new, path))
             place.commit()
         _say(f"created '{place.name}'; now fill {place.path / 'data'}")
         return place.open()
@@ -6197,7 +6213,8 @@ def _amount(counted: Optional[_Row]) -> str:
     return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}" if counted else '-'
 
 
-def _print_table(heading: str, rows: List[Sequence[str]]) -> None:
+def _print_table(heading: str,
+                 rows: List[Sequence[str]]) -> None:
     """The heading, whose parts a | divides, is for people, on a terminal."""
     if rows and _is_terminal(sys.stdout):
         rows = [heading.split('|'), *rows]
@@ -6273,7 +6290,8 @@ def _ls(
     if unmatched:
         remedy = 'use --url for a URL'
         if '://' not in unmatched[0]:
-            remedy = _did_you_mean(unmatched[0], ls(remote, config))
+            known = ls(remote, config)
+            remedy = _did_you_mean(unmatched[0], known)
         raise NotFound(f"no dataset {where} matches {_masked(' or '.join(map(repr, unmatched)))}", remedy)
     if not names:
         _say(f'there is no dataset {where}')
@@ -6322,7 +6340,9 @@ def _diff(
         **options: Any
 ) -> Any:
     """Whether they are the same."""
-    remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
+    remotes = (
+        isinstance(a, _RemoteName),
+        isinstance(b, _RemoteName))
     found = diff(a, b, remotes, **options)
     if _console.level == _WARNING:
         return found['equal']
@@ -6345,7 +6365,9 @@ def _create(
         **options: Any
 ) -> None:
     decoded = tuple(map(_text, partitions))
-    create(name, decoded or ('train', 'test'), **options)
+    if decoded:
+        options['partitions'] = decoded
+    create(name, **options)
 
 
 def _text(word: str) -> str:
@@ -6540,11 +6562,14 @@ def _add_flags(parser: Any, usage: str) -> None:
         if shown in parser.usage:
             more = {'action': 'store_true'}
             if value:
-                more = {'metavar': value, **_VALUES.get(value, {})}
-            parser.add_argument(*names.split(), help=what, **more)
+                known = _VALUES.get(value, {})
+                more = {'metavar': value, **known}
+            parser.add_argument(
+                *names.split(), help=what, **more)
 
 
-def _fail(prog: str, message: str, remedy: str = '') -> None:
+def _fail(prog: str, message: str,
+          remedy: str = '') -> None:
     """Wrong usage."""
     unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
     if unknown:
