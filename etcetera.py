@@ -2548,7 +2548,8 @@ class _Http:
             else _find_proxy(scheme, host))
         if scheme == 'https':
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(address, context=self.tls)
+            connection = http.client.HTTPSConnection(
+                address, context=self.tls)
             if headers is not None:
                 connection.set_tunnel(host, headers=headers)
                 headers = None
@@ -2566,7 +2567,11 @@ class _Http:
         import socket
         parts = urlsplit(request.url)
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-        headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
+        headers = {
+            'Accept-Encoding': 'identity',
+            **request.headers,
+            **connection.headers,
+        }
         if request.body:  # otherwise http.client knows where to say 0
             length = sum(map(len, request.body))
             headers['Content-Length'] = str(length)
@@ -3693,7 +3698,10 @@ class _HttpStore(_Remote):
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
         url = self.address(name)
         limit = stop - start + 65536
-        reply = self.ask('GET', url, *_NO_RANGE, headers=headers, limit=limit)
+        reply = self.ask(
+            'GET', url, *_NO_RANGE,
+            headers=headers,
+            limit=limit)
         if known:
             version = self.version(reply)
             if reply.status in _NO_RANGE or version not in (known.version, ''):
@@ -3737,11 +3745,17 @@ class _HttpStore(_Remote):
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
         modified = reply.time('Last-Modified')
-        return _Object(name, int(size.group(1)), version, modified)
+        return _Object(
+            name,
+            int(size.group(1)),
+            version,
+            modified)
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
-        return _version(reply.headers.get('ETag'), reply.time('Last-Modified'))
+        return _version(
+            reply.headers.get('ETag'),
+            reply.time('Last-Modified'))
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. Where the connection breaks, it goes on from there."""
@@ -3772,7 +3786,9 @@ class _BucketStore(_HttpStore):
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
         bucket = r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])'
-        match = re.match(bucket + r'(?:/+(.*?))?/*\Z', config.url or '')
+        match = re.match(
+            bucket + r'(?:/+(.*?))?/*\Z',
+            config.url or '')
         if not match:
             raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like',
                               "a bucket's name has at least 3 letters, digits, '.', '_' or '-'")
@@ -3791,7 +3807,7 @@ class _BucketStore(_HttpStore):
         text = f'{reply.status} {who} {verb} {status}'
         remedy = next(
             remedy for pattern, remedy in self.remedies
-            if re.match(pattern, text, re.I | re.S))
+            if re.match('(?is)' + pattern, text))
         source = getattr(keys, 'source', 'nowhere')
         remedy = remedy.format(source=source, store=self)
         return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
@@ -3869,7 +3885,8 @@ class _BucketStore(_HttpStore):
                 count = (stop - middle) // longest + 1
                 step = (stop - middle) // count + 1
                 ranges = [
-                    _Range(obj, at, min(at + step, stop))
+                    _Range(
+                        obj, at, min(at + step, stop))
                     for at in range(middle, stop, step)
                 ]
             rest = memoryview(chunk)
@@ -4083,8 +4100,8 @@ _S3_REMEDIES = (  # see _BucketStore.error()
     ('.* SignatureDoesNotMatch:', 'check the secret access key, which comes from {source}, and the region'),
     ('.* RequestTimeTooSkewed:', "set this machine's clock"),
     ('.* (ExpiredToken|InvalidToken):', 'renew the credentials, which come from {source}'),
-    ('.* PermanentRedirect:', "set 'region' to the bucket's, and no endpoint_url for Amazon"),
-    ('.* AuthorizationHeaderMalformed:', "set 'region' to the bucket's"),
+    ('.* (PermanentRedirect|AuthorizationHeaderMalformed):',
+     "set 'region' to the bucket's, and no endpoint_url for Amazon"),
     ('.* AccessControlListNotSupported:',
      "drop 'public: true', and let a bucket policy make the objects public"),
     # As Alibaba calls it, Tencent (https://www.tencentcloud.com/document/product/436/75050) and Huawei
@@ -4197,7 +4214,8 @@ class _S3Remote(_BucketStore):
             modified = _iso_time(item.get('LastModified', ''))
             version = _version(item.get('ETag'), modified)
             size = int(item['Size'])
-            objects.append(_Object(name, size, version, modified))
+            objects.append(
+                _Object(name, size, version, modified))
         is_last = page['IsTruncated'] != 'true'
         return objects, '' if is_last else page['NextContinuationToken']
 
@@ -4312,7 +4330,8 @@ class _S3Remote(_BucketStore):
             more['condition'] = {'If-None-Match': '*'}
             if not self.has_exclusive_write and self.stat(name):
                 raise _NameTaken
-        reply = self.ask(method, url, 404, 409, 412, **more)
+        reply = self.ask(
+            method, url, 404, 409, 412, **more)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
         code = _aws_error(reply)[0]
@@ -4396,7 +4415,11 @@ class _GsRemote(_BucketStore):
             **(keys or {}),
         }
         url = f'{self.endpoint}{request.url}'
-        return request._replace(url=url, headers=headers, keys=keys)
+        return request._replace(
+            url=url,
+            headers=headers,
+            keys=keys,
+        )
 
     def judge(self, reply: _Reply) -> str:
         if reply.status == 401 and reply.request.keys:
@@ -4421,8 +4444,9 @@ class _GsRemote(_BucketStore):
             name = self.name_of(item['name'])
             modified = _iso_time(item.get('updated', ''))
             version = str(item['generation'])
-            objects.append(_Object(
-                name, int(item['size']), version, modified))
+            size = int(item['size'])
+            objects.append(
+                _Object(name, size, version, modified))
         return objects, '' + page.get('nextPageToken', '')  # a TypeError if that is no text
 
     def version(self, reply: _Reply) -> str:
@@ -4615,14 +4639,11 @@ class _WebRemote(_HttpStore):
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
-        url = self.address(name)
-        reply = self.ask('HEAD', url, *range(400, 600))
-        if reply.status in _MISSING:
-            return None
-        try:
-            return self.describe(name, reply)
-        except RemoteError:
-            return super().stat(name)
+        with contextlib.suppress(RemoteError):
+            url = self.address(name)
+            reply = self.ask('HEAD', url, *_MISSING)
+            return None if reply.status in _MISSING else self.describe(name, reply)
+        return super().stat(name)
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. An object of a server that knows no ranges is downloaded first."""
