@@ -2537,11 +2537,10 @@ class _Http:
         """A kept connection, or a new one, which send() connects."""
         import http.client
         with contextlib.suppress(IndexError):
-            while True:
-                connection = self.idle[site].pop()
-                if time.monotonic() - connection.idle_since < _IDLE:
-                    return connection
-                connection.close()
+            connection = self.idle[site].pop()
+            if time.monotonic() - connection.idle_since < _IDLE:
+                return connection
+            connection.close()  # the others are even older
         scheme, _, host = site.partition('://')
         address, headers = (
             (host, None) if self.direct
@@ -4112,7 +4111,7 @@ _S3_REMEDIES = (  # see _BucketStore.error()
     ('40[13] account LIST', _S3_ALLOW % 's3:ListBucket'),
     ('40[13] account GET', _S3_ALLOW % 's3:GetObject, and s3:ListBucket to tell what is missing'),
     ('40[13] account DELETE', _S3_ALLOW % 's3:DeleteObject'),
-    ('40[13] account', _S3_ALLOW % 's3:PutObject'),
+    ('40[13] account|.* AccessDenied:', _S3_ALLOW % 's3:PutObject'),
     ('429|503', _WAIT),
     ('', 'check the url, the endpoint_url and the region'),
 )
