@@ -6024,41 +6024,39 @@ def register(
                 raise place.taken_error()
             _say(f"'{place.name}' is registered already")
             return place.open()
+        if copy:
+            return _copy(job, root, place, force)
         with place.installing(force):
-            if copy:
-                _copy(job, root, place)
-            else:
-                _symlink(root, place.new, "'etc register --copy' installs a copy")
-                place.commit()
-                _say(f"registered '{place.name}': {root}")
-                with contextlib.suppress(InvalidDataset, OSError):  # which a push will tell
-                    _Survey(root).warn(place.name)
+            _symlink(root, place.new, "'etc register --copy' installs a copy")
+            place.commit()
+        _say(f"registered '{place.name}': {root}")
+        with contextlib.suppress(InvalidDataset, OSError):  # which a push will tell
+            _Survey(root).warn(place.name)
         return place.open()
 
     return _perform(progress, work)
 
 
-def _copy(
-        job: _Job,
-        root: Path,
-        place: _Place,
-) -> None:
+def _copy(job: _Job, root: Path,
+          place: _Place, force: bool) -> Dataset:
     """Install a copy of a dataset as if it had been pushed and pulled."""
     survey = _Survey(root)
     job.begin(survey.size)
-    _check_room(place.work, survey.size)
-    place.new.mkdir()
-    with _Pool(job, _cores()) as pool:
-        listing = survey.listing()
-        blocks = _process(
-            job, pool, listing, bytes, is_all=True)
-        sink = _Sink(place.new)
-        segments = _extract(blocks, {}, sink)
-    paths = frozenset(survey.segments)
-    source = root.as_uri()
-    receipt = _Receipt(place.name, segments, paths, source)
-    place.commit(receipt)
+    with place.installing(force):
+        _check_room(place.work, survey.size)
+        place.new.mkdir()
+        with _Pool(job, _cores()) as pool:
+            listing = survey.listing()
+            blocks = _process(
+                job, pool, listing, bytes, is_all=True)
+            sink = _Sink(place.new)
+            segments = _extract(blocks, {}, sink)
+        paths = frozenset(survey.segments)
+        source = root.as_uri()
+        receipt = _Receipt(place.name, segments, paths, source)
+        place.commit(receipt)
     _say(f'copied {place.name}: {_tally(place, segments)}')
+    return place.open()
 
 
 def create(
