@@ -3760,7 +3760,8 @@ class _HttpStore(_Remote):
         """As above. Where the connection breaks, it goes on from there."""
         data = b''
         while start < stop:
-            _, part = self.get(obj.name, start, stop, obj)
+            _, part = self.get(
+                obj.name, start, stop, obj)
             data += part
             start += len(part)
         return data
@@ -3842,7 +3843,9 @@ class _BucketStore(_HttpStore):
             is_archived = 'InvalidObjectState' in e.message
             if not is_archived and e.status not in _UNSUPPORTED:
                 raise
-        objects = {obj.name: obj for obj in self.list()}
+        objects = {
+            obj.name: obj
+            for obj in self.list()}
         return objects.get(name)
 
     def delete(self, obj: _Object, url: str) -> Any:
@@ -3943,7 +3946,8 @@ class _FileRemote(_Remote):
         else:
             path = unquote(path, sys.getfilesystemencoding(), 'surrogateescape')
         self.root = _check_path(path)
-        self.refusals = functools.partial(_refusals, RemoteError, self.root)
+        self.refusals = functools.partial(
+            _refusals, RemoteError, self.root)
         self.is_public = config.public
 
     def path(self, name: str) -> str:
@@ -4071,7 +4075,8 @@ def _file_object(name: str, file: Union[str, int]) -> Optional[_Object]:
     if not stat.S_ISREG(status.st_mode):
         return None
     version = f'{status.st_mtime_ns}-{status.st_size}-{status.st_ino}'
-    return _Object(name, status.st_size, version, status.st_mtime)
+    return _Object(
+        name, status.st_size, version, status.st_mtime)
 
 
 # s3:// ---------------------------------------------------------------------------------
@@ -4260,7 +4265,9 @@ class _S3Remote(_BucketStore):
     ) -> bytes:
         """Upload parts of this size, several at once; return the manifest that completes the upload."""
         import threading
-        connections = min(self.connections, -(-_IN_FLIGHT // size))
+        connections = min(
+            self.connections,
+            -(-_IN_FLIGHT // size))
         slots = threading.Semaphore(connections)
         may_grow = not self.takes_few_parts
 
@@ -4356,7 +4363,9 @@ def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
     for name, value in headers.items():
         if value and not re.match(r'[!-~]+\Z', value):
             raise ConfigError(f'a setting gives the header {name} a value that cannot be sent', 'check the settings')
-    return {name: value for name, value in headers.items() if value}
+    return {
+        name: value
+        for name, value in headers.items() if value}
 
 
 # gs:// ---------------------------------------------------------------------------------
@@ -4471,9 +4480,11 @@ class _GsRemote(_BucketStore):
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
                 send = functools.partial(self.send_part, session)
-                *_, answer = _ordered(pool, send, parts())
+                *_, answer = _ordered(
+                    pool, send, parts())
         except BaseException:
-            abort = _Request('DELETE', session, tries=1, is_vital=True)
+            abort = _Request(
+                'DELETE', session, tries=1, is_vital=True)
             with contextlib.suppress(RemoteError):
                 self.http.request(lambda: abort)
             raise
@@ -4490,14 +4501,18 @@ class _GsRemote(_BucketStore):
 
     def begin_upload(self, name: str, exclusive: bool) -> str:
         """The address to which the parts of an upload go. Whoever has it needs no credentials."""
-        query = {'uploadType': 'resumable', 'name': self.key(name)}
+        query = {
+            'uploadType': 'resumable',
+            'name': self.key(name),
+        }
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'X-Upload-Content-Type': 'application/gzip'}
         url = self.resource(api='/upload', **query)
-        reply = self.ask('POST', url, 412, headers=headers)
+        reply = self.ask(
+            'POST', url, 412, headers=headers)
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
@@ -4523,7 +4538,8 @@ class _GsRemote(_BucketStore):
                 span = f'{at}-{stop - 1}'
             is_known = False
             headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
-            return _Request('PUT', session, headers, body, keys=session)
+            return _Request(
+                'PUT', session, headers, body, keys=session)
 
         def judge(reply: _Reply) -> str:
             nonlocal at, is_known
@@ -4556,7 +4572,8 @@ class _GsRemote(_BucketStore):
 
         A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
         """
-        url = self.resource(obj.name, ifGenerationMatch=obj.version)
+        url = self.resource(
+            obj.name, ifGenerationMatch=obj.version)
         self.delete(obj, url)
         url = self.resource(obj.name, fields='generation',
                             generation=obj.version)
@@ -4619,7 +4636,8 @@ class _WebRemote(_HttpStore):
     def list(self) -> List[_Object]:
         """The archives in the directory to which its index page links."""
         from html import unescape
-        reply = self.ask('GET', self.base, 403, 404)
+        reply = self.ask(
+            'GET', self.base, 403, 404)
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
@@ -4633,7 +4651,8 @@ class _WebRemote(_HttpStore):
                 names.add(self.name_of(target))
         names.discard('')
         with _Pool(self.job, self.connections) as pool:
-            objects = _ordered(pool, self.stat, sorted(names))
+            objects = _ordered(
+                pool, self.stat, sorted(names))
             return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
