@@ -172,6 +172,11 @@ def default_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def split(words):
+    """The words of a command line, of which a text may hold several."""
+    return [part for word in words for part in (word.split() or [word] if isinstance(word, str) else [word])]
+
+
 class Case(unittest.TestCase):
     maxDiff = 2000
     sizes = {}  # type: dict  # of blocks and more, in processes that are spawned
@@ -200,7 +205,7 @@ class Case(unittest.TestCase):
 
     def etc(self, *args, home='home', url=None, status=0):
         """Run the command line in this process; returns (stdout, stderr)."""
-        settings = self.tmp / 'settings.yaml'
+        args, settings = split(args), self.tmp / 'settings.yaml'
         settings.write_text(''.join('%s: %s\n' % (k, json.dumps(v)) for k, v in self.settings.items()))
         settings.chmod(0o600)
         words = ['--config', settings, '--url', url or self.url, '--home', self.tmp / home, *args]
@@ -231,7 +236,7 @@ class Case(unittest.TestCase):
 
     def spawn(self, *args, home='home', url=None, python=('-S',), **kwargs):
         command = [sys.executable, *python, '-c', START % self.sizes, '--url', url or self.url,
-                   '--home', self.tmp / home, *args]
+                   '--home', self.tmp / home, *split(args)]
         env = dict(os.environ)
         for key, value in self.settings.items():
             if re.match('aws_|endpoint_url$', key):
@@ -768,58 +773,58 @@ class Datasets(Case):
     def test_register(self):
         root, other = small(self.tmp / 'ds'), small(self.tmp / 'other')
         self.etc('register', root)
-        self.etc('register', root, 'as', 'Two')
+        self.etc('register', root, 'as Two')
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(str(self.tmp))
-        self.etc('register', './ds', 'Three')
+        self.etc('register ./ds Three')
         self.assertEqual(self.etc('ls')[0], 'Three\nTwo\nds\n')
         self.assertIn('registered already', self.etc('register', root, 'Two')[1])
         self.fails_with('is installed already', 'register', other, 'Two')
-        self.etc('register', '-f', other, 'Two')
+        self.etc('register -f', other, 'Two')
         self.assertEqual([(self.tmp / 'home' / name).resolve() for name in ('Two', 'Three')], [other, root])
         for words in ('a b c', 'a as b c'):
-            err = self.etc('register', *words.split(), status=2)[1]
+            err = self.etc('register', words, status=2)[1]
             self.assertIn("'etc register -h' shows how", err)
-        self.etc('purge', 'Two', 'Three')
+        self.etc('purge Two Three')
         self.assertEqual((self.installed(), tree(other)), (['ds'], tree(root)))
 
     def test_register_copy(self):
         root, new, copy = odd(self.tmp / 'ds', 10), small(self.tmp / 'new'), self.tmp / 'home/Copy'
-        self.etc('register', '--copy', root, 'Copy')
+        self.etc('register --copy', root, 'Copy')
         self.assertFalse(copy.is_symlink())
         self.assertEqual(tree(copy), tree(root))
         self.assertEqual(etc.verify('Copy', config=self.config()), etc.Dataset(root).digest)
         for path in copy.rglob('*'):
             self.assertFalse(path.is_file() and path.stat().st_mode & 0o222, path)
-        self.fails_with("another 'Copy' is installed already", 'register', '--copy', root, 'Copy')
-        self.etc('register', '--copy', '-f', new, 'Copy')
+        self.fails_with("another 'Copy' is installed already", 'register --copy', root, 'Copy')
+        self.etc('register --copy -f', new, 'Copy')
         self.assertEqual(tree(copy), tree(new))
-        self.etc('register', '-f', root, 'Copy')  # a directory makes room for a link
+        self.etc('register -f', root, 'Copy')  # a directory makes room for a link
         self.assertTrue(copy.is_symlink())
-        self.etc('register', '-f', '--copy', new, 'Copy')  # and a link for a directory
+        self.etc('register -f --copy', new, 'Copy')  # and a link for a directory
         self.assertEqual((tree(copy), self.leftovers()), (tree(new), []))
 
     def test_create(self):
-        self.etc('create', 'New')
+        self.etc('create New')
         self.assertEqual(list(etc.dataset('New', config=self.config())), ['test', 'train'])
-        self.fails_with("another 'New' is installed already", 'create', 'New')
+        self.fails_with("another 'New' is installed already", 'create New')
         write(self.tmp / 'home/New', {'data/train/x': 'x'})
-        self.etc('create', '-f', 'New', 'val', 'dev set')
+        self.etc('create -f New val', Path('dev set'))
         expected = write(self.tmp / 'new', {'data/val': None, 'data/dev set': None})
         self.assertEqual(tree(self.tmp / 'home/New'), tree(expected))
         for bad in ('..', 'a/b', '.', ''):
-            self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create', 'Bad', bad)
+            self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create Bad', bad)
         for call in (functools.partial(etc.create, 'Bad'), functools.partial(etc.dataset, 'Bad', True)):
             for bad in ('train', ()):
                 with self.assertRaisesRegex(etc.InvalidDataset, 'partitions must be a list of one or more names'):
                     call(bad, config=self.config())
 
     def test_register_what_is_installed(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'X')
+        self.etc('register --copy', small(self.tmp / 'ds'), 'X')
         write(self.tmp / 'home/X/data', {'data/p/x': 'x'})  # so that even data/ looks like a dataset
         for path in ('home/X', 'home/X/data/..', 'home/X/data'):
-            self.fails_with("is what is installed as 'X'; use --copy", 'register', '-f', self.tmp / path, 'X')
-        self.etc('register', '-f', '--copy', self.tmp / 'home/X', 'X')
+            self.fails_with("is what is installed as 'X'; use --copy", 'register -f', self.tmp / path, 'X')
+        self.etc('register -f --copy', self.tmp / 'home/X', 'X')
         self.etc('register', self.tmp / 'home/X', 'Y')
         self.assertEqual(*[etc.dataset(name, config=self.config()).digest for name in 'XY'])
 
@@ -828,42 +833,42 @@ class Datasets(Case):
         remove(self.tmp / 'ds')
         for command in ('push', 'verify', 'info'):
             self.fails_with("'etc purge X' forgets it", command, 'X')
-        self.etc('ls', '-l')
-        self.etc('purge', 'X')
+        self.etc('ls -l')
+        self.etc('purge X')
 
     def test_a_file_for_a_directory(self):
         file = str(write(self.tmp, {'file': 'x'}) / 'file')
         problem = ('Not a directory: ' if os.name == 'posix' else '') + file
-        self.fails_with(problem, 'ls', '-l', home='file')
-        self.fails_with(problem, 'create', 'X', home='file/home')
-        self.fails_with(problem, 'ls', '-r', '-l', url=Path(file).as_uri())
+        self.fails_with(problem, 'ls -l', home='file')
+        self.fails_with(problem, 'create X', home='file/home')
+        self.fails_with(problem, 'ls -r -l', url=Path(file).as_uri())
 
     def test_info_and_purge(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'Small')
-        self.assertRegex(self.etc('info', 'Small')[0], '(?s)sha256:.*test.*train.*"classes": 10.*# Small')
-        found, = json.loads(self.etc('ls', '--json')[0])
-        more = json.loads(self.etc('info', '--json', 'Small')[0])
+        self.etc('register --copy', small(self.tmp / 'ds'), 'Small')
+        self.assertRegex(self.etc('info Small')[0], '(?s)sha256:.*test.*train.*"classes": 10.*# Small')
+        found, = json.loads(self.etc('ls --json')[0])
+        more = json.loads(self.etc('info --json Small')[0])
         self.assertEqual(more, dict(found, meta={'classes': 10}, readme='# Small\n'))
         self.assertEqual(found['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
-        self.assertIn(found['digest'], self.etc('ls', '-l')[0])
-        self.assertIn(b'Traceback', self.spawn('-v', 'info', 'Nope').communicate()[1])
+        self.assertIn(found['digest'], self.etc('ls -l')[0])
+        self.assertIn(b'Traceback', self.spawn('-v info Nope').communicate()[1])
         for path in (self.tmp / 'home').rglob('Small/**'):
             path.chmod(0o555)
-        self.assertEqual(self.etc('purge', 'Nope', 'Small', 'Nada', status=1)[1].count('etc: no local dataset'), 2)
+        self.assertEqual(self.etc('purge Nope Small Nada', status=1)[1].count('etc: no local dataset'), 2)
         self.nothing_is_left()
 
     def test_verify(self):
-        self.etc('register', '--copy', small(self.tmp / 'ds'), 'Small')
+        self.etc('register --copy', small(self.tmp / 'ds'), 'Small')
         digest = etc.verify('Small', config=self.config())
-        self.etc('verify', 'Small@' + digest)
-        self.fails_with("'Small': expected digest sha256:000", 'verify', 'Small@sha256:' + '0' * 64)
+        self.etc('verify Small@' + digest)
+        self.fails_with("'Small': expected digest sha256:000", 'verify Small@sha256:' + '0' * 64)
         victim = self.tmp / 'home/Small/data/train/a.txt'
         victim.chmod(0o644)
         victim.write_text('alphA\n')
-        err = self.etc('verify', 'Small', status=1)[1]
+        err = self.etc('verify Small', status=1)[1]
         self.assertIn('data/train differs', err)
         self.assertNotIn('data/test', err)
-        self.fails_with("the files of 'Small': expected digest %s, found" % digest, 'push', 'Small')
+        self.fails_with("the files of 'Small': expected digest %s, found" % digest, 'push Small')
         self.assertEqual(tree(self.tmp / 'share'), {})
 
 
@@ -995,8 +1000,8 @@ class Format(Case):
         return (self.tmp / 'share/X.tgz').read_bytes()
 
     def check_pull(self, expected):
-        self.etc('pull', 'X', home='two')
-        self.etc('verify', 'X', home='two')
+        self.etc('pull X', home='two')
+        self.etc('verify X', home='two')
         self.assertEqual(tree(self.tmp / 'two/X'), expected)
 
     def test_structure(self):
@@ -1087,8 +1092,8 @@ class Format(Case):
             with self.subTest(problem):
                 write(train, {'ok': 'ok'})
                 make()
-                self.etc('register', '-f', self.tmp / 'ds', 'Bad')
-                self.assertRegex(self.etc('push', 'Bad', status=1)[1], problem)
+                self.etc('register -f', self.tmp / 'ds', 'Bad')
+                self.assertRegex(self.etc('push Bad', status=1)[1], problem)
                 self.assertEqual(tree(self.tmp / 'share'), {})
                 remove(train)
 
@@ -1103,7 +1108,7 @@ class Format(Case):
         with ThreadPoolExecutor(1) as pool:
             pool.submit(grow)
             try:
-                self.fails_with("'data/train/log' changed", 'push', 'X')
+                self.fails_with("'data/train/log' changed", 'push X')
             finally:
                 stop.set()
         self.assertEqual(tree(self.tmp / 'share'), {})
@@ -1150,7 +1155,7 @@ class Pulls(Case):
     def refused(self, problem, archive, what=''):
         self.offer(archive)
         with self.subTest(what, problem=problem):
-            self.assertRegex(self.etc('pull', 'X', status=1)[1], "^etc: 'X' in file:///.*: the archive (%s)" % problem)
+            self.assertRegex(self.etc('pull X', status=1)[1], "^etc: 'X' in file:///.*: the archive (%s)" % problem)
             self.nothing_is_left()
 
 
@@ -1161,9 +1166,9 @@ class Foreign(Pulls):
         """Pull X, which must be the same as this directory."""
         ds = etc.pull('X', config=self.config())
         self.assertEqual((ds.digest, tree(ds.root) == tree(root)), (etc.Dataset(root).digest, True))
-        self.etc('verify', 'X')
-        self.assertIn('is installed already', self.etc('pull', 'X')[1])
-        self.etc('purge', 'X')
+        self.etc('verify X')
+        self.assertIn('is installed already', self.etc('pull X')[1])
+        self.etc('purge X')
 
     def tar(self, *entries):
         self.offer(gzip.compress(b''.join(entries), 1))
@@ -1171,9 +1176,9 @@ class Foreign(Pulls):
     def train(self, *entries):
         """Pull X, of these entries; returns the files of its partition train."""
         self.tar(*entries, bytes(1024))
-        self.etc('pull', 'X')
+        self.etc('pull X')
         names = sorted(os.listdir(str(self.tmp / 'home/X/data/train')))
-        self.etc('purge', 'X')
+        self.etc('purge X')
         return names
 
     def breaks(self, message, tar, what=''):
@@ -1260,14 +1265,14 @@ class Foreign(Pulls):
                 ('a negative name', ok + entry('data/train/n', kind=b'L', _124=negative), wrong)):
             self.breaks(message, tar + ok + bytes(1024), what)
         self.tar(entry('././@LongLink', b't' * 5000 + b'\0', b'K'), entry('data/train/l', kind=b'2'), ok, bytes(1024))
-        err = self.etc('pull', 'X', status=1)[1]
+        err = self.etc('pull X', status=1)[1]
         self.assertIn('leads out of the dataset or nowhere', err)
         self.assertLess(len(err), 1000)
         for zeros in [entry('data/train/x', kind=b'S', _483=huge)] + [
                 entry('data/train/x', pax={'GNU.sparse.size': str(1 << 60), 'GNU.sparse.map': claim})
                 for claim in ('0,0', '%d,%d' % (1 << 60, 1 << 60))]:  # of data that is not there
             self.tar(zeros, bytes(1024))
-            self.fails_with('nearly all zeros', 'pull', 'X')
+            self.fails_with('nearly all zeros', 'pull X')
 
     def test_setuid_bits_are_dropped(self):
         modes = {0o4755: 0o555, 0o2755: 0o555, 0o6644: 0o444, 0o1644: 0o444, 0o7777: 0o555}
@@ -1283,33 +1288,33 @@ class Foreign(Pulls):
         self.etc('register', root, 'X')
         write(root / 'data', dict.fromkeys(['.DS_Store', '._train', 'desktop.ini', 'Thumbs.db', '.directory'], 'left'))
         self.assertEqual((list(etc.Dataset(root)), etc.Dataset(root).digest), (['test', 'train'], digest))
-        for pack in (lambda: self.etc('push', 'X'), lambda: self.pack(root)):
+        for pack in (lambda: self.etc('push X'), lambda: self.pack(root)):
             pack()
             ds = etc.pull('X', force=True, config=self.config('other'))
             self.assertEqual((ds.digest, sorted(os.listdir(str(ds.root / 'data')))), (digest, ['test', 'train']))
         write(root, {'data/notes.txt': 'no litter', 'data/train/.DS_Store': 'inside a partition it is a file as any'})
-        self.fails_with("'data/notes.txt' is a file; move it", 'push', '-f', 'X')
+        self.fails_with("'data/notes.txt' is a file; move it", 'push -f X')
         (root / 'data/notes.txt').unlink()
         self.assertNotEqual(etc.Dataset(root).digest, digest)
 
     def test_push_of_what_was_pulled(self):
         self.pack(small(self.tmp / 'ds'))
         before = tree(self.tmp / 'share')
-        self.etc('pull', 'X')
-        self.assertIn('in %s already, and identical' % self.url, self.etc('push', 'X')[1])
+        self.etc('pull X')
+        self.assertIn('in %s already, and identical' % self.url, self.etc('push X')[1])
         self.assertEqual(tree(self.tmp / 'share'), before)
         self.pack(odd(self.tmp / 'other', 3))
-        self.fails_with("another 'X' is in", 'push', 'X')
+        self.fails_with("another 'X' is in", 'push X')
 
     def test_not_an_archive(self):
         for content, problem in ((b'', 'it ends too early'), (b'hello', r'Not a gzipped file \(b.he.\)'),
                                  (b'\x1f\x8b', 'Compressed file ended before'), (noise(1000), 'Not a gzipped file')):
             self.refused('is damaged or not a .tgz: ' + problem, content)
         self.pack(SCRIPT, 'X/data/train')
-        self.fails_with("needs a directory 'data'", 'pull', 'X')
+        self.fails_with("needs a directory 'data'", 'pull X')
         root = small(self.tmp / 'ds')
         self.pack(root, 'digits')
-        self.fails_with("its directory 'digits' is one: pack that with 'tar czf NAME.tgz -C digits .'", 'pull', 'X')
+        self.fails_with("its directory 'digits' is one: pack that with 'tar czf NAME.tgz -C digits .'", 'pull X')
         self.nothing_is_left()
         self.fails_with('; %s is one' % root, 'register', self.tmp, 'X')
 
@@ -1346,7 +1351,7 @@ class Hostile(Pulls):
         for order in (ok + entries, entries + ok):
             write(self.tmp, {'victim/file': 'precious', 'share/X.tgz': gzip.compress(b''.join(order) + bytes(1024), 1)})
             before = self.outside()
-            said.add(self.etc('pull', 'X', status=1)[1])
+            said.add(self.etc('pull X', status=1)[1])
             self.assertEqual((self.outside(), self.installed(), self.leftovers()), (before, [], []), said)
         with self.subTest(problem):
             err, = said
@@ -1410,17 +1415,17 @@ class Hostile(Pulls):
         write(root, {'data/p12/x': 'x'})
         stand_in(self, etc, '_MAX_FOLLOWED', 500)
         self.etc('register', root, 'W')
-        self.fails_with('its links lead to too many files; remove links', 'push', 'W')
+        self.fails_with('its links lead to too many files; remove links', 'push W')
 
     def test_large_meta(self):
         root = write(self.tmp / 'ds', {'data/train/x': 'x', 'README.md': b'r' * (3 * MIB)})
         self.etc('register', root, 'X')
         self.assertEqual(len(etc.info('X', config=self.config())['readme']), MIB)
         write(root, {'meta.json': b'{' + b' ' * (17 * MIB) + b'}'})
-        self.fails_with('meta.json is not JSON: it is larger than 16777216 bytes', 'push', 'X')
+        self.fails_with('meta.json is not JSON: it is larger than 16777216 bytes', 'push X')
         (root / 'meta.json').unlink()
         getattr(os, 'mkfifo', os.mkdir)(str(root / 'meta.json'))
-        self.fails_with('meta.json is not JSON: it is not a file', 'push', 'X')
+        self.fails_with('meta.json is not JSON: it is not a file', 'push X')
 
     def test_indexes(self):
         blocks, unreadable = block(bytes(1024)), 'is damaged: its index is unreadable; '
@@ -1532,11 +1537,11 @@ class Hostile(Pulls):
                 bad[position] ^= 1 << rng.randrange(8)
                 os.environ['ETC_LIBDEFLATE'] = rng.choice('01')
                 self.offer(bytes(bad))
-                err = self.etc('pull', 'X', status=None)[1]
+                err = self.etc('pull X', status=None)[1]
                 if 'pulled' in err:  # a byte that means nothing, such as the time in a gzip header
                     silent += 1
                     self.assertEqual(tree(self.tmp / 'home/X'), tree(root))
-                    self.etc('purge', 'X')
+                    self.etc('purge X')
                 else:
                     self.assertRegex(err, "^etc: 'X' in file:///.*: the archive (is damaged|holds)")
                     self.nothing_is_left()
@@ -1550,7 +1555,7 @@ class Hostile(Pulls):
         self.refused('is damaged or not a .tgz: it ends too early' + remedy, b'')
         end = members(archive)[0][1]  # of the block with the root's files
         self.offer(archive[:end - 8] + b'wrong' + archive[end - 3:])
-        self.fails_with('is damaged: a block does not match its checksum or size' + remedy, 'info', '-r', 'X')
+        self.fails_with('is damaged: a block does not match its checksum or size' + remedy, 'info -r X')
 
 
 
@@ -1606,9 +1611,9 @@ class Deflate(Case):
                 found.append((share / 'X.tgz').stat().st_size)
                 (share / 'X.tgz').replace(share / 'Y.tgz')
                 os.environ['ETC_LIBDEFLATE'] = reader
-                self.etc('pull', 'Y', home='two')
+                self.etc('pull Y', home='two')
                 self.assertEqual(tree(self.tmp / 'two/Y'), tree(root), (writer, level))
-                self.etc('purge', 'Y', home='two')
+                self.etc('purge Y', home='two')
         self.assertLess(abs(sizes[0] - zlib_sizes[0]), 1000)
         for ours, others in zip(sizes[1:], zlib_sizes[1:]):
             self.assertLess(ours, min(others, 0.6 * sizes[0]))
@@ -1621,7 +1626,7 @@ class Deflate(Case):
         os.environ['PYTHONHOME'] = str(home)
         said = ''
         for words in commands:
-            process = self.spawn(*words.split())
+            process = self.spawn(words)
             said += b''.join(process.communicate()).decode()
             self.assertEqual(process.returncode, 0, said)
         del os.environ['PYTHONHOME']
@@ -1653,7 +1658,7 @@ class Deflate(Case):
                 self.assertIn('libdeflate', said)
                 self.assertEqual(set(re.findall('(?:in|de)flates', said)), used)
                 self.assertEqual(tree(self.tmp / 'home/X'), tree(root))
-                self.etc('purge', 'X')
+                self.etc('purge X')
                 (self.tmp / 'share/X.tgz').unlink()
 
 
@@ -1717,7 +1722,7 @@ class RemoteSuite:
 
     def publish(self, size, seed):
         """Push noise as X, whatever was there; returns its digest."""
-        self.etc('register', '-f', write(self.tmp / ('noise%d' % seed), {'data/train/x': noise(size, seed)}), 'X')
+        self.etc('register -f', write(self.tmp / ('noise%d' % seed), {'data/train/x': noise(size, seed)}), 'X')
         return etc.push('X', force=True, config=self.config())
 
     def at_first_read(self, name, action):
@@ -1737,16 +1742,16 @@ class RemoteSuite:
         for name, changes in (('Readme', {'README.md': 'x'}), ('Middle', {'data/1/x': noise(size, 4)}), ('Same', {})):
             with self.subTest(name):
                 self.etc('register', write(root, changes), name)
-                err = self.etc('push', '-v', name)[1]
+                err = self.etc('push -v', name)[1]
                 self.assertTrue(not self.copies or 'were there already' in err, err)
                 assert_pulls(self, root, name, home=name)
 
     def test_round_trip(self):
         root = odd(self.tmp / 'ds')
         self.etc('register', root, 'Odd')
-        self.assertIn('pushed', self.etc('push', 'Odd')[1])
-        self.assertIn('pulled', self.etc('pull', 'Odd', home='two')[1])
-        self.etc('verify', 'Odd', home='two')
+        self.assertIn('pushed', self.etc('push Odd')[1])
+        self.assertIn('pulled', self.etc('pull Odd', home='two')[1])
+        self.etc('verify Odd', home='two')
         for home in ('two', 'three'):
             ds = etc.dataset('Odd', auto_install=True, config=self.config(home))
             self.assertEqual((ds.digest, tree(ds.root)), (etc.Dataset(root).digest, tree(root)))
@@ -1758,31 +1763,31 @@ class RemoteSuite:
         for name in ('not a dataset.tgz', 'other.txt', 'sub/Inner.tgz'):
             self.put(name, b'x')
         digest = etc.Dataset(root).digest
-        self.assertEqual(self.etc('ls', '-r')[0], 'One\na.b-c_d\n')
-        self.assertEqual(self.etc('ls', '-r', 'a*')[0], 'a.b-c_d\n')
+        self.assertEqual(self.etc('ls -r')[0], 'One\na.b-c_d\n')
+        self.assertEqual(self.etc('ls -r a*')[0], 'a.b-c_d\n')
         self.assertEqual(etc.ls(True, self.config(), ['O?e', 'nope']), ['One'])
-        for item in json.loads(self.etc('ls', '-r', '--json')[0]):
+        for item in json.loads(self.etc('ls -r --json')[0]):
             with self.subTest(item['name']):
                 self.assertEqual((item['digest'], item['files'], item['when'][:2]), (digest, 6, '20'))
         info = etc.info('One', remote=True, config=self.config('fresh'))
         self.assertEqual((info['meta'], info['readme']), ({'classes': 10}, '# Small\n'))
         self.assertEqual(info['partitions'], {'train': {'files': 2, 'size': 5006}, 'test': {'files': 1, 'size': 5}})
         self.assertFalse((self.tmp / 'fresh').exists())
-        self.fails_with("did you mean 'One'", 'pull', 'Onne')
+        self.fails_with("did you mean 'One'", 'pull Onne')
 
     def test_push_again(self):
         root = small(self.tmp / 'ds')
         self.share(root)
         old = etc.Dataset(root).digest
-        self.assertIn('identical', self.etc('push', 'X')[1])
+        self.assertIn('identical', self.etc('push X')[1])
         write(root, {'data/train/new': 'new'})
-        self.fails_with('push -f', 'push', 'X')
+        self.fails_with('push -f', 'push X')
         for pin in (old, 'sha256:' + '1' * 64):  # of other files than there are now
             with self.subTest(pin):
-                self.fails_with("'X': expected digest " + pin, 'push', 'X@' + pin, '-f')
-        self.etc('push', '-f', 'X@' + etc.Dataset(root).digest)
+                self.fails_with("'X': expected digest " + pin, 'push X@' + pin, '-f')
+        self.etc('push -f X@' + etc.Dataset(root).digest)
         assert_pulls(self, root)
-        err = self.etc('push', 'Gone', 'X', status=1)[1]
+        err = self.etc('push Gone X', status=1)[1]
         self.assertRegex(err, "\\Aetc: no local dataset 'Gone'; .*\netc: 'X' is in .* already, and identical\n\\Z")
 
     def test_pull_again(self):
@@ -1792,17 +1797,17 @@ class RemoteSuite:
         two = self.config('two')
         assert_pulls(self, root, 'X@' + old)
         for home in ('two', 'home'):  # what is registered is compared, too
-            self.assertIn('installed already', self.etc('pull', 'X', home=home)[1])
+            self.assertIn('installed already', self.etc('pull X', home=home)[1])
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
-        self.fails_with('pull -f', 'pull', 'X', home='two')
-        self.fails_with('expected digest', 'pull', '-f', 'X@' + old, home='two')
+        self.fails_with('pull -f', 'pull X', home='two')
+        self.fails_with('expected digest', 'pull -f X@' + old, home='two')
         self.assertEqual(etc.dataset('X@' + old, config=two).digest, old)
         assert_pulls(self, root, 'X@' + new, force=True)
         with self.assertRaisesRegex(etc.Corrupt, "'X': expected digest %s, found %s" % (old, new)):
             etc.dataset('X@' + old, auto_install=True, config=two)
         self.assertEqual(self.leftovers('two'), [])
-        err = self.etc('pull', 'Nope', 'X', home='three', status=1)[1]
+        err = self.etc('pull Nope X', home='three', status=1)[1]
         self.assertRegex(err, "\\Aetc: no dataset 'Nope' in .*\netc: pulled X to .*: ")
 
     def test_partitions(self):
@@ -1888,16 +1893,16 @@ class RemoteSuite:
         info = etc.info('X', remote=True, config=self.config())
         self.assertEqual({info[key] for key in 'digest files size partitions meta readme'.split()}, {None})
         self.assertIn("'X' in %s was packed by another tool, and has no index to compare; run 'etc pull X', and "
-                      'compare what that installs\n' % self.url, self.etc('diff', '-r', 'X', '-r', 'X', status=1)[1])
+                      'compare what that installs\n' % self.url, self.etc('diff -r X -r X', status=1)[1])
         assert_pulls(self, root, home='home', partitions=['test'])
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '2' * 64
-        self.assertIn('installed already', self.etc('pull', 'X@' + digest)[1])
-        self.fails_with("'X': expected digest " + wrong, 'pull', '-f', 'X@' + wrong)
-        self.etc('verify', 'X')
-        self.assertIn('is in %s already, and identical' % self.url, self.etc('push', 'X')[1])
+        self.assertIn('installed already', self.etc('pull X@' + digest)[1])
+        self.fails_with("'X': expected digest " + wrong, 'pull -f X@' + wrong)
+        self.etc('verify X')
+        self.assertIn('is in %s already, and identical' % self.url, self.etc('push X')[1])
         self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
-        self.fails_with('push -f', 'push', 'X', home='another')
-        self.etc('push', '-f', 'X')
+        self.fails_with('push -f', 'push X', home='another')
+        self.etc('push -f X')
         self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], digest)
 
     def test_purge(self):
@@ -1907,22 +1912,22 @@ class RemoteSuite:
         self.put('Foreign.tgz', b'no archive at all')
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '4' * 64
         for words, status, problem in (
-                (['One'], 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
-                (['-f', 'Onne'], 1, "no dataset 'Onne' in %s; did you mean 'One'?" % self.url),
-                (['-f', 'One@' + wrong], 1, "'One': expected digest %s, found %s" % (wrong, digest)),
-                (['-f', 'Foreign@' + digest], 1,
+                ('One', 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
+                ('-f Onne', 1, "no dataset 'Onne' in %s; did you mean 'One'?" % self.url),
+                ('-f One@' + wrong, 1, "'One': expected digest %s, found %s" % (wrong, digest)),
+                ('-f Foreign@' + digest, 1,
                  "'Foreign': expected digest %s, found none, as another tool packed it" % digest)):
             with self.subTest(words):
-                self.assertEqual(self.etc('purge', '-r', *words, status=status), ('', 'etc: %s\n' % problem))
+                self.assertEqual(self.etc('purge -r', words, status=status), ('', 'etc: %s\n' % problem))
                 self.assertEqual(etc.ls(True, config), ['Foreign', 'Large', 'One'])
-        self.assertEqual(self.etc('purge', '-r', '-f', 'Nope', 'Foreign', 'Large', status=1)[1].splitlines(), [
+        self.assertEqual(self.etc('purge -r -f Nope Foreign Large', status=1)[1].splitlines(), [
             "etc: no dataset 'Nope' in %s; 'etc ls -r' lists what is there" % self.url,
             "etc: purged 'Foreign' from %s" % self.url, "etc: purged 'Large' from %s" % self.url])
         self.assertIsNone(etc.purge('One@' + digest, remote=True, config=config))
         self.assertEqual((etc.ls(True, config), self.installed()), ([], ['Large', 'One']))
         with self.assertRaisesRegex(etc.NotFound, "no dataset 'One' in "):
             etc.purge('One', remote=True, config=config)
-        self.etc('push', 'One')
+        self.etc('push One')
         etc.purge('One', config)
         self.assertEqual((etc.ls(True, config), self.installed()), (['One'], ['Large']))
 
@@ -1937,10 +1942,10 @@ class BucketSuite(RemoteSuite):
         def lose(handler):
             self.server.final = None
             handler.close_connection = True
-        for self.server.conditions, words in ((True, ['push']), (False, ['push', '-f'])):
+        for self.server.conditions, words in ((True, 'push'), (False, 'push -f')):
             with self.subTest(words):
                 self.server.final = lose
-                self.etc(*words, 'X')
+                self.etc(words, 'X')
                 self.assertIsNone(self.server.final)
                 assert_pulls(self, 'ds', force=True)
 
@@ -1959,10 +1964,10 @@ class BucketSuite(RemoteSuite):
                 with self.subTest(prefix, encoding=self.server.encoding):
                     self.url = bucket + prefix
                     self.server.objects.clear()
-                    self.etc('push', 'X')
+                    self.etc('push X')
                     self.assertEqual(list(self.server.objects), [prefix + '/X.tgz'])
-                    self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
-                    self.etc('pull', '-f', 'X', home='two')
+                    self.assertEqual(self.etc('ls -r')[0], 'X\n')
+                    self.etc('pull -f X', home='two')
 
 
 def no_link(*args, **kwargs):
@@ -1984,57 +1989,57 @@ class FileRemote(Scaled, RemoteSuite, Case):
         for number, words in enumerate(('X -p train val', '-p train -p val X', '-p val X -p train',
                                         'X --partition val train -f')):
             with self.subTest(words):
-                self.etc('pull', *words.split(), home=str(number))
+                self.etc('pull', words, home=str(number))
                 self.assertEqual(etc.Dataset(self.tmp / str(number) / 'X').keys(), {'train', 'val'})
 
     def test_copied_installs(self):
         """A copy of a home knows what is missing, and what it has."""
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
         self.share(root)
-        self.etc('pull', '-p', 'test', 'X', home='two')
+        self.etc('pull -p test X', home='two')
         shutil.copytree(str(self.tmp / 'two'), str(self.tmp / 'copy'), symlinks=True)
         for home in ('two', 'copy'):
             with self.subTest(home):
-                self.fails_with('is only partly installed, so it cannot be pushed', 'push', 'X', home=home)
+                self.fails_with('is only partly installed, so it cannot be pushed', 'push X', home=home)
                 ds = etc.dataset('X@' + etc.Dataset(root).digest, partitions=['test'], config=self.config(home))
                 self.assertEqual(ds.keys(), {'test'})
                 modes = {path: path.stat().st_mode for path in ds.root.rglob('*') if path.is_file()}
                 for path in modes:
                     path.parent.chmod(0o555)
                 assert_pulls(self, root, home=home)
-                self.etc('verify', 'X', home=home)
+                self.etc('verify X', home=home)
                 self.assertEqual(modes, {path: path.stat().st_mode for path in modes})
-                self.etc('pull', '-f', '-p', 'test', 'X', home=home)
+                self.etc('pull -f -p test X', home=home)
                 wrong = 'X@sha256:' + '0' * 64
                 self.fails_with("'X': expected digest sha256:000", 'purge', wrong, home=home)
-                self.etc('purge', 'X@' + ds.digest, home=home)
+                self.etc('purge X@' + ds.digest, home=home)
 
     def test_pull_mends(self):
         root = write(small(self.tmp / 'ds'), {'data/val/v': 'v'})
         self.share(root)
-        self.etc('pull', 'X', home='two')
+        self.etc('pull X', home='two')
         victim = self.tmp / 'two/X/data/train/a.txt'
         victim.chmod(0o644)
         victim.write_text('broken')
         (self.tmp / 'two/X/data/val/v').unlink()
-        self.fails_with("'X' is not what was installed: data/train, data/val differ;", 'verify', 'X', home='two')
+        self.fails_with("'X' is not what was installed: data/train, data/val differ;", 'verify X', home='two')
         assert_pulls(self, root, force=True)
-        self.etc('verify', 'X', home='two')
+        self.etc('verify X', home='two')
 
     def test_diff(self):
         root = small(self.tmp / 'ds')
         self.share(root)
-        self.assertEqual(self.etc('diff', '-r', 'X', 'X', '-q'), ('', ''))
+        self.assertEqual(self.etc('diff -r X X -q'), ('', ''))
         self.share(write(root, {'data/train/new': 'new'}), 'Y')
-        rows = [row.split() for row in self.etc('diff', '-r', 'X', '-r', 'Y', status=1)[0].splitlines()]
+        rows = [row.split() for row in self.etc('diff -r X -r Y', status=1)[0].splitlines()]
         self.assertEqual([(row[0], row[-1]) for row in rows],
                          [('same', '.'), ('same', 'assets'), ('same', 'data/test'), ('differs', 'data/train')])
         contrast = etc.diff('X', 'Y', remote=(True, False), config=self.config())
         self.assertEqual((contrast['equal'], contrast['segments']['data/train']), (
             False, {'status': 'differs', 'a': {'files': 2, 'size': 5006}, 'b': {'files': 3, 'size': 5009}}))
-        self.etc('pull', '-p', 'test', 'X', home='two')
-        self.etc('diff', 'X', '-r', 'X', home='two')  # what a receipt knows of the whole
-        self.fails_with("no dataset 'Z' in", 'diff', 'X', '-r', 'Z')
+        self.etc('pull -p test X', home='two')
+        self.etc('diff X -r X', home='two')  # what a receipt knows of the whole
+        self.fails_with("no dataset 'Z' in", 'diff X -r Z')
 
     def test_urls(self):
         start = 'cannot use the url (from --url); it must start with file://'
@@ -2047,21 +2052,21 @@ class FileRemote(Scaled, RemoteSuite, Case):
                                                            'name has at least 3 letters'),
                 (nowhere.as_uri(), 'no directory %s;' % nowhere)):
             with self.subTest(url):
-                self.fails_with('etc: ' + problem, 'ls', '-r', url=url)
+                self.fails_with('etc: ' + problem, 'ls -r', url=url)
         nowhere.mkdir()
-        self.assertEqual(self.etc('ls', '-r', url=nowhere.as_uri()),
+        self.assertEqual(self.etc('ls -r', url=nowhere.as_uri()),
                          ('', 'etc: there is no dataset in %s\n' % nowhere.as_uri()))
 
     def test_directories_and_dead_links_are_no_datasets(self):
         write(self.tmp / 'share', {'X.tgz/file': 'x', 'Y.tgz': ('->', 'nowhere')})
-        self.assertEqual(self.etc('ls', '-r')[0], '')
+        self.assertEqual(self.etc('ls -r')[0], '')
         for name in 'XY':
             with self.subTest(name):
                 self.fails_with("no dataset '%s'" % name, 'pull', name)
 
     def test_killed_push_leaves_nothing_under_the_name(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/%d' % n: noise(16 * UNIT, n) for n in range(20)}), 'X')
-        process = self.spawn('push', 'X')
+        process = self.spawn('push X')
         while not glob.glob(str(self.tmp / 'share/.X.tgz.*')):
             self.assertIsNone(process.poll())
         process.kill()
@@ -2070,7 +2075,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         self.assertNotEqual(rest, 'X.tgz')
         self.assertEqual(etc.ls(True, self.config()), [])
         os.utime(str(self.tmp / 'share' / rest), (1, 1))
-        self.etc('push', 'X')
+        self.etc('push X')
         self.assertEqual(self.shared(), ['X.tgz'])
 
     def test_signs_in_paths(self):
@@ -2081,7 +2086,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
             names.append(os.fsdecode(b'\xff\xc3\xa9'))
         for url, name in itertools.chain(urls.items(), [((self.tmp / name).as_uri(), name) for name in names]):
             with self.subTest(url):
-                self.etc('push', 'X', url=url)
+                self.etc('push X', url=url)
                 (self.tmp / name / 'X.tgz').unlink()
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
@@ -2099,39 +2104,39 @@ class FileRemote(Scaled, RemoteSuite, Case):
                     share.chmod(directory)
                 self.settings = {'public': public > 0}
                 os.umask(umask)
-                err = self.etc('push', 'X')[1]
+                err = self.etc('push X')[1]
                 self.assertEqual(stat.S_IMODE((share / 'X.tgz').stat().st_mode), mode)
                 self.assertEqual("cannot read what is pushed; set 'public: true'" in err, warned > 0, err)
                 if public:
                     self.assertEqual(share.stat().st_mode & 0o055, 0o055)
         self.settings = {'public': True}
-        self.etc('push', 'X', url=self.url + '/a/b')
+        self.etc('push X', url=self.url + '/a/b')
         self.assertEqual([(share / place).stat().st_mode & 0o055 for place in ('a', 'a/b')], [0o055] * 2)
 
     @unittest.skipUnless(sys.platform == 'linux', 'no limits on files there')
     def test_no_room_for_a_push(self):
         import resource
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        process = self.spawn('push', 'X', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)))
+        process = self.spawn('push X', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)))
         problem = "etc: cannot write 'X' to %s: File too large; free some space there\n" % (self.tmp / 'share')
         self.assertEqual((process.communicate(), process.returncode), ((b'', problem.encode()), 1))
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_places_where_one_may_not_write(self):
         self.share(small(self.tmp / 'ds'))
-        self.etc('register', '-f', odd(self.tmp / 'other', 3), 'X')
-        self.etc('push', 'Y', status=1)  # what is imported for an error is there from here on
-        share, push, purge = self.tmp / 'share', ['push', '-f'], ['purge', '-r', '-f']
+        self.etc('register -f', odd(self.tmp / 'other', 3), 'X')
+        self.etc('push Y', status=1)  # what is imported for an error is there from here on
+        share, push = self.tmp / 'share', 'push -f X'
         for mode, words, problem, remedy in (
                 (0o1777, push, "write 'X' to %s: Operation not permitted", 'replace'),
                 (0o555, push, "write 'X' to %s: Permission denied", 'replace'),
-                (0o555, purge, "remove 'X' from %s: Permission denied", 'remove')):
+                (0o555, 'purge -r -f X', "remove 'X' from %s: Permission denied", 'remove')):
             if mode == 0o1777 and os.geteuid():
                 continue  # nobody else's files are here
             with self.subTest(words, mode=oct(mode)):
                 share.chmod(mode)
                 with unprivileged(self.tmp / 'home', self.tmp / 'settings.yaml', self.tmp / 'other'):
-                    err = self.etc(*words, 'X', status=1)[1]
+                    err = self.etc(words, status=1)[1]
                 share.chmod(0o755)
                 self.assertEqual(err, "etc: cannot %s; ask the file's owner to %s it, or the directory's owner for "
                                       'write access\n' % (problem % share, remedy))
@@ -2140,17 +2145,17 @@ class FileRemote(Scaled, RemoteSuite, Case):
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_files_that_cannot_be_read(self):
         self.share(small(self.tmp / 'ds'))
-        self.etc('push', 'Y', status=1)  # as above
+        self.etc('push Y', status=1)  # as above
         share, home, file = self.tmp / 'share', self.tmp / 'home', self.tmp / 'home/X/data/train/a.txt'
         with unprivileged(self.tmp):
             (share / 'X.tgz').chmod(0)
             file.chmod(0)
             denied = 'Permission denied: %s' % file
             ask = "cannot read 'X' in %s: Permission denied; ask who pushed it" % share
-            for words, problem in ((['push', '-f'], denied), (['pull'], ask), (['info', '-r'], ask),
-                                   (['--url', home.as_uri(), 'push'], denied)):  # below which the file lies
+            for words, problem in (('push -f X', denied), ('pull X', ask), ('info -r X', ask),
+                                   ('push X --url ' + home.as_uri(), denied)):  # below which the file lies
                 with self.subTest(words):
-                    self.fails_with(problem, *words, 'X')
+                    self.fails_with(problem, words)
 
     def test_purge_while_others_push(self):
         """Just before, and perhaps also just after the file is set aside."""
@@ -2168,7 +2173,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
                 write(self.tmp, {str(number): data for number, data in enumerate(others)})
                 stand_in(self, os, 'link', link)
                 stand_in(self, os, 'rename', late)
-                self.assertEqual(self.etc('purge', '-r', '-f', 'X', status=1)[1], OVERTAKEN % self.url)
+                self.assertEqual(self.etc('purge -r -f X', status=1)[1], OVERTAKEN % self.url)
                 self.assertEqual((share / 'X.tgz').read_bytes(), others[-1])
                 self.assertEqual(len(self.shared()), len(others))  # what was overtaken twice is kept for a day
 
@@ -2176,7 +2181,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         self.put('X.tgz', b'x')
         rename = os.rename
         stand_in(self, os, 'rename', lambda source, target: (os.unlink(source), rename(source, target)))
-        self.assertIn("purged 'X'", self.etc('purge', '-r', '-f', 'X')[1])
+        self.assertIn("purged 'X'", self.etc('purge -r -f X')[1])
 
     def test_killed_purge(self):
         program = ('import os, sys; sys.path.insert(0, sys.argv[1]); import etcetera; '
@@ -2192,12 +2197,12 @@ class FileRemote(Scaled, RemoteSuite, Case):
                 self.assertEqual(subprocess.call(command), 9)
                 self.assertEqual(etc.ls(True, self.config()), [name[0] for name in left[:-1]])
                 self.assertEqual(len(self.shared()), 1)
-                self.etc('push', 'Y')
+                self.etc('push Y')
                 self.assertEqual(self.shared(), left)
 
     def test_purge_of_a_link(self):
         write(self.tmp, {'elsewhere': 'x', 'share/X.tgz': ('->', '../elsewhere')})
-        self.etc('purge', '-r', '-f', 'X')
+        self.etc('purge -r -f X')
         self.assertEqual((self.shared(), (self.tmp / 'elsewhere').read_text()), ([], 'x'))
 
     def test_races_without_hard_links(self):
@@ -2226,7 +2231,7 @@ class PurgeSuite:
         return [data for data, _, _ in self.server.objects.values()]
 
     def purge(self, status=0):
-        return self.etc('purge', '-r', '-f', 'X', status=status)[1]
+        return self.etc('purge -r -f X', status=status)[1]
 
     def lose(self, handler, *then):
         """Delete the object, but let the answer be lost."""
@@ -2336,7 +2341,7 @@ class S3Purge(PurgeSuite, S3Case):
         """What cannot be read can be listed, and removed."""
         self.server.fault = lambda h: h.command == 'GET' and h.path.endswith('X.tgz') and (
             h.error(403, 'InvalidObjectState') or True)
-        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertEqual(self.etc('ls -r')[0], 'X\n')
         self.assertIn("purged 'X'", self.purge())
 
 
@@ -2395,7 +2400,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             with self.subTest(problem, status=status, headers=headers):
                 self.server.log.clear()
                 self.server.fault = fault
-                self.fails_with(problem, 'pull', 'X', home='two')
+                self.fails_with(problem, 'pull X', home='two')
                 self.assertEqual(self.installed('two'), [])
                 self.assertLess(len(self.server.log), 30)
 
@@ -2410,7 +2415,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('Content-Range', '/.*', '/' + '9' * 5000, problem), ('Content-Range', '.+', '', problem)):
             with self.subTest(name, text=text[:99]):
                 self.server.respell = lambda key, value: re.sub(pattern, text, value) if key == name else value
-                self.assertRegex(self.etc('pull', '-f', 'X', home='two', status=int(said == problem))[1], said)
+                self.assertRegex(self.etc('pull -f X', home='two', status=int(said == problem))[1], said)
 
     def test_stores_without_etags(self):
         self.share(small(self.tmp / 'ds'))
@@ -2418,13 +2423,13 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         for etag in ('W/"weak"', ''):
             with self.subTest(etag):
                 self.server.objects['some/prefix/X.tgz'] = data, etag, {}
-                self.assertIn('sha256:', self.etc('ls', '-r', '-l')[0])  # times of listing and reading differ here
-                self.etc('pull', '-f', 'X', home='two')
+                self.assertIn('sha256:', self.etc('ls -r -l')[0])  # times of listing and reading differ here
+                self.etc('pull -f X', home='two')
 
     def test_nothing_is_left_in_the_temporary_directory(self):
         self.share(small(self.tmp / 'ds'))
         stand_in(self, tempfile, 'tempdir', tempfile.mkdtemp(dir=str(self.tmp)))
-        self.etc('info', '-r', 'X')
+        self.etc('info -r X')
         self.assertEqual(os.listdir(tempfile.gettempdir()), [])
 
     def test_last_answers_that_are_not_understood(self):
@@ -2474,7 +2479,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             with self.subTest(word):
                 self.server.fault = lambda handler: handler.command == method and word in handler.path and (
                     handler.error(status, code) if code else handler.answer(status, PORTAL)) is None
-                self.fails_with(problem, 'push', 'X')
+                self.fails_with(problem, 'push X')
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_errors_that_hide(self):
@@ -2501,7 +2506,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 super().answer(status, b' \n' * 3 + body if body[:6] == b'<?xml ' else body, headers, length)
         self.server.RequestHandlerClass = Slow
         self.test_replaced_meanwhile()
-        self.fails_with('NoSuchBucket', 'ls', '-r', url='s3://other')
+        self.fails_with('NoSuchBucket', 'ls -r', url='s3://other')
 
     @unittest.skipIf(os.name == 'nt', 'no SIGTERM to send')
     def test_interrupted_while_the_store_is_busy(self):
@@ -2510,7 +2515,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         busy = threading.Event()
         self.server.fault = lambda handler: handler.command in ('PUT', 'DELETE') and (
             handler.answer(503, b'', {'Retry-After': '3600'}) or busy.set() or True)
-        process = self.spawn('push', 'X')
+        process = self.spawn('push X')
         self.assertTrue(busy.wait(60))
         process.terminate()
         err = process.communicate(timeout=60)[1]
@@ -2523,12 +2528,12 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         for self.server.must_check in (False, True):
             with self.subTest(self.server.must_check):
                 self.server.objects.clear()
-                self.etc('push', 'X', 'Y')
+                self.etc('push X Y')
                 sent = [headers for method, _, headers in self.server.log if method == 'PUT'][-1]
                 self.assertEqual('Content-MD5' in sent, self.server.must_check)
                 assert_pulls(self, 'ds', 'Y', home=str(self.server.must_check))
         stand_in(self, hashlib, 'md5', no_md5)  # the server has its own
-        self.fails_with('Content-MD5 OR x-amz-checksum', 'push', '-f', 'X')
+        self.fails_with('Content-MD5 OR x-amz-checksum', 'push -f X')
 
     def test_lists_that_are_not_understood(self):
         page = b'<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken>' \
@@ -2543,34 +2548,33 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             with self.subTest(what):
                 self.server.log.clear()
                 self.server.fault = lambda handler: handler.answer(200, body()) or True
-                self.fails_with(problem, 'ls', '-r')
+                self.fails_with(problem, 'ls -r')
                 self.assertLess(len(self.server.log), 5)
 
     def test_one_bad_archive_does_not_hide_the_others(self):
         self.share(small(self.tmp / 'ds'))
         self.put('Bad.tgz', b'x' * 100)
         self.server.fault = lambda h: 'Bad.tgz' in h.path and (h.error(403, 'AccessDenied') or True)
-        out, err = self.etc('ls', '-r', '-l')
+        out, err = self.etc('ls -r -l')
         self.assertIn('sha256:', out)
         self.assertIn('AccessDenied', err)
 
     def test_partial_pull_reads_little(self):
         self.share(write(self.tmp / 'ds', {'data/train/large': noise(20 * UNIT), 'data/test/x': noise(100000)}))
-        for words, most in ((['pull', '-p', 'test', 'X'], 110000), (['info', '-r', 'X'], 0),
-                            (['pull', 'X'], 20 * UNIT)):
+        for words, most in (('pull -p test X', 110000), ('info -r X', 0), ('pull X', 20 * UNIT)):
             with self.subTest(words):
                 self.server.sent = 0
-                self.etc(*words, home='two')  # what is there is not fetched again
+                self.etc(words, home='two')  # what is there is not fetched again
                 self.assertLess(self.server.sent, most + 2 * 65536)
 
     def test_connections_are_kept(self):
         self.share(write(self.tmp / 'ds', {'data/train/large': noise(40 * UNIT)}))
         self.settings['connections'] = 8
-        for words, most in ((['pull', 'X'], 8), (['ls', '-r', '-l'], 1)):
+        for words, most in (('pull X', 8), ('ls -r -l', 1)):
             with self.subTest(words):
                 self.server.connections.clear()
                 self.server.log.clear()
-                self.etc(*words, home='two')
+                self.etc(words, home='two')
                 self.assertLessEqual(len(self.server.connections), most)
                 self.assertGreater(len(self.server.log), most)
 
@@ -2580,7 +2584,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         stand_in(self, etc, '_FEW_PARTS', 4)
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(30 * UNIT)}))
         self.assertLessEqual(len(self.parts()), 4)
-        self.etc('pull', 'X', home='two')
+        self.etc('pull X', home='two')
 
     def test_stores_that_take_few_parts(self):
         """Parts grow while they are moderate, and beyond if the store refuses more of them."""
@@ -2592,7 +2596,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 self.server.log.clear()
                 self.server.fault = lambda handler: re.search(r'partNumber=([5-9]|1\d)', handler.path) and (
                     handler.error(400, 'InvalidArgument', message='Part number must be between 1 and 4') or True)
-                self.etc('push', '-f', 'X')
+                self.etc('push -f X')
                 self.assertEqual(sum('uploads' in path for path in self.requests('POST')), begun)
                 self.assertEqual(self.server.uploads, {})
                 assert_pulls(self, 'ds', force=True)
@@ -2612,8 +2616,8 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                     return handler.error(409, code) or True
             with self.subTest(code):
                 self.server.fault = fault
-                self.etc('push', 'X', 'Y')
-                self.etc('purge', '-r', '-f', 'X', 'Y')
+                self.etc('push X Y')
+                self.etc('purge -r -f X Y')
                 self.assertEqual(len(met), 6)  # an object, an upload, its parts, its end, and two deletions
 
     def test_lost_race_on_ceph(self):
@@ -2621,19 +2625,19 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.publish(9 * UNIT, 1)
         other = dict(self.server.objects)
         self.server.objects.clear()
-        self.etc('register', '-f', write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}), 'X')
+        self.etc('register -f', write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}), 'X')
 
         def final(handler):
             self.server.objects = other
             handler.answer(200, COMPLETED.replace(b'&quot;', b'') % (b'', b'', b'', b''))
         self.server.final = final
-        self.fails_with("another 'X' is in", 'push', 'X')
+        self.fails_with("another 'X' is in", 'push X')
 
     def test_overload(self):
         skip_pauses(self)
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.server.fault = lambda handler: handler.error(503, 'SlowDown') or True
-        self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push', 'X')
+        self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push X')
 
     def test_stores_that_take_few_requests_at_once(self):
         self.addCleanup(setattr, etc, '_backoff', etc._backoff)
@@ -2654,15 +2658,15 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         for most in 1, 2:
             with self.subTest(most):
                 slots = threading.Semaphore(most)
-                self.etc('push', '-f', 'X')
-                self.etc('pull', '-f', 'X', home='two')
+                self.etc('push -f X')
+                self.etc('pull -f X', home='two')
                 self.assertEqual(tree(self.tmp / 'two/X'), tree(root))
 
     def test_too_many_partitions(self):
         """They are refused before anything is sent."""
         stand_in(self, etc, '_INDEX_LIMIT', 3000)
         self.etc('register', write(self.tmp / 'ds', {'data/%02d/x' % n: '' for n in range(20)}), 'X')
-        self.fails_with('it has too many partitions for one archive; gather them', 'push', 'X')
+        self.fails_with('it has too many partitions for one archive; gather them', 'push X')
         self.assertEqual(self.requests('PUT') + self.requests('POST'), [])
 
     def test_parts_are_sent_while_packing_goes_on(self):
@@ -2676,7 +2680,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 time.sleep(0.01)
             sent.append(len(self.parts()))
         self.at_first_read('/last', wait)
-        self.etc('push', 'X')
+        self.etc('push X')
         self.assertGreater(sent[0], 0)
 
     def test_stores_without_conditions(self):
@@ -2686,7 +2690,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 self.server.fault = lambda handler: bool(handler.headers.get('If-None-Match') and answer) and (
                     handler.error(*answer) or True)
                 for name, size in (('X', 1000), ('Y', 9 * UNIT)):
-                    self.etc('register', '-f', write(self.tmp / name, {'data/train/x': noise(size)}), name)
+                    self.etc('register -f', write(self.tmp / name, {'data/train/x': noise(size)}), name)
                     self.server.objects.clear()
                     self.etc('push', name)
                     self.assertIn('identical', self.etc('push', name)[1])
@@ -2715,7 +2719,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             with self.subTest(what):
                 self.settings = dict(settings, endpoint_url=self.server.url)
                 os.environ.update(AWS_ACCESS_KEY_ID=akid, AWS_SECRET_ACCESS_KEY=secret)
-                err = self.etc('ls', '-r', status=int(bool(problem)))[1]
+                err = self.etc('ls -r', status=int(bool(problem)))[1]
                 self.assertIn(problem, err)
                 for part in (SECRET[5:], 'sh\n'):
                     self.assertNotIn(part, err)
@@ -2724,11 +2728,11 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_unreachable(self):
         self.server.stop()
         skip_pauses(self)
-        self.fails_with('cannot reach http://127.0.0.1', 'ls', '-r')
+        self.fails_with('cannot reach http://127.0.0.1', 'ls -r')
         for bad in ('h:1', 'ftp://h', 'http://user:pw@h', 'http://h/?q'):
             with self.subTest(bad):
                 self.settings['endpoint_url'] = bad
-                self.fails_with('the endpoint_url must look like https://host[:port];', 'ls', '-r')
+                self.fails_with('the endpoint_url must look like https://host[:port];', 'ls -r')
 
 
 class AnyHost(S3Handler):
@@ -2778,14 +2782,14 @@ class S3Kinds(S3Case):
         stand_in(self, S3Handler, 'unsigned', lambda h, body: h.headers['Authorization'] and 'AccessDenied')
 
     def test_anonymous(self):
-        self.etc('push', 'X')
+        self.etc('push X')
         self.anonymous()
-        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
-        self.etc('pull', 'X', home='two')
+        self.assertEqual(self.etc('ls -r')[0], 'X\n')
+        self.etc('pull X', home='two')
 
     def test_access_points(self):
         url = 's3://arn:aws:s3:eu-west-1:123456789012:accesspoint/mine'
-        self.fails_with('-s3alias', 'ls', '-r', url=url)
+        self.fails_with('-s3alias', 'ls -r', url=url)
 
     def test_hosts_of_amazon(self):
         """The region comes from the settings, or else from the profile."""
@@ -2800,7 +2804,7 @@ class S3Kinds(S3Case):
             with self.subTest(host):
                 self.settings = dict(more, aws_access_key_id=AKID, aws_secret_access_key=SECRET)
                 self.server.log.clear()
-                self.etc('ls', '-r', url=url, status=1)
+                self.etc('ls -r', url=url, status=1)
                 self.assertEqual(set(self.requests()), {host + ':443'})
 
     def test_addressing_style(self):
@@ -2818,8 +2822,8 @@ class S3Kinds(S3Case):
                                                 '    addressing_style = %s\n' % style})
                 self.settings['endpoint_url'] = 'http://%s:%s' % (endpoint, port)
                 self.url = 's3://%s/some/prefix' % bucket
-                for words in (['push', '-f', 'X'], ['pull', '-f', 'X'], ['ls', '-r']):
-                    out, err = self.etc(*words, status=int(bucket == 'My_Bucket'))
+                for words in ('push -f X', 'pull -f X', 'ls -r'):
+                    out, err = self.etc(words, status=int(bucket == 'My_Bucket'))
                     self.assertIn('404 NoSuchBucket' if bucket == 'My_Bucket' else 'X', out + err)
                 self.assertEqual(set(self.hosts()), {host})
 
@@ -2831,13 +2835,13 @@ class S3Kinds(S3Case):
                                     b'</Message><Region>%s</Region></Error>' % region)
                 return True
         self.server.fault, region = fault, b'eu-9'
-        for words in (['push', 'X'], ['push', '-f', 'X'], ['pull', '-f', 'X']):  # asked once, then remembered
+        for words in ('push X', 'push -f X', 'pull -f X'):  # asked once, then remembered
             with self.subTest(words):
                 refused = []
-                self.etc(*words)
+                self.etc(words)
                 self.assertEqual(len(refused), 1)
         region = b'a/b'
-        self.fails_with('AuthorizationHeaderMalformed', 'ls', '-r')
+        self.fails_with('AuthorizationHeaderMalformed', 'ls -r')
 
     def test_regions_of_amazon(self):
         self.as_amazon()
@@ -2849,27 +2853,27 @@ class S3Kinds(S3Case):
                 self.anonymous()
             for status, region in ((301, 'eu-west-1'), (307, 'eu-west-1'), (400, 'eu-west-1'), (403, 'eu-west-1')):
                 with self.subTest(anonymous=anonymous, status=status):
-                    self.assertEqual(self.etc('ls', '-r')[0], '')
+                    self.assertEqual(self.etc('ls -r')[0], '')
                     self.assertEqual(self.hosts(), [here, there])
         status, region = 301, 'evil.example/'
-        self.fails_with('PermanentRedirect', 'ls', '-r')
+        self.fails_with('PermanentRedirect', 'ls -r')
         self.assertEqual(set(self.hosts()), {here})
 
     def test_amazon_knows_conditions(self):
         self.as_amazon()
-        self.etc('push', 'X')
+        self.etc('push X')
         self.server.fault = lambda handler: 'If-Match' in handler.headers and handler.command == 'DELETE' and (
             handler.error(501, 'NotImplemented') or True)
-        self.fails_with('answers 501 NotImplemented', 'purge', '-r', '-f', 'X')
+        self.fails_with('answers 501 NotImplemented', 'purge -r -f X')
         self.assertEqual(len(self.server.objects), 1)
 
     def test_keys_that_may_not_list(self):
         """Without s3:ListBucket what is missing is forbidden; on Amazon's hosts the condition of the write decides."""
         self.server.may_list = False
-        self.fails_with('s3:ListBucket', 'push', 'X')  # this store may ignore conditions
+        self.fails_with('s3:ListBucket', 'push X')  # this store may ignore conditions
         self.as_amazon()
-        self.etc('push', 'X')
-        self.assertIn('already, and identical', self.etc('push', 'X')[1])
+        self.etc('push X')
+        self.assertIn('already, and identical', self.etc('push X')[1])
         before = dict(self.server.objects)
 
         def fault(handler):
@@ -2881,7 +2885,7 @@ class S3Kinds(S3Case):
         for answer, problem in (((), 'cannot read it to compare'),
                                 ((501, 'NotImplemented'), 'NotImplemented')):  # nobody would tell if there is another
             with self.subTest(problem):
-                self.fails_with(problem, 'push', 'X')
+                self.fails_with(problem, 'push X')
                 self.assertEqual(self.server.objects, before)
         answer = ()
         self.share(self.tmp / 'ds', 'Y')
@@ -2903,11 +2907,11 @@ class S3Kinds(S3Case):
             with self.subTest(skew=skew):
                 refused = []
                 time.time = lambda: now() + skew
-                self.assertIn('clock is %d minutes off' % (abs(skew) // 60), self.etc('push', 'X', '-f')[1])
+                self.assertIn('clock is %d minutes off' % (abs(skew) // 60), self.etc('push X -f')[1])
                 self.assertEqual(len(refused), 1)
-                self.etc('pull', 'X', '-f', home='two')
+                self.etc('pull X -f', home='two')
         Handler.date_time_string = lambda handler, timestamp=None: 'no date'
-        self.fails_with("set this machine's clock", 'ls', '-r')
+        self.fails_with("set this machine's clock", 'ls -r')
 
     def test_headers_that_are_asked_for(self):
         self.etc('register', write(self.tmp / 'big', {'data/train/x': noise(9 * MIB)}), 'Big')
@@ -2921,9 +2925,9 @@ class S3Kinds(S3Case):
             with self.subTest(more):
                 self.settings = dict(settings, **more)
                 self.server.log.clear()
-                self.etc('push', '-f', 'X', 'Big')
-                self.etc('pull', '-f', 'X', home='two')
-                self.etc('ls', '-r')
+                self.etc('push -f X Big')
+                self.etc('pull -f X', home='two')
+                self.etc('ls -r')
                 created = 0
                 for method, path, headers in self.server.log:
                     is_new = method == 'PUT' and '?' not in path or path.endswith('?uploads=')
@@ -2937,17 +2941,17 @@ class S3Kinds(S3Case):
         for bad in ('a b', 'caf\u00e9'):
             with self.subTest(bad):
                 self.settings['sse'] = bad
-                self.fails_with('the header x-amz-server-side-encryption a value that cannot', 'ls', '-r')
+                self.fails_with('the header x-amz-server-side-encryption a value that cannot', 'ls -r')
 
     def test_who_is_to_blame(self):
-        self.etc('push', 'X')
+        self.etc('push X')
         read, style = ('GET', 'HEAD'), 'addressing_style = virtual'
         for words, methods, status, code, remedy in [
-                (['pull', '-f', 'X'], read, 403, 'AccessDenied', 'need s3:GetObject, and s3:ListBucket'),
-                (['push', '-f', 'X'], ['PUT'], 403, 'AccessDenied', 'need s3:PutObject'),
-                (['push', '-f', 'X'], ['PUT'], 400, 'AccessControlListNotSupported',
+                ('pull -f X', read, 403, 'AccessDenied', 'need s3:GetObject, and s3:ListBucket'),
+                ('push -f X', ['PUT'], 403, 'AccessDenied', 'need s3:PutObject'),
+                ('push -f X', ['PUT'], 400, 'AccessControlListNotSupported',
                  "drop 'public: true', and let a bucket policy make the objects public")] + [
-                (['ls', '-r'], read, status, code, remedy) for status, code, remedy in (
+                ('ls -r', read, status, code, remedy) for status, code, remedy in (
                     (403, 'AccessDenied', 'come from the settings, need s3:ListBucket here'),
                     (404, 'NoSuchBucket', 'check the bucket'), (301, 'PermanentRedirect', "set 'region'"),
                     (400, 'InvalidToken', 'renew'), (404, '', 'check the url'), (400, '', 'the region'),
@@ -2959,7 +2963,7 @@ class S3Kinds(S3Case):
                 body = b'<Error><Code>%s</Code><Message>why</Message></Error>' % code.encode() if code else b''
                 self.server.fault = lambda handler: handler.command in methods and (
                     handler.answer(status, body) or True)
-                err = self.etc(*words, status=1)[1]
+                err = self.etc(words, status=1)[1]
                 self.assertIn(remedy, err)
                 self.assertIn('answers %d%s;' % (status, ' %s: why' % code if code else ': no explanation'), err)
         self.server.fault = None
@@ -3118,12 +3122,12 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                     self.server.final = (lambda handler: handler.answer(200, body)) if stored else None
                     self.server.fault = lambda handler: not stored and handler.command == method and (
                         handler.answer(200, body) or True)
-                    err = self.etc('push', 'X', status=int(not stored))[1]
+                    err = self.etc('push X', status=int(not stored))[1]
                     self.assertIn('pushed' if stored else 'does not answer as Google', err)
                     self.assertEqual(len(self.server.objects), int(stored))
         self.server.fault = lambda handler: '/*' in handler.headers.get('Content-Range', '') and (
             handler.answer(200, b'{}') or True)
-        self.fails_with('does not answer as Google', 'push', 'Y')
+        self.fails_with('does not answer as Google', 'push Y')
 
     def test_lists_that_are_not_understood(self):
         """They must not pass for an empty bucket, either."""
@@ -3135,20 +3139,20 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                      right + item % b'"x"', right + item % b'1e999', right + b'"nextPageToken": 3}'):
             with self.subTest(body[:99]):
                 self.server.fault = lambda handler: handler.answer(200, body) or True
-                for words in (['ls', '-r'], ['pull', 'X']):
-                    self.fails_with('does not answer as Google', *words)
+                for words in ('ls -r', 'pull X'):
+                    self.fails_with('does not answer as Google', words)
         tokens = itertools.cycle('abc')
         self.server.fault = lambda handler: handler.json(
             {'kind': 'storage#objects', 'nextPageToken': next(tokens)}) or True
-        self.fails_with('same page of its listing twice', 'ls', '-r')
+        self.fails_with('same page of its listing twice', 'ls -r')
 
     def test_accounts_that_may_only_create(self):
         """The condition of the write decides where storage.objects.get is missing."""
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.server.fault = lambda handler: handler.command == 'GET' and (
             handler.problem(403, 'no storage.objects.get access') or True)
-        self.etc('push', 'X')
-        self.fails_with('cannot read it to compare', 'push', 'X')
+        self.etc('push X')
+        self.fails_with('cannot read it to compare', 'push X')
 
     def test_emulator_host(self):
         del self.settings['endpoint_url']
@@ -3156,15 +3160,15 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         for host in (self.server.url, self.server.url[7:]):
             with self.subTest(host):
                 os.environ['STORAGE_EMULATOR_HOST'] = host
-                self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+                self.assertEqual(self.etc('ls -r')[0], 'X\n')
         self.assertIsNone(self.server.log[-1][2].get('Authorization'))
 
     def test_public(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.settings['public'] = self.server.uniform = True
-        self.fails_with('allUsers', 'push', 'X')
+        self.fails_with('allUsers', 'push X')
         self.server.uniform = False
-        self.etc('push', 'X')
+        self.etc('push X')
         self.assertEqual(self.server.objects['some/prefix/X.tgz'][2]['predefinedAcl'], 'publicRead')
 
     def test_cut_uploads_go_on_where_they_were(self):
@@ -3176,7 +3180,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                 self.server.cuts = [rng.randrange(9 * UNIT) for _ in range(6)] + [0, 1, 8 * UNIT]
                 rng.shuffle(self.server.cuts)
                 self.server.granule = (1, 256 << 10)[trial % 2]
-                self.etc('push', '-f', 'X')  # the server asserts that no byte came twice
+                self.etc('push -f X')  # the server asserts that no byte came twice
                 self.assertEqual(self.server.cuts, [])
                 assert_pulls(self, 'ds', force=True)
 
@@ -3189,16 +3193,16 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                 ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.problem(403, 'no'), 'answers 403: no;')):
             with self.subTest(what):
                 self.server.fault = lambda h: place in (h.headers.get('Content-Range') or '') and (answer(h) or True)
-                self.fails_with(problem, 'push', 'X')
+                self.fails_with(problem, 'push X')
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_md5(self):
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.server.garble = True
-        self.fails_with('did not arrive', 'push', 'X')
+        self.fails_with('did not arrive', 'push X')
         self.assertEqual(self.server.objects, {})
         stand_in(self, hashlib, 'md5', no_md5)  # the server has its own
-        self.etc('push', 'X')
+        self.etc('push X')
 
 class GsPurge(PurgeSuite, GsCase):
     def test_refusals(self):
@@ -3273,7 +3277,7 @@ class GoogleCase(GsCase):
                      'token_uri': self.tokens.url}, **more)
 
     def works(self):
-        self.assertEqual(self.etc('ls', '-r')[0], '')
+        self.assertEqual(self.etc('ls -r')[0], '')
 
 
 class GoogleCredentials(GoogleCase):
@@ -3288,7 +3292,7 @@ class GoogleCredentials(GoogleCase):
         self.assertEqual(self.asked, [right], 'a token is kept')
         self.assertIn('billing', [headers.get('x-goog-user-project') for _, _, headers in self.server.log])
         self.respond({'refresh_token': 'other'})
-        err = self.etc('ls', '-r', status=1)[1]
+        err = self.etc('ls -r', status=1)[1]
         self.assertIn('gives no access token: wrong refresh_token', err)
         self.assertNotIn('se+cret', err)
 
@@ -3305,7 +3309,7 @@ class GoogleCredentials(GoogleCase):
                                (['list'], "'access_token' is missing"), ('', "'access_token' is missing")):
             with self.subTest(token):
                 self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
-                self.fails_with(problem, 'ls', '-r')
+                self.fails_with(problem, 'ls -r')
 
     @unittest.skipUnless(shutil.which('openssl') or os.environ.get('ETC_TEST_REQUIRE_PEERS'), 'no openssl here')
     def test_service_account(self):
@@ -3333,7 +3337,7 @@ class GoogleCredentials(GoogleCase):
                 self.use(dict(info, private_key=openssl(*form, '-in', 'key.pem')))
                 self.works()
         self.use(dict(info, private_key='garbage'))
-        self.fails_with('private_key', 'ls', '-r')
+        self.fails_with('private_key', 'ls -r')
 
     def library(self, load):
         """Let Google's library be installed, with this load_credentials_from_file(); or not, if that is None."""
@@ -3366,7 +3370,7 @@ class GoogleCredentials(GoogleCase):
                     if script:
                         write(self.tmp / 'bin', {'gcloud': '#!/bin/sh\n' + script}).joinpath('gcloud').chmod(0o755)
                     self.library(load)
-                    err = self.etc('ls', '-r', status=int(bool(problem)))[1]
+                    err = self.etc('ls -r', status=int(bool(problem)))[1]
                     self.assertIn(problem or '', err)
 
     def test_metadata_server(self):
@@ -3376,13 +3380,13 @@ class GoogleCredentials(GoogleCase):
             handler.headers['Metadata-Flavor'] == 'Google') else 'no'
         self.works()
         self.tokens.respell = lambda name, value: None if name == 'Metadata-Flavor' else value
-        self.fails_with('no credentials were found', 'ls', '-r')  # an impostor
+        self.fails_with('no credentials were found', 'ls -r')  # an impostor
 
     def test_places(self):
         """From the last one that is looked at to the first."""
         self.respond({'refresh_token': 'right'})
         right, wrong = (json.dumps(self.user(refresh_token=token)) for token in ('right', 'wrong'))
-        self.fails_with('no credentials were found', 'ls', '-r')
+        self.fails_with('no credentials were found', 'ls -r')
         name, home, sdk = 'application_default_credentials.json', self.tmp / '.config/gcloud', self.tmp / 'sdk'
         if os.name != 'nt':
             write(home, {name: right})
@@ -3396,7 +3400,7 @@ class GoogleCredentials(GoogleCase):
         self.works()
         os.environ['GOOGLE_APPLICATION_CREDENTIALS'] = str(sdk / 'gone.json')
         self.assertIn('cannot read the Google credentials: No such file or directory; check google_credentials and '
-                      '$GOOGLE_APPLICATION_CREDENTIALS', self.etc('ls', '-r', status=1)[1])
+                      '$GOOGLE_APPLICATION_CREDENTIALS', self.etc('ls -r', status=1)[1])
         self.settings['google_credentials'] = str(sdk / 'right.json')
         self.works()
 
@@ -3413,7 +3417,7 @@ class GoogleCredentials(GoogleCase):
                 ({'type': '\x1b[31m'}, 'type')):
             with self.subTest(info):
                 self.use(info)
-                err = self.etc('ls', '-r', status=1)[1]
+                err = self.etc('ls -r', status=1)[1]
                 self.assertIn(problem, err)
                 self.assertIn('key.json', err)
                 self.assertNotIn('\x1b', err)
@@ -3427,7 +3431,7 @@ class GoogleCredentials(GoogleCase):
         self.server.fault = lambda h: h.command == 'POST' and (
             h.answer(200, b'', {'Location': other.url + '/session?upload_id=1'}) or True)
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.fails_with('answers 404', 'push', 'X')
+        self.fails_with('answers 404', 'push X')
         self.assertEqual({headers.get('Authorization') for _, _, headers in other.log}, {None})
 
 
@@ -3467,33 +3471,33 @@ class WebSuite(Scaled):
         self.share.mkdir(parents=True)
         self.start()
         self.etc('register', write(small(self.tmp / 'ds'), {'data/train/large': noise(9 * UNIT)}), 'X')
-        self.etc('push', 'X', url=self.share.as_uri())
+        self.etc('push X', url=self.share.as_uri())
 
     def test_round_trip(self):
         self.etc('register', odd(self.tmp / 'odd'), 'Odd')
-        self.etc('push', 'Odd', url=self.share.as_uri())
+        self.etc('push Odd', url=self.share.as_uri())
         write(self.share, {'other.txt': 'x', 'not a dataset.tgz': 'x', 'sub/Inner.tgz': 'x'})
         with tarfile.open(str(self.share / 'foreign.tgz'), 'w:gz', compresslevel=1) as tar:
             tar.add(str(self.tmp / 'ds'), '.')
-        self.assertEqual(self.etc('ls', '-r')[0], 'Odd\nX\nforeign\n')
-        self.assertIn(etc.Dataset(self.tmp / 'odd').digest, self.etc('ls', '-r', '-l')[0])
+        self.assertEqual(self.etc('ls -r')[0], 'Odd\nX\nforeign\n')
+        self.assertIn(etc.Dataset(self.tmp / 'odd').digest, self.etc('ls -r -l')[0])
         for name, root in (('X', 'ds'), ('Odd', 'odd'), ('foreign', 'ds')):
             with self.subTest(name):
                 assert_pulls(self, root, name)
-        self.etc('pull', '-p', 'test', 'X', home='three')
+        self.etc('pull -p test X', home='three')
         self.assertEqual(etc.dataset('X', partitions=['test'], config=self.config('three')).keys(), {'test'})
         assert_pulls(self, 'ds', home='three')
-        self.fails_with("did you mean 'Odd'", 'pull', 'Odds')
+        self.fails_with("did you mean 'Odd'", 'pull Odds')
 
     def test_read_only(self):
         write(self.tmp / 'ds', {'data/train/new': ''})
         self.etc('register', self.tmp / 'ds', 'Y')
         before = tree(self.share)
         only = 'can only be read; to push or purge, set a url that begins with s3://, gs:// or file://\n'
-        for words, problem in ((['push', '-f', 'X'], only), (['push', 'Y'], only), (['push', 'X'], "another 'X' is in"),
-                               (['purge', '-r', '-f', 'X'], only), (['purge', '-r', '-f', 'Nope'], only)):
+        for words, problem in (('push -f X', only), ('push Y', only), ('push X', "another 'X' is in"),
+                               ('purge -r -f X', only), ('purge -r -f Nope', only)):
             with self.subTest(words):
-                self.assertRegex(self.etc(*words, status=1)[1], r'\Aetc: [^\n]*%s[^\n]*\n?\Z' % problem)
+                self.assertRegex(self.etc(words, status=1)[1], r'\Aetc: [^\n]*%s[^\n]*\n?\Z' % problem)
         self.assertEqual(tree(self.share), before)
 
 
@@ -3510,8 +3514,8 @@ class Web(WebSuite, Case):
 
     def test_partial_pull_reads_little(self):
         self.server.sent = 0
-        self.etc('pull', '-p', 'test', 'X', home='two')
-        self.etc('info', '-r', 'X')
+        self.etc('pull -p test X', home='two')
+        self.etc('info -r X')
         self.assertLess(self.server.sent, UNIT)
 
     def test_replaced_while_read(self):
@@ -3527,9 +3531,9 @@ class Web(WebSuite, Case):
         self.server.ranges = False
         self.test_round_trip()
         del self.server.log[:]
-        self.assertEqual(self.etc('ls', '-r')[0], 'Odd\nX\nforeign\n')
+        self.assertEqual(self.etc('ls -r')[0], 'Odd\nX\nforeign\n')
         self.assertEqual([path for method, path, _ in self.server.log if method == 'GET' and path.endswith('.tgz')], [])
-        self.assertIn('supports no ranges', self.etc('pull', 'X', home='four')[1])
+        self.assertIn('supports no ranges', self.etc('pull X', home='four')[1])
         for modified in ('01 Jan , 00:00:00', 'x', 'Mon, 99 Foo 2024 07:08:09 GMT'):
             with self.subTest(modified):
                 self.server.respell = lambda name, value: modified if name == 'Last-Modified' else value
@@ -3566,23 +3570,23 @@ class Web(WebSuite, Case):
                 ('<a href="X.tgz"><a href="&#%s;">' % ('1' * 5000), 'X'), ('<p>Welcome!', '')):
             with self.subTest(page[:99]):
                 self.server.fault = lambda h: h.path.endswith('/') and (h.answer(200, page.encode()) or True)
-                self.assertEqual(''.join(self.etc('ls', '-r')[0].split()), names)
+                self.assertEqual(''.join(self.etc('ls -r')[0].split()), names)
         for status in (403, 404):
             with self.subTest(status):
                 self.server.fault = lambda h: h.path.endswith('/') and (h.answer(status) or True)
-                self.fails_with('shows no list of what it has (%d); pull works by name' % status, 'ls', '-r')
+                self.fails_with('shows no list of what it has (%d); pull works by name' % status, 'ls -r')
                 assert_pulls(self, 'ds', force=True)
 
     def test_redirects(self):
         other = self.serve_files()
         self.server.fault = lambda h: h.answer(302, headers={'Location': other.url + h.path}) or True
         assert_pulls(self, 'ds', force=True)
-        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertEqual(self.etc('ls -r')[0], 'X\n')
         for location in (self.url, 'file:///etc/passwd', 'http://[', 'http://[1/x', '//[x]/', 'http://[::::]/'):
             with self.subTest(location):
                 self.server.fault = lambda h: h.answer(302, headers={'Location': location}) or True
-                for words in (['ls', '-r'], ['pull', 'X']):
-                    self.assertRegex(self.etc(*words, home='three', status=1)[1],
+                for words in ('ls -r', 'pull X'):
+                    self.assertRegex(self.etc(words, home='three', status=1)[1],
                                      'answers 302;|does not have the form https://host')  # as Python reads it
 
     def test_head_that_tells_nothing(self):
@@ -3606,8 +3610,8 @@ class Web(WebSuite, Case):
             with self.subTest(status=status, fault=fault.__name__):
                 self.server.fault = fault
                 assert_pulls(self, 'ds', force=True)
-                self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
-                self.fails_with("no dataset 'Z'", 'pull', 'Z')
+                self.assertEqual(self.etc('ls -r')[0], 'X\n')
+                self.fails_with("no dataset 'Z'", 'pull Z')
         for status, body, span, problem in (
                 (403, b'', None, 'answers 403'), (206, b'x', 'bytes 0-0/*', "does not say how large 'X' is"),
                 (416, b'out of range', 'bytes */0', 'the archive is damaged or not a .tgz: it ends too early')):
@@ -3615,7 +3619,7 @@ class Web(WebSuite, Case):
                 self.server.fault = lambda handler: handler.path.endswith('.tgz') and (
                     handler.answer(405) if handler.command == 'HEAD' else
                     handler.answer(status, body, {'Content-Range': span})) is None
-                self.fails_with(problem, 'pull', 'X', home='three')
+                self.fails_with(problem, 'pull X', home='three')
 
     def test_compressed_against_the_request(self):
         """A page is understood; an archive would have other bytes, perhaps under the same version."""
@@ -3626,13 +3630,12 @@ class Web(WebSuite, Case):
                 return True
         path, suffix, body = self.share / 'X.tgz', '/', gzip.compress(b'<a href="X.tgz">X</a>')
         self.server.fault = fault
-        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertEqual(self.etc('ls -r')[0], 'X\n')
         assert_pulls(self, 'ds')
         suffix, body = '.tgz', gzip.compress(path.read_bytes(), 1)
         for self.server.ranges in (True, False):
             with self.subTest(ranges=self.server.ranges):
-                self.fails_with("compresses 'X' although it is asked not to; ask who runs it",
-                                'pull', 'X', home='three')
+                self.fails_with("compresses 'X' although it is asked not to; ask who runs it", 'pull X', home='three')
 
 
 class Rfc9110(Scaled, S3Case):
@@ -3644,9 +3647,9 @@ class Rfc9110(Scaled, S3Case):
         self.etc('register', root, 'X')
 
     def round_trip(self):
-        self.etc('push', '-f', 'X')
-        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
-        self.assertIn('# Hi', self.etc('info', '-r', 'X')[0])
+        self.etc('push -f X')
+        self.assertEqual(self.etc('ls -r')[0], 'X\n')
+        self.assertIn('# Hi', self.etc('info -r X')[0])
         assert_pulls(self, 'ds', force=True)
 
     def test_interim_answers(self):
@@ -3657,7 +3660,7 @@ class Rfc9110(Scaled, S3Case):
             with self.subTest(what):
                 self.server.fault = lambda handler: handler.wfile.write(interim) and None
                 self.server.connections.clear()
-                self.etc('push', '-f', 'X')
+                self.etc('push -f X')
                 self.assertLess(len(self.server.connections), 15)  # so connections were used again
                 self.round_trip()
 
@@ -3671,10 +3674,10 @@ class Rfc9110(Scaled, S3Case):
             handler.close_connection = True
             return True
         self.server.fault = flood
-        self.fails_with('interim answers', 'ls', '-r')
+        self.fails_with('interim answers', 'ls -r')
 
     def test_spelling_of_ranges(self):
-        self.etc('push', 'X')
+        self.etc('push X')
         for what, pattern, text, is_right in (
                 ('size not told', '/.*', '/*', True), ('unit', 'b', 'B', True),
                 ('both', 'bytes(.*)/.*', r'BYTES\1/*', True),
@@ -3687,7 +3690,7 @@ class Rfc9110(Scaled, S3Case):
                 if is_right:
                     self.round_trip()
                 else:
-                    self.assertRegex(self.etc('pull', 'X', home='three', status=1)[1],
+                    self.assertRegex(self.etc('pull X', home='three', status=1)[1],
                                      'range that was asked for|does not say how large|was replaced while')
 
     def test_retry_after(self):
@@ -3705,7 +3708,7 @@ class Rfc9110(Scaled, S3Case):
                 self.server.respell = lambda key, found: date if date and key == 'Date' else found
                 self.server.fault = lambda h: bool(pending) and (
                     h.answer(status, b'', {'Retry-After': pending.pop()}) or True)
-                self.etc('ls', '-r')
+                self.etc('ls -r')
                 self.assertTrue(least <= sum(slept) <= most, slept)
 
     def test_pages_that_are_compressed_against_the_request(self):
@@ -3719,8 +3722,8 @@ class Rfc9110(Scaled, S3Case):
         for coding in ('gzip', 'X-GZIP', 'deflate'):
             with self.subTest(coding):
                 self.round_trip()
-                self.fails_with("no dataset 'Y'", 'pull', 'Y')
-                self.fails_with('NoSuchBucket: about NoSuchBucket', 'ls', '-r', url='s3://other')
+                self.fails_with("no dataset 'Y'", 'pull Y')
+                self.fails_with('NoSuchBucket: about NoSuchBucket', 'ls -r', url='s3://other')
 
 
 def serve(*command, conf=None, **env):
@@ -3806,18 +3809,18 @@ class Nginx(Peer, WebSuite, Case):
         os.environ.update(HTTPS_PROXY=self.proxy_url, no_proxy='')
 
     def test_proxy_and_ca(self):
-        self.assertEqual(self.etc('ls', '-r')[0], 'X\n')
+        self.assertEqual(self.etc('ls -r')[0], 'X\n')
         self.assertIn('CONNECT ' + self.origin, Path(self.log).read_text())
-        self.fails_with('without encryption', 'ls', '-r', url='https://%s/away' % self.origin)
+        self.fails_with('without encryption', 'ls -r', url='https://%s/away' % self.origin)
         skip_pauses(self)
         bundle = self.settings.pop('ca_bundle')
-        self.assertRegex(self.etc('pull', 'X', home='two', status=1)[1],
+        self.assertRegex(self.etc('pull X', home='two', status=1)[1],
                          "certificate that is not trusted.*; if a private CA signed it, set 'ca_bundle'")
         self.settings['ca_bundle'] = bundle
         with socket.socket() as closed:
             closed.bind(('127.0.0.1', 0))
             os.environ['HTTPS_PROXY'] = 'http://127.0.0.1:%d' % closed.getsockname()[1]
-            self.fails_with('check the network, the proxy settings', 'pull', 'X', home='two')
+            self.fails_with('check the network, the proxy settings', 'pull X', home='two')
         self.assertEqual(self.installed('two'), [])
 
 
@@ -3872,7 +3875,7 @@ class Rclone(S3Peer, Case):
 
     def test_wrong_secret(self):
         self.settings['aws_secret_access_key'] = 'wrong'
-        self.fails_with('SignatureDoesNotMatch', 'ls', '-r')
+        self.fails_with('SignatureDoesNotMatch', 'ls -r')
 
 
 @needs(importable('moto', 'flask', 'boto3'), 'moto[server] and boto3 are not installed')
@@ -3893,7 +3896,7 @@ class Moto(S3Peer, Case):
         client.create_bucket(Bucket='versions')
         client.put_bucket_versioning(Bucket='versions', VersioningConfiguration={'Status': 'Enabled'})
         self.share(small(self.tmp / 'ds'))
-        self.assertEqual(self.etc('purge', '-r', '-f', 'X')[1],
+        self.assertEqual(self.etc('purge -r -f X')[1],
                          "etc: purged 'X' from s3://versions, which keeps it as an old version\n")
         self.assertEqual(etc.ls(True, self.config()), [])
         self.assertEqual(len(client.list_object_versions(Bucket='versions')['Versions']), 1)
@@ -4174,7 +4177,7 @@ class AwsCase(S3Case):
     def found(self):
         """The access key that a listing is signed with; its signature and token are right."""
         self.server.log.clear()
-        self.assertEqual(self.etc('ls', '-r')[0], '')
+        self.assertEqual(self.etc('ls -r')[0], '')
         headers = self.server.log[-1][2]
         akid = signed_by(headers)
         if not akid.startswith('STATIC'):
@@ -4186,7 +4189,7 @@ class AwsCase(S3Case):
         from unittest import mock
         self.profile(config)
         with self.subTest(config=config, env=env), mock.patch.dict(os.environ, env):
-            err = self.etc('ls', '-r', status=1)[1]
+            err = self.etc('ls -r', status=1)[1]
             self.assertIn(problem, err)
             self.assertNotRegex(err.replace('aws_secret_access_key', ''), 'secret|token/of|web-token')
 
@@ -4200,7 +4203,7 @@ class AwsCase(S3Case):
         left = list(steps)
         self.server.fault = lambda handler: left and left.pop(0)()
         self.server.log.clear()
-        self.etc('ls', '-r', status=status)
+        self.etc('ls -r', status=status)
         return self.signers()
 
     def shift(self, seconds):
@@ -4358,7 +4361,7 @@ class AwsLife(AwsCase):
         self.server.fault = lambda handler: 'list-type' in handler.path and self.rotate(3500)
         self.server.log.clear()
         self.aws.log.clear()
-        self.etc('ls', '-r', '-l')
+        self.etc('ls -r -l')
         self.assertEqual((self.signers(), len(self.aws.log)), ([INSTANCE] + [INSTANCE + '2'] * 9, 6))
 
     def test_keys_that_are_given_out_shortly_before_they_expire(self):
@@ -4530,7 +4533,7 @@ class AwsRenewal(AwsCase):
             return 'partNumber=2' in handler.path and (handler.error(403, 'AccessDenied') or True)
         self.server.fault = fault
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
-        self.fails_with('AccessDenied', 'push', 'X')
+        self.fails_with('AccessDenied', 'push X')
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
     def test_what_is_transient(self):
@@ -4611,7 +4614,7 @@ class AwsLibrary(AwsCase):
                     remove(self.tmp / '.aws')
                 self.profile('[profile work]\n' + AwsCommand.KINDS[what])
                 self.server.log.clear()
-                process = self.spawn('ls', '-r', python=(), stdin=subprocess.PIPE, start_new_session=True)
+                process = self.spawn('ls -r', python=(), stdin=subprocess.PIPE, start_new_session=True)
                 err = process.communicate(code)[1].decode()
                 self.assertEqual((process.returncode, self.signers()), (len(words) > 0, signers), err)
                 self.assertIn(words, err)
@@ -4665,10 +4668,10 @@ class MotoIdentity(Case):
                 ('remover', ('purge -r -f X Y Z',), '')):
             self.settings = users[user]
             for command in commands:
-                self.etc(*command.split(), home='home' if 'push' in command else 'two')
+                self.etc(command, home='home' if 'push' in command else 'two')
             if lacking:
                 command, _, permission = lacking.partition(' needs ')
-                self.fails_with('need %s here' % permission, *command.split())
+                self.fails_with('need %s here' % permission, command)
 
     def test_roles_and_metadata(self):
         key = self.user('base', 'sts:*')
@@ -4682,14 +4685,14 @@ class MotoIdentity(Case):
                                             'credential_source = Environment\n' + ROLE + 'mid\n'})
         os.environ.update((name.upper(), value) for name, value in key.items())
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.fails_with('AccessDenied', 'push', 'X')
+        self.fails_with('AccessDenied', 'push X')
         self.settings['aws_profile'] = 'top'
-        self.etc('push', 'X')
-        self.etc('pull', 'X', home='two')
+        self.etc('push X')
+        self.etc('pull X', home='two')
         self.settings.clear()
         os.environ.update(AWS_ACCESS_KEY_ID='', AWS_SECRET_ACCESS_KEY='', AWS_EC2_METADATA_DISABLED='',
                           AWS_EC2_METADATA_SERVICE_ENDPOINT=self.endpoint)
-        self.fails_with('InvalidAccessKeyId', 'ls', '-r')  # it does not know those of its metadata
+        self.fails_with('InvalidAccessKeyId', 'ls -r')  # it does not know those of its metadata
 
 
 class Plain(http.client.HTTPConnection):
@@ -4744,7 +4747,7 @@ class Signature(S3Case):
             with self.subTest(host):
                 self.settings['endpoint_url'] = host
                 for words in ('push X', 'ls -r', 'info -r X', 'purge -r -f X'):
-                    self.etc(*words.split())
+                    self.etc(words)
 
 
 # ---------------------------------------------------------------------------------------
@@ -4923,7 +4926,7 @@ class Faults:
         return (self.tmp / 'made' / version / 'X.tgz').read_bytes(), whole, part
 
     def succeeds(self, words, home):
-        self.assertEqual(self.etc('-q', *words.split(), home=home), ('', ''))
+        self.assertEqual(self.etc('-q', words, home=home), ('', ''))
 
     def prepare(self, op, home):
         """Make the archive of an operation ready; gives the home to use."""
@@ -4940,7 +4943,7 @@ class Faults:
         for number, op in enumerate(ops):
             home = self.prepare(op, 'clean%d' % number)
             self.requests.clear()
-            self.assertEqual(self.etc('-q', *op[0].split(), home=home)[1], '')
+            self.assertEqual(self.etc('-q', op[0], home=home)[1], '')
             places += [(op, self.requests[:place]) for place in range(1, len(self.requests) + 1)]
         for seed in range(len(kinds) * RUNS):
             self.rng = rng = random.Random('%s %d' % (self.id(), seed))
@@ -4956,7 +4959,7 @@ class Faults:
                 self.hits.clear()
                 self.patience(0.5 if is_silent else 60)
                 self.is_armed = True
-                out, err = self.etc('-q', *op[0].split(), home=home, status=None)
+                out, err = self.etc('-q', op[0], home=home, status=None)
                 self.is_armed = False
                 if err and not out:
                     self.assertRegex(err, r'\Aetc: [^\n]+\n\Z')
@@ -5106,7 +5109,7 @@ class HttpFaults(Scaled, Faults):
             self.reset(one)
             for name in ('a.tgz', 'b.tgz', 'c.tgz'):
                 self.put(name, one)
-            clean[op] = clean.get(op) or self.etc(*op[0].split(), home=home)[0]
+            clean[op] = clean.get(op) or self.etc(op[0], home=home)[0]
             return home
 
         def check(op, home, out, err):
@@ -5257,7 +5260,7 @@ class Links(S3Case):
         """A link on which a block takes longer than the time-out, but is never silent for so long."""
         stand_in(self, etc, '_TIMEOUT', 1.2)
         self.serve_slowly(2 * MIB, lambda handler, left: time.sleep(0.04 * (handler.command == 'PUT')))
-        self.etc('push', 'X')
+        self.etc('push X')
         self.assertEqual(len(self.requests('PUT')), 1)
 
     def test_answers_in_any_order(self):
@@ -5277,9 +5280,9 @@ class Links(S3Case):
                 self.settings['connections'] = connections
                 self.server.objects.clear()
                 most.clear()
-                self.etc('push', 'X')
+                self.etc('push X')
                 self.server.sent = 0
-                self.etc('pull', 'X', home=str(connections))
+                self.etc('pull X', home=str(connections))
                 self.assertEqual(tree(self.tmp / str(connections) / 'X'), tree(root))
                 self.assertEqual(max(most), connections)
                 self.assertLess(self.server.sent, 22.5 * MIB)
@@ -5290,7 +5293,7 @@ class Links(S3Case):
         stand_in(self, etc, '_READ_TIMEOUT', 0.5)
         left, begin = [1], time.monotonic()
         self.server.fault = lambda handler: left and left.pop() and misbehave(handler, 'silence')
-        self.etc('pull', 'X', home='two')
+        self.etc('pull X', home='two')
         self.assertLess(time.monotonic() - begin, 10)
 
     def test_server_that_restarts(self):
@@ -5324,7 +5327,7 @@ class Links(S3Case):
             most, words = row.split(' ', 1)
             with self.subTest(words):
                 self.server.log.clear()
-                self.etc(*words.split())
+                self.etc(words)
                 self.assertLessEqual(len(self.server.log), int(most))
 
     def test_ranges_from_the_end(self):
@@ -5347,14 +5350,14 @@ class Links(S3Case):
                     return handler.answer(206 if total else 200 if body else 416, body, headers) or True
             with self.subTest(what):
                 self.server.fault = fault
-                self.etc('pull', 'X', home=what)
+                self.etc('pull X', home=what)
                 self.assertEqual(tree(self.tmp / what / 'X'), tree(self.tmp / 'ds'))
                 self.assertEqual(len(asked), 1)
 
     def test_lost_upload(self):
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
         self.server.fault = lambda handler: 'partNumber=2' in handler.path and self.server.uploads.clear()
-        self.assertRegex(self.etc('push', 'X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push ')
+        self.assertRegex(self.etc('push X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push ')
 
     def test_connections_that_a_nat_forgets(self):
         """Where one idle connection is dead, so are the others."""
@@ -5370,7 +5373,7 @@ class Links(S3Case):
                 silent.append(handler.command)
                 return misbehave(handler, 'silence')
         self.server.fault = fault
-        self.etc('push', 'X')
+        self.etc('push X')
         self.assertGreater(len(known), 1)
         self.assertEqual(len(silent), 1)
 
@@ -5392,7 +5395,7 @@ class Links(S3Case):
         for name, status in (('SIGINT', 130), ('SIGTERM', 143)):
             with self.subTest(name):
                 started.clear()
-                process = self.spawn('push', 'X')
+                process = self.spawn('push X')
                 self.assertTrue(started.wait(20))
                 process.send_signal(getattr(signal, name))
                 err = process.communicate(timeout=20)[1]
@@ -5405,7 +5408,7 @@ class Links(S3Case):
         for command, delay in itertools.product(('push -f X', 'pull -f X'), (0, 0.03, 0.1, 0.2)):
             with self.subTest(command, delay=delay):
                 self.server.log.clear()
-                process = self.spawn('-q', *command.split())
+                process = self.spawn('-q', command)
                 while not self.server.log:
                     time.sleep(0.01)
                 time.sleep(delay)
@@ -5418,7 +5421,7 @@ class Links(S3Case):
                 self.assertEqual(self.server.uploads, {})
                 if ended[1] <= 0:
                     self.assertTrue('pull' in command or any('uploadId' in path for path in self.requests('POST')))
-                    self.etc('verify', 'X')
+                    self.etc('verify X')
 
     def test_progress_of_a_single_body(self):
         """Progress tells of bytes when they move, not when all of a part or a range has."""
@@ -5452,21 +5455,12 @@ POSIX = unittest.skipIf(os.name == 'nt', 'only where there are signals, modes, l
 
 
 class Shell:
-    """For a Case: works in its directory, and lets a command's words stand in one text."""
+    """For a Case: works in its directory."""
 
     def setUp(self):
         super().setUp()
         os.chdir(self.tmp)
         self.addCleanup(os.chdir, HERE)
-
-    def etc(self, *words, **kwargs):
-        return super().etc(*self.split(words), **kwargs)
-
-    def spawn(self, *words, **kwargs):
-        return super().spawn(*self.split(words), **kwargs)
-
-    def split(self, words):
-        return [part for word in words for part in (word.split() if isinstance(word, str) else [word])]
 
 
 class Installing(Scaled, Shell, S3Case):
@@ -5555,7 +5549,7 @@ class Install(Installing):
         """nohup's SIGHUP is ignored; a program that calls main() keeps its handlers, also in another thread."""
         self.publish(UNIT)
         process, go_on = self.start(
-            self.reads(0), 'pull', 'X', preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+            self.reads(0), 'pull X', preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
         process.send_signal(signal.SIGHUP)
         go_on.set()
         self.assertEqual(process.wait(), 0, process.communicate())
@@ -5574,7 +5568,7 @@ class Install(Installing):
     def test_work_of_the_living_stays(self):
         """However old it is; that of the dead goes, and that of other hosts after a day."""
         self.publish()
-        process, go_on = self.start(self.reads(3), 'pull', 'X')
+        process, go_on = self.start(self.reads(3), 'pull X')
         live, = self.leftovers()
         gone = subprocess.Popen([sys.executable, '-c', ''])
         gone.wait()
@@ -5812,7 +5806,7 @@ class Resume(Installing):
         def is_late(handler):
             start, stop = self.start_of(handler)
             return start and (start >= share * self.size or stop > self.size - 16384)
-        process, go_on = self.start(is_late, '--config', 'settings.yaml', 'pull', 'X')
+        process, go_on = self.start(is_late, '--config settings.yaml pull X')
         until, written = time.time() + 30, 0
         while written < share * self.size - 8 * UNIT:
             self.assertLess(time.time(), until)
@@ -5850,7 +5844,7 @@ class Resume(Installing):
                 ('a link', lambda work: (remove(work / 'new/data/train'), write(
                     work / 'new', {'data/train': ('->', str(self.tmp / 'ds/data/train'))}))),
                 ('another dataset', lambda work: (write(self.root, {'data/train/0001': 'other'}), self.etc(
-                    'push', '-f', 'X', home='pub')))):
+                    'push -f X', home='pub')))):
             with self.subTest(home):
                 shutil.copytree('home', home)
                 harm(Path(home, inside))
@@ -6367,7 +6361,7 @@ class PushReuse(Scaled, Shell, S3Case):
                 self.server.objects['some/prefix/New.tgz'] = self.kept
         deleted = []
         self.server.fault = fault
-        self.fails_with("another 'New' is in", 'push', '-f', 'New')
+        self.fails_with("another 'New' is in", 'push -f New')
         self.assertEqual(self.server.objects['some/prefix/New.tgz'], self.kept)
 
     def test_another_push_is_faster(self):
@@ -7173,9 +7167,9 @@ def on_terminal(*words, columns=80, term='xterm', answers=(), meanwhile=lambda: 
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     streams = dict(dict.fromkeys(('stdin', 'stdout', 'stderr'), theirs), **streams)
     process = subprocess.Popen(
-        [sys.executable, '-S', '-c', START % {}] + [str(word) for word in words], env=dict(os.environ, TERM=term),
-        start_new_session=True,
-        preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)), **streams)
+        [sys.executable, '-S', '-c', START % {}, *split(words)], env=dict(os.environ, TERM=term),
+        preexec_fn=lambda: (default_signals(), fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)),
+        start_new_session=True, **streams)
     os.close(theirs)
     guards = [threading.Timer(60, process.kill)]
     if b'\x03' in answers:  # which is lost if it comes just before the program begins to wait
@@ -7233,7 +7227,7 @@ class Progress(Shell, Case):
         for columns in 40, 12:
             for words in ('push -f MNIST', 'verify MNIST', '--home %d pull MNIST' % columns):
                 with self.subTest(words, columns=columns):
-                    code, shown = on_terminal('--url', self.url, *words.split(), columns=columns,
+                    code, shown = on_terminal('--url', self.url, words, columns=columns,
                                               stdout=subprocess.DEVNULL)
                     *drawn, last = [line for line in shown.split('\r\033[J') if line]
                     self.assertEqual((code, bool(drawn)), (0, True), shown)
@@ -7241,8 +7235,8 @@ class Progress(Shell, Case):
                         self.assertTrue(line.endswith('\r') and '\n' not in line and len(line) <= columns, drawn)
                         self.assertRegex(line, '(push|verify|pull)ing' + ' MNIST +[0-9]+%' * (columns > 12))
                     self.assertRegex(last, r'\A\r?etc: [a-z]+ed MNIST.*2 files, 6\.29 MB in [0-9.]+ s \(.*B/s\)\n')
-        for words, term in ((['-q', 'push', '-f', 'MNIST'], 'xterm'), (['push', '-f', 'MNIST'], 'dumb')):
-            self.assertNotRegex(on_terminal('--url', self.url, *words, term=term)[1], r'\033|pushing')
+        for words, term in (('-q push -f MNIST', 'xterm'), ('push -f MNIST', 'dumb')):
+            self.assertNotRegex(on_terminal('--url', self.url, words, term=term)[1], r'\033|pushing')
         self.assertNotRegex(self.etc('pull MNIST')[1], r'[\r\033]')
 
 
@@ -7262,7 +7256,7 @@ class Question(Shell, Case):
                                     ('y\n| YES \n', 0, ['Y'])):
             for answer in answers.split('|'):
                 with self.subTest(answer):
-                    *found, shown = self.purge('-r', '-q', 'X', answers=[answer.encode('latin-1')])
+                    *found, shown = self.purge('-r -q X', answers=[answer.encode('latin-1')])
                     self.assertEqual((found, shown[:len(asked)]), ([code, left], asked))
                     end = "\netc: 'X' (1.5 kB) in %s stays\n" % self.url if code else answer
                     self.assertTrue(shown.endswith(end), shown)
@@ -7274,12 +7268,12 @@ class Question(Shell, Case):
                 ('-r Nope X Y', [b'n\n', b'y\n'], 1, ['X'], purged % 'Y'),
                 ('-r y', [], 1, ['X', 'Y'], "did you mean 'Y'?")):
             with self.subTest(words):
-                *found, shown = self.purge(*words.split(), answers=answers)
+                *found, shown = self.purge(words, answers=answers)
                 self.assertEqual((found, said in shown), ([code, left], True), shown)
 
     def test_another_push_before_the_answer(self):
         newer = {'X.tgz': 'newer'}
-        code, _, shown = self.purge('-r', 'X', answers=[b'y\n'], meanwhile=lambda: write('share', newer))
+        code, _, shown = self.purge('-r X', answers=[b'y\n'], meanwhile=lambda: write('share', newer))
         self.assertEqual((code, Path('share/X.tgz').read_text()), (1, 'newer'))
         self.assertIn("etc: 'X' in %s was replaced meanwhile; look again: " % self.url, shown)
 
@@ -7287,7 +7281,7 @@ class Question(Shell, Case):
         with open('err', 'w+') as err:
             for streams in ({'stdin': subprocess.DEVNULL}, {'stderr': err}):
                 with self.subTest(streams):
-                    code, left, shown = self.purge('-r', 'X', **streams)
+                    code, left, shown = self.purge('-r X', **streams)
                     self.assertEqual((code, left), (2, ['X', 'Y']))
                     err.seek(0)
                     self.assertIn("etc: without a terminal to ask on, 'etc purge -r' needs -f;", shown + err.read())
@@ -7385,7 +7379,7 @@ supported)
                 self.assertIn('etc ' + examples[0], overview.getvalue())
                 for example in examples:
                     # a status that is not 2, as after wrong usage
-                    self.etc(example.split(' | ')[0], '-f' * (command == 'purge'), status=None)
+                    self.etc(example.split(' | ')[0] + ' -f' * (command == 'purge'), status=None)
 
 
 class People(Shell, Case):
@@ -7512,7 +7506,7 @@ class Diff(Shell, Case):
 
     def test_pins(self):
         digest, other = etc.Dataset(self.a).digest, etc.Dataset(self.b).digest
-        self.etc('diff', 'A@' + digest, 'A')
+        self.etc('diff A@' + digest, 'A')
         self.assertEqual(self.statuses('A@' + digest, 'B@' + other)['data/train'], 'differs')
         for words in ('A@%s B', 'B A@%s', '-r A@%s A', 'A -r A@%s', 'A A@%s'):
             with self.subTest(words):
@@ -7543,7 +7537,7 @@ class Diff(Shell, Case):
 
     @POSIX
     def test_heading(self):
-        code, shown = on_terminal('--url', self.url, '--home', 'home', 'diff', 'A', '-r', 'A')
+        code, shown = on_terminal('--url', self.url, '--home home diff A -r A')
         self.assertRegex(shown, r'STATUS  A +-r A +PATH\n')
 
 
