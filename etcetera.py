@@ -868,6 +868,12 @@ def _segment_order(path: str) -> Tuple[int, str]:
     return path.count('/'), '' if path == '.' else path
 
 
+def _segment_of(name: str) -> str:
+    """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
+    match = re.match('data/[^/]+|[^/]+(?=/)', name)
+    return match.group() if match else '.'
+
+
 # Names are text in UTF-8 everywhere but on disk, where the locale decides (Python 3.6 with LANG=C reads ASCII only).
 
 def _from_os(name: str) -> str:
@@ -1004,7 +1010,7 @@ def _kept_link(root: Path, name: str, segment: str) -> str:
     if os.path.isabs(target):
         return ''
     meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-    is_inside = '/' not in meant if segment == '.' else (meant + '/').startswith(segment + '/')
+    is_inside = segment in (meant, _segment_of(meant))
     if not is_inside or meant == _RECEIPT or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
         return ''
     return _relative(name, target)
@@ -1586,6 +1592,7 @@ _FIELD_OFFSET = len(_GZIP) + _EXTRA.size  # where the data of the extra field st
 _BLOCK_HEADER_SIZE = _FIELD_OFFSET + 4  # bytes before a block's deflate stream
 _FOOTER_SIZE = _FIELD_OFFSET + 8 + len(_EMPTY)
 _LONGEST_BLOCK = _BLOCK + 4096  # bytes in the archive: stored, a block grows by 5 bytes in each 16 KiB or more
+_INDEX_MEMBER = re.escape(_GZIP) + rb'(?s:..)ei(?s:..)([^\0]*)' + re.escape(_EMPTY)  # JSON holds no zero byte
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # bytes of index: enough for some 80,000 partitions
 
@@ -1688,19 +1695,14 @@ def _parse_json(data: bytes) -> Any:
 
 def _index_text(data: bytes) -> bytes:
     """The JSON in the members of an index. Raises _Malformed, also for what would take much memory or time to parse."""
-    text = bytearray()
-    start = 0
-    while start < len(data):
-        field = start + _FIELD_OFFSET
-        part = data[field:field + int.from_bytes(data[field - 2:field], 'little')]
-        member = _member(b'ei', part) + _EMPTY
-        if not data.startswith(member, start):
-            raise _Malformed
-        text += part
-        start += len(member)
+    parts = re.findall(_INDEX_MEMBER, data)
+    members = [_member(b'ei', part) + _EMPTY for part in parts]
+    text = b''.join(parts)
+    if b''.join(members) != data:
+        raise _Malformed
     if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
         raise _Malformed
-    return bytes(text)
+    return text
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1836,23 +1838,18 @@ class _Sink:
         root = os.path.join(os.path.realpath(self.root), '')
         for name, target in self.links.items():
             path = self.path(name)
-            if os.path.isabs(target) or not os.path.exists(path):  # realpath() may follow chains of links for ever
-                raise self.link_error(name, target)
-            real = os.path.realpath(path)
-            inside = (real + os.sep * os.path.isdir(real))[len(root):].replace(os.sep, '/')
+            real = ''
+            if not os.path.isabs(target) and os.path.exists(path):  # realpath() may follow chains of links for ever
+                real = os.path.realpath(path)
+                real += os.sep * os.path.isdir(real)
+            inside = real[len(root):].replace(os.sep, '/')
             is_confined = inside and _segment_of(inside) == _segment_of(_to_os(name))
-            if not (real + os.sep).startswith(root) or confined and not is_confined:
+            if not real.startswith(root) or confined and not is_confined:
                 raise self.link_error(name, target)
 
     def link_error(self, name: str, target: str) -> Error:
         return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
                        'nowhere')
-
-
-def _segment_of(name: str) -> str:
-    """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
-    match = re.match('data/[^/]+|[^/]+(?=/)', name)
-    return match.group() if match else '.'
 
 
 _HEADER_SIZE = 512  # bytes of a ustar header
@@ -2013,8 +2010,7 @@ class _SegmentReader(_Stream):
             _link_or_copy(_join(self.source, name), self.sink.path(name))
         else:
             self.ready.append((name, is_executable, (self.take(size),)))
-        padding = -size % 512
-        if self.read(padding) != _ZEROS[:padding]:
+        if not _ZEROS.startswith(self.take(-size % 512)):
             raise self.error('padding')
 
     def pieces(self, size: int) -> Iterator[bytes]:
@@ -2139,13 +2135,10 @@ class _TarStream(_Stream):
 
     position = 0
     limit: Optional[int] = None  # a position that the headers of one entry may not pass
-    kept = 0  # bytes of global headers, which tarfile keeps to the end
+    kept = 0  # bytes of global headers, which tarfile keeps to the end, so that all others may take less
 
     def tell(self) -> int:
         return self.position
-
-    def seekable(self) -> bool:
-        return True
 
     def seek(self, position: int) -> None:
         if position < self.position:
@@ -2185,29 +2178,23 @@ def _strict(stream: _TarStream) -> Any:
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
-            if header.count(0) == len(header):
-                return super().fromtarfile(tar)  # raises what tells tarfile of the end
             is_outermost = stream.limit is None  # otherwise it is the header that an extended one belongs to
             if is_outermost:
-                stream.limit = stream.position + _TAR_HEADERS
-            if header[_KIND_AT:_KIND_AT + 1] in _TAR_PAX:
-                cls.check_pax(header[_KIND_AT:], cls.frombuf(header, tar.encoding, tar.errors).size)
+                stream.limit = stream.position + _TAR_HEADERS - stream.kept
             try:
+                if header[_KIND_AT:_KIND_AT + 1] in _TAR_PAX:
+                    size = cls.frombuf(header, tar.encoding, tar.errors).size
+                    stream.kept += size * header.startswith(b'g', _KIND_AT)
+                    # Up to Python 3.12, tarfile ignores a malformed record and all that follow it.
+                    dict(_pax_records(stream.peek(512 + size)[512:]))
                 return super().fromtarfile(tar)
             except tarfile.HeaderError as e:
-                raise tarfile.ReadError(str(e)) from None
+                if any(header):
+                    raise tarfile.ReadError(str(e)) from None
+                raise  # what tells tarfile of the end
             finally:
                 if is_outermost:
                     stream.limit = None
-
-        @classmethod
-        def check_pax(cls, kind: bytes, size: int) -> None:
-            if kind.startswith(b'g'):
-                stream.kept += size
-            if stream.kept > _TAR_HEADERS:
-                raise tarfile.ReadError(f'its global headers take more than {_TAR_HEADERS} bytes')
-            for _ in _pax_records(stream.peek(512 + size)[512:]):
-                pass  # up to Python 3.12, tarfile ignores a malformed record and all that follow it
 
     return Strict
 
