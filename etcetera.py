@@ -1459,12 +1459,12 @@ _GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 
 def _libdeflate() -> Any:
     """libdeflate, if it is there and to be used, else None."""
-    return None if os.environ.get('ETC_LIBDEFLATE') == '0' else _load_libdeflate()
+    return _load_libdeflate(os.environ.get('ETC_LIBDEFLATE') != '0')
 
 
 @functools.lru_cache(maxsize=None)
-def _load_libdeflate() -> Any:
-    if sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
+def _load_libdeflate(is_wanted: bool) -> Any:
+    if not is_wanted or sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
         return None
     with contextlib.suppress(ImportError, OSError, AttributeError, StopIteration):
         import ctypes
@@ -1602,6 +1602,13 @@ def _member(tag: bytes, data: bytes) -> bytes:
     return _GZIP + _EXTRA.pack(len(data) + 4, tag, len(data)) + data
 
 
+def _index_members(parts: Iterable[bytes]) -> bytes:
+    return b''.join([
+        _member(b'ei', part) + _EMPTY
+        for part in parts
+    ])
+
+
 def _compress(level: int, payload: bytes) -> bytes:
     """A block of the archive, from the bytes that it is to hold."""
     level = _choose_effort(level, payload)
@@ -1643,15 +1650,16 @@ def _archive_end(level: int, segments: Sequence[_Segment]) -> bytes:
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     end = _compress(level, _ZEROS)
     offset = struct.pack('<Q', segments[-1].stop + len(end))
-    members = [_member(b'ei', text[start:start + _INDEX_STEP]) for start in range(0, len(text), _INDEX_STEP)]
-    return end + b''.join([member + _EMPTY for member in [*members, _member(b'ef', offset)]])
+    starts = range(0, len(text), _INDEX_STEP)
+    parts = [text[start:start + _INDEX_STEP] for start in starts]
+    return end + _index_members(parts) + _member(b'ef', offset) + _EMPTY
 
 
 def _find_index(tail: bytes, size: int) -> Optional[int]:
     """The offset of the index in an archive of `size` bytes that ends in `tail`; None if it has no index."""
     footer = tail[-_FOOTER_SIZE:]
     offset_bytes = footer[_FIELD_OFFSET:_FIELD_OFFSET + 8]
-    if len(footer) < _FOOTER_SIZE or footer != _member(b'ef', offset_bytes) + _EMPTY:
+    if footer != _member(b'ef', offset_bytes) + _EMPTY:
         return None
     offset = int.from_bytes(offset_bytes, 'little')
     if not 0 < size - _FOOTER_SIZE - offset <= _INDEX_LIMIT:
@@ -1696,9 +1704,8 @@ def _parse_json(data: bytes) -> Any:
 def _index_text(data: bytes) -> bytes:
     """The JSON in the members of an index. Raises _Malformed, also for what would take much memory or time to parse."""
     parts = re.findall(_INDEX_MEMBER, data)
-    members = [_member(b'ei', part) + _EMPTY for part in parts]
     text = b''.join(parts)
-    if b''.join(members) != data:
+    if _index_members(parts) != data:
         raise _Malformed
     if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
         raise _Malformed
@@ -1771,14 +1778,6 @@ class _Sink:
             return self.root + _to_os(name)
         except UnicodeError:
             raise Corrupt(f"the archive holds the name '{name}', which is not valid UTF-8") from None
-
-    def make_directory(self, name: str, exist_ok: bool = False) -> None:
-        path = self.path(name)
-        try:
-            os.mkdir(path)
-        except FileExistsError:
-            if not exist_ok or not os.path.isdir(path):
-                raise
 
     def create_file(self, name: str, is_executable: bool) -> int:
         """Create a read-only file, and return a descriptor to write to it."""
@@ -1943,7 +1942,9 @@ class _SegmentReader(_Stream):
             self.check_place(name)
             if kind == _DIRECTORY:
                 has_directory = True
-                self.sink.make_directory(name[:-1], exist_ok=name == 'data/')  # which reused partitions have made
+                path = self.sink.path(name[:-1])
+                if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
+                    os.mkdir(path)
                 continue
             files += 1
             size += length
@@ -2237,10 +2238,9 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     if name.split('/')[0] == _RECEIPT or re.match(_LITTER, name) and not member.isdir():
         return
     path = sink.path(name)
-    for slash in re.finditer('/', name):
-        sink.make_directory(name[:slash.start()], exist_ok=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     if member.isdir():
-        sink.make_directory(name, exist_ok=True)
+        os.makedirs(path, exist_ok=True)
     elif member.issym():
         sink.add_link(name, member.linkname)
     elif member.islnk():
