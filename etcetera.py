@@ -1459,12 +1459,12 @@ _GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 
 def _libdeflate() -> Any:
     """libdeflate, if it is there and to be used, else None."""
-    return _load_libdeflate(os.environ.get('ETC_LIBDEFLATE') != '0')
+    return None if os.environ.get('ETC_LIBDEFLATE') == '0' else _load_libdeflate()
 
 
 @functools.lru_cache(maxsize=None)
-def _load_libdeflate(is_wanted: bool) -> Any:
-    if not is_wanted or sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
+def _load_libdeflate() -> Any:
+    if sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
         return None
     with contextlib.suppress(ImportError, OSError, AttributeError, StopIteration):
         import ctypes
@@ -2238,10 +2238,9 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     if name.split('/')[0] == _RECEIPT or re.match(_LITTER, name) and not member.isdir():
         return
     path = sink.path(name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if member.isdir():
-        os.makedirs(path, exist_ok=True)
-    elif member.issym():
+    for slash in re.finditer('/', name + '/' * member.isdir()):
+        os.makedirs(sink.path(name[:slash.start()]), exist_ok=True)
+    if member.issym():
         sink.add_link(name, member.linkname)
     elif member.islnk():
         original = _plain_name(member.linkname)
@@ -2261,7 +2260,7 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
         sink.write_file(name, bool(member.mode & 0o100), pieces)
     elif member.isdev():
         raise Corrupt(f"the archive holds '{name}', a device or pipe", 'do not trust it')
-    else:
+    elif not member.isdir():
         kind = ascii(member.type.decode('latin-1'))
         raise Corrupt(f"the archive holds '{name}' of the unknown type {kind}", "pack it with tar's default options")
 
