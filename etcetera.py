@@ -657,7 +657,11 @@ class _Job:
         self.interrupt()
 
 
-def _perform(progress: _Progress, function: Callable[..., _R], *args: Any) -> _R:
+def _perform(
+        progress: _Progress,
+        function: Callable[..., _R],
+        *args: Any,
+) -> _R:
     """What function(job, *args) returns. Its errors are raised here; those of the system become an Error.
 
     progress: is called ten times a second, and at the end. What it raises ends the job, as a signal does.
@@ -708,7 +712,11 @@ def _cores() -> int:
 class _Pool:
     """Up to `count` threads, which start as there is work for them and end with the context; soon, after an error."""
 
-    def __init__(self, job: _Job, count: int) -> None:
+    def __init__(
+            self,
+            job: _Job,
+            count: int,
+    ) -> None:
         import queue
         self.job = job
         self.wanted = count
@@ -719,7 +727,11 @@ class _Pool:
     def __enter__(self) -> '_Pool':
         return self
 
-    def __exit__(self, error: Any, *_: Any) -> None:
+    def __exit__(
+            self,
+            error: Any,
+            *_: Any,
+    ) -> None:
         self.is_closed = True
         if error:
             self.job.interrupt()
@@ -728,7 +740,11 @@ class _Pool:
         for thread in self.threads:
             thread.join()
 
-    def submit(self, function: Callable[[_T], Any], item: _T) -> Any:
+    def submit(
+            self,
+            function: Callable[[_T], Any],
+            item: _T,
+    ) -> Any:
         """A concurrent.futures.Future of function(item)."""
         import threading
         from concurrent.futures import Future
@@ -778,7 +794,9 @@ def _ordered(
     pending: Any = collections.deque()
     keep = _cores()
     for item in items:
-        while pending and (not has_room(len(pending)) or len(pending) > keep and pending[0].done()):
+        while pending and (
+                not has_room(len(pending))
+                or len(pending) > keep and pending[0].done()):
             yield pending.popleft().result()
         pending.append(pool.submit(function, item))
         del item
@@ -857,8 +875,12 @@ class _Segment(NamedTuple):
     def from_json(cls, row: Any) -> '_Segment':
         """From what indexes and receipts hold. Raises _Malformed, KeyError or TypeError."""
         segment = cls(*[row[key] for key in cls._fields])
-        is_sound = [type(field) for field in segment] == [str, int, int, int, int, str] and _is_utf8(segment.path)
-        if not is_sound or min(segment[1:5]) < 0 or not re.match(r'sha256:[0-9a-f]{64}\Z', segment.digest):
+        types = [str, int, int, int, int, str]
+        if (
+                [type(field) for field in segment] != types
+                or not _is_utf8(segment.path)
+                or min(segment[1:5]) < 0
+                or not re.match(r'sha256:[0-9a-f]{64}\Z', segment.digest)):
             raise _Malformed
         return segment
 
@@ -962,12 +984,22 @@ def _only(paths: Container[str], listing: _Listing) -> _Listing:
     return (item for item in listing if item[0] in paths)
 
 
-def _entries(root: Path, segment: str, tops: _Items, surprises: _Surprises) -> Iterator[_Entry]:
+def _entries(
+        root: Path,
+        segment: str,
+        tops: _Items,
+        surprises: _Surprises,
+) -> Iterator[_Entry]:
     """Everything at and below `tops`, a directory before its contents."""
     followed = itertools.count(1)
     top = os.path.join(os.path.realpath(root), '')
 
-    def visit(prefix: str, items: _Items, above: FrozenSet[Tuple[int, int]], through_link: bool) -> Iterator[_Entry]:
+    def visit(
+            prefix: str,
+            items: _Items,
+            above: FrozenSet[Tuple[int, int]],
+            through_link: bool,
+    ) -> Iterator[_Entry]:
         """above: device and inode of the directories around the items."""
         for own, is_link in items:
             name = prefix + own
@@ -997,7 +1029,11 @@ def _entries(root: Path, segment: str, tops: _Items, surprises: _Surprises) -> I
     return visit('', tops, frozenset(), False)
 
 
-def _kept_link(root: Path, name: str, segment: str) -> str:
+def _kept_link(
+        root: Path,
+        name: str,
+        segment: str,
+) -> str:
     """The target of the link `name` if it can stay a link, or '' if it must be followed.
 
     It stays one if it is relative, so that copies of the dataset agree, and leads to a file of the same segment.
@@ -1011,7 +1047,10 @@ def _kept_link(root: Path, name: str, segment: str) -> str:
         return ''
     meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
     is_inside = segment in (meant, _segment_of(meant))
-    if not is_inside or meant == _RECEIPT or os.path.realpath(_join(root, meant)) != os.path.realpath(path):
+    if (
+            not is_inside
+            or meant == _RECEIPT
+            or os.path.realpath(_join(root, meant)) != os.path.realpath(path)):
         return ''
     return _relative(name, target)
 
@@ -1039,7 +1078,8 @@ class _Survey:
             files = size = 0
             self.kept[path] = []
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
-                self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
+                rows = marshal.dumps(list(map(tuple, batch)))
+                self.kept[path].append(zlib.compress(rows, 1))
                 count += len(batch)
                 files += sum([entry.kind != _DIRECTORY for entry in batch])
                 size += sum([entry.size for entry in batch])
@@ -1077,10 +1117,17 @@ def _ustar(
     header = _USTAR.pack(
         name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
     # Adler-32 starts at 1 and adds bytes up modulo 65521 in its lower half (RFC 1950, 8.2), far quicker than sum().
-    return header[:148] + b'%06o\0' % ((zlib.adler32(header) & 0xffff) - 1) + header[155:]
+    checksum = (zlib.adler32(header) & 0xffff) - 1
+    return header[:148] + b'%06o\0' % checksum + header[155:]
 
 
-def _tar_header(name: str, kind: bytes, mode: bytes, size: int, link: str) -> bytes:
+def _tar_header(
+        name: str,
+        kind: bytes,
+        mode: bytes,
+        size: int,
+        link: str,
+) -> bytes:
     """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
@@ -1150,7 +1197,11 @@ def _plans(listing: _Listing) -> Iterator[Tuple[str, _Pieces]]:
         yield path, pieces
 
 
-def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
+def _read_file(
+        entry: _Entry,
+        start: int,
+        stop: int,
+) -> bytes:
     """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
     wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
     file = os.open(entry.source, _READ)
@@ -1364,7 +1415,11 @@ class Dataset(Mapping[str, Path]):
         return list(self)
 
 
-def _unknown_partition_error(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
+def _unknown_partition_error(
+        partition: str,
+        name: str,
+        known: Sequence[str],
+) -> UnknownPartition:
     return UnknownPartition(f"no partition '{_masked(str(partition))}' in {name}; it has: {', '.join(known)}",
                             _did_you_mean(str(partition), known))
 
@@ -1628,7 +1683,10 @@ def _choose_effort(level: int, payload: bytes) -> int:
     if not level or len(payload) <= 65536:
         return level
     step = len(payload) // 4
-    samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
+    samples = b''.join([
+        payload[start:start + 2048]
+        for start in range(step // 2, len(payload), step)
+    ])
     best = len(_deflate(samples, level))
     if best > 0.97 * len(samples):
         return 0
@@ -1779,7 +1837,11 @@ class _Sink:
         except UnicodeError:
             raise Corrupt(f"the archive holds the name '{name}', which is not valid UTF-8") from None
 
-    def create_file(self, name: str, is_executable: bool) -> int:
+    def create_file(
+            self,
+            name: str,
+            is_executable: bool,
+    ) -> int:
         """Create a read-only file, and return a descriptor to write to it."""
         path = self.path(name)
         mode = 0o555 if is_executable else 0o444
@@ -1795,7 +1857,13 @@ class _Sink:
             os.chmod(path, mode)
         return file
 
-    def write_file(self, name: str, is_executable: bool, pieces: Iterable[Any], size: int = 0) -> None:
+    def write_file(
+            self,
+            name: str,
+            is_executable: bool,
+            pieces: Iterable[Any],
+            size: int = 0,
+    ) -> None:
         """Create a file; with `size` it is so large at once, so that _replay() knows what is to come."""
         file = self.create_file(name, is_executable)
         try:
@@ -1807,7 +1875,11 @@ class _Sink:
         finally:
             os.close(file)
 
-    def add_link(self, name: str, target: str) -> None:
+    def add_link(
+            self,
+            name: str,
+            target: str,
+    ) -> None:
         """Note a link, which is made at the end, so that nothing can be written through it."""
         path = self.path(name)
         if name in self.links:
@@ -1846,7 +1918,11 @@ class _Sink:
             if not real.startswith(root) or confined and not is_confined:
                 raise self.link_error(name, target)
 
-    def link_error(self, name: str, target: str) -> Error:
+    def link_error(
+            self,
+            name: str,
+            target: str,
+    ) -> Error:
         return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
                        'nowhere')
 
@@ -1855,7 +1931,12 @@ _HEADER_SIZE = 512  # bytes of a ustar header
 _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
 _PAX_LIMIT = 32768  # bytes of a pax header
-_KINDS_AND_MODES = {(_FILE, _PLAIN), (_FILE, _EXECUTABLE), (_LINK, _PLAIN), (_DIRECTORY, _EXECUTABLE)}
+_KINDS_AND_MODES = {
+    (_FILE, _PLAIN),
+    (_FILE, _EXECUTABLE),
+    (_LINK, _PLAIN),
+    (_DIRECTORY, _EXECUTABLE),
+}
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
 
@@ -1904,7 +1985,13 @@ class _SegmentReader(_Stream):
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
+    def __init__(
+            self,
+            path: str,
+            blocks: Iterable[_Block],
+            sink: _Sink,
+            notes: Any,
+    ) -> None:
         """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
         self.path = path
@@ -1916,7 +2003,11 @@ class _SegmentReader(_Stream):
         self.digests = _sha256()
         self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
 
-    def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
+    def payloads(
+            self,
+            blocks: Iterable[_Block],
+            notes: Any,
+    ) -> Iterator[bytes]:
         """The tar stream. Once all of a block has been taken, write what is ready, and note that it is written."""
         length = _BLOCK
         for block in blocks:
@@ -2002,7 +2093,12 @@ class _SegmentReader(_Stream):
             raise self.error('order')
         self.last = order
 
-    def write_file(self, name: str, is_executable: bool, size: int) -> None:
+    def write_file(
+            self,
+            name: str,
+            is_executable: bool,
+            size: int,
+    ) -> None:
         """Write the file whose header came last, or link what is known to have its bytes."""
         padding = -size % 512
         if size > len(self.rest):
@@ -2043,12 +2139,13 @@ def _extract(
     describes a block: the path of its segment, its length in the archive, its digest.
     """
     groups = itertools.groupby(blocks, operator.attrgetter('path'))
-    with open(journal or os.devnull, 'wb', buffering=0) as notes, sink.filling(confined=True):
+    with open(journal or os.devnull, 'wb', buffering=0) as notes:
         notes.write(head.encode() + b'\n')
-        return [
-            _SegmentReader(path, own, sink, notes).extract(promised.get(path))
-            for path, own in groups
-        ]
+        with sink.filling(confined=True):
+            return [
+                _SegmentReader(path, own, sink, notes).extract(promised.get(path))
+                for path, own in groups
+            ]
 
 
 def _replay(
@@ -2068,7 +2165,9 @@ def _replay(
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
-        for (path, length, digest), block in zip(notes, _process(job, pool, _only(paths, _segments(root)), bytes)):
+        listing = _only(paths, _segments(root))
+        blocks = _process(job, pool, listing, bytes)
+        for (path, length, digest), block in zip(notes, blocks):
             if (block.path, block.digest.hex()) != (path, digest):
                 break
             yield block._replace(length=int(length), source=str(root))
@@ -2203,7 +2302,11 @@ def _strict(stream: _TarStream) -> Any:
     return Strict
 
 
-def _extract_foreign(chunks: Iterable[bytes], root: Path, pool: _Pool) -> None:
+def _extract_foreign(
+        chunks: Iterable[bytes],
+        root: Path,
+        pool: _Pool,
+) -> None:
     """Write what a .tgz holds below `root`. The one thread of `pool` inflates ahead."""
     import gzip
     import tarfile
@@ -2233,7 +2336,11 @@ def _plain_name(name: str) -> str:
     return '/'.join(part for part in name.split('/') if part not in ('', '.'))
 
 
-def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
+def _extract_member(
+        tar: Any,
+        member: Any,
+        sink: _Sink,
+) -> None:
     """Write an entry. Of a file's mode only the owner's x bit is kept, as on push."""
     name = _plain_name(member.name)
     if not name and member.isdir() or member.type == _TAR_LABEL:
