@@ -290,7 +290,7 @@ def unprivileged(*places):
 # ---------------------------------------------------------------------------------------
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Counts, and lets a test misbehave: `fault(handler)` may answer itself and return True."""
+    """Counts, and lets a test misbehave: `fault(handler)` may answer itself, or return True for no answer."""
     daemon_threads = True
     request_queue_size = 128
     fault = respell = None
@@ -350,6 +350,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def json(self, answer, status=200, headers=()):
         self.answer(status, json.dumps(answer).encode(), headers)
+
+    def misbehaves(self):
+        """Whether the server's fault has answered this request, or wants no answer to it."""
+        self.is_answered = False
+        return self.server.fault and (self.server.fault(self) or self.is_answered)
+
+    def send_response(self, *args):
+        self.is_answered = True
+        super().send_response(*args)
 
     def send_header(self, keyword, value):
         """`server.respell` may send another value of a header, or None for not to send it."""
@@ -413,7 +422,7 @@ class S3Handler(SignedHandler):
         body = self.read_body()
         self.server.log.append((self.command, self.path, self.headers))
         self.server.connections.add(self.client_address)
-        if self.server.fault and self.server.fault(self):
+        if self.misbehaves():
             return
         problem = self.unsigned(body)
         if problem:
@@ -2223,9 +2232,9 @@ class PurgeSuite:
         self.put('X.tgz', b'first')
 
     def at_delete(self, action, times=1):
-        """Let `action(handler)` happen at the first deletions; it may answer itself and return True."""
+        """Let `action(handler)` happen at the first deletions; it may answer itself, as a fault."""
         left = [None] * times
-        self.server.fault = lambda h: h.command == 'DELETE' and bool(left) and (left.pop(), action(h))[1]
+        self.server.fault = lambda h: h.command == 'DELETE' and left and (left.pop(), action(h))[1]
 
     def stored(self):
         return [data for data, _, _ in self.server.objects.values()]
@@ -2243,7 +2252,6 @@ class PurgeSuite:
 
     def busy(self, handler):
         handler.answer(503)
-        return True
 
     def test_another_push_meanwhile(self):
         """Whether or not the answer is lost, and the store knows conditions."""
@@ -2283,7 +2291,7 @@ class PurgeSuite:
 
     def refused(self, answer, problem):
         with self.subTest(problem):
-            self.at_delete(lambda handler: answer(handler) or True, 9)
+            self.at_delete(answer, 9)
             self.assertEqual(self.purge(status=1), 'etc: %s answers %s\n' % (self.url, problem))
             self.assertEqual(self.stored(), [b'first'])
 
@@ -2329,7 +2337,6 @@ class S3Purge(PurgeSuite, S3Case):
                             self.put('X.tgz', b'second')
                     elif status and 'If-Match' in handler.headers:
                         handler.error(status, code)
-                        return True
                 with self.subTest(code, status=status, look=look):
                     self.put('X.tgz', b'first')
                     self.server.fault = fault
@@ -2339,8 +2346,8 @@ class S3Purge(PurgeSuite, S3Case):
 
     def test_archive_classes(self):
         """What cannot be read can be listed, and removed."""
-        self.server.fault = lambda h: h.command == 'GET' and h.path.endswith('X.tgz') and (
-            h.error(403, 'InvalidObjectState') or True)
+        self.server.fault = lambda h: h.command == 'GET' and h.path.endswith('X.tgz') and h.error(
+            403, 'InvalidObjectState')
         self.assertEqual(self.etc('ls -r')[0], 'X\n')
         self.assertIn("purged 'X'", self.purge())
 
@@ -2371,7 +2378,6 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 handler.answer(206, part, {'ETag': etag, 'Content-Range': 'bytes %d-%d/%d' % (
                     start, stop - 1, len(data))}, stop - start)
                 handler.close_connection = True
-                return True
         self.server.fault = fault
         assert_pulls(self, 'ds')
         self.assertGreater(len(sent), 7)
@@ -2396,7 +2402,6 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                     span = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
                     handler.answer(status, body, dict({'ETag': etag, 'Content-Range': span}, **headers), length)
                     handler.close_connection = True
-                    return True
             with self.subTest(problem, status=status, headers=headers):
                 self.server.log.clear()
                 self.server.fault = fault
@@ -2457,7 +2462,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
 
                 def fault(handler):
                     method, word = ('POST', 'uploadId=') if name == 'X' else ('PUT', '.tgz')
-                    return handler.command == method and word in handler.path and (answer(handler) or True)
+                    return handler.command == method and word in handler.path and answer(handler)
                 with self.subTest(what, name=name, status=status, before=len(before), stored=stored):
                     self.server.objects, self.server.uploads = dict(before), {}
                     self.server.fault, self.server.final = (None, answer) if stored else (fault, None)
@@ -2478,7 +2483,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('POST', 'uploadId=', 200, 'InternalError', 'InternalError')):
             with self.subTest(word):
                 self.server.fault = lambda handler: handler.command == method and word in handler.path and (
-                    handler.error(status, code) if code else handler.answer(status, PORTAL)) is None
+                    handler.error(status, code) if code else handler.answer(status, PORTAL))
                 self.fails_with(problem, 'push X')
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
@@ -2493,8 +2498,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 word, method, status, code = failure
                 if handler.command == method and word in handler.path:
                     left.remove(failure)
-                    handler.error(status, code)
-                    return True
+                    return handler.error(status, code)
         self.server.fault = fault
         self.share(write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}))
         self.assertEqual(left, [])
@@ -2514,7 +2518,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(20 * UNIT)}), 'X')
         busy = threading.Event()
         self.server.fault = lambda handler: handler.command in ('PUT', 'DELETE') and (
-            handler.answer(503, b'', {'Retry-After': '3600'}) or busy.set() or True)
+            handler.answer(503, b'', {'Retry-After': '3600'}), busy.set())
         process = self.spawn('push X')
         self.assertTrue(busy.wait(60))
         process.terminate()
@@ -2547,14 +2551,14 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('nothing', lambda: b'', 'as S3 does'), ('a page', lambda: PORTAL, 'as S3 does')):
             with self.subTest(what):
                 self.server.log.clear()
-                self.server.fault = lambda handler: handler.answer(200, body()) or True
+                self.server.fault = lambda handler: handler.answer(200, body())
                 self.fails_with(problem, 'ls -r')
                 self.assertLess(len(self.server.log), 5)
 
     def test_one_bad_archive_does_not_hide_the_others(self):
         self.share(small(self.tmp / 'ds'))
         self.put('Bad.tgz', b'x' * 100)
-        self.server.fault = lambda h: 'Bad.tgz' in h.path and (h.error(403, 'AccessDenied') or True)
+        self.server.fault = lambda h: 'Bad.tgz' in h.path and h.error(403, 'AccessDenied')
         out, err = self.etc('ls -r -l')
         self.assertIn('sha256:', out)
         self.assertIn('AccessDenied', err)
@@ -2594,8 +2598,8 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             with self.subTest(moderate):
                 stand_in(self, etc, '_LONG_PART', moderate)
                 self.server.log.clear()
-                self.server.fault = lambda handler: re.search(r'partNumber=([5-9]|1\d)', handler.path) and (
-                    handler.error(400, 'InvalidArgument', message='Part number must be between 1 and 4') or True)
+                self.server.fault = lambda h: re.search(r'partNumber=([5-9]|1\d)', h.path) and h.error(
+                    400, 'InvalidArgument', message='Part number must be between 1 and 4')
                 self.etc('push -f X')
                 self.assertEqual(sum('uploads' in path for path in self.requests('POST')), begun)
                 self.assertEqual(self.server.uploads, {})
@@ -2613,7 +2617,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 kind = handler.command, re.sub('=.*', '', handler.path)
                 if handler.command != 'GET' and kind not in met:
                     met.add(kind)
-                    return handler.error(409, code) or True
+                    handler.error(409, code)
             with self.subTest(code):
                 self.server.fault = fault
                 self.etc('push X Y')
@@ -2636,7 +2640,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_overload(self):
         skip_pauses(self)
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.server.fault = lambda handler: handler.error(503, 'SlowDown') or True
+        self.server.fault = lambda handler: handler.error(503, 'SlowDown')
         self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push X')
 
     def test_stores_that_take_few_requests_at_once(self):
@@ -2687,8 +2691,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.server.conditions = False
         for answer in ((501, 'NotImplemented'), (400, 'InvalidArgument'), (501, ''), ()):
             with self.subTest(answer):
-                self.server.fault = lambda handler: bool(handler.headers.get('If-None-Match') and answer) and (
-                    handler.error(*answer) or True)
+                self.server.fault = lambda h: h.headers['If-None-Match'] and answer and h.error(*answer)
                 for name, size in (('X', 1000), ('Y', 9 * UNIT)):
                     self.etc('register -f', write(self.tmp / name, {'data/train/x': noise(size)}), name)
                     self.server.objects.clear()
@@ -2833,7 +2836,6 @@ class S3Kinds(S3Case):
                 refused.append(handler)
                 handler.answer(400, b'<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region is wrong'
                                     b'</Message><Region>%s</Region></Error>' % region)
-                return True
         self.server.fault, region = fault, b'eu-9'
         for words in ('push X', 'push -f X', 'pull -f X'):  # asked once, then remembered
             with self.subTest(words):
@@ -2846,8 +2848,8 @@ class S3Kinds(S3Case):
     def test_regions_of_amazon(self):
         self.as_amazon()
         here, there = ('bucket.s3.%s.amazonaws.example' % region for region in ('us-east-1', 'eu-west-1'))
-        self.server.fault = lambda handler: here in handler.path and (handler.answer(
-            status, b'<Error><Code>PermanentRedirect</Code></Error>', {'x-amz-bucket-region': region}) or True)
+        self.server.fault = lambda handler: here in handler.path and handler.answer(
+            status, b'<Error><Code>PermanentRedirect</Code></Error>', {'x-amz-bucket-region': region})
         for anonymous in (False, True):
             if anonymous:
                 self.anonymous()
@@ -2862,8 +2864,8 @@ class S3Kinds(S3Case):
     def test_amazon_knows_conditions(self):
         self.as_amazon()
         self.etc('push X')
-        self.server.fault = lambda handler: 'If-Match' in handler.headers and handler.command == 'DELETE' and (
-            handler.error(501, 'NotImplemented') or True)
+        self.server.fault = lambda h: 'If-Match' in h.headers and h.command == 'DELETE' and h.error(
+            501, 'NotImplemented')
         self.fails_with('answers 501 NotImplemented', 'purge -r -f X')
         self.assertEqual(len(self.server.objects), 1)
 
@@ -2879,8 +2881,8 @@ class S3Kinds(S3Case):
         def fault(handler):
             if handler.command in ('GET', 'HEAD'):
                 handler.error(403, 'AccessDenied')
-                return True
-            return bool(handler.headers['If-None-Match'] and answer) and (handler.error(*answer) or True)
+            elif handler.headers['If-None-Match'] and answer:
+                handler.error(*answer)
         self.server.fault = fault
         for answer, problem in (((), 'cannot read it to compare'),
                                 ((501, 'NotImplemented'), 'NotImplemented')):  # nobody would tell if there is another
@@ -2899,7 +2901,6 @@ class S3Kinds(S3Case):
             if abs(calendar.timegm(stamp) - now()) > 900:
                 refused.append(handler)
                 handler.error(403, 'RequestTimeTooSkewed')
-                return True
         self.server.fault = fault
         stand_in(self, Handler, 'date_time_string', lambda h, stamp=None: email.utils.formatdate(now(), usegmt=True))
         stand_in(self, time, 'time', now)
@@ -2961,8 +2962,7 @@ class S3Kinds(S3Case):
                     (400, 'VirtualHostDomainRequired', style))]:  # Huawei
             with self.subTest(words, code=code, status=status):
                 body = b'<Error><Code>%s</Code><Message>why</Message></Error>' % code.encode() if code else b''
-                self.server.fault = lambda handler: handler.command in methods and (
-                    handler.answer(status, body) or True)
+                self.server.fault = lambda handler: handler.command in methods and handler.answer(status, body)
                 err = self.etc(words, status=1)[1]
                 self.assertIn(remedy, err)
                 self.assertIn('answers %d%s;' % (status, ' %s: why' % code if code else ': no explanation'), err)
@@ -2992,7 +2992,7 @@ class GsHandler(Handler):
             self.close_connection = True
             return
         body = self.read_body()
-        if server.fault and server.fault(self):
+        if self.misbehaves():
             return
         if path == '/session':  # whoever has its address may go on
             assert 'Authorization' not in self.headers
@@ -3120,13 +3120,11 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                 with self.subTest(body, method=method, stored=stored):
                     self.server.objects.clear()
                     self.server.final = (lambda handler: handler.answer(200, body)) if stored else None
-                    self.server.fault = lambda handler: not stored and handler.command == method and (
-                        handler.answer(200, body) or True)
+                    self.server.fault = lambda h: not stored and h.command == method and h.answer(200, body)
                     err = self.etc('push X', status=int(not stored))[1]
                     self.assertIn('pushed' if stored else 'does not answer as Google', err)
                     self.assertEqual(len(self.server.objects), int(stored))
-        self.server.fault = lambda handler: '/*' in handler.headers.get('Content-Range', '') and (
-            handler.answer(200, b'{}') or True)
+        self.server.fault = lambda h: '/*' in h.headers.get('Content-Range', '') and h.answer(200, b'{}')
         self.fails_with('does not answer as Google', 'push Y')
 
     def test_lists_that_are_not_understood(self):
@@ -3138,19 +3136,18 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                      right + b'"items": [{"name": 5}]}',
                      right + item % b'"x"', right + item % b'1e999', right + b'"nextPageToken": 3}'):
             with self.subTest(body[:99]):
-                self.server.fault = lambda handler: handler.answer(200, body) or True
+                self.server.fault = lambda handler: handler.answer(200, body)
                 for words in ('ls -r', 'pull X'):
                     self.fails_with('does not answer as Google', words)
         tokens = itertools.cycle('abc')
         self.server.fault = lambda handler: handler.json(
-            {'kind': 'storage#objects', 'nextPageToken': next(tokens)}) or True
+            {'kind': 'storage#objects', 'nextPageToken': next(tokens)})
         self.fails_with('same page of its listing twice', 'ls -r')
 
     def test_accounts_that_may_only_create(self):
         """The condition of the write decides where storage.objects.get is missing."""
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.server.fault = lambda handler: handler.command == 'GET' and (
-            handler.problem(403, 'no storage.objects.get access') or True)
+        self.server.fault = lambda h: h.command == 'GET' and h.problem(403, 'no storage.objects.get access')
         self.etc('push X')
         self.fails_with('cannot read it to compare', 'push X')
 
@@ -3192,7 +3189,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                 ('it takes nothing', 'bytes', lambda h: h.answer(308), 'takes no more'),  # to some servers a redirect
                 ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.problem(403, 'no'), 'answers 403: no;')):
             with self.subTest(what):
-                self.server.fault = lambda h: place in (h.headers.get('Content-Range') or '') and (answer(h) or True)
+                self.server.fault = lambda h: place in (h.headers.get('Content-Range') or '') and answer(h)
                 self.fails_with(problem, 'push X')
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
@@ -3224,7 +3221,7 @@ class GsPurge(PurgeSuite, GsCase):
                          ['ifGenerationMatch=' + generation])
 
     def test_accounts_that_may_not_read_old_versions(self):
-        self.server.fault = lambda h: 'generation=' in h.path and h.command == 'GET' and (h.problem(403, 'no') or True)
+        self.server.fault = lambda h: 'generation=' in h.path and h.command == 'GET' and h.problem(403, 'no')
         self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
 
 
@@ -3428,8 +3425,8 @@ class GoogleCredentials(GoogleCase):
         other = Server(GsHandler)
         self.addCleanup(other.stop)
         other.cuts, other.token, other.finished = [], None, {}
-        self.server.fault = lambda h: h.command == 'POST' and (
-            h.answer(200, b'', {'Location': other.url + '/session?upload_id=1'}) or True)
+        self.server.fault = lambda h: h.command == 'POST' and h.answer(
+            200, b'', {'Location': other.url + '/session?upload_id=1'})
         self.etc('register', small(self.tmp / 'ds'), 'X')
         self.fails_with('answers 404', 'push X')
         self.assertEqual({headers.get('Authorization') for _, _, headers in other.log}, {None})
@@ -3441,7 +3438,7 @@ class WebHandler(Handler, http.server.SimpleHTTPRequestHandler):
 
     def handle_one(self):
         self.server.log.append((self.command, self.path, self.headers))
-        if self.server.fault and self.server.fault(self):
+        if self.misbehaves():
             return
         path = Path(self.translate_path(self.path))
         if not self.server.ranges or not path.is_file():
@@ -3549,7 +3546,6 @@ class Web(WebSuite, Case):
                 cuts.append(handler)
                 modified = handler.date_time_string(path.stat().st_mtime)
                 handler.answer(200, b'x' * UNIT, {'Last-Modified': modified}, path.stat().st_size)
-                return True
         self.server.fault = fault
         assert_pulls(self, 'ds', force=True)
         self.assertEqual(len(cuts), 2)
@@ -3569,22 +3565,22 @@ class Web(WebSuite, Case):
                  '<a href="sub/Y.tgz"><a href="-Y.tgz"><a href="X.tgz?x"><a href="X.tgz">', 'XY'),
                 ('<a href="X.tgz"><a href="&#%s;">' % ('1' * 5000), 'X'), ('<p>Welcome!', '')):
             with self.subTest(page[:99]):
-                self.server.fault = lambda h: h.path.endswith('/') and (h.answer(200, page.encode()) or True)
+                self.server.fault = lambda h: h.path.endswith('/') and h.answer(200, page.encode())
                 self.assertEqual(''.join(self.etc('ls -r')[0].split()), names)
         for status in (403, 404):
             with self.subTest(status):
-                self.server.fault = lambda h: h.path.endswith('/') and (h.answer(status) or True)
+                self.server.fault = lambda h: h.path.endswith('/') and h.answer(status)
                 self.fails_with('shows no list of what it has (%d); pull works by name' % status, 'ls -r')
                 assert_pulls(self, 'ds', force=True)
 
     def test_redirects(self):
         other = self.serve_files()
-        self.server.fault = lambda h: h.answer(302, headers={'Location': other.url + h.path}) or True
+        self.server.fault = lambda h: h.answer(302, headers={'Location': other.url + h.path})
         assert_pulls(self, 'ds', force=True)
         self.assertEqual(self.etc('ls -r')[0], 'X\n')
         for location in (self.url, 'file:///etc/passwd', 'http://[', 'http://[1/x', '//[x]/', 'http://[::::]/'):
             with self.subTest(location):
-                self.server.fault = lambda h: h.answer(302, headers={'Location': location}) or True
+                self.server.fault = lambda h: h.answer(302, headers={'Location': location})
                 for words in ('ls -r', 'pull X'):
                     self.assertRegex(self.etc(words, home='three', status=1)[1],
                                      'answers 302;|does not have the form https://host')  # as Python reads it
@@ -3592,19 +3588,17 @@ class Web(WebSuite, Case):
     def test_head_that_tells_nothing(self):
         """Where GET with a range works."""
         def refuse(handler):
-            return handler.command == 'HEAD' and (handler.answer(status) or True)
+            return handler.command == 'HEAD' and handler.answer(status)
 
         def redirect(handler):
             if handler.path.endswith('.tgz'):
                 handler.answer(307, headers={'Location': handler.path + '?signed-for=GET'})
-                return True
             return 'signed-for=GET' in handler.path and refuse(handler)
 
         def tell_no_length(handler):
             if handler.command == 'HEAD' and 'Z' not in handler.path:
                 handler.send_response(200)
                 handler.end_headers()
-                return True
         for status, fault in ((403, refuse), (405, refuse), (400, refuse), (501, refuse), (403, redirect),
                               (200, tell_no_length)):
             with self.subTest(status=status, fault=fault.__name__):
@@ -3618,7 +3612,7 @@ class Web(WebSuite, Case):
             with self.subTest(problem):
                 self.server.fault = lambda handler: handler.path.endswith('.tgz') and (
                     handler.answer(405) if handler.command == 'HEAD' else
-                    handler.answer(status, body, {'Content-Range': span})) is None
+                    handler.answer(status, body, {'Content-Range': span}))
                 self.fails_with(problem, 'pull X', home='three')
 
     def test_compressed_against_the_request(self):
@@ -3627,7 +3621,6 @@ class Web(WebSuite, Case):
             if handler.command == 'GET' and handler.path.endswith(suffix):
                 modified = handler.date_time_string(path.stat().st_mtime)
                 handler.answer(200, body, {'Content-Encoding': 'gzip', 'Last-Modified': modified})
-                return True
         path, suffix, body = self.share / 'X.tgz', '/', gzip.compress(b'<a href="X.tgz">X</a>')
         self.server.fault = fault
         self.assertEqual(self.etc('ls -r')[0], 'X\n')
@@ -3706,8 +3699,7 @@ class Rfc9110(Scaled, S3Case):
                 del slept[:]
                 pending = [value]
                 self.server.respell = lambda key, found: date if date and key == 'Date' else found
-                self.server.fault = lambda h: bool(pending) and (
-                    h.answer(status, b'', {'Retry-After': pending.pop()}) or True)
+                self.server.fault = lambda h: pending and h.answer(status, b'', {'Retry-After': pending.pop()})
                 self.etc('ls -r')
                 self.assertTrue(least <= sum(slept) <= most, slept)
 
@@ -4071,7 +4063,7 @@ class AwsHandler(SignedHandler):
         body = self.read_body()
         path, headers = self.path.partition('?')[0], self.headers
         self.server.log.append((self.command, path, headers))
-        if self.server.fault and self.server.fault(self):
+        if self.misbehaves():
             return
         parent, _, role = path.rpartition('/')
         if path == '/':
@@ -4372,7 +4364,7 @@ class AwsLife(AwsCase):
     def test_renewed_once_when_refused(self):
         def refuse(handler):
             self.aws.suffix = '2'
-            return signed_by(handler.headers) in refused and (handler.error(400, 'ExpiredToken') or True)
+            return signed_by(handler.headers) in refused and handler.error(400, 'ExpiredToken')
         self.server.fault, refused = refuse, [INSTANCE]
         self.assertEqual((self.found(), len(self.aws.log)), (INSTANCE + '2', 6))
         refused.append(INSTANCE + '2')
@@ -4384,7 +4376,7 @@ class AwsLife(AwsCase):
     def test_keys_that_are_changed_in_their_file(self):
         def fault(handler):
             self.profile('', '[default]\n' + static('STATIC-NEW'))
-            return signed_by(handler.headers) == 'STATIC-OLD' and (handler.error(400, 'ExpiredToken') or True)
+            return signed_by(handler.headers) == 'STATIC-OLD' and handler.error(400, 'ExpiredToken')
         self.server.fault = fault
         self.expect('STATIC-NEW', '', '[default]\n' + static('STATIC-OLD'))
 
@@ -4406,7 +4398,7 @@ class AwsLife(AwsCase):
                 self.aws.fault = lambda handler: misbehave(handler, how)
                 self.refused(none)
                 self.assertEqual([method for method, _, _ in self.aws.log], ['PUT'], 'never version 1')
-        self.aws.fault = lambda handler: handler.path.endswith('my-role') and (handler.json({'Code': 'Failed'}) or True)
+        self.aws.fault = lambda handler: handler.path.endswith('my-role') and handler.json({'Code': 'Failed'})
         self.refused(none)
         self.aws.log.clear()
         self.refused(none, AWS_EC2_METADATA_DISABLED='TRUE')
@@ -4434,7 +4426,7 @@ class AwsLife(AwsCase):
                      **{variable + '_FILE': '/nowhere'})
         self.refused('contains invalid characters; check the credentials',
                      **{variable + '_FILE': self.token('secret\r\nX: y')})
-        self.aws.fault = lambda handler: handler.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\nX: y'}) or True
+        self.aws.fault = lambda handler: handler.json({'AccessKeyId': 'x', 'SecretAccessKey': 'secret\nX: y'})
         self.refused("the container's credentials service: aws_secret_access_key is missing, or holds characters")
 
     def test_roles_that_cannot_be(self):
@@ -4457,7 +4449,7 @@ class AwsLife(AwsCase):
 
         def fault(handler):
             stamp = calendar.timegm(time.strptime(handler.headers['x-amz-date'], '%Y%m%dT%H%M%SZ'))
-            return abs(stamp - now()) > 300 and (handler.error(403, 'SignatureDoesNotMatch') or True)
+            return abs(stamp - now()) > 300 and handler.error(403, 'SignatureDoesNotMatch')
         self.server.fault = self.aws.fault = fault
         stand_in(self, Handler, 'date_time_string', lambda handler: email.utils.formatdate(now(), usegmt=True))
         self.shift(5 * 3600)
@@ -4530,7 +4522,7 @@ class AwsRenewal(AwsCase):
         def fault(handler):
             if handler.command == 'POST':
                 self.begin_to_fail(503)
-            return 'partNumber=2' in handler.path and (handler.error(403, 'AccessDenied') or True)
+            return 'partNumber=2' in handler.path and handler.error(403, 'AccessDenied')
         self.server.fault = fault
         self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
         self.fails_with('AccessDenied', 'push X')
@@ -4539,7 +4531,7 @@ class AwsRenewal(AwsCase):
     def test_what_is_transient(self):
         for code in ('Throttling', 'RequestLimitExceeded', 'IDPCommunicationError'):
             left = [400] * 3
-            self.aws.fault = lambda handler: left and (handler.error(left.pop(), code) or True)
+            self.aws.fault = lambda handler: left and handler.error(left.pop(), code)
             self.expect('WEB-pod', **self.web_identity())
         left = [500] * 3
         self.expect('CONTAINER', **self.container)
@@ -5347,7 +5339,7 @@ class Links(S3Case):
                 if handler.headers.get('Range', '').startswith('bytes=-'):
                     asked.append(handler.path)
                     body = data[start:stop - (what == 'another length')]
-                    return handler.answer(206 if total else 200 if body else 416, body, headers) or True
+                    handler.answer(206 if total else 200 if body else 416, body, headers)
             with self.subTest(what):
                 self.server.fault = fault
                 self.etc('pull X', home=what)
@@ -5530,7 +5522,7 @@ class Install(Installing):
                     if handler.command == 'DELETE' and later:
                         while later:
                             process.send_signal(later.pop())
-                        return handler.answer(503) or True
+                        handler.answer(503)
                 self.end(process, name, status, fault)
                 self.assertEqual((len(self.server.uploads), later), (0, []))
 
@@ -6142,7 +6134,7 @@ class PullReuse(Scaled, Shell, S3Case):
 
 def refusing(status, code):
     """A fault of a server of S3."""
-    return lambda handler: handler.error(status, code) or True
+    return lambda handler: handler.error(status, code)
 
 
 class PushReuse(Scaled, Shell, S3Case):
@@ -6284,10 +6276,10 @@ class PushReuse(Scaled, Shell, S3Case):
         def store_nothing(handler):
             number = re.search(r'partNumber=(\d+)', handler.path).group(1)
             list(self.server.uploads.values())[0][1][int(number)] = b''
-            return handler.answer(200, b'', {'ETag': '"x"'}) or True
+            handler.answer(200, b'', {'ETag': '"x"'})
 
         def no_etag(handler):
-            return handler.answer(200, b'<CopyPartResult><ETag/></CopyPartResult>') or True
+            handler.answer(200, b'<CopyPartResult><ETag/></CopyPartResult>')
 
         copying, completing = 'x-amz-copy-source', 'POST .*uploadId='
         for at, fault, said in (
@@ -6879,13 +6871,13 @@ class Secrets(Hush, S3Case):
                 xml = ('<Error><Code>SignatureDoesNotMatch</Code><Message>no</Message>'
                        '<StringToSign>%s</StringToSign></Error>')
                 told, location = escape(str(handler.headers)), {'Location': self.server.url + '/elsewhere'}
-                return handler.answer(status, (xml % told).encode(), location) or True
+                handler.answer(status, (xml % told).encode(), location)
             with self.subTest(status):
                 self.server.fault = fault
                 self.everything('answers %d SignatureDoesNotMatch: no;' % status, 6)
         self.server.fault = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR) or True
         self.everything('cannot reach ' + self.server.url, 6)
-        self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode()) or True
+        self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode())
         self.everything('does not answer (as S3 does|with the range that was asked for)', 5)
 
 
@@ -7150,7 +7142,7 @@ class GoogleSecrets(Hush, GoogleCase):
         for status in (301, 308, 400, 401, 403, 404, 412, 500):
             with self.subTest(status):
                 location = {'Location': self.server.url + '/x'}
-                self.server.fault = lambda handler: handler.answer(status, b'no', location) or True
+                self.server.fault = lambda handler: handler.answer(status, b'no', location)
                 self.everything('answers %d: no;' % status, 6)
 
 
@@ -8117,7 +8109,6 @@ class AnswerTarget(Target):
         head, _, body = self.data.partition(b'\n')
         headers = re.findall(r'\|([\w-]+):([^|\0-\x1f]*)', head.decode('latin-1'), re.ASCII)
         handler.answer(int(head[:3]) if head[:3] in (b'206', b'403', b'404') else 200, body, headers)
-        return True
 
     def read(self, data):
         self.data = data
