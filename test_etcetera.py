@@ -229,6 +229,10 @@ class Case(unittest.TestCase):
     def nothing_is_left(self):
         self.assertEqual((self.installed(), self.leftovers()), ([], []))
 
+    def large(self, size, name='ds'):
+        """A dataset with one file, which cannot be compressed."""
+        return write(self.tmp / name, {'data/train/x': noise(size)})
+
     def share(self, root, name='X', home='home'):
         """Publish a dataset."""
         self.etc('register', root, name, home=home)
@@ -1917,7 +1921,7 @@ class RemoteSuite:
     def test_purge(self):
         root, config = small(self.tmp / 'ds'), self.config()
         self.share(root, 'One')
-        self.share(write(self.tmp / 'large', {'data/train/x': noise(9 * etc._BLOCK)}), 'Large')
+        self.share(self.large(9 * etc._BLOCK, 'large'), 'Large')
         self.put('Foreign.tgz', b'no archive at all')
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '4' * 64
         for words, status, problem in (
@@ -1945,7 +1949,7 @@ class BucketSuite(RemoteSuite):
     """What buckets on servers of ours have in common."""
 
     def test_lost_last_answer(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/large': noise(9 * etc._BLOCK)}), 'X')
+        self.etc('register', self.large(9 * etc._BLOCK), 'X')
         skip_pauses(self)
 
         def lose(handler):
@@ -2365,7 +2369,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
 
     def test_reads_go_on_where_they_broke(self):
         skip_pauses(self)
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(5 * UNIT)}))
+        self.share(self.large(5 * UNIT))
         data, etag = self.stored()
         self.settings['connections'] = 1
         sent = []
@@ -2385,7 +2389,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
 
     def test_wrong_answers(self):
         skip_pauses(self)
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20000)}))
+        self.share(self.large(20000))
         data, etag = self.stored()
         no_range, too_much = 'does not answer with the range that was asked for', 'answers with more than was asked for'
         no_headers, ten = {'ETag': None, 'Content-Range': None}, b'x' * 10
@@ -2475,7 +2479,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_uploads_that_fail(self):
         """Nothing is left, neither an object nor parts that are billed."""
         skip_pauses(self)
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(16 * UNIT)}), 'X')
+        self.etc('register', self.large(16 * UNIT), 'X')
         for method, word, status, code, problem in (
                 ('POST', '?uploads=', 200, '', 'does not answer as S3 does'),
                 ('PUT', 'partNumber=2', 200, '', 'does not answer as S3 does'),
@@ -2500,7 +2504,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                     left.remove(failure)
                     return handler.error(status, code)
         self.server.fault = fault
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}))
+        self.share(self.large(9 * UNIT))
         self.assertEqual(left, [])
         assert_pulls(self, 'ds')
 
@@ -2515,7 +2519,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     @unittest.skipIf(os.name == 'nt', 'no SIGTERM to send')
     def test_interrupted_while_the_store_is_busy(self):
         """It waits neither for all tries of each thread nor for what Retry-After asks."""
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(20 * UNIT)}), 'X')
+        self.etc('register', self.large(20 * UNIT), 'X')
         busy = threading.Event()
         self.server.fault = lambda handler: handler.command in ('PUT', 'DELETE') and (
             handler.answer(503, b'', {'Retry-After': '3600'}), busy.set())
@@ -2528,7 +2532,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_object_lock(self):
         """Such buckets want a checksum of every body; MD5 will do."""
         self.etc('register', small(self.tmp / 'small'), 'X')
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}), 'Y')
+        self.etc('register', self.large(9 * UNIT), 'Y')
         for self.server.must_check in (False, True):
             with self.subTest(self.server.must_check):
                 self.server.objects.clear()
@@ -2572,7 +2576,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 self.assertLess(self.server.sent, most + 2 * 65536)
 
     def test_connections_are_kept(self):
-        self.share(write(self.tmp / 'ds', {'data/train/large': noise(40 * UNIT)}))
+        self.share(self.large(40 * UNIT))
         self.settings['connections'] = 8
         for words, most in (('pull X', 8), ('ls -r -l', 1)):
             with self.subTest(words):
@@ -2586,14 +2590,14 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         """S3 takes 10,000 of 5 MiB to 5 GiB."""
         stand_in(self, etc, '_MAX_PARTS', 4)
         stand_in(self, etc, '_FEW_PARTS', 4)
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(30 * UNIT)}))
+        self.share(self.large(30 * UNIT))
         self.assertLessEqual(len(self.parts()), 4)
         self.etc('pull X', home='two')
 
     def test_stores_that_take_few_parts(self):
         """Parts grow while they are moderate, and beyond if the store refuses more of them."""
         stand_in(self, etc, '_FEW_PARTS', 4)
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * UNIT)}), 'X')
+        self.etc('register', self.large(30 * UNIT), 'X')
         for moderate, begun in ((64 * UNIT, 1), (5 * UNIT, 2)):
             with self.subTest(moderate):
                 stand_in(self, etc, '_LONG_PART', moderate)
@@ -2609,7 +2613,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         """Amazon says of both that one may try again."""
         skip_pauses(self)
         self.etc('register', small(self.tmp / 'small'), 'X')
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}), 'Y')
+        self.etc('register', self.large(9 * UNIT), 'Y')
         for code in ('ConditionalRequestConflict', 'OperationAborted'):
             met = set()
 
@@ -2629,7 +2633,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.publish(9 * UNIT, 1)
         other = dict(self.server.objects)
         self.server.objects.clear()
-        self.etc('register -f', write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT)}), 'X')
+        self.etc('register -f', self.large(9 * UNIT), 'X')
 
         def final(handler):
             self.server.objects = other
@@ -2657,7 +2661,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                     return super().handle_one()
 
         self.server.RequestHandlerClass = Narrow
-        root = write(self.tmp / 'ds', {'data/train/x': noise(12 * UNIT)})
+        root = self.large(12 * UNIT)
         self.etc('register', root, 'X')
         for most in 1, 2:
             with self.subTest(most):
@@ -2693,7 +2697,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             with self.subTest(answer):
                 self.server.fault = lambda h: h.headers['If-None-Match'] and answer and h.error(*answer)
                 for name, size in (('X', 1000), ('Y', 9 * UNIT)):
-                    self.etc('register -f', write(self.tmp / name, {'data/train/x': noise(size)}), name)
+                    self.etc('register -f', self.large(size, name), name)
                     self.server.objects.clear()
                     self.etc('push', name)
                     self.assertIn('identical', self.etc('push', name)[1])
@@ -2915,7 +2919,7 @@ class S3Kinds(S3Case):
         self.fails_with("set this machine's clock", 'ls -r')
 
     def test_headers_that_are_asked_for(self):
-        self.etc('register', write(self.tmp / 'big', {'data/train/x': noise(9 * MIB)}), 'Big')
+        self.etc('register', self.large(9 * MIB, 'big'), 'Big')
         names = ('x-amz-server-side-encryption', 'x-amz-server-side-encryption-aws-kms-key-id', 'x-amz-storage-class',
                  'x-amz-acl')
         key = 'arn:aws:kms:eu-west-1:1:key/k'
@@ -3111,7 +3115,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
     def test_answers_that_are_not_understood(self):
         """A push is done if the store says so, or if what is there is right."""
         self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(17 * UNIT)}), 'Y')
+        self.etc('register', self.large(17 * UNIT, 'large'), 'Y')
         start = b'{"name": "some/prefix/X.tgz"'
         for body in (b'{}', b'', PORTAL, b'[]', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}',
                      start + b', "size": "7"}', start + b', "generation": "5"}',
@@ -3169,7 +3173,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         self.assertEqual(self.server.objects['some/prefix/X.tgz'][2]['predefinedAcl'], 'publicRead')
 
     def test_cut_uploads_go_on_where_they_were(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(30 * UNIT)}), 'X')
+        self.etc('register', self.large(30 * UNIT), 'X')
         skip_pauses(self)
         rng = random.Random(9)
         for trial in range(4):
@@ -3184,7 +3188,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
     def test_uploads_that_fail(self):
         """Nothing is left."""
         skip_pauses(self)
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(17 * UNIT)}), 'X')
+        self.etc('register', self.large(17 * UNIT), 'X')
         for what, place, answer, problem in (
                 ('it takes nothing', 'bytes', lambda h: h.answer(308), 'takes no more'),  # to some servers a redirect
                 ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.problem(403, 'no'), 'answers 403: no;')):
@@ -3824,7 +3828,7 @@ class BucketPeer(Peer, RemoteSuite):
         self.prefix = os.urandom(4).hex()
 
     def test_another_client_reads_what_we_push(self):
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(20 * MIB)}))
+        self.share(self.large(20 * MIB))
         with tarfile.open(fileobj=io.BytesIO(self.get('X.tgz'))) as tar:
             self.assertEqual(tar.extractfile('data/train/x').read(), noise(20 * MIB))
 
@@ -4524,7 +4528,7 @@ class AwsRenewal(AwsCase):
                 self.begin_to_fail(503)
             return 'partNumber=2' in handler.path and handler.error(403, 'AccessDenied')
         self.server.fault = fault
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
+        self.etc('register', self.large(12 * MIB), 'X')
         self.fails_with('AccessDenied', 'push X')
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
@@ -5246,7 +5250,7 @@ class Links(S3Case):
         self.serve(Server(SlowBodies))
         self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
         self.server.slow = slow
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(size)}), 'X')
+        self.etc('register', self.large(size), 'X')
 
     def test_slow_uplink(self):
         """A link on which a block takes longer than the time-out, but is never silent for so long."""
@@ -5257,7 +5261,7 @@ class Links(S3Case):
 
     def test_answers_in_any_order(self):
         """Each byte is asked for once, by no more connections than are allowed, and all find their places."""
-        root = write(self.tmp / 'ds', {'data/train/x': noise(22 * MIB)})
+        root = self.large(22 * MIB)
         self.etc('register', root, 'X')
         now, most = set(), set()
 
@@ -5324,7 +5328,7 @@ class Links(S3Case):
 
     def test_ranges_from_the_end(self):
         """Servers that refuse or misread them are asked otherwise."""
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(100000)}))
+        self.share(self.large(100000))
         data, etag, _ = self.server.objects['some/prefix/X.tgz']
         size = len(data)
         for what, start, stop, total in (
@@ -5347,7 +5351,7 @@ class Links(S3Case):
                 self.assertEqual(len(asked), 1)
 
     def test_lost_upload(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(12 * MIB)}), 'X')
+        self.etc('register', self.large(12 * MIB), 'X')
         self.server.fault = lambda handler: 'partNumber=2' in handler.path and self.server.uploads.clear()
         self.assertRegex(self.etc('push X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push ')
 
@@ -5355,7 +5359,7 @@ class Links(S3Case):
         """Where one idle connection is dead, so are the others."""
         self.settings['connections'] = 4
         stand_in(self, etc, '_TIMEOUT', 1.5)
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(25 * MIB)}), 'X')
+        self.etc('register', self.large(25 * MIB), 'X')
         known, silent = set(), []
 
         def fault(handler):
@@ -5396,7 +5400,7 @@ class Links(S3Case):
 
     @unittest.skipIf(os.name == 'nt', 'no signals to send')
     def test_interruption_at_any_time(self):
-        self.share(write(self.tmp / 'ds', {'data/train/x': noise(6 * MIB)}))
+        self.share(self.large(6 * MIB))
         for command, delay in itertools.product(('push -f X', 'pull -f X'), (0, 0.03, 0.1, 0.2)):
             with self.subTest(command, delay=delay):
                 self.server.log.clear()
@@ -7663,7 +7667,7 @@ threading.Thread.start = interrupted
     @unittest.skipUnless(sys.platform == 'linux' and hasattr(sys, 'getrefcount'), 'no such limit on memory here')
     def test_little_memory(self):
         """As with ulimit -v: the command succeeds, or says what to do."""
-        self.share(write('ds', {'data/train/x': noise(12 * MIB)}))
+        self.share(self.large(12 * MIB))
         program = r"""
 import resource
 now = int(re.search(r'VmSize:\s+(\d+)', open('/proc/self/status').read()).group(1)) << 10
@@ -7936,7 +7940,7 @@ sys.exit(status)
     @unittest.skipUnless(may_mount(), 'needs root, and a mount of its own')
     def test_small_disk(self):
         """What cannot fit is not fetched."""
-        self.share(write('ds', {'data/train/x': noise(5 * MIB)}))
+        self.share(self.large(5 * MIB))
         write('.', {'two': None})
         mount = 'mount -t tmpfs -o size=3m none two && exec "$@"'
         command = ['unshare', '--mount', 'sh', '-c', mount, 'sh', sys.executable, SCRIPT, '--url', self.url]
