@@ -2648,8 +2648,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push X')
 
     def test_stores_that_take_few_requests_at_once(self):
-        self.addCleanup(setattr, etc, '_backoff', etc._backoff)
-        etc._backoff = lambda failures: 0.01
+        stand_in(self, etc, '_backoff', lambda failures: 0.01)
 
         class Narrow(S3Handler):
             def handle_one(self):
@@ -5618,8 +5617,6 @@ class Install(Installing):
     def test_what_cannot_be_moved(self):
         """Neither aside nor in, as where the store's own directory is on another disk: the old one stays."""
         self.etc('register --copy', small('ds'), 'X')
-        rename = os.rename
-        self.addCleanup(setattr, os, 'rename', rename)
         for what, code, refused in (('aside', 13, lambda old, new: old == self.here),
                                     ('in', 13, lambda old, new: new == self.here and old.name == 'new'),
                                     ('disk', 18, lambda old, new: new == self.here and old.name == 'new')):
@@ -5628,7 +5625,7 @@ class Install(Installing):
                     raise OSError(code, os.strerror(code), old)
                 rename(old, new)
             with self.subTest(what):
-                os.rename = busy
+                rename = stand_in(self, os, 'rename', busy)
                 err = self.etc('register --copy -f ds X', status=1)[1]
                 os.rename = rename
                 self.assertIn(os.strerror(code), err)
@@ -5723,8 +5720,7 @@ print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).
         """As on some cluster file systems, where all of them succeed."""
         import fcntl
         self.publish(4 * UNIT)
-        self.addCleanup(setattr, fcntl, 'flock', fcntl.flock)
-        fcntl.flock = lambda file, operation: None
+        stand_in(self, fcntl, 'flock', lambda file, operation: None)
         with ThreadPoolExecutor(6) as pool:
             pulls = [pool.submit(etc.pull, 'X', config=self.config()) for _ in range(6)]
         self.assertEqual({pull.result().digest for pull in pulls}, {etc.Dataset(self.root).digest})
@@ -5736,16 +5732,14 @@ print(etc.dataset('X', auto_install=True, config=etc.Config(%r, home=%r, **%r)).
         """As its other green threads may hold the lock: it is asked for, again and again."""
         import fcntl
         self.publish(UNIT)
-        flock, waited = fcntl.flock, threading.Event()
-        self.addCleanup(setattr, fcntl, 'flock', flock)
-        asked = []
+        asked, waited = [], threading.Event()
 
         def polled(file, operation):
             asked.append(operation)
             if len(asked) > 2:
                 waited.set()
             flock(file, operation | fcntl.LOCK_NB)
-        fcntl.flock = polled
+        flock = stand_in(self, fcntl, 'flock', polled)
         with open(write('home', {'.etcetera/locks/X': ''}) / '.etcetera/locks/X', 'ab') as held:
             flock(held, fcntl.LOCK_EX)
             with ThreadPoolExecutor(1) as pool:
@@ -5848,8 +5842,7 @@ class Resume(Installing):
                 self.pulled(home)
 
     def test_lost_network(self):
-        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
-        etc.time.sleep = lambda seconds: None
+        stand_in(self, time, 'sleep', lambda seconds: None)
 
         def fault(handler):
             if self.start_of(handler)[0] >= self.size / 2:
@@ -6747,8 +6740,7 @@ class Hush(Shell):
     def setUp(self):
         super().setUp()
         self.said = []
-        self.addCleanup(setattr, etc.time, 'sleep', time.sleep)
-        etc.time.sleep = lambda seconds: None
+        stand_in(self, time, 'sleep', lambda seconds: None)
         logger = logging.getLogger('etcetera')
         handler = logging.Handler()
         handler.emit = lambda record: self.said.append(record.getMessage())
@@ -7709,11 +7701,10 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
             self.skipTest('this system cannot set such times')
         for name, function in (('gmtime', narrow(time.gmtime)), ('localtime', narrow(time.localtime)),
                                ('time', time.time)):
-            self.addCleanup(setattr, etc.time, name, getattr(time, name))
-            setattr(etc.time, name, function)
+            stand_in(self, time, name, function)
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info -r X')[0])
         self.assertIn('just now', self.etc('ls -r -l')[0])
-        etc.time.time = lambda: later + 0.5
+        time.time = lambda: later + 0.5
         self.etc('pull X', home='two')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info X', home='two')[0])
         server.RequestHandlerClass = type('Dated', (S3Handler,), {
