@@ -306,8 +306,11 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     versioned = None  # or the version of the next delete marker
     sent = 0
 
-    def __init__(self, handler):
+    def __init__(self, handler, case=None):
+        """case: the test, at whose end it stops."""
         super().__init__(('127.0.0.1', 0), handler)
+        if case:
+            case.addCleanup(self.stop)
         self.url = 'http://127.0.0.1:%d' % self.server_port
         self.lock = threading.RLock()
         self.objects = {}  # path -> (bytes, etag, headers)
@@ -571,8 +574,7 @@ class S3Handler(SignedHandler):
 class S3Case(Case):
     def setUp(self):
         super().setUp()
-        self.server = Server(S3Handler)
-        self.addCleanup(self.server.stop)
+        self.server = Server(S3Handler, self)
         self.url = 's3://bucket/some/prefix'
         self.settings = {'endpoint_url': self.server.url, 'aws_access_key_id': AKID, 'aws_secret_access_key': SECRET}
 
@@ -3097,8 +3099,7 @@ class GsHandler(Handler):
 class GsCase(Case):
     def setUp(self):
         super().setUp()
-        self.server = Server(GsHandler)
-        self.addCleanup(self.server.stop)
+        self.server = Server(GsHandler, self)
         self.server.cuts, self.server.granule, self.server.token, self.server.finished = [], 1, None, {}
         self.server.generation, self.server.uniform, self.server.garble = 1700000000000000, False, False
         self.url = 'gs://bucket/some/prefix'
@@ -3247,8 +3248,7 @@ class GoogleCase(GsCase):
         del os.environ['STORAGE_EMULATOR_HOST']
         os.environ['NO_GCE_CHECK'] = 'true'
         self.server.token = 'ya29.token'
-        self.tokens = Server(TokenHandler)
-        self.addCleanup(self.tokens.stop)
+        self.tokens = Server(TokenHandler, self)
         self.asked = []
 
         def init(remote, config, job):
@@ -3425,8 +3425,7 @@ class GoogleCredentials(GoogleCase):
     def test_nothing_is_sent_elsewhere(self):
         self.use(self.user())
         self.respond({})
-        other = Server(GsHandler)
-        self.addCleanup(other.stop)
+        other = Server(GsHandler, self)
         other.cuts, other.token, other.finished = [], None, {}
         self.server.fault = lambda h: h.command == 'POST' and h.answer(
             200, b'', {'Location': other.url + '/session?upload_id=1'})
@@ -3507,8 +3506,7 @@ class Web(WebSuite, Case):
         self.url = self.server.url + self.path
 
     def serve_files(self):
-        server = Server(WebHandler)
-        self.addCleanup(server.stop)
+        server = Server(WebHandler, self)
         server.root, server.ranges = str(self.tmp / 'www'), True
         return server
 
@@ -4136,8 +4134,7 @@ DEV = '[default]\nsource_profile = base\n' + ROLE + 'dev\n'
 class AwsCase(S3Case):
     def setUp(self):
         super().setUp()
-        self.aws = Server(AwsHandler)
-        self.addCleanup(self.aws.stop)
+        self.aws = Server(AwsHandler, self)
         self.settings = {'endpoint_url': self.server.url}
         self.server.secrets = self.aws.secrets = AnySecret()
         self.aws.lifetime, self.aws.authorization, self.aws.suffix = 3600, None, ''
@@ -5028,15 +5025,13 @@ class HttpFaults(Scaled, Faults):
     def setUp(self):
         super().setUp()
         self.server.stop()
-        old, self.server = self.server, ClosingServer(self.handler)
-        self.addCleanup(self.server.stop)
+        old, self.server = self.server, ClosingServer(self.handler, self)
         self.addCleanup(self.server.reopen)
         for name, value in vars(old).items():
             vars(self.server).setdefault(name, value)
         self.server.case, self.orphans = self, set()
         self.settings['endpoint_url'] = os.environ['STORAGE_EMULATOR_HOST'] = self.server.url
-        self.other = Server(Recorder)
-        self.addCleanup(self.other.stop)
+        self.other = Server(Recorder, self)
         self.kinds = self.push_kinds = self.MENDED + self.ENDED
         stand_in(self, random, 'uniform', self.pause)  # by which pauses are multiplied
 
@@ -5241,12 +5236,11 @@ class Links(S3Case):
     def serve(self, server):
         self.server.stop()
         self.server = server
-        self.addCleanup(server.stop)
         self.settings['endpoint_url'] = server.url
 
     def serve_slowly(self, size, slow):
         """Let bodies be slow, and X so large."""
-        self.serve(Server(SlowBodies))
+        self.serve(Server(SlowBodies, self))
         self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
         self.server.slow = slow
         self.etc('register', self.large(size), 'X')
@@ -5305,7 +5299,7 @@ class Links(S3Case):
                 handler.close_connection = True
                 handler.server.shut()
                 return True
-        self.serve(ClosingServer(S3Handler))
+        self.serve(ClosingServer(S3Handler, self))
         self.server.fault = fault
         now = stand_in(self, time, 'monotonic', lambda: now() + sum(slept))
         stand_in(self, time, 'sleep', sleep)
@@ -7020,8 +7014,7 @@ class Places(Hush, S3Case):
 
     def test_proxies(self):
         """A password may have any character; what is no plain proxy is asked nothing."""
-        proxy = Server(Recorder)
-        self.addCleanup(proxy.stop)
+        proxy = Server(Recorder, self)
         bad = ('https://user:%@PROXY socks5://user:%@PROXY socks5h://PROXY/% http://user:%@ user:%@127.0.0.1:x '
                'http://user:%@127.0.0.1:99999 http://user:%@[')
         for mark, (template, scheme) in some(itertools.product(
@@ -7693,8 +7686,7 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
             return limited
 
         self.share(small('ds'))
-        later, server = 2524608000, Server(S3Handler)
-        self.addCleanup(server.stop)
+        later, server = 2524608000, Server(S3Handler, self)
         try:
             os.utime('share/X.tgz', (later, later))
         except OverflowError:
