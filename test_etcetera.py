@@ -233,9 +233,12 @@ class Case(unittest.TestCase):
         """A dataset with one file, which cannot be compressed."""
         return write(self.tmp / name, {'data/train/x': noise(size)})
 
+    def register(self, root, name='X', home='home'):
+        self.etc('register', root, name, home=home)
+
     def share(self, root, name='X', home='home'):
         """Publish a dataset."""
-        self.etc('register', root, name, home=home)
+        self.register(root, name, home)
         self.etc('push', name, home=home)
 
     def spawn(self, *args, home='home', url=None, python=('-S',), **kwargs):
@@ -783,7 +786,7 @@ class Datasets(Case):
                         call(*[root] * (call is etc.register), name, config=self.config())
         self.assertFalse((self.tmp / 'home').exists())
         for name in ('a', '0', 'A.b-c_d', 'x' * 128):
-            self.etc('register', root, name)
+            self.register(root, name)
 
     def test_register(self):
         root, other = small(self.tmp / 'ds'), small(self.tmp / 'other')
@@ -840,11 +843,11 @@ class Datasets(Case):
         for path in ('home/X', 'home/X/data/..', 'home/X/data'):
             self.fails_with("is what is installed as 'X'; use --copy", 'register -f', self.tmp / path, 'X')
         self.etc('register -f --copy', self.tmp / 'home/X', 'X')
-        self.etc('register', self.tmp / 'home/X', 'Y')
+        self.register(self.tmp / 'home/X', 'Y')
         self.assertEqual(*[etc.dataset(name, config=self.config()).digest for name in 'XY'])
 
     def test_registered_directory_that_is_gone(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         remove(self.tmp / 'ds')
         for command in ('push', 'verify', 'info'):
             self.fails_with("'etc purge X' forgets it", command, 'X')
@@ -1114,7 +1117,7 @@ class Format(Case):
 
     def test_file_that_grows(self):
         root, stop = write(self.tmp / 'ds', {'data/train/log': b'x' * (8 * MIB)}), threading.Event()
-        self.etc('register', root, 'X')
+        self.register(root)
 
         def grow():
             with open(str(root / 'data/train/log'), 'ab', 0) as file:
@@ -1300,7 +1303,7 @@ class Foreign(Pulls):
     def test_what_file_managers_leave_beside_partitions(self):
         root = small(self.tmp / 'ds')
         digest = etc.Dataset(root).digest
-        self.etc('register', root, 'X')
+        self.register(root)
         write(root / 'data', dict.fromkeys(['.DS_Store', '._train', 'desktop.ini', 'Thumbs.db', '.directory'], 'left'))
         self.assertEqual((list(etc.Dataset(root)), etc.Dataset(root).digest), (['test', 'train'], digest))
         for pack in (lambda: self.etc('push X'), lambda: self.pack(root)):
@@ -1429,12 +1432,12 @@ class Hostile(Pulls):
                                         for n in range(12) for side in 'ab'})
         write(root, {'data/p12/x': 'x'})
         stand_in(self, etc, '_MAX_FOLLOWED', 500)
-        self.etc('register', root, 'W')
+        self.register(root, 'W')
         self.fails_with('its links lead to too many files; remove links', 'push W')
 
     def test_large_meta(self):
         root = write(self.tmp / 'ds', {'data/train/x': 'x', 'README.md': b'r' * (3 * MIB)})
-        self.etc('register', root, 'X')
+        self.register(root)
         self.assertEqual(len(etc.info('X', config=self.config())['readme']), MIB)
         write(root, {'meta.json': b'{' + b' ' * (17 * MIB) + b'}'})
         self.fails_with('meta.json is not JSON: it is larger than 16777216 bytes', 'push X')
@@ -1617,7 +1620,7 @@ class Deflate(Case):
         text = ''.join('line %d says %x\n' % (number, rng.randrange(1 << 20)) for number in range(50000))
         root = write(self.tmp / 'ds', {'data/padded/%02d' % n: noise(700 + n, n) for n in range(60)})
         write(root, {'data/text/a': text, 'data/noise/n': noise(100000), 'data/zeros/z': bytes(MIB), 'README.md': ''})
-        self.etc('register', root, 'X')
+        self.register(root)
         share, zlib_sizes, sizes = self.tmp / 'share', [], []
         for level in 0, 1, 3, 6, 9:
             for writer, reader, found in (('0', '1', zlib_sizes), ('1', '0', sizes)):
@@ -1756,14 +1759,14 @@ class RemoteSuite:
         self.share(root, 'Old')
         for name, changes in (('Readme', {'README.md': 'x'}), ('Middle', {'data/1/x': noise(size, 4)}), ('Same', {})):
             with self.subTest(name):
-                self.etc('register', write(root, changes), name)
+                self.register(write(root, changes), name)
                 err = self.etc('push -v', name)[1]
                 self.assertTrue(not self.copies or 'were there already' in err, err)
                 assert_pulls(self, root, name, home=name)
 
     def test_round_trip(self):
         root = odd(self.tmp / 'ds')
-        self.etc('register', root, 'Odd')
+        self.register(root, 'Odd')
         self.assertIn('pushed', self.etc('push Odd')[1])
         self.assertIn('pulled', self.etc('pull Odd', home='two')[1])
         self.etc('verify Odd', home='two')
@@ -1807,7 +1810,7 @@ class RemoteSuite:
 
     def test_pull_again(self):
         root = small(self.tmp / 'ds')
-        self.etc('register', root, 'X')
+        self.register(root)
         old = etc.push('X', config=self.config())
         two = self.config('two')
         assert_pulls(self, root, 'X@' + old)
@@ -1854,7 +1857,7 @@ class RemoteSuite:
             with self.subTest(name):
                 for seed, home in enumerate(('slow', 'fast')):
                     root = write(self.tmp / name / home, {'data/train/' + home: noise(size, seed)})
-                    self.etc('register', root, name, home=home)
+                    self.register(root, name, home=home)
                 digests = []
                 self.at_first_read('/slow', lambda: digests.append(etc.push(name, config=self.config('fast'))))
                 err = self.etc('push', name, home='slow', status=int(self.conditions))[1]
@@ -1876,7 +1879,7 @@ class RemoteSuite:
                 return str(e), None
         for seed, home in enumerate(homes):
             root = write(self.tmp / 'ds' / home, {'data/train/big': noise(9 * etc._BLOCK, seed)})
-            self.etc('register', root, 'X', home=home)
+            self.register(root, home=home)
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(push, homes))
         self.assertEqual([outcome for outcome, _ in results].count('won'), 1, results)
@@ -1915,7 +1918,7 @@ class RemoteSuite:
         self.fails_with("'X': expected digest " + wrong, 'pull -f X@' + wrong)
         self.etc('verify X')
         self.assertIn('is in %s already, and identical' % self.url, self.etc('push X')[1])
-        self.etc('register', root, 'X', home='another')  # where no receipt knows that it is the same
+        self.register(root, home='another')  # where no receipt knows that it is the same
         self.fails_with('push -f', 'push X', home='another')
         self.etc('push -f X')
         self.assertEqual(etc.info('X', remote=True, config=self.config())['digest'], digest)
@@ -1951,7 +1954,7 @@ class BucketSuite(RemoteSuite):
     """What buckets on servers of ours have in common."""
 
     def test_lost_last_answer(self):
-        self.etc('register', self.large(9 * etc._BLOCK), 'X')
+        self.register(self.large(9 * etc._BLOCK))
         skip_pauses(self)
 
         def lose(handler):
@@ -1972,7 +1975,7 @@ class BucketSuite(RemoteSuite):
         self.assertEqual(len(self.server.log), 3)
 
     def test_odd_prefixes(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         bucket = self.url.replace('some/prefix', '')
         for prefix in ('a b/+~\u00e9/(x)', 'a+b %41&'):
             for self.server.encoding in (True, False):
@@ -2080,7 +2083,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
                 self.fails_with("no dataset '%s'" % name, 'pull', name)
 
     def test_killed_push_leaves_nothing_under_the_name(self):
-        self.etc('register', write(self.tmp / 'ds', {'data/train/%d' % n: noise(16 * UNIT, n) for n in range(20)}), 'X')
+        self.register(write(self.tmp / 'ds', {'data/train/%d' % n: noise(16 * UNIT, n) for n in range(20)}))
         process = self.spawn('push X')
         while not glob.glob(str(self.tmp / 'share/.X.tgz.*')):
             self.assertIsNone(process.poll())
@@ -2094,7 +2097,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         self.assertEqual(self.shared(), ['X.tgz'])
 
     def test_signs_in_paths(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         names = ['a#b', 'a?b', 'a?b#c', '#', 'a b', 'per%cent', 'a%23b']
         urls = {'file:///%s/%s' % (self.tmp, name.replace('%', '%25')): name for name in names}
         if sys.platform == 'linux':  # elsewhere names are text
@@ -2106,7 +2109,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
 
     @unittest.skipIf(os.name == 'nt', 'no modes there')
     def test_who_may_read(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         share = self.tmp / 'share'
         self.addCleanup(os.umask, os.umask(0o022))
         for row in ('77 0 1 644 0, 77 755 1 644 0, 77 755 0 600 1, 27 755 0 640 1, 27 750 0 640 0, 77 700 0 600 0, '
@@ -2131,7 +2134,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
     @unittest.skipUnless(sys.platform == 'linux', 'no limits on files there')
     def test_no_room_for_a_push(self):
         import resource
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         process = self.spawn('push X', preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9)))
         problem = "etc: cannot write 'X' to %s: File too large; free some space there\n" % (self.tmp / 'share')
         self.assertEqual((process.communicate(), process.returncode), ((b'', problem.encode()), 1))
@@ -2202,7 +2205,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         program = ('import os, sys; sys.path.insert(0, sys.argv[1]); import etcetera; '
                    'setattr(os, sys.argv[2], lambda *args: os._exit(9)); '
                    "etcetera.main(['--url', sys.argv[3], 'purge', '-r', '-f', 'X'])")
-        self.etc('register', small(self.tmp / 'ds'), 'Y')
+        self.register(small(self.tmp / 'ds'), 'Y')
         for function, left in (('rename', ['X.tgz', 'Y.tgz']), ('unlink', ['Y.tgz'])):
             with self.subTest(function):
                 remove(self.tmp / 'share')
@@ -2481,7 +2484,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_uploads_that_fail(self):
         """Nothing is left, neither an object nor parts that are billed."""
         skip_pauses(self)
-        self.etc('register', self.large(16 * UNIT), 'X')
+        self.register(self.large(16 * UNIT))
         for method, word, status, code, problem in (
                 ('POST', '?uploads=', 200, '', 'does not answer as S3 does'),
                 ('PUT', 'partNumber=2', 200, '', 'does not answer as S3 does'),
@@ -2521,7 +2524,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     @unittest.skipIf(os.name == 'nt', 'no SIGTERM to send')
     def test_interrupted_while_the_store_is_busy(self):
         """It waits neither for all tries of each thread nor for what Retry-After asks."""
-        self.etc('register', self.large(20 * UNIT), 'X')
+        self.register(self.large(20 * UNIT))
         busy = threading.Event()
         self.server.fault = lambda handler: handler.command in ('PUT', 'DELETE') and (
             handler.answer(503, b'', {'Retry-After': '3600'}), busy.set())
@@ -2533,8 +2536,8 @@ class S3Remote(Scaled, BucketSuite, S3Case):
 
     def test_object_lock(self):
         """Such buckets want a checksum of every body; MD5 will do."""
-        self.etc('register', small(self.tmp / 'small'), 'X')
-        self.etc('register', self.large(9 * UNIT), 'Y')
+        self.register(small(self.tmp / 'small'))
+        self.register(self.large(9 * UNIT), 'Y')
         for self.server.must_check in (False, True):
             with self.subTest(self.server.must_check):
                 self.server.objects.clear()
@@ -2599,7 +2602,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_stores_that_take_few_parts(self):
         """Parts grow while they are moderate, and beyond if the store refuses more of them."""
         stand_in(self, etc, '_FEW_PARTS', 4)
-        self.etc('register', self.large(30 * UNIT), 'X')
+        self.register(self.large(30 * UNIT))
         for moderate, begun in ((64 * UNIT, 1), (5 * UNIT, 2)):
             with self.subTest(moderate):
                 stand_in(self, etc, '_LONG_PART', moderate)
@@ -2614,8 +2617,8 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_conflicts(self):
         """Amazon says of both that one may try again."""
         skip_pauses(self)
-        self.etc('register', small(self.tmp / 'small'), 'X')
-        self.etc('register', self.large(9 * UNIT), 'Y')
+        self.register(small(self.tmp / 'small'))
+        self.register(self.large(9 * UNIT), 'Y')
         for code in ('ConditionalRequestConflict', 'OperationAborted'):
             met = set()
 
@@ -2645,7 +2648,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
 
     def test_overload(self):
         skip_pauses(self)
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         self.server.fault = lambda handler: handler.error(503, 'SlowDown')
         self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push X')
 
@@ -2663,7 +2666,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
 
         self.server.RequestHandlerClass = Narrow
         root = self.large(12 * UNIT)
-        self.etc('register', root, 'X')
+        self.register(root)
         for most in 1, 2:
             with self.subTest(most):
                 slots = threading.Semaphore(most)
@@ -2674,13 +2677,13 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_too_many_partitions(self):
         """They are refused before anything is sent."""
         stand_in(self, etc, '_INDEX_LIMIT', 3000)
-        self.etc('register', write(self.tmp / 'ds', {'data/%02d/x' % n: '' for n in range(20)}), 'X')
+        self.register(write(self.tmp / 'ds', {'data/%02d/x' % n: '' for n in range(20)}))
         self.fails_with('it has too many partitions for one archive; gather them', 'push X')
         self.assertEqual(self.requests('PUT') + self.requests('POST'), [])
 
     def test_parts_are_sent_while_packing_goes_on(self):
         write(self.tmp / 'ds', {'data/train/%d' % n: noise(4 * UNIT, n) for n in range(12)})
-        self.etc('register', write(self.tmp / 'ds', {'data/train/last': 'x'}), 'X')
+        self.register(write(self.tmp / 'ds', {'data/train/last': 'x'}))
         sent = []
 
         def wait():
@@ -2763,7 +2766,7 @@ class S3Kinds(S3Case):
 
     def setUp(self):
         super().setUp()
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
 
     def behind_proxy(self):
         """Let the server stand for any host."""
@@ -2920,7 +2923,7 @@ class S3Kinds(S3Case):
         self.fails_with("set this machine's clock", 'ls -r')
 
     def test_headers_that_are_asked_for(self):
-        self.etc('register', self.large(9 * MIB, 'big'), 'Big')
+        self.register(self.large(9 * MIB, 'big'), 'Big')
         names = ('x-amz-server-side-encryption', 'x-amz-server-side-encryption-aws-kms-key-id', 'x-amz-storage-class',
                  'x-amz-acl')
         key = 'arn:aws:kms:eu-west-1:1:key/k'
@@ -3114,8 +3117,8 @@ class GsCase(Case):
 class GsRemote(Scaled, BucketSuite, GsCase):
     def test_answers_that_are_not_understood(self):
         """A push is done if the store says so, or if what is there is right."""
-        self.etc('register', small(self.tmp / 'ds'), 'X')
-        self.etc('register', self.large(17 * UNIT, 'large'), 'Y')
+        self.register(small(self.tmp / 'ds'))
+        self.register(self.large(17 * UNIT, 'large'), 'Y')
         start = b'{"name": "some/prefix/X.tgz"'
         for body in (b'{}', b'', PORTAL, b'[]', b'{"name": "some/prefix/Z.tgz", "generation": "5", "size": "7"}',
                      start + b', "size": "7"}', start + b', "generation": "5"}',
@@ -3150,7 +3153,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
 
     def test_accounts_that_may_only_create(self):
         """The condition of the write decides where storage.objects.get is missing."""
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         self.server.fault = lambda h: h.command == 'GET' and h.problem(403, 'no storage.objects.get access')
         self.etc('push X')
         self.fails_with('cannot read it to compare', 'push X')
@@ -3165,7 +3168,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         self.assertIsNone(self.server.log[-1][2].get('Authorization'))
 
     def test_public(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         self.settings['public'] = self.server.uniform = True
         self.fails_with('allUsers', 'push X')
         self.server.uniform = False
@@ -3173,7 +3176,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         self.assertEqual(self.server.objects['some/prefix/X.tgz'][2]['predefinedAcl'], 'publicRead')
 
     def test_cut_uploads_go_on_where_they_were(self):
-        self.etc('register', self.large(30 * UNIT), 'X')
+        self.register(self.large(30 * UNIT))
         skip_pauses(self)
         rng = random.Random(9)
         for trial in range(4):
@@ -3188,7 +3191,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
     def test_uploads_that_fail(self):
         """Nothing is left."""
         skip_pauses(self)
-        self.etc('register', self.large(17 * UNIT), 'X')
+        self.register(self.large(17 * UNIT))
         for what, place, answer, problem in (
                 ('it takes nothing', 'bytes', lambda h: h.answer(308), 'takes no more'),  # to some servers a redirect
                 ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.problem(403, 'no'), 'answers 403: no;')):
@@ -3198,7 +3201,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                 self.assertEqual((self.server.uploads, self.server.objects), ({}, {}))
 
     def test_md5(self):
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         self.server.garble = True
         self.fails_with('did not arrive', 'push X')
         self.assertEqual(self.server.objects, {})
@@ -3429,7 +3432,7 @@ class GoogleCredentials(GoogleCase):
         other.cuts, other.token, other.finished = [], None, {}
         self.server.fault = lambda h: h.command == 'POST' and h.answer(
             200, b'', {'Location': other.url + '/session?upload_id=1'})
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         self.fails_with('answers 404', 'push X')
         self.assertEqual({headers.get('Authorization') for _, _, headers in other.log}, {None})
 
@@ -3469,11 +3472,11 @@ class WebSuite(Scaled):
         self.share = self.tmp / ('www' + self.path)
         self.share.mkdir(parents=True)
         self.start()
-        self.etc('register', write(small(self.tmp / 'ds'), {'data/train/large': noise(9 * UNIT)}), 'X')
+        self.register(write(small(self.tmp / 'ds'), {'data/train/large': noise(9 * UNIT)}))
         self.etc('push X', url=self.share.as_uri())
 
     def test_round_trip(self):
-        self.etc('register', odd(self.tmp / 'odd'), 'Odd')
+        self.register(odd(self.tmp / 'odd'), 'Odd')
         self.etc('push Odd', url=self.share.as_uri())
         write(self.share, {'other.txt': 'x', 'not a dataset.tgz': 'x', 'sub/Inner.tgz': 'x'})
         with tarfile.open(str(self.share / 'foreign.tgz'), 'w:gz', compresslevel=1) as tar:
@@ -3490,7 +3493,7 @@ class WebSuite(Scaled):
 
     def test_read_only(self):
         write(self.tmp / 'ds', {'data/train/new': ''})
-        self.etc('register', self.tmp / 'ds', 'Y')
+        self.register(self.tmp / 'ds', 'Y')
         before = tree(self.share)
         only = 'can only be read; to push or purge, set a url that begins with s3://, gs:// or file://\n'
         for words, problem in (('push -f X', only), ('push Y', only), ('push X', "another 'X' is in"),
@@ -3638,7 +3641,7 @@ class Rfc9110(Scaled, S3Case):
     def setUp(self):
         super().setUp()
         root = write(self.tmp / 'ds', {'data/train/x': noise(9 * UNIT), 'data/test/y': 'y', 'README.md': '# Hi'})
-        self.etc('register', root, 'X')
+        self.register(root)
 
     def round_trip(self):
         self.etc('push -f X')
@@ -4524,7 +4527,7 @@ class AwsRenewal(AwsCase):
                 self.begin_to_fail(503)
             return 'partNumber=2' in handler.path and handler.error(403, 'AccessDenied')
         self.server.fault = fault
-        self.etc('register', self.large(12 * MIB), 'X')
+        self.register(self.large(12 * MIB))
         self.fails_with('AccessDenied', 'push X')
         self.assertEqual((self.server.uploads, set(self.signers())), ({}, {INSTANCE}))
 
@@ -4649,10 +4652,10 @@ class MotoIdentity(Case):
         users = {name: self.user(name, actions) for name, actions in (
             ('reader', reading), ('writer', reading + writing), ('remover', reading + ['s3:DeleteObject']))}
         self.be_strict()
-        self.etc('register', small(self.tmp / 'small'), 'X')
-        self.etc('register', write(self.tmp / 'ds', {'data/train/x': noise(40 * MIB), 'data/test/y': 'y'}), 'Y')
+        self.register(small(self.tmp / 'small'))
+        self.register(write(self.tmp / 'ds', {'data/train/x': noise(40 * MIB), 'data/test/y': 'y'}), 'Y')
         write(self.tmp / 'ds2', {'data/train/x': noise(40 * MIB), 'data/test/y': 'other'})
-        self.etc('register', self.tmp / 'ds2', 'Z')
+        self.register(self.tmp / 'ds2', 'Z')
         for user, commands, lacking in (
                 ('reader', (), 'push X needs s3:PutObject'),
                 ('writer', ('push X', 'push Y Z', 'push -f Y'), 'purge -r -f X needs s3:DeleteObject'),
@@ -4676,7 +4679,7 @@ class MotoIdentity(Case):
         write(self.tmp / '.aws', {'config': '[profile top]\nsource_profile = mid\n' + ROLE + 'top\n[profile mid]\n'
                                             'credential_source = Environment\n' + ROLE + 'mid\n'})
         os.environ.update((name.upper(), value) for name, value in key.items())
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         self.fails_with('AccessDenied', 'push X')
         self.settings['aws_profile'] = 'top'
         self.etc('push X')
@@ -4734,7 +4737,7 @@ class Signature(S3Case):
         self.url = "s3://bucket/a b+~\u00e9//.=&%$'%41(*:@Z-_\u65e5"
         self.settings.update(region='eu-west-3', aws_session_token='to/ken+=', public=True, storage_class='STANDARD_IA',
                              request_payer='requester')
-        self.etc('register', small(self.tmp / 'ds'), 'X')
+        self.register(small(self.tmp / 'ds'))
         for host in ('http://127.0.0.1:9000', 'http://h:80', 'https://h', 'https://h:443', 'https://h:8443'):
             with self.subTest(host):
                 self.settings['endpoint_url'] = host
@@ -5243,7 +5246,7 @@ class Links(S3Case):
         self.serve(Server(SlowBodies, self))
         self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
         self.server.slow = slow
-        self.etc('register', self.large(size), 'X')
+        self.register(self.large(size))
 
     def test_slow_uplink(self):
         """A link on which a block takes longer than the time-out, but is never silent for so long."""
@@ -5255,7 +5258,7 @@ class Links(S3Case):
     def test_answers_in_any_order(self):
         """Each byte is asked for once, by no more connections than are allowed, and all find their places."""
         root = self.large(22 * MIB)
-        self.etc('register', root, 'X')
+        self.register(root)
         now, most = set(), set()
 
         def fault(handler):
@@ -5309,7 +5312,7 @@ class Links(S3Case):
     def test_requests(self):
         """How many requests the commands make at most."""
         self.share(small(self.tmp / 'ds'))
-        self.etc('register', write(self.tmp / 'large', {'data/train/x': noise(9 * MIB), 'README.md': 'large'}), 'Large')
+        self.register(write(self.tmp / 'large', {'data/train/x': noise(9 * MIB), 'README.md': 'large'}), 'Large')
         rows = '6 push Large, 1 push Large, 1 info -r X, 2 info -r Large, 1 diff X -r X, 2 diff -r Large -r Large, ' \
                '1 ls -r, 3 ls -r -l, 2 ls -r --json L*, 0 purge X, 1 pull X'
         for row in rows.split(', '):
@@ -5344,7 +5347,7 @@ class Links(S3Case):
                 self.assertEqual(len(asked), 1)
 
     def test_lost_upload(self):
-        self.etc('register', self.large(12 * MIB), 'X')
+        self.register(self.large(12 * MIB))
         self.server.fault = lambda handler: 'partNumber=2' in handler.path and self.server.uploads.clear()
         self.assertRegex(self.etc('push X', status=1)[1], 'NoSuchUpload.*has removed the upload meanwhile; push ')
 
@@ -5352,7 +5355,7 @@ class Links(S3Case):
         """Where one idle connection is dead, so are the others."""
         self.settings['connections'] = 4
         stand_in(self, etc, '_TIMEOUT', 1.5)
-        self.etc('register', self.large(25 * MIB), 'X')
+        self.register(self.large(25 * MIB))
         known, silent = set(), []
 
         def fault(handler):
@@ -5895,7 +5898,7 @@ class Receipts(Shell, Case):
     def test_believed_of_no_other(self):
         self.etc('pull -p test X')
         shutil.copytree(self.here, 'home/Y')
-        self.etc('register', self.here, 'Z')
+        self.register(self.here, 'Z')
         write('.', {'two/X': ('->', str(self.tmp / 'home/X'))})
         for name, home in (('Y', 'home'), ('Z', 'home'), ('X', 'two')):
             with self.subTest(name, home=home):
@@ -6138,7 +6141,7 @@ class PushReuse(Scaled, Shell, S3Case):
         self.settings['compression_level'] = 0  # so that names can be found in the archive
         self.old = write('old', {'data/test/y': noise(11 * UNIT, 2), 'data/train/x': noise(12 * UNIT, 1),
                                             'data/val/z': noise(11 * UNIT, 3), 'README.md': 'one', 'assets/a': 'a'})
-        self.etc('register', self.old, 'Old')
+        self.register(self.old, 'Old')
         if not self.archive:
             self.etc('push Old')
             self.archive.append(self.server.objects['some/prefix/Old.tgz'])
@@ -6182,7 +6185,7 @@ class PushReuse(Scaled, Shell, S3Case):
         return [path for _, path, headers in self.server.log if headers['x-amz-copy-source']]
 
     def test_what_is_new_is_sent(self):
-        self.etc('register', self.old, 'Renamed')
+        self.register(self.old, 'Renamed')
         for name in 'New', 'Renamed':
             with self.subTest(name):
                 sent, err = self.pushed(name)
@@ -6204,7 +6207,7 @@ class PushReuse(Scaled, Shell, S3Case):
         self.etc('push New')
         self.change('data/train/x', noise(12 * UNIT, 5))
         self.change('data/more/m', noise(UNIT, 6))
-        self.etc('register', self.new, 'Third')
+        self.register(self.new, 'Third')
         sent, err = self.pushed('Third')
         self.assertTrue(13 < sent < 22, sent)
         self.assertIn('; 1.44 MB were there already', err)
@@ -6220,7 +6223,7 @@ class PushReuse(Scaled, Shell, S3Case):
                 sent, err = self.pushed(words)
                 self.assertTrue(34 < sent < 35, sent)
                 self.assertNotIn('already', err)
-        self.etc('register', write('less', {'data/x/x': noise(16 * UNIT, 2)}), 'Less')
+        self.register(write('less', {'data/x/x': noise(16 * UNIT, 2)}), 'Less')
         self.pushed('Less')
         self.assertEqual([path for path in self.requests('GET') if 'Old' in path], [], 'it is not worth a look')
 
@@ -6541,7 +6544,7 @@ class Kills(Scaled, Shell, S3Case):
             root = write(version, dict(files, **{
                 'data/test/noise': noise(6 * UNIT, version), 'meta.json': '{"v": "%s"}' % version,
                 'data/train/00': 'shared'}))
-            self.etc('register', root, 'X', home='maker-' + version)
+            self.register(root, home='maker-' + version)
             self.etc('push X', home='maker-' + version, url=self.urls['file'])
             self.trees[version] = tree(root)
             self.archives[version] = Path('share/X.tgz').read_bytes()
@@ -7184,7 +7187,7 @@ class Progress(Shell, Case):
 
     def test_api(self):
         root = odd(Path('ds'), 20)
-        self.etc('register', root, 'X')
+        self.register(root)
         size = etc.info('X', config=self.config())['size']
         self.assertEqual(self.told(etc.push, 'X'), size)
         with tarfile.open('share/Foreign.tgz', 'w:gz') as tar:
@@ -7366,7 +7369,7 @@ supported)
 class People(Shell, Case):
     def test_lists(self):
         root = small('ds').resolve()
-        self.etc('register', root, 'Registered')
+        self.register(root, 'Registered')
         self.etc('register --copy', root, 'C')
         self.assertEqual(self.etc('ls -l')[0].splitlines(), [
             'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest,
@@ -7497,7 +7500,7 @@ class Diff(Shell, Case):
     def test_partial(self):
         """What is not here counts, too, as the receipt knows it."""
         self.etc('pull -p test A', home='two')
-        self.etc('register', self.a, 'Y', home='two')
+        self.register(self.a, 'Y', home='two')
         same = dict.fromkeys(['.', '+', 'assets', 'data/test', 'data/train'], 'same')
         self.assertEqual(self.statuses('-r', 'A', 'A', home='two'), same)
         self.assertEqual(self.statuses('Y', 'A', home='two'), same)
@@ -7595,7 +7598,7 @@ class Refusals(Shell, Case):
     @unittest.skipUnless(sys.platform == 'linux', 'no /proc here')
     def test_few_threads(self):
         """Fewer are used where the system gives no more, and none while the interpreter ends."""
-        self.etc('register', odd(Path('ds'), 30), 'X')
+        self.register(odd(Path('ds'), 30))
         program = """
 started, start, lock = [0], threading.Thread.start, threading.Lock()
 def limited(thread):
@@ -7631,7 +7634,7 @@ threading.Thread.start = limited
 
     @POSIX
     def test_interrupted_while_threads_start(self):
-        self.etc('register', odd(Path('ds'), 30), 'X')
+        self.register(odd(Path('ds'), 30))
         program = """
 start, last = threading.Thread.start, int(sys.argv[1])
 def interrupted(thread):
@@ -7935,7 +7938,7 @@ sys.exit(status)
     def test_memory_is_flat(self):
         """With many files, which take one walk, in flat directories, and with large ones."""
         for name in 'Many', 'Flat', 'Large':
-            self.etc('register', write(name, {'data/train': None}), name)
+            self.register(write(name, {'data/train': None}), name)
         write('outside', {'%04d' % number: '' for number in range(1000)})
         write('Many', {'data/train/%03d' % number: ('->', str(self.tmp / 'outside')) for number in range(80)})
         for number in range(45000):
