@@ -104,11 +104,8 @@ extensions that it demands.
 # Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
 # in the functions that need them, so that `import etcetera` and shell completion stay fast.
 
-import collections
-import contextlib
 import copy
 import errno
-import functools
 import itertools
 import json
 import marshal
@@ -121,6 +118,9 @@ import struct
 import sys
 import time
 import zlib
+from collections import defaultdict, deque, namedtuple
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
     Any,
@@ -226,7 +226,7 @@ class _Console:
 
     def write(self, text: str) -> None:
         # stderr may be closed, None, or something that a notebook made. It escapes what its encoding lacks.
-        with contextlib.suppress(OSError, AttributeError, ValueError):
+        with suppress(OSError, AttributeError, ValueError):
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -321,7 +321,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _system_errors() -> Iterator[None]:
     """For a block of code, or as @_system_errors() for a function: errors of the system become an Error."""
     try:
@@ -337,7 +337,7 @@ def _system_errors() -> Iterator[None]:
         raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
 
 
-@contextlib.contextmanager
+@contextmanager
 def _refusals(error: Callable[[str, str], Error], directory: _Path, deed: str, remedy: str) -> Iterator[None]:
     """Raise this error where the system refuses to do something to a directory, and say who can help."""
     try:
@@ -621,7 +621,7 @@ class _Job:
 
     def wake(self) -> None:
         """Let the caller look at once."""
-        with contextlib.suppress(RuntimeError):  # there are news already
+        with suppress(RuntimeError):  # there are news already
             self.news.release()
 
     def add(self, count: int) -> None:
@@ -791,7 +791,7 @@ def _ordered(
         pool busy while the caller uses one.
     """
     has_room = has_room or (2 * pool.wanted).__gt__
-    pending: Any = collections.deque()
+    pending: Any = deque()
     keep = _cores()
     for item in items:
         while pending and (
@@ -972,7 +972,7 @@ def _segments(root: Path, surprises: Optional[_Surprises] = None) -> _Listing:
     for name, is_link in _partitions(root):
         segments['data/' + name] = [('data/' + name, is_link)]
     if surprises is None:
-        surprises = collections.defaultdict(list)
+        surprises = defaultdict(list)
     for path, items in segments.items():
         if re.match(_ODD_PARTITION, path):
             surprises['odd partitions'].append(path)
@@ -1072,7 +1072,7 @@ class _Survey:
         self.kept: Dict[str, List[bytes]] = {}  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.size = 0  # bytes of all files
-        self.surprises: _Surprises = collections.defaultdict(list)
+        self.surprises: _Surprises = defaultdict(list)
         count = 0
         for path, entries in _segments(root, self.surprises):
             files = size = 0
@@ -1286,7 +1286,7 @@ def _dataset_digest(segments: Iterable[_Segment]) -> str:
 
 def _hash(job: _Job, listing: _Listing) -> Mapping[str, bytes]:
     """Read all files of some segments; return the digests of the blocks of each, one after another, by its path."""
-    found: Dict[str, Any] = collections.defaultdict(bytearray)
+    found: Dict[str, Any] = defaultdict(bytearray)
     with _Pool(job, _cores()) as pool:
         for block in _process(job, pool, listing, len, is_all=True):
             found[block.path] += block.digest
@@ -1517,11 +1517,11 @@ def _libdeflate() -> Any:
     return None if os.environ.get('ETC_LIBDEFLATE') == '0' else _load_libdeflate()
 
 
-@functools.lru_cache(maxsize=None)
+@lru_cache(maxsize=None)
 def _load_libdeflate() -> Any:
     if sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
         return None
-    with contextlib.suppress(ImportError, OSError, AttributeError, StopIteration):
+    with suppress(ImportError, OSError, AttributeError, StopIteration):
         import ctypes
         library = ctypes.CDLL(next(filter(os.path.exists, _libdeflate_paths())))
         library.libdeflate_alloc_compressor.restype = ctypes.c_void_p
@@ -1798,7 +1798,7 @@ def _link_or_copy(source: str, target: str) -> None:
         file = os.open(target, _CREATE, mode | 0o200)  # with the x bit at once, as some disks have no chmod
         with open(source, 'rb') as original, open(file, 'wb') as copy:
             shutil.copyfileobj(original, copy, _BLOCK)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.chmod(target, mode)
 
 
@@ -1850,10 +1850,10 @@ class _Sink:
         except PermissionError:
             pass
         # Some network file systems do not open a new read-only file for writing.
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(path)
         file = os.open(path, _CREATE, mode | 0o200)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.chmod(path, mode)
         return file
 
@@ -1868,7 +1868,7 @@ class _Sink:
         file = self.create_file(name, is_executable)
         try:
             if size:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     os.ftruncate(file, size)
             for piece in pieces:
                 _write(file, piece)
@@ -1888,7 +1888,7 @@ class _Sink:
             raise self.link_error(name, ascii(target)[1:-1])
         self.links[name] = target
 
-    @contextlib.contextmanager
+    @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
         """Explain what the system refuses meanwhile, and make the links at the end.
 
@@ -2028,7 +2028,7 @@ class _SegmentReader(_Stream):
         """Write all of it, and return it as it was read. Raises Corrupt if it is not what was promised."""
         files = size = 0
         has_directory = False
-        for header in iter(functools.partial(self.read, _HEADER_SIZE), b''):
+        for header in iter(partial(self.read, _HEADER_SIZE), b''):
             name, kind, mode, length, link = self.parse(header)
             self.check_place(name)
             if kind == _DIRECTORY:
@@ -2161,7 +2161,7 @@ def _replay(
     cut.
     """
     root = work / 'new'
-    with contextlib.suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
+    with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
@@ -2366,7 +2366,7 @@ def _extract_member(
         if member.size > (stored << 10) + _SPARSE_ZEROS:
             raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
         source = tar.extractfile(member)
-        pieces = iter(functools.partial(source.read, _BLOCK), b'')
+        pieces = iter(partial(source.read, _BLOCK), b'')
         sink.write_file(name, bool(member.mode & 0o100), pieces)
     elif member.isdev():
         raise Corrupt(f"the archive holds '{name}', a device or pipe", 'do not trust it')
@@ -2520,7 +2520,7 @@ class _Http:
         self.job = job
         self.ca_bundle = ca_bundle
         self.direct = direct
-        self.idle: Dict[str, Any] = collections.defaultdict(list)  # kept connections, by site
+        self.idle: Dict[str, Any] = defaultdict(list)  # kept connections, by site
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection
         self.answered: Set[str] = set()  # sites that have answered
         job.at_end.append(self.interrupt)
@@ -2536,7 +2536,7 @@ class _Http:
         for connection in list(self.busy):
             connection.is_cut = True
             # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
-            with contextlib.suppress(OSError, TypeError):
+            with suppress(OSError, TypeError):
                 socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -2606,7 +2606,7 @@ class _Http:
         self.busy[connection] = request
         try:
             response = self.send(connection, request, patience)
-            with contextlib.closing(response):  # or it would keep the socket open
+            with closing(response):  # or it would keep the socket open
                 body = self.receive(connection, response, request)
                 is_reusable = response.isclosed() and not response.will_close
             is_success = response.status < 400
@@ -2632,7 +2632,7 @@ class _Http:
     def connection(self, site: str) -> Any:
         """A kept connection, or a new one, which send() connects."""
         import http.client
-        with contextlib.suppress(IndexError):
+        with suppress(IndexError):
             connection = self.idle[site].pop()
             if time.monotonic() - connection.idle_since < _IDLE:
                 return connection
@@ -2681,12 +2681,12 @@ class _Http:
             # Let the system not take megabytes that a slow link has yet to send: a server's silence meanwhile would
             # look like a fault. Python 3.6 lacks the name; 25 is the option's number in Linux, and of none elsewhere.
             unsent = getattr(socket, 'TCP_NOTSENT_LOWAT', 25)
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 connection.sock.setsockopt(socket.IPPROTO_TCP, unsent, _SLICE)
         connection.sock.settimeout(patience)
         connection.job.add(0)  # or before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
-        with contextlib.suppress(ConnectionError):
+        with suppress(ConnectionError):
             connection.request(request.method, target, headers=headers)
             for chunk in request.body:
                 view = memoryview(chunk)
@@ -2801,7 +2801,7 @@ def _check_address(url: str) -> str:
     """The site of a URL. Raises RemoteError if no request can be sent there."""
     from ipaddress import ip_address
     match = re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url)
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if match:
             ip_address(match.group(1) or '::')  # urlsplit() checks it only from Python 3.11 on
             return _site(url)
@@ -3256,7 +3256,7 @@ def _aws_sections() -> Dict[str, _Texts]:
     A setting among the indented lines below another one is called OUTER.INNER.
     """
     import configparser
-    sections: Dict[str, _Texts] = collections.defaultdict(dict)
+    sections: Dict[str, _Texts] = defaultdict(dict)
     for file, variable in (
             ('config', 'AWS_CONFIG_FILE'),
             ('credentials', 'AWS_SHARED_CREDENTIALS_FILE'),
@@ -3319,7 +3319,7 @@ def _ask_metadata(http: _Http, request: _Request) -> _Reply:
     client = _Http(
         http.job, http.ca_bundle, direct=True)
     request = request._replace(limit=_TOKEN_LIMIT, timeout=2)
-    with contextlib.closing(client):
+    with closing(client):
         try:
             reply = client.request(lambda: request)
         except RemoteError as e:
@@ -3341,7 +3341,7 @@ def _word(reply: _Reply) -> str:
     return text if is_word else ''
 
 
-@contextlib.contextmanager
+@contextmanager
 def _optional_library(
         source: str,
         remedy: str
@@ -3956,7 +3956,7 @@ class _BucketStore(_HttpStore):
                 raise NotFound
             return self.prepare(request)
 
-        with contextlib.suppress(NotFound):
+        with suppress(NotFound):
             reply = self.http.request(prepare, self.judge)
             if reply.status < 300:
                 return reply.headers
@@ -4014,7 +4014,7 @@ def _md5() -> Any:
     import hashlib
     md5: Any = hashlib.md5
     for options in ({'usedforsecurity': False}, {}):  # the former is a TypeError up to Python 3.8
-        with contextlib.suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError):
             return md5(**options)
     return None
 
@@ -4042,7 +4042,7 @@ class _FileRemote(_Remote):
         else:
             path = unquote(path, sys.getfilesystemencoding(), 'surrogateescape')
         self.root = _check_path(path)
-        self.refusals = functools.partial(
+        self.refusals = partial(
             _refusals, RemoteError, self.root)
         self.is_public = config.public
 
@@ -4067,14 +4067,14 @@ class _FileRemote(_Remote):
         return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             return _file_object(name, self.path(name))
         return None
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. A tool that writes into the file meanwhile changes its time."""
         refusals = self.refusals(f"read '{obj.name}' in", 'ask who pushed it to let you read it')
-        with refusals, contextlib.suppress(FileNotFoundError):
+        with refusals, suppress(FileNotFoundError):
             with open(self.path(obj.name), 'rb') as file:
                 file.seek(start)
                 data = file.read(stop - start)
@@ -4101,19 +4101,19 @@ class _FileRemote(_Remote):
         except FileExistsError:
             raise _NameTaken from None
         finally:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.unlink(new)
 
     def make_directory(self, path: str) -> None:
         if not os.path.isdir(path):
             self.make_directory(os.path.dirname(path))
-            with contextlib.suppress(FileExistsError):  # another push was faster
+            with suppress(FileExistsError):  # another push was faster
                 os.mkdir(path)
                 self.publish(path, 0o555)
 
     def publish(self, path: str, bits: int) -> None:
         """Let everyone read what is to be public; warn if not all can read it who can list the directory."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if self.is_public:
                 os.chmod(path, os.stat(path).st_mode | bits)
             elif os.stat(self.root).st_mode & ~os.stat(path).st_mode & 0o044 and os.name == 'posix':
@@ -4125,7 +4125,7 @@ class _FileRemote(_Remote):
         if not exclusive:
             os.replace(new, path)
             return
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.link(new, path)
             os.unlink(new)
             return
@@ -4145,11 +4145,11 @@ class _FileRemote(_Remote):
         aside = self.hidden_path(obj.name)
         remedy = "ask the file's owner to remove it, or the directory's owner for write access"
         with self.refusals(f"remove '{obj.name}' from", remedy):
-            with contextlib.suppress(FileNotFoundError):  # another purge was faster
+            with suppress(FileNotFoundError):  # another purge was faster
                 if self.is_current(obj):
                     os.rename(path, aside)
                     if _file_object(obj.name, aside) != obj:
-                        with contextlib.suppress(FileExistsError):  # a still newer one has come
+                        with suppress(FileExistsError):  # a still newer one has come
                             self.place(aside, path, exclusive=True)
                         raise self.overtaken_error(obj)
                     os.unlink(aside)
@@ -4159,7 +4159,7 @@ class _FileRemote(_Remote):
         """Remove what killed commands left behind."""
         latest = time.time() - _FILE_REMNANTS
         for item in os.scandir(self.root):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 is_ours = re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name)
                 if is_ours and item.stat().st_mtime < latest:
                     os.unlink(item.path)
@@ -4347,7 +4347,7 @@ class _S3Remote(_BucketStore):
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers=headers, body=[manifest])
         except BaseException:  # abandoned parts are billed
-            with contextlib.suppress(RemoteError):
+            with suppress(RemoteError):
                 self.ask('DELETE', f'{url}?{query}', 404,
                          tries=_LAST_TRIES, is_vital=True)
             raise
@@ -4575,13 +4575,13 @@ class _GsRemote(_BucketStore):
 
         try:
             with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
-                send = functools.partial(self.send_part, session)
+                send = partial(self.send_part, session)
                 *_, answer = _ordered(
                     pool, send, parts())
         except BaseException:
             abort = _Request(
                 'DELETE', session, tries=1, is_vital=True)
-            with contextlib.suppress(RemoteError):
+            with suppress(RemoteError):
                 self.http.request(lambda: abort)
             raise
         generation = str(answer.get('generation', ''))
@@ -4717,7 +4717,7 @@ class _WebRemote(_HttpStore):
                 method, url, *accept, *_REDIRECTS, **more)
             if reply.status not in _REDIRECTS:
                 return reply
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 location = reply.headers.get('Location') or ''
                 target = urljoin(url, location)
                 if url.startswith('https:') and not target.startswith('https:'):
@@ -4741,7 +4741,7 @@ class _WebRemote(_HttpStore):
         names = set()
         links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
         for link in re.findall(links, page):
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 address = unescape(link.strip('"\''))
                 target = unquote(urljoin(self.base, address))
                 names.add(self.name_of(target))
@@ -4753,7 +4753,7 @@ class _WebRemote(_HttpStore):
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
-        with contextlib.suppress(RemoteError):
+        with suppress(RemoteError):
             url = self.address(name)
             reply = self.ask('HEAD', url, *_MISSING)
             return None if reply.status in _MISSING else self.describe(name, reply)
@@ -4791,7 +4791,7 @@ class _WebRemote(_HttpStore):
 
 # All kinds -----------------------------------------------------------------------------
 
-@contextlib.contextmanager
+@contextmanager
 def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
     """The remote that `url` names. What is said of the url says where it was set."""
     kinds = {
@@ -4810,7 +4810,7 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
         if not kind:
             raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}",
                               f"did you mean 'file://{url}'?" if url[0] == '/' else '')
-        with contextlib.closing(kind(config, job)) as remote:
+        with closing(kind(config, job)) as remote:
             yield remote
     except Error as e:
         if config._url_source:
@@ -4864,7 +4864,7 @@ class _Home:
 
     def names(self) -> List[str]:
         """The names of the datasets that are here, sorted."""
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             names = filter(_is_name, os.listdir(self.root))
             return sorted(name for name in names if _is_dataset(self.root / name))
         return []
@@ -4872,7 +4872,7 @@ class _Home:
     def abandoned(self) -> Iterator[Path]:
         """What processes worked on when they died, or have left on purpose, without what they had set aside."""
         for work in list(self.inner.glob('*@*@[0-9]*@*')):
-            with contextlib.suppress(OSError):  # another process was faster
+            with suppress(OSError):  # another process was faster
                 if not _is_alive(work):
                     self.settle(work)
                     yield work
@@ -4929,17 +4929,17 @@ class _Place(_Home):
 
     # Work under way
 
-    @contextlib.contextmanager
+    @contextmanager
     def lock(self, job: _Job) -> Iterator[None]:
         """Let one process at a time work on this dataset, if the system can. It only saves work."""
         path = self.inner / 'locks' / self.name
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
+        with ExitStack() as stack:
+            with suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
                 import fcntl
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(open(path, 'ab'))
                 for attempt in itertools.count():
-                    with contextlib.suppress(BlockingIOError, PermissionError):
+                    with suppress(BlockingIOError, PermissionError):
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as waiting would stop green threads
                         break
                     if not attempt:
@@ -4947,7 +4947,7 @@ class _Place(_Home):
                     job.sleep(_TICK)
             yield
 
-    @contextlib.contextmanager
+    @contextmanager
     def installing(self, replace: bool = False) -> Iterator[None]:
         """Let `new` be filled, which vanishes at the end if commit() did not give it the dataset's name.
 
@@ -4959,7 +4959,7 @@ class _Place(_Home):
             try:
                 self.clear()
                 _make_movable(self.path)
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     if replace and not self.set_aside(self.inner):  # has no effect, as that is not empty
                         raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
                                     f"run 'etc purge {self.name}' first")
@@ -4995,7 +4995,7 @@ class _Place(_Home):
                 keep = grace if is_same else _GRACE
             elif not is_same and _resumable(work):
                 keep = _RESUMABLE
-            with contextlib.suppress(OSError):  # another process was faster
+            with suppress(OSError):  # another process was faster
                 if _age(work) < keep:
                     continue
                 claimed = self.work / work.name
@@ -5018,7 +5018,7 @@ class _Place(_Home):
         _flush(self.new)
         self.forget()
         while self.replace or not os.path.lexists(self.path):
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 if self.replace:
                     os.rename(self.path, self.work / 'old')
             try:
@@ -5071,7 +5071,7 @@ class _Place(_Home):
 
     def keeps_x_bits(self) -> bool:
         """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
-        with contextlib.suppress(OSError):  # as in a store that can only be read
+        with suppress(OSError):  # as in a store that can only be read
             os.close(os.open(self.work, _CREATE, 0o755))
             executable = self.work.stat().st_mode
             plain = (self.path / _RECEIPT).stat().st_mode
@@ -5098,7 +5098,7 @@ class _Place(_Home):
             here = _digests(receipt.here()).items()
             same = dict(here & wanted.items() - linked.items())
             linked.update(same)
-            with contextlib.suppress(InvalidDataset, OSError):  # as where it is being removed
+            with suppress(InvalidDataset, OSError):  # as where it is being removed
                 listing = _segments(source) if same else ()
                 for _, entries in _only(same, listing):
                     for entry in entries:
@@ -5111,7 +5111,7 @@ class _Place(_Home):
                         else:
                             _link_or_copy(entry.source, target)
         sound: Dict[str, str] = {}
-        with contextlib.suppress(Error, OSError):
+        with suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
             here = _digests(found).items()
             sound = dict(here & linked.items())
@@ -5207,7 +5207,7 @@ def _host() -> str:
     """This machine and, on Linux, the container: where a process number means one process."""
     import socket
     words = [socket.gethostname()]
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         words.append(os.readlink('/proc/self/ns/pid'))
         machine = Path('/etc/machine-id').read_text()
         words.append(machine[:8])
@@ -5233,7 +5233,7 @@ def _flush(directory: Path) -> None:
 
 def _make_movable(path: _Path) -> None:
     """Let a read-only directory be renamed, which otherwise only root can."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if not os.path.islink(path):
             mode = stat.S_IMODE(os.stat(path).st_mode)
             os.chmod(path, mode | 0o700)
@@ -5300,7 +5300,7 @@ class _Archive:
             if self.read(0, length) == block[:_FIELD_OFFSET]:
                 raise Corrupt('the archive is damaged: its index is missing')
 
-    @contextlib.contextmanager
+    @contextmanager
     def labelled(self) -> Iterator[None]:
         """Say in errors which archive it is that is damaged or unsafe."""
         try:
@@ -5397,7 +5397,7 @@ class _Archive:
         else:
             whole = 0, self.obj.size
             chunks = self.read_ahead([whole])
-            with self.labelled(), contextlib.closing(chunks):
+            with self.labelled(), closing(chunks):
                 with _Pool(self.job, 1) as pool:
                     _extract_foreign(chunks, place.new, pool)
         _validate(place.new, self.label)
@@ -5443,13 +5443,13 @@ class _Archive:
                 if before[1] == span[0]:  # one request may read both
                     span[0] = before[1] = before[0]
             chunks = self.read_ahead(spans)
-            with contextlib.closing(chunks):
+            with closing(chunks):
                 yield from _inflate_blocks(pool, chunks, rest)
 
         sink = _Sink(work / 'new')
         pool = _Pool(self.job, _cores())
         with self.labelled(), pool:
-            with contextlib.closing(blocks()) as found:
+            with closing(blocks()) as found:
                 _extract(found, promised, sink, work / 'journal', head)
 
     def receipt(self, installed: Set[str]) -> _Receipt:
@@ -5478,7 +5478,7 @@ def _existing(
     if obj:
         return obj
     remedy = 'check the name and the url'
-    with contextlib.suppress(_Unlisted):
+    with suppress(_Unlisted):
         names = (other.name for other in remote.list())
         remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
     raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
@@ -5521,7 +5521,7 @@ def _find_copies(
     archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
     """
     def look(obj: _Object) -> List[_Source]:
-        with contextlib.suppress(Error):
+        with suppress(Error):
             archive = _find(hasty, obj.name)
             return [
                 (archive, segment) for segment in archive.segments
@@ -5530,7 +5530,7 @@ def _find_copies(
 
     def is_sound(source: _Source) -> bool:
         archive, segment = source
-        with contextlib.suppress(Error):
+        with suppress(Error):
             digests = read[segment.path]
             return archive.read_ends(segment) == [digests[:32], digests[-32:]]
         return False
@@ -5574,7 +5574,7 @@ def _send(
 
     def chunks() -> Iterator[_Chunk]:
         rest = survey.segments.keys() - copies.keys()
-        compress = functools.partial(_compress, level)
+        compress = partial(_compress, level)
         listing = _only(rest, survey.listing())
         blocks = _process(job, pool, listing, compress)
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
@@ -5709,7 +5709,7 @@ def _list(
                 _say(str(e), _WARNING)
             return _describe(item, segments)
 
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             items: Iterable[Any]
             if remote:
                 store = stack.enter_context(_open_remote(config, job))
@@ -5863,7 +5863,7 @@ def diff(
 
     def work(job: _Job) -> _Row:
         found: _Row = {'segments': {}}
-        known: Any = collections.defaultdict(dict)  # segments by path and side
+        known: Any = defaultdict(dict)  # segments by path and side
         for side, place, is_remote in sides:
             segments = _find_segments(job, place, is_remote)
             place.check(segments)
@@ -6057,7 +6057,7 @@ def push(
         with _open_remote(place.config, job) as store:
             if force or not _is_stored(store, local):
                 store.check_writable()
-                with contextlib.suppress(_NameTaken):
+                with suppress(_NameTaken):
                     level = place.config.compression_level
                     segments, copies = _write_archive(
                         store, local, not force, level)
@@ -6145,7 +6145,7 @@ def register(
             _symlink(root, place.new, "'etc register --copy' installs a copy")
             place.commit()
         _say(f"registered '{place.name}': {root}")
-        with contextlib.suppress(InvalidDataset, OSError):  # which a push will tell
+        with suppress(InvalidDataset, OSError):  # which a push will tell
             _Survey(root).warn(place.name)
         return place.open()
 
@@ -6367,7 +6367,7 @@ def _meter(what: str) -> _Progress:
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
-    marks: Any = collections.deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
+    marks: Any = deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
 
     def show(done: int, total: int) -> None:
         if done == total:  # and the next line tells of the end
@@ -6382,7 +6382,7 @@ def _meter(what: str) -> _Progress:
             rate = (done - before) / (now - since)
             line += f'  {_duration((total - done) / rate)} left  {_size(rate)}/s'
         columns = 80
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             size = os.get_terminal_size(sys.stderr.fileno())
             columns = size.columns or columns
         _console.show_progress(line[:columns - 1])
@@ -6538,7 +6538,7 @@ def _confirm_removal(what: str) -> None:
 # doing: what the line of progress begins with
 # usage: its words and flags; NAME... lets it run once for each
 # help: what it does, and examples
-_Command = collections.namedtuple('_Command', 'run doing usage help')
+_Command = namedtuple('_Command', 'run doing usage help')
 
 _FLAGS = '''
 [-f]            -f --force      replace a different dataset of that name; with purge -r: do not ask
@@ -6665,7 +6665,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
     """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
     import argparse
     hidden = argparse.SUPPRESS
-    new_parser: Any = functools.partial(
+    new_parser: Any = partial(
         argparse.ArgumentParser,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=hidden)
@@ -6687,7 +6687,7 @@ def _parser(argv: Sequence[str] = ()) -> Any:
 
 
 def _add_flags(parser: Any, usage: str) -> None:
-    parser.error = functools.partial(_fail, parser.prog)
+    parser.error = partial(_fail, parser.prog)
     # The common ones may precede a command or follow it.
     parser.usage = f'{parser.prog} {usage} [--config FILE] [--url URL] [--home DIR] [-q] [-v]'
     rows = re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS)
@@ -6790,7 +6790,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         raise KeyboardInterrupt(number)
 
     try:
-        with contextlib.suppress(ValueError):  # only the main thread may do so
+        with suppress(ValueError):  # only the main thread may do so
             hang_up = getattr(signal, 'SIGHUP', signal.SIGTERM)  # which Windows has not
             for number in (signal.SIGINT, signal.SIGTERM, hang_up):
                 if signal.getsignal(number) in usual:
