@@ -389,6 +389,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.server.sent += len(body)
 
+    def give(self, data, headers):
+        """Answer with all of this, or with the range that is asked for."""
+        if 'Range' not in self.headers:
+            return self.answer(200, data, headers)
+        start, stop = asked_range(self.headers, len(data))
+        if start >= stop:
+            return self.error(416, 'InvalidRange')
+        headers['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
+        self.answer(206, data[start:stop], headers)
+
 
 class SignedHandler(Handler):
     """Checks signatures."""
@@ -472,13 +482,7 @@ class S3Handler(SignedHandler):
         headers = {'ETag': etag, 'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT'}
         if self.server.conditions and self.headers.get('If-Match', etag) != etag:
             return self.error(412, 'PreconditionFailed')
-        if 'Range' not in self.headers:
-            return self.answer(200, data, headers)
-        start, stop = asked_range(self.headers, len(data))
-        if start >= stop:
-            return self.error(416, 'InvalidRange')
-        headers['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
-        self.answer(206, data[start:stop], headers)
+        self.give(data, headers)
 
     s3_head = s3_get
 
@@ -2982,8 +2986,8 @@ class S3Kinds(S3Case):
 class GsHandler(Handler):
     """Google Cloud Storage's JSON API, as https://cloud.google.com/storage/docs/json_api/v1 describes it."""
 
-    def problem(self, status, message):
-        self.json({'error': {'code': status, 'message': message}}, status)
+    def error(self, status, message, headers=()):
+        self.json({'error': {'code': status, 'message': message}}, status, headers)
 
     def handle_one(self):
         server = self.server
@@ -3005,7 +3009,7 @@ class GsHandler(Handler):
         if path == '/session':  # whoever has its address may go on
             assert 'Authorization' not in self.headers
         elif server.token and self.headers.get('Authorization') != 'Bearer ' + server.token:
-            return self.problem(403 if 'Authorization' not in self.headers else 401, 'who are you?')
+            return self.error(403 if 'Authorization' not in self.headers else 401, 'who are you?')
         with server.lock:
             if path == '/session':
                 return self.session(body)
@@ -3013,7 +3017,7 @@ class GsHandler(Handler):
                 return self.start()
             parts = path.split('/')
             if parts[:6] != ['', 'storage', 'v1', 'b', 'bucket', 'o']:
-                return self.problem(404, 'The specified bucket does not exist.')
+                return self.error(404, 'The specified bucket does not exist.')
             if len(parts) == 6:
                 return self.list()
             self.object(urllib.parse.unquote(parts[6]))
@@ -3040,9 +3044,9 @@ class GsHandler(Handler):
         if not found or self.query.get('generation', found[1]) != found[1]:
             found = self.server.old.get((name, self.query.get('generation')))
         if not found:
-            return self.problem(404, 'No such object')
+            return self.error(404, 'No such object')
         if self.server.conditions and self.query.get('ifGenerationMatch', found[1]) != found[1]:
-            return self.problem(412, 'conditionNotMet')
+            return self.error(412, 'conditionNotMet')
         if self.command == 'DELETE':
             if self.server.versioned:
                 self.server.old[name, found[1]] = found
@@ -3050,19 +3054,14 @@ class GsHandler(Handler):
             return self.answer(204)
         if self.query.get('alt') != 'media':
             return self.json(self.resource(name, found))
-        start, stop = asked_range(self.headers, len(found[0]))
-        if start >= stop:
-            return self.problem(416, 'requestedRangeNotSatisfiable')
-        self.answer(206, found[0][start:stop], {
-            'Content-Range': 'bytes %d-%d/%d' % (start, stop - 1, len(found[0])),
-            'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT', 'x-goog-generation': found[1]})
+        self.give(found[0], {'Last-Modified': 'Mon, 06 May 2024 07:08:09 GMT', 'x-goog-generation': found[1]})
 
     def start(self):
         assert self.query['uploadType'] == 'resumable'
         if self.query.get('ifGenerationMatch') == '0' and self.query['name'] in self.server.objects:
-            return self.problem(412, 'conditionNotMet')
+            return self.error(412, 'conditionNotMet')
         if self.query.get('predefinedAcl') and self.server.uniform:
-            return self.problem(400, 'Cannot insert legacy ACL for an object when uniform bucket-level access is '
+            return self.error(400, 'Cannot insert legacy ACL for an object when uniform bucket-level access is '
                                      'enabled.')
         upload = os.urandom(8).hex()
         self.server.uploads[upload] = self.query, bytearray()
@@ -3082,14 +3081,14 @@ class GsHandler(Handler):
         start, stop, total = re.match(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)$', self.headers['Content-Range']).groups()
         if start is not None:
             if int(stop) + 1 - int(start) != len(body) or (total == '*' and (int(stop) + 1) % (256 << 10)):
-                return self.problem(400, 'wrong chunk')
+                return self.error(400, 'wrong chunk')
             self.receive(int(start), body)
         query, data = server.uploads[upload]
         name = query['name']
         if total == '*' or int(total) != len(data):
             return self.answer(308, b'', {'Range': 'bytes=0-%d' % (len(data) - 1)} if data else {})
         if query.get('ifGenerationMatch') == '0' and name in server.objects:
-            return self.problem(412, 'conditionNotMet')
+            return self.error(412, 'conditionNotMet')
         del server.uploads[upload]
         server.finished[upload] = name
         server.generation += 1
@@ -3154,7 +3153,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
     def test_accounts_that_may_only_create(self):
         """The condition of the write decides where storage.objects.get is missing."""
         self.register(small(self.tmp / 'ds'))
-        self.server.fault = lambda h: h.command == 'GET' and h.problem(403, 'no storage.objects.get access')
+        self.server.fault = lambda h: h.command == 'GET' and h.error(403, 'no storage.objects.get access')
         self.etc('push X')
         self.fails_with('cannot read it to compare', 'push X')
 
@@ -3194,7 +3193,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         self.register(self.large(17 * UNIT))
         for what, place, answer, problem in (
                 ('it takes nothing', 'bytes', lambda h: h.answer(308), 'takes no more'),  # to some servers a redirect
-                ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.problem(403, 'no'), 'answers 403: no;')):
+                ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.error(403, 'no'), 'answers 403: no;')):
             with self.subTest(what):
                 self.server.fault = lambda h: place in (h.headers.get('Content-Range') or '') and answer(h)
                 self.fails_with(problem, 'push X')
@@ -3219,7 +3218,7 @@ class GsPurge(PurgeSuite, GsCase):
                 ('a@b.example does not have storage.objects.delete access to the Google Cloud Storage object.',
                  "; no credentials were found: run 'gcloud auth application-default login', or set google_credentials "
                  'or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file')):
-            self.refused(lambda h: h.problem(403, message), '403: ' + message + remedy)
+            self.refused(lambda h: h.error(403, message), '403: ' + message + remedy)
 
     def test_conditions(self):
         generation = self.server.objects['some/prefix/X.tgz'][1]
@@ -3228,7 +3227,7 @@ class GsPurge(PurgeSuite, GsCase):
                          ['ifGenerationMatch=' + generation])
 
     def test_accounts_that_may_not_read_old_versions(self):
-        self.server.fault = lambda h: 'generation=' in h.path and h.command == 'GET' and h.problem(403, 'no')
+        self.server.fault = lambda h: 'generation=' in h.path and h.command == 'GET' and h.error(403, 'no')
         self.assertEqual(self.purge(), "etc: purged 'X' from %s\n" % self.url)
 
 
@@ -3453,11 +3452,7 @@ class WebHandler(Handler, http.server.SimpleHTTPRequestHandler):
         headers = {'ETag': '"%s"' % hashlib.sha1(data).hexdigest()}
         if self.server.conditions and self.headers.get('If-Match', headers['ETag']) != headers['ETag']:
             return self.answer(412)
-        if 'Range' not in self.headers:
-            return self.answer(200, data, headers)
-        start, stop = asked_range(self.headers, len(data))
-        headers['Content-Range'] = 'bytes %d-%d/%d' % (start, stop - 1, len(data))
-        self.answer(206, data[start:stop], headers)
+        self.give(data, headers)
 
     def translate_path(self, path):
         return os.path.join(self.server.root, os.path.relpath(super().translate_path(path), os.getcwd()))
@@ -5131,8 +5126,7 @@ class S3Faults(HttpFaults, S3Case):
 
 class GsFaults(HttpFaults, GoogleCase):
     class handler(Flaky, GsHandler):
-        def error(self, status, code, headers=()):
-            self.json({'error': {'code': status, 'message': code}}, status, headers)
+        pass
     tries_of_delete = 1
 
     def setUp(self):
