@@ -403,10 +403,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class SignedHandler(Handler):
     """Checks signatures."""
     service = 's3'
+    error_xml = '<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>'
 
     def error(self, status, code, headers=(), message=''):
-        xml = '<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>%s</Message></Error>'
-        self.answer(status, (xml % (code, message or 'about ' + code)).encode(), headers)
+        self.answer(status, (self.error_xml % (code, message or 'about ' + code)).encode(), headers)
 
     def unsigned(self, body):
         """What is wrong with the signature; written from AWS's description, not from etcetera."""
@@ -4049,14 +4049,11 @@ class AwsHandler(SignedHandler):
     Every access key has the secret 'secret-of-KEY', and if it is temporary the token 'token/of+KEY'.
     """
     service = 'sts'
+    error_xml = '<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Code>%s</Code>' \
+                '<Message>%s</Message></Error></ErrorResponse>'
 
     def temporary(self, akid, token='SessionToken'):
         return temporary(akid + self.server.suffix, self.server.lifetime, token)
-
-    def error(self, status, code):
-        xml = '<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Code>%s</Code>' \
-              '<Message>about it</Message></Error></ErrorResponse>'
-        self.answer(status, (xml % code).encode())
 
     def handle_one(self):
         body = self.read_body()
@@ -4431,8 +4428,8 @@ class AwsLife(AwsCase):
         role = '[default]\n' + ROLE + 'forbidden\n'
         base = '\n[profile base]\n' + static('STATIC')
         needs = "the AWS profile '%s' needs, besides role_arn, either a source_profile that does not lead back"
-        self.refused("the AWS profile 'default': AWS STS answers 403 AccessDenied: about it; check the role_arn "
-                     'arn:aws:iam::123456789012:role/f', role + 'source_profile = base' + base)
+        self.refused("the AWS profile 'default': AWS STS answers 403 AccessDenied: about AccessDenied; check the "
+                     'role_arn arn:aws:iam::123456789012:role/f', role + 'source_profile = base' + base)
         self.refused(needs % 'default', role)
         self.refused(needs % 'default', role + 'credential_source = Moon')
         self.refused(needs % 'default', role + 'source_profile = default')
