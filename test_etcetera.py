@@ -62,6 +62,8 @@ AKID, SECRET = 'AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY'
 MIB = 1 << 20
 UNIT = 1 << 16  # what a Scaled test has for a MiB
 RUNS = int(os.environ.get('ETC_TEST_RUNS') or 1)  # how many times longer random tests run
+POSIX = unittest.skipIf(os.name == 'nt', 'only where there are signals, modes, links, scripts and terminals')
+LINUX = unittest.skipUnless(sys.platform == 'linux', 'only where there are /proc, and the limits and paths of Linux')
 # Another process imports the command, as this takes a fraction of the time to compile a script.
 START = 'import sys; sys.path.insert(0, %r); import etcetera; vars(etcetera).update(%%r); ' \
         'sys.exit(etcetera.main())' % str(HERE)
@@ -1654,7 +1656,7 @@ class Deflate(Case):
         del os.environ['PYTHONHOME']
         return said
 
-    @unittest.skipUnless(sys.platform == 'linux', 'for the paths of Linux')
+    @LINUX
     def test_broken_libraries(self):
         loaded = Path('/proc/self/maps').read_text()
         real, other = (re.search(r'/.*/%s[.-]\S*' % name, loaded).group() for name in ('libdeflate', 'libc'))
@@ -2111,7 +2113,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
                 self.etc('push X', url=url)
                 (self.tmp / name / 'X.tgz').unlink()
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_who_may_read(self):
         self.register(small(self.tmp / 'ds'))
         share = self.tmp / 'share'
@@ -2135,7 +2137,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         self.etc('push X', url=self.url + '/a/b')
         self.assertEqual([(share / place).stat().st_mode & 0o055 for place in ('a', 'a/b')], [0o055] * 2)
 
-    @unittest.skipUnless(sys.platform == 'linux', 'no limits on files there')
+    @LINUX
     def test_no_room_for_a_push(self):
         import resource
         self.register(small(self.tmp / 'ds'))
@@ -2143,7 +2145,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         problem = "etc: cannot write 'X' to %s: File too large; free some space there\n" % (self.tmp / 'share')
         self.assertEqual((process.communicate(), process.returncode), ((b'', problem.encode()), 1))
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_places_where_one_may_not_write(self):
         self.share(small(self.tmp / 'ds'))
         self.etc('register -f', odd(self.tmp / 'other', 3), 'X')
@@ -2164,7 +2166,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
                                       'write access\n' % (problem % share, remedy))
                 self.assertEqual(self.shared(), ['X.tgz'])
 
-    @unittest.skipIf(os.name == 'nt', 'no modes there')
+    @POSIX
     def test_files_that_cannot_be_read(self):
         self.share(small(self.tmp / 'ds'))
         self.etc('push Y', status=1)  # as above
@@ -2525,7 +2527,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.test_replaced_meanwhile()
         self.fails_with('NoSuchBucket', 'ls -r', url='s3://other')
 
-    @unittest.skipIf(os.name == 'nt', 'no SIGTERM to send')
+    @POSIX
     def test_interrupted_while_the_store_is_busy(self):
         """It waits neither for all tries of each thread nor for what Retry-After asks."""
         self.register(self.large(20 * UNIT))
@@ -3351,7 +3353,7 @@ class GoogleCredentials(GoogleCase):
             sys.modules[name] = module if load else None
             self.addCleanup(sys.modules.pop, name, None)
 
-    @unittest.skipIf(os.name == 'nt', 'no scripts there')
+    @POSIX
     def test_kinds_that_need_another_tool(self):
         """Federation, impersonation and new kinds: from Google's library, or else from gcloud."""
         credentials = type('Credentials', (), {'token': 'ya29.token', 'expiry': None, 'refresh': lambda *args: None})()
@@ -4532,7 +4534,7 @@ class AwsRenewal(AwsCase):
         self.expect('CONTAINER', **self.container)
 
 
-@unittest.skipIf(os.name == 'nt', 'a script of the shell')
+@POSIX
 class AwsCommand(AwsCase):
     """What needs more than the standard library comes from the command `aws`, where boto3 is not installed."""
 
@@ -5368,7 +5370,7 @@ class Links(S3Case):
         self.assertGreater(len(used), 1)
         self.assertEqual(len(set(used)), len(used))
 
-    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    @POSIX
     def test_interruption_while_the_server_is_silent(self):
         """Ctrl-C ends a push at once, and the upload."""
         started, go_on = threading.Event(), threading.Event()
@@ -5385,7 +5387,7 @@ class Links(S3Case):
                 said = b'etc: interrupted; the same command begins anew\n'
                 self.assertEqual((process.returncode, err, self.server.uploads), (status, said, {}))
 
-    @unittest.skipIf(os.name == 'nt', 'no signals to send')
+    @POSIX
     def test_interruption_at_any_time(self):
         self.share(self.large(6 * MIB))
         for command, delay in itertools.product(('push -f X', 'pull -f X'), (0, 0.03, 0.1, 0.2)):
@@ -5432,9 +5434,6 @@ def run_python(program, *args, flags=('-S',), **kwargs):
     command = [sys.executable, *flags, '-c', head + program] + [str(arg) for arg in args]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, **kwargs)
     return done.returncode, done.stdout
-
-
-POSIX = unittest.skipIf(os.name == 'nt', 'only where there are signals, modes, links and pseudoterminals')
 
 
 class Shell:
@@ -7586,7 +7585,7 @@ class Refusals(Shell, Case):
             with self.subTest(url):
                 self.assertEqual(self.run_('sys.modules["ssl"] = None\n', 0, 'ls -r --url ' + url), (1, said))
 
-    @unittest.skipUnless(sys.platform == 'linux', 'no /proc here')
+    @LINUX
     def test_few_threads(self):
         """Fewer are used where the system gives no more, and none while the interpreter ends."""
         self.register(odd(Path('ds'), 30))
@@ -7925,7 +7924,7 @@ sys.exit(status)
         self.assertRegex(done.stderr.decode(), r'\Aetc: 5.24 MB are to be written to .*/two/\.etcetera, but only 3.\d+ '
                                                r'MB are free there; free some space, or .*\n\Z')
 
-    @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux measures it')
+    @LINUX
     def test_memory_is_flat(self):
         """With many files, which take one walk, in flat directories, and with large ones."""
         for name in 'Many', 'Flat', 'Large':
@@ -7958,7 +7957,7 @@ sys.exit(status)
             ''' % heavy
         self.assertEqual(run_python(code, '--url', self.url, '-q', 'ls', '-r'), (0, '[]\n[]\n'))
 
-    @unittest.skipUnless(sys.platform.startswith('linux'), 'as Linux does it')
+    @LINUX
     def test_plain_locale_and_warnings_as_errors(self):
         root = odd(Path('ds'), 3)
         os.environ.update(LC_ALL='C', LANG='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
