@@ -2665,10 +2665,11 @@ class S3Remote(Scaled, BucketSuite, S3Case):
             def handle_one(self):
                 if not slots.acquire(blocking=False):
                     return self.error(429, 'SlowDown')
-                with contextlib.ExitStack() as stack:
-                    stack.callback(slots.release)
+                try:
                     time.sleep(0.02)
-                    return super().handle_one()
+                    super().handle_one()
+                finally:
+                    slots.release()
 
         self.server.RequestHandlerClass = Narrow
         root = self.large(12 * UNIT)
