@@ -1996,7 +1996,7 @@ class _SegmentReader(_Stream):
         self.sink = sink
         # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
         # before the next header is read.
-        self.ready: List[Tuple[str, bool, bytes]] = []
+        self.ready: List[Tuple[str, bool, Any]] = []
         self.source = ''  # of the last block
         self.digests = _sha256()
         self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
@@ -2114,7 +2114,8 @@ class _SegmentReader(_Stream):
             if self.source:
                 _link_or_copy(_join(self.source, name), self.sink.path(name))
             else:
-                self.ready.append((name, is_executable, self.data[self.at:stop]))
+                data = memoryview(self.data) if size > 4096 else self.data  # views copy nothing, but take time to make
+                self.ready.append((name, is_executable, data[self.at:stop]))
             self.at = stop
         if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
             raise self.error('padding')
