@@ -5348,7 +5348,7 @@ class Links(S3Case):
     def test_connections_that_a_nat_forgets(self):
         """Where one idle connection is dead, so are the others."""
         self.settings['connections'] = 4
-        stand_in(self, etc, '_TIMEOUT', 1.5)
+        stand_in(self, etc, '_READ_TIMEOUT', 1.5)
         self.register(self.large(25 * MIB))
         known, silent = set(), []
 
