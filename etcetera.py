@@ -40,7 +40,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Datasets        Dataset: a directory with partitions
     Deflate         one block in and out of it, as fast as this machine can
     Archives        the .tgz format: its specification, writing it, reading it safely
-    Other tools     reading any .tgz safely
+    Other tools     reading any .tgz safely, whoever made it
     HTTP            one client: connections, proxies, TLS, retries
     AWS             credentials and request signatures
     Google          credentials
@@ -51,7 +51,7 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Command line    the command `etc`
 
 Who uses only S3 can skip Google, and in Remotes the parts gs:// and http(s)://; who uses only a shared directory can
-skip HTTP, AWS, Google, and in Remotes all but file://.
+skip HTTP (but for times), AWS, Google, and in Remotes what lies between _Remote and file://, and after that.
 
 AUDIT MAP. What this file touches, and when.
 
@@ -66,31 +66,33 @@ Hosts. Importing contacts none. Commands that need a remote contact:
       set for it; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if no keys are found
       anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
     - for Google credentials: the URL in the credentials file, by default oauth2.googleapis.com; without a file, the
-      metadata service of the machine (metadata.google.internal, or $GCE_METADATA_HOST);
+      metadata service of the machine (metadata.google.internal, $GCE_METADATA_HOST or $GCE_METADATA_ROOT);
     - a proxy that the environment or the system names. Requests to a container's or machine's credential service never
       go through a proxy.
 Environment. Besides the variables above and those of AWS's and Google's own tools (AWS_..., GOOGLE_...,
-CLOUDSDK_CONFIG, NO_GCE_CHECK): ETC_URL, ETC_HOME, ETC_CONFIG, ETC_LIBDEFLATE, HOME, TERM; and what Python itself
-reads (TMPDIR, http_proxy and the like, SSL_CERT_FILE, SSLKEYLOGFILE, ...).
+CLOUDSDK_CONFIG, APPDATA, NO_GCE_CHECK): ETC_URL, ETC_HOME, ETC_CONFIG, ETC_LIBDEFLATE, HOME, TERM; and what Python
+itself reads (TMPDIR, http_proxy and the like, SSL_CERT_FILE, ...).
 Files. It reads:
     - ~/.etc.yaml (else ~/.etc.toml), or the file that --config or $ETC_CONFIG names;
     - ~/.aws/config, ~/.aws/credentials, and token files that AWS's variables or profiles name;
     - Google's application_default_credentials.json, or the file that is configured;
     - the `ca_bundle`; /etc/machine-id and /proc/self/ns/pid, to tell apart hosts and containers that share a store;
-    - what is installed, where a pull wants the same contents;
+    - what is installed, where a pull wants the same contents, and for `verify`, `info`, `diff` and NAME@sha256:...;
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
       unless they stay inside their partition.
   It writes below the local store (~/.etc by default), and besides:
-    - a `file://` remote, where `purge -r` removes an archive, and a push what killed commands left behind a day ago or
-      more;
-    - temporary files, for `etc info -r`, and if a web server does not support range requests.
+    - a `file://` remote, which the first push makes. `purge -r` removes an archive there, and a push removes what
+      killed commands have left behind a day ago or more;
+    - temporary files, for `etc info -r`, and if a web server does not support range requests;
+    - ~/.aws/cli/cache, by botocore; and if $SSLKEYLOGFILE is set, TLS keys, by Python's ssl module.
   In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names. In
   S3, a push reads other archives in the bucket, and lets the storage copy what it shares with them; if the storage
   copies something else, the new archive is deleted again.
   `purge -r` reads an answer from the terminal.
 Programs: the `credential_process` of an AWS profile, without a shell; for credentials that need more than the standard
 library, `aws` or `gcloud`; on Windows, cmd.exe with an empty command, so that the console understands escape sequences.
-Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does. Signal 0 tests whether a process lives.
+Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, which kills the programs that it has
+started. Signal 0 tests whether a process lives.
 Optional libraries: botocore (SSO, `aws login`, MFA) and google-auth (credential types that need more than the standard
 library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/sso, ~/.aws/cli)
 and programs of their own. argcomplete is imported if a shell asks it for completions.
@@ -1826,7 +1828,7 @@ class _Sink:
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
-        self.links: Dict[str, str] = {}  # targets of links, which finish() makes
+        self.links: Dict[str, str] = {}  # targets of links, which filling() makes
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
@@ -1910,7 +1912,10 @@ class _Sink:
         for name, target in self.links.items():
             path = self.path(name)
             real = ''
-            if not os.path.isabs(target) and os.path.exists(path):  # realpath() may follow chains of links for ever
+            # By its text too, as the way back into the root from above it would lead elsewhere once that has its name.
+            meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target)) + '/'
+            is_relative = not os.path.isabs(target) and not meant.startswith('../')
+            if is_relative and os.path.exists(path):  # realpath() may follow chains of links for ever
                 real = os.path.realpath(path)
                 real += os.sep * os.path.isdir(real)
             inside = real[len(root):].replace(os.sep, '/')
@@ -2400,7 +2405,8 @@ def _extract_member(
 # and for as long as Retry-After asks, up to a minute. A server that has answered before gets two tries more, 7 seconds
 # apart, as it may be restarting. A kept connection that the server has closed meanwhile does not count as a try, nor
 # does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on with a
-# range where it broke, and with an upload to Google as long as it advances; metadata services are asked once.
+# range where it broke, and with an upload to Google as long as it advances. Whether there is a metadata service is
+# asked once; one that answers gets all tries.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
@@ -2410,7 +2416,7 @@ _CONNECT = 15.0  # seconds that connecting may take
 _IDLE = 60.0  # seconds after which a kept connection is not used again, as a NAT may have forgotten it
 _TRIES = 5
 _MORE_TRIES = 2  # for a server that has answered before
-_LAST_TRIES = 2  # after an interruption
+_LAST_TRIES = 2  # of what is tidied up after an interruption or failure
 _SLICE = 1 << 17  # bytes that are sent or received at once
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
 _OVERLOAD = (429, 503)
@@ -2429,9 +2435,9 @@ class _Request(NamedTuple):
     headers: _Headers = {}
     body: Sequence[Any] = ()  # of bytes
     limit: int = _REPLY_LIMIT  # bytes that the answer may have
-    into: Any = None  # a file for the body of an answer with status 200, of any size
+    into: Any = None  # a file for the body of an answer with status 200
     tries: int = _TRIES + _MORE_TRIES  # at most
-    timeout: float = _RETRY_AFTER  # seconds of silence, at most
+    timeout: float = _RETRY_AFTER  # seconds of silence, and that a server may ask for before the next try, at most
     is_vital: bool = False  # whether an interruption waits for the answer, if not for long
     condition: Dict[str, str] = {}  # for remotes: headers; they are cleared if the store turns out to know none
     keys: Any = None  # with which it is signed
@@ -2730,7 +2736,7 @@ class _Http:
                 body.write(data)
                 connection.moved += len(data)
                 connection.job.add(len(data))
-                if body.tell() > request.limit and not is_file:
+                if body.tell() > request.limit:
                     raise RemoteError(f'{connection.site} answers with more than was asked for',
                                       'a proxy or the endpoint_url is at fault', response.status)
             if response.length:
@@ -4786,7 +4792,7 @@ class _WebRemote(_HttpStore):
             file = tempfile.TemporaryFile()
             url = self.address(obj.name)
             reply = self.ask('GET', url, 404,
-                             headers=_UNCHANGED, into=file)
+                             headers=_UNCHANGED, into=file, limit=obj.size)
             is_whole = reply.status == 200 and file.tell() == obj.size
             if not is_whole or self.version(reply) != obj.version:
                 raise self.mismatch_error(obj, reply)
@@ -4842,7 +4848,7 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #
 #     ~/.etc/NAME                     a directory (pulled, created, copied) or a link (registered)
 #     ~/.etc/NAME/.etcetera.json      its receipt: what was installed, and from where
-#     ~/.etc/.etcetera/locks/NAME     locked while a pull works
+#     ~/.etc/.etcetera/locks/NAME     locked while a pull or purge works
 #     ~/.etc/.etcetera/NAME@host@pid@random   what a process works on; the name tells whether it is alive
 #         new, journal                what is being filled; what of it is written
 #         earlier                     what an interrupted pull has left: all of its directory
@@ -4858,7 +4864,8 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 # is there if it has the same digest. So locks only save work; no promise rests on them.
 #
 # If a pull is killed, the next one takes its directory over, reads, hashes and compares what its journal lists
-# (_replay() in Archives), links that, and fetches the rest.
+# (_replay() in Archives), links that, and fetches the rest. It begins anew with archives of other tools, and for a day
+# where nobody can tell whether the other process is alive: on Windows, and if it ran on another machine.
 # ---------------------------------------------------------------------------------------
 
 _STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
