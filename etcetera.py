@@ -173,11 +173,17 @@ def _masked(text: str) -> str:
 
 
 def _existing_part(path: str) -> str:
-    """The part of a path that exists, followed by `...` if there is more."""
+    """The part of a path that exists, followed by `...` if there is more that may be a key."""
     if os.path.lexists(path):
         return path
     parents = map(str, Path(path).parents)
-    return os.path.join(next(filter(os.path.lexists, parents), ''), '...')
+    known = next(filter(os.path.lexists, parents), '')
+    return path if _is_harmless(path[len(known):]) else os.path.join(known, '...')
+
+
+def _is_harmless(text: str) -> bool:
+    """Whether it does not look like a key: short words in lower case."""
+    return not re.search('[^a-z0-9_./~-]|[^/]{20}', text)
 
 
 def _printable(text: str) -> str:
@@ -2984,8 +2990,9 @@ class _Aws(_Renewed):
                 source: str) -> _Texts:
         """The settings of a profile that `source` names."""
         if name != 'default' and name not in self.sections:
-            raise ConfigError(f'the AWS profile that {source} names is not in ~/.aws/config or ~/.aws/credentials',
-                              'check both')
+            shown = f"'{name}' " * _is_harmless(name)
+            raise ConfigError(f'the AWS profile {shown}that {source} names is not in ~/.aws/config or '
+                              '~/.aws/credentials', 'check both')
         return self.sections[name]
 
     def setting(self, key: str) -> str:
@@ -6436,7 +6443,7 @@ def _ls(
             _ago(row['when']),
             (row['digest'] or '')[:length] or row.get('source') or '-'
         ) for row in found])
-    where = f"in {_masked(config.url or '')}" if remote else 'here'
+    where = 'in ' + (_masked(config.url or '') if remote else _existing_part(str(config.home)))
     unmatched = [
         pattern for pattern in patterns
         if not any(

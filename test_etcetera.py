@@ -2733,7 +2733,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('none', {}, '', '', nothing), ('half', {}, AKID, '', odd_one),
                 ('line ends', {}, AKID + '\n', SECRET + '\r\n', ''), ('a line end inside', {}, AKID, 'hu\nsh', odd_one),
                 ('no such profile', {'aws_profile': 'nope'}, '', '',
-                 'the AWS profile that aws_profile or $AWS_PROFILE names is not in'),
+                 "the AWS profile 'nope' that aws_profile or $AWS_PROFILE names is not in"),
                 ('wrong', dict(right, aws_secret_access_key='wrong' + SECRET[5:]), '', '', 'SignatureDoesNotMatch'),
                 ('a token', dict(right, aws_session_token='a/token+=='), '', '', '')):
             with self.subTest(what):
@@ -4440,7 +4440,7 @@ class AwsLife(AwsCase):
         self.refused(needs % 'default', role + 'source_profile = default')
         self.refused(needs % 'default', role + 'source_profile = base\ncredential_source = Environment' + base)
         self.refused(needs % 'a', role + 'source_profile = a\n[profile a]\nsource_profile = default\n' + ROLE + 'x')
-        self.refused("the AWS profile that the source_profile of 'default' names is not in",
+        self.refused("the AWS profile 'nope' that the source_profile of 'default' names is not in",
                      role + 'source_profile = nope')
         self.refused("'default' finds no credentials in a", role + 'source_profile = a\n[profile a]\n')
 
@@ -7047,7 +7047,7 @@ class Places(Hush, S3Case):
         register % Y           | no directory
         register % ds          | no directory
         diff X X %             | 'etc diff' takes no '
-        ls %                   | no dataset here matches
+        ls %                   | no dataset in .* matches
         %                      | etc: no command |argument COMMAND
         pull X --ulr=%         | etc: '?etc.* takes no |is not NAME@sha256:|cannot be a dataset's name
         pull X --force=%       | argument -f/--force
@@ -7279,7 +7279,7 @@ class Mistakes(Shell, Case):
         diff MNIST -r          argument -r/--remote: expected 1 argument; ...
         register a b c         'etc register' takes no 'c'; ...
         purge -r MNIST         without a terminal to ask on, 'etc purge -r' needs -f; ...
-        ls -l MNITS            no dataset here matches 'MNITS'; did you mean 'MNIST'?
+        ls -l MNITS            no dataset in HERE/home matches 'MNITS'; did you mean 'MNIST'?
         ls -r mnist x*         no dataset in SHARE matches 'mnist' or 'x*'; did you mean 'MNIST'?
         ls -r s3://bucket/     no dataset in SHARE matches 's3://bucket/'; use --url for a URL
         pull MNITS             no dataset 'MNITS' in SHARE; did you mean 'MNIST'?
@@ -7393,7 +7393,7 @@ class People(Shell, Case):
         with self.assertRaisesRegex(etc.ConfigError, "'patterns' must be a list"):
             etc.ls(patterns='MNIST*', config=self.config())
         said = self.etc('ls svhn nope*', status=1)  # what matches is shown
-        self.assertEqual(said, ('svhn\n', "etc: no dataset here matches 'nope*'\n"))
+        self.assertEqual(said, ('svhn\n', "etc: no dataset in %s matches 'nope*'\n" % (self.tmp / 'home')))
         self.assertEqual(self.etc('ls --json [', status=1)[0], '[]\n')
 
     def test_info(self):
