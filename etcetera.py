@@ -4940,7 +4940,8 @@ class _Place(_Home):
         """Raises Corrupt if these are not the contents that the caller insists on. None means that nothing is known."""
         digest = _dataset_digest(segments) if segments else 'none, as another tool packed it'
         if self.pin not in (None, digest):
-            raise Corrupt(f"'{self.name}': expected digest {self.pin}, found {digest}")
+            raise Corrupt(f"'{self.name}': expected digest {self.pin}, found {digest}",
+                          'those contents are not there, or not any more')
 
     def open(self, remedy: str = '') -> Dataset:
         """The dataset that is here, with its receipt. Raises NotFound, with this remedy."""

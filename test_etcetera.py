@@ -1827,7 +1827,7 @@ class RemoteSuite:
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
         self.fails_with('pull -f', 'pull X', home='two')
-        self.fails_with('expected digest', 'pull -f X@' + old, home='two')
+        self.fails_with('; those contents are not there, or not any more', 'pull -f X@' + old, home='two')
         self.assertEqual(etc.dataset('X@' + old, config=two).digest, old)
         assert_pulls(self, root, 'X@' + new, force=True)
         with self.assertRaisesRegex(etc.Corrupt, "'X': expected digest %s, found %s" % (old, new)):
@@ -1937,12 +1937,13 @@ class RemoteSuite:
         self.share(self.large(9 * etc._BLOCK, 'large'), 'Large')
         self.put('Foreign.tgz', b'no archive at all')
         digest, wrong = etc.Dataset(root).digest, 'sha256:' + '4' * 64
+        gone = '; those contents are not there, or not any more'
         for words, status, problem in (
                 ('One', 2, "without a terminal to ask on, 'etc purge -r' needs -f; 'etc purge -h' shows how"),
                 ('-f Onne', 1, "no dataset 'Onne' in %s; did you mean 'One'?" % self.url),
-                ('-f One@' + wrong, 1, "'One': expected digest %s, found %s" % (wrong, digest)),
+                ('-f One@' + wrong, 1, "'One': expected digest %s, found %s%s" % (wrong, digest, gone)),
                 ('-f Foreign@' + digest, 1,
-                 "'Foreign': expected digest %s, found none, as another tool packed it" % digest)):
+                 "'Foreign': expected digest %s, found none, as another tool packed it%s" % (digest, gone))):
             with self.subTest(words):
                 self.assertEqual(self.etc('purge -r', words, status=status), ('', 'etc: %s\n' % problem))
                 self.assertEqual(etc.ls(True, config), ['Foreign', 'Large', 'One'])
@@ -7490,7 +7491,8 @@ class Diff(Shell, Case):
         for words in ('A@%s B', 'B A@%s', '-r A@%s A', 'A -r A@%s', 'A A@%s'):
             with self.subTest(words):
                 said = self.etc('diff', words % other, status=1)
-                self.assertEqual(said, ('', "etc: 'A': expected digest %s, found %s\n" % (other, digest)))
+                self.assertEqual(said, ('', "etc: 'A': expected digest %s, found %s; those contents are not there, or "
+                                            'not any more\n' % (other, digest)))
 
     def test_partial(self):
         """What is not here counts, too, as the receipt knows it."""
