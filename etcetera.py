@@ -2738,7 +2738,8 @@ class _Http:
         body = request.into if is_file else io.BytesIO(bytes(size))
         body.seek(0)
         try:
-            for data in iter(lambda: response.read(_SLICE), b''):
+            # More at once of long ranges, as threads that read a little each mostly wait for each other.
+            for data in iter(lambda: response.read(min(4 * _SLICE, max(_SLICE, body.tell()))), b''):
                 body.write(data)
                 connection.moved += len(data)
                 connection.job.add(len(data))
