@@ -276,11 +276,8 @@ class Error(Exception):
     """
 
     def __init__(
-            self,
-            message: str = '',
-            remedy: str = '',
-            status: int = 0,
-    ) -> None:
+            self, message: str = '', remedy: str = '',
+            status: int = 0) -> None:
         self.message = message
         self.remedy = remedy
         self.status = status
@@ -456,11 +453,9 @@ class Config:
     _url_source = ''  # for messages
 
     def __init__(
-            self,
-            url: Optional[str] = None,
+            self, url: Optional[str] = None,
             home: Optional[_Path] = None,
-            **settings: Any
-    ) -> None:
+            **settings: Any) -> None:
         home = home and os.fspath(home)
         values = dict(settings, url=url, home=home)
         for key, value in values.items():
@@ -666,10 +661,8 @@ class _Job:
 
 
 def _perform(
-        progress: _Progress,
-        function: Callable[..., _R],
-        *args: Any,
-) -> _R:
+        progress: _Progress, function: Callable[..., _R],
+        *args: Any) -> _R:
     """What function(job, *args) returns. Its errors are raised here; those of the system become an Error.
 
     progress: is called ten times a second, and at the end. What it raises ends the job, as a signal does.
@@ -721,10 +714,7 @@ class _Pool:
     """Up to `count` threads, which start as there is work for them and end with the context; soon, after an error."""
 
     def __init__(
-            self,
-            job: _Job,
-            count: int,
-    ) -> None:
+            self, job: _Job, count: int) -> None:
         import queue
         self.job = job
         self.wanted = count
@@ -736,10 +726,7 @@ class _Pool:
         return self
 
     def __exit__(
-            self,
-            error: Any,
-            *_: Any,
-    ) -> None:
+            self, error: Any, *_: Any) -> None:
         self.is_closed = True
         if error:
             self.job.interrupt()
@@ -749,10 +736,8 @@ class _Pool:
             thread.join()
 
     def submit(
-            self,
-            function: Callable[[_T], Any],
-            item: _T,
-    ) -> Any:
+            self, function: Callable[[_T], Any],
+            item: _T) -> Any:
         """A concurrent.futures.Future of function(item)."""
         import threading
         from concurrent.futures import Future
@@ -993,21 +978,16 @@ def _only(paths: Container[str], listing: _Listing) -> _Listing:
 
 
 def _entries(
-        root: Path,
-        segment: str,
-        tops: _Items,
-        surprises: _Surprises,
-) -> Iterator[_Entry]:
+        root: Path, segment: str, tops: _Items,
+        surprises: _Surprises) -> Iterator[_Entry]:
     """Everything at and below `tops`, a directory before its contents."""
     followed = itertools.count(1)
     top = os.path.join(os.path.realpath(root), '')
 
     def visit(
-            prefix: str,
-            items: _Items,
+            prefix: str, items: _Items,
             above: FrozenSet[Tuple[int, int]],
-            through_link: bool,
-    ) -> Iterator[_Entry]:
+            through_link: bool) -> Iterator[_Entry]:
         """above: device and inode of the directories around the items."""
         for own, is_link in items:
             name = prefix + own
@@ -1038,10 +1018,8 @@ def _entries(
 
 
 def _kept_link(
-        root: Path,
-        name: str,
-        segment: str,
-) -> str:
+        root: Path, name: str,
+        segment: str) -> str:
     """The target of the link `name` if it can stay a link, or '' if it must be followed.
 
     It stays one if it is relative, so that copies of the dataset agree, and leads to a file of the same segment.
@@ -1114,13 +1092,9 @@ _NO_ONE = b'0000000'  # uid and gid
 
 
 def _ustar(
-        name: bytes,
-        kind: bytes,
-        mode: bytes,
-        size: int,
-        link: bytes = b'',
-        mtime: bytes = _MTIME,
-) -> bytes:
+        name: bytes, kind: bytes, mode: bytes,
+        size: int, link: bytes = b'',
+        mtime: bytes = _MTIME) -> bytes:
     """A ustar header of ASCII fields."""
     header = _USTAR.pack(
         name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
@@ -1130,12 +1104,8 @@ def _ustar(
 
 
 def _tar_header(
-        name: str,
-        kind: bytes,
-        mode: bytes,
-        size: int,
-        link: str,
-) -> bytes:
+        name: str, kind: bytes, mode: bytes,
+        size: int, link: str) -> bytes:
     """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
@@ -1206,10 +1176,8 @@ def _plans(listing: _Listing) -> Iterator[Tuple[str, _Pieces]]:
 
 
 def _read_file(
-        entry: _Entry,
-        start: int,
-        stop: int,
-) -> bytes:
+        entry: _Entry, start: int,
+        stop: int) -> bytes:
     """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
     wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
     file = os.open(entry.source, _READ)
@@ -1364,11 +1332,9 @@ class Dataset(Mapping[str, Path]):
 
     @_system_errors()
     def __init__(
-            self,
-            root: _Path,
+            self, root: _Path,
             name: Optional[str] = None,
-            receipt: _Receipt = _NO_RECEIPT,
-    ) -> None:
+            receipt: _Receipt = _NO_RECEIPT) -> None:
         """receipt: only etcetera itself gives one."""
         self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
         self.location = self.root  #: the same, as in etcetera 0.0.x
@@ -1424,10 +1390,8 @@ class Dataset(Mapping[str, Path]):
 
 
 def _unknown_partition_error(
-        partition: str,
-        name: str,
-        known: Sequence[str],
-) -> UnknownPartition:
+        partition: str, name: str,
+        known: Sequence[str]) -> UnknownPartition:
     return UnknownPartition(f"no partition '{_masked(str(partition))}' in {name}; it has: {', '.join(known)}",
                             _did_you_mean(str(partition), known))
 
@@ -1811,10 +1775,8 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _symlink(
-        target: _Path,
-        path: _Path,
-        remedy: str = "set 'home' to a place on another disk",
-) -> None:
+        target: _Path, path: _Path,
+        remedy: str = "set 'home' to a place on another disk") -> None:
     try:
         os.symlink(target, path, target_is_directory=os.path.isabs(target))  # only Windows heeds the flag
     except OSError as e:
@@ -1846,10 +1808,7 @@ class _Sink:
             raise Corrupt(f"the archive holds the name '{name}', which is not valid UTF-8") from None
 
     def create_file(
-            self,
-            name: str,
-            is_executable: bool,
-    ) -> int:
+            self, name: str, is_executable: bool) -> int:
         """Create a read-only file, and return a descriptor to write to it."""
         path = self.path(name)
         mode = 0o555 if is_executable else 0o444
@@ -1866,12 +1825,9 @@ class _Sink:
         return file
 
     def write_file(
-            self,
-            name: str,
-            is_executable: bool,
+            self, name: str, is_executable: bool,
             pieces: Iterable[Any],
-            size: int = 0,
-    ) -> None:
+            size: int = 0) -> None:
         """Create a file; with `size` it is so large at once, so that _replay() knows what is to come."""
         file = self.create_file(name, is_executable)
         try:
@@ -1884,10 +1840,7 @@ class _Sink:
             os.close(file)
 
     def add_link(
-            self,
-            name: str,
-            target: str,
-    ) -> None:
+            self, name: str, target: str) -> None:
         """Note a link, which is made at the end, so that nothing can be written through it."""
         path = self.path(name)
         if name in self.links:
@@ -1930,10 +1883,7 @@ class _Sink:
                 raise self.link_error(name, target)
 
     def link_error(
-            self,
-            name: str,
-            target: str,
-    ) -> Error:
+            self, name: str, target: str) -> Error:
         return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
                        'nowhere')
 
@@ -1995,12 +1945,8 @@ class _SegmentReader(_Stream):
     """
 
     def __init__(
-            self,
-            path: str,
-            blocks: Iterable[_Block],
-            sink: _Sink,
-            notes: Any,
-    ) -> None:
+            self, path: str, blocks: Iterable[_Block],
+            sink: _Sink, notes: Any) -> None:
         """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
         self.path = path
@@ -2013,10 +1959,8 @@ class _SegmentReader(_Stream):
         self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
 
     def payloads(
-            self,
-            blocks: Iterable[_Block],
-            notes: Any,
-    ) -> Iterator[bytes]:
+            self, blocks: Iterable[_Block],
+            notes: Any) -> Iterator[bytes]:
         """The tar stream. Once all of a block has been taken, write what is ready, and note that it is written."""
         length = _BLOCK
         for block in blocks:
@@ -2111,11 +2055,8 @@ class _SegmentReader(_Stream):
         self.last = order
 
     def write_file(
-            self,
-            name: str,
-            is_executable: bool,
-            size: int,
-    ) -> None:
+            self, name: str, is_executable: bool,
+            size: int) -> None:
         """Write the file whose header came last, or link what is known to have its bytes."""
         stop = self.at + size
         padding = -size % 512
@@ -2146,11 +2087,9 @@ class _SegmentReader(_Stream):
 
 def _extract(
         blocks: Iterable[_Block],
-        promised: Mapping[str, _Segment],
-        sink: _Sink,
+        promised: Mapping[str, _Segment], sink: _Sink,
         journal: Optional[Path] = None,
-        head: str = '',
-) -> List[_Segment]:
+        head: str = '') -> List[_Segment]:
     """Write complete segments to a sink, and return them as they were read.
 
     promised: what an index says of a segment, by its path. journal: a new file that notes which blocks have been
@@ -2168,12 +2107,9 @@ def _extract(
 
 
 def _replay(
-        job: _Job,
-        pool: _Pool,
-        work: Path,
+        job: _Job, pool: _Pool, work: Path,
         head: str,
-        paths: Container[str],
-) -> Iterator[_Block]:
+        paths: Container[str]) -> Iterator[_Block]:
     """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
 
     Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
@@ -2328,10 +2264,8 @@ def _strict(stream: _TarStream) -> Any:
 
 
 def _extract_foreign(
-        chunks: Iterable[bytes],
-        root: Path,
-        pool: _Pool,
-) -> None:
+        chunks: Iterable[bytes], root: Path,
+        pool: _Pool) -> None:
     """Write what a .tgz holds below `root`. The one thread of `pool` inflates ahead."""
     import gzip
     import tarfile
@@ -2362,10 +2296,8 @@ def _plain_name(name: str) -> str:
 
 
 def _extract_member(
-        tar: Any,
-        member: Any,
-        sink: _Sink,
-) -> None:
+        tar: Any, member: Any,
+        sink: _Sink) -> None:
     """Write an entry. Of a file's mode only the owner's x bit is kept, as on push."""
     name = _plain_name(member.name)
     if not name and member.isdir() or member.type == _TAR_LABEL:
@@ -2537,11 +2469,9 @@ class _Http:
     tls: Any = None
 
     def __init__(
-            self,
-            job: _Job,
+            self, job: _Job,
             ca_bundle: Optional[str] = None,
-            direct: bool = False,
-    ) -> None:
+            direct: bool = False) -> None:
         """direct: without any proxy."""
         self.job = job
         self.ca_bundle = ca_bundle
@@ -3064,9 +2994,7 @@ class _Aws(_Renewed):
         if keys.token:
             headers['x-amz-security-token'] = keys.token
         names = sorted(headers, key=str.lower)
-        lines = (
-            f"{name.lower()}:{' '.join(headers[name].split())}\n"
-            for name in names)
+        lines = (f"{name.lower()}:{' '.join(headers[name].split())}\n" for name in names)
         signed = ';'.join(names).lower()
         canonical = f"{request.method}\n{path or '/'}\n{query}\n{''.join(lines)}\n{signed}\n{digest}"
 
@@ -3154,11 +3082,8 @@ class _Aws(_Renewed):
         return keys
 
     def from_sts(
-            self,
-            source: str,
-            values: _Texts,
-            keys: _MaybeKeys,
-    ) -> _AwsKeys:
+            self, source: str, values: _Texts,
+            keys: _MaybeKeys) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
         role = values.get('role_arn', '')
         if not role.startswith('arn:'):
@@ -3176,11 +3101,8 @@ class _Aws(_Renewed):
             self.endpoint('sts')
             or self.host('sts', self.region))
         request = _Request(
-            'POST',
-            f'{url}/',
-            {'Content-Type': 'application/x-www-form-urlencoded'},
-            [urlencode(form).encode()],
-            _TOKEN_LIMIT,
+            'POST', f'{url}/', {'Content-Type': 'application/x-www-form-urlencoded'},
+            [urlencode(form).encode()], _TOKEN_LIMIT,
             keys=keys)
         place = f'{self.region}/sts'
         reply = self.http.request(
@@ -3212,11 +3134,8 @@ class _Aws(_Renewed):
         return self.from_process(command, f'the command aws for {source}', remedy)
 
     def from_process(
-            self,
-            command: str,
-            source: str,
-            remedy: str = ''
-    ) -> _AwsKeys:
+            self, command: str, source: str,
+            remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
         output = _output_of(
             self.http.job, command, source, remedy)
@@ -3313,8 +3232,7 @@ def _aws_sections() -> Dict[str, _Texts]:
 
 def _aws_static(
         values: Mapping[str, Any],
-        source: str
-) -> _MaybeKeys:
+        source: str) -> _MaybeKeys:
     """The keys that are among these values, if there are any."""
     is_there = any(map(values.get, _AWS_KEYS[:2]))
     return _aws_keys(values, source) if is_there else None
@@ -3322,8 +3240,7 @@ def _aws_static(
 
 def _aws_keys(
         values: Mapping[str, Any],
-        source: str
-) -> _AwsKeys:
+        source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {
         re.sub('aws_|session|_', '', key.lower()):
@@ -3386,12 +3303,8 @@ def _optional_library(
 
 
 def _output_of(
-        job: _Job,
-        command: str,
-        source: str,
-        remedy: str,
-        **variables: str
-) -> bytes:
+        job: _Job, command: str, source: str,
+        remedy: str, **variables: str) -> bytes:
     """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
     import shlex
     from subprocess import PIPE, Popen
@@ -3399,10 +3312,7 @@ def _output_of(
         arguments = command if os.name == 'nt' else shlex.split(command)
         environment = {**os.environ, **variables}
         process = Popen(
-            arguments,
-            stdout=PIPE,
-            stderr=PIPE,
-            env=environment)
+            arguments, stdout=PIPE, stderr=PIPE, env=environment)
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
@@ -3792,12 +3702,8 @@ class _HttpStore(_Remote):
         raise NotImplementedError
 
     def ask(
-            self,
-            method: str,
-            url: str,
-            *accept: int,
-            **more: Any,
-    ) -> _Reply:
+            self, method: str, url: str,
+            *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
         more.setdefault('tries', self.tries)
         request = _Request(method, url, **more)
@@ -3822,8 +3728,7 @@ class _HttpStore(_Remote):
         url = self.address(name)
         limit = stop - start + 65536
         reply = self.ask(
-            'GET', url, *_NO_RANGE,
-            headers=headers,
+            'GET', url, *_NO_RANGE, headers=headers,
             limit=limit)
         if known:
             version = self.version(reply)
@@ -3869,9 +3774,7 @@ class _HttpStore(_Remote):
                               reply.status)
         modified = reply.time('Last-Modified')
         return _Object(
-            name,
-            int(size.group(1)),
-            version,
+            name, int(size.group(1)), version,
             modified)
 
     def version(self, reply: _Reply) -> str:
@@ -3911,8 +3814,7 @@ class _BucketStore(_HttpStore):
         super().__init__(config, job)
         bucket = r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])'
         match = re.match(
-            bucket + r'(?:/+(.*?))?/*\Z',
-            config.url or '')
+            bucket + r'(?:/+(.*?))?/*\Z', config.url or '')
         if not match:
             raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like',
                               "a bucket's name has at least 3 letters, digits, '.', '_' or '-'")
@@ -4070,8 +3972,7 @@ class _FileRemote(_Remote):
         else:
             path = unquote(path, sys.getfilesystemencoding(), 'surrogateescape')
         self.root = _check_path(path)
-        self.refusals = partial(
-            _refusals, RemoteError, self.root)
+        self.refusals = partial(_refusals, RemoteError, self.root)
         self.is_public = config.public
 
     def path(self, name: str) -> str:
@@ -4299,10 +4200,8 @@ class _S3Remote(_BucketStore):
         else:
             base += f'/{self.bucket}'
         request = request._replace(
-            url=f'{base}{request.url}',
-            headers=headers,
-            keys=self.aws.get(),
-        )
+            url=f'{base}{request.url}', headers=headers,
+            keys=self.aws.get())
         return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
@@ -4381,17 +4280,12 @@ class _S3Remote(_BucketStore):
             raise
 
     def send_parts(
-            self,
-            url: str,
-            query: str,
-            parts: Iterator[Any],
-            size: int,
-    ) -> bytes:
+            self, url: str, query: str,
+            parts: Iterator[Any], size: int) -> bytes:
         """Upload parts of this size, several at once; return the manifest that completes the upload."""
         import threading
         connections = min(
-            self.connections,
-            -(-_IN_FLIGHT // size))
+            self.connections, -(-_IN_FLIGHT // size))
         slots = threading.Semaphore(connections)
         may_grow = not self.takes_few_parts
 
@@ -4415,12 +4309,8 @@ class _S3Remote(_BucketStore):
         return f'<CompleteMultipartUpload>{manifest}</CompleteMultipartUpload>'.encode()
 
     def send_part(
-            self,
-            url: str,
-            query: str,
-            number: int,
-            part: Any,
-    ) -> str:
+            self, url: str, query: str, number: int,
+            part: Any) -> str:
         """Send a part, or let the storage copy it from another object; return what the manifest says of it.
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
@@ -4445,13 +4335,8 @@ class _S3Remote(_BucketStore):
         return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>'
 
     def finish(
-            self,
-            name: str,
-            exclusive: bool,
-            method: str,
-            url: str,
-            **more: Any,
-    ) -> None:
+            self, name: str, exclusive: bool, method: str,
+            url: str, **more: Any) -> None:
         """Make the request that lets the object appear: CompleteMultipartUpload or PutObject.
 
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
@@ -4548,10 +4433,7 @@ class _GsRemote(_BucketStore):
         }
         url = f'{self.endpoint}{request.url}'
         return request._replace(
-            url=url,
-            headers=headers,
-            keys=keys,
-        )
+            url=url, headers=headers, keys=keys)
 
     def judge(self, reply: _Reply) -> str:
         if reply.status == 401 and reply.request.keys:
@@ -4733,12 +4615,8 @@ class _WebRemote(_HttpStore):
         return f'{self.base}{name}.tgz'
 
     def ask(
-            self,
-            method: str,
-            url: str,
-            *accept: int,
-            **more: Any,
-    ) -> _Reply:
+            self, method: str, url: str,
+            *accept: int, **more: Any) -> _Reply:
         """As above. It follows redirects."""
         for _ in range(_TRIES):
             reply = super().ask(
@@ -4923,10 +4801,8 @@ class _Place(_Home):
     """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
 
     def __init__(
-            self,
-            text: str,
-            config: Optional[Config],
-    ) -> None:
+            self, text: str,
+            config: Optional[Config]) -> None:
         """text: NAME, or NAME@sha256:..."""
         self.started = time.monotonic()
         self.config = config or Config.load()
@@ -5308,11 +5184,8 @@ class _Archive:
     """segments: empty if another tool made the archive, until it has been extracted; nothing is known of them then."""
 
     def __init__(
-            self,
-            remote: _Remote,
-            obj: _Object,
-            tail: bytes,
-    ) -> None:
+            self, remote: _Remote, obj: _Object,
+            tail: bytes) -> None:
         self.remote = remote
         self.job = remote.job
         self.obj = obj
@@ -5410,10 +5283,8 @@ class _Archive:
         return (receipt.source, receipt.version) == source or None
 
     def extract(
-            self,
-            place: _Place,
-            wanted: Set[str],
-    ) -> Set[str]:
+            self, place: _Place,
+            wanted: Set[str]) -> Set[str]:
         """Fill a place with the segments that have these paths, and return the paths of those that were here already.
         """
         place.new.mkdir()
@@ -5436,10 +5307,8 @@ class _Archive:
         return reused
 
     def fetch(
-            self,
-            paths: Set[str],
-            work: Path,
-    ) -> None:
+            self, paths: Set[str],
+            work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         obj = self.obj
         head = json.dumps([
@@ -5486,12 +5355,9 @@ class _Archive:
         """Of an installed dataset with the segments that have these paths; none means all."""
         paths = installed or _digests(self.segments)
         return _Receipt(
-            self.obj.name,
-            self.segments,
-            frozenset(paths),
-            self.remote.url,
-            self.obj.version,
-        )
+            self.obj.name, self.segments,
+            frozenset(paths), self.remote.url,
+            self.obj.version)
 
 
 def _find(remote: _Remote, name: str) -> _Archive:
@@ -5500,10 +5366,8 @@ def _find(remote: _Remote, name: str) -> _Archive:
 
 
 def _existing(
-        remote: _Remote,
-        name: str,
-        obj: Optional[_Object],
-) -> _Object:
+        remote: _Remote, name: str,
+        obj: Optional[_Object]) -> _Object:
     """The object that was found. Raises NotFound if none was."""
     if obj:
         return obj
@@ -5515,10 +5379,8 @@ def _existing(
 
 
 def _paths_of(
-        name: str,
-        segments: Sequence[_Segment],
-        partitions: _Names,
-) -> Set[str]:
+        name: str, segments: Sequence[_Segment],
+        partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
@@ -5705,10 +5567,8 @@ _MaybeConfig = Optional[Config]  # None means Config.load()
 
 
 def ls(
-        remote: bool = False,
-        config: _MaybeConfig = None,
-        patterns: _Names = None,
-) -> List[str]:
+        remote: bool = False, config: _MaybeConfig = None,
+        patterns: _Names = None) -> List[str]:
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
 
     patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all.
@@ -5721,11 +5581,8 @@ def ls(
 
 
 def _list(
-        remote: bool,
-        config: Config,
-        patterns: _Names = None,
-        names_only: bool = False,
-) -> List[_Row]:
+        remote: bool, config: Config, patterns: _Names = None,
+        names_only: bool = False) -> List[_Row]:
     """As ls(), with what `etc ls -l` shows."""
     def work(job: _Job) -> List[_Row]:
         def describe(item: Any) -> _Row:
@@ -5766,11 +5623,9 @@ def _matches(name: str, patterns: _Names) -> bool:
 
 
 def info(
-        name: str,
-        remote: bool = False,
+        name: str, remote: bool = False,
         config: _MaybeConfig = None,
-        progress: _Progress = None,
-) -> _Row:
+        progress: _Progress = None) -> _Row:
     """What is known of a dataset; of a remote one without downloading its data.
 
     Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local dataset
@@ -5802,8 +5657,7 @@ def info(
 
 def _describe(
         item: Union[Path, _Object],
-        segments: Sequence[_Segment],
-) -> _Row:
+        segments: Sequence[_Segment]) -> _Row:
     """What info() and _list() tell of all datasets.
 
     item: where it is: a directory, or an object. segments: what is known of them, if there is no receipt.
@@ -5824,11 +5678,8 @@ def _describe(
         segments = receipt.segments or segments
         here = receipt.here() or segments
         summary.update(
-            root=str(item),
-            source=receipt.source,
-            when=receipt.when,
-            partial=receipt.is_partial,
-        )
+            root=str(item), source=receipt.source,
+            when=receipt.when, partial=receipt.is_partial)
         if item.is_symlink():
             target = os.path.realpath(item)
             summary['source'] = Path(target).as_uri()
@@ -5922,10 +5773,8 @@ def diff(
 
 
 def _find_segments(
-        job: _Job,
-        place: _Place,
-        is_remote: bool,
-) -> Sequence[_Segment]:
+        job: _Job, place: _Place,
+        is_remote: bool) -> Sequence[_Segment]:
     """Of the whole dataset; from its index or receipt, if there is one."""
     if not is_remote:
         return place.open()._read(job)
@@ -5938,13 +5787,10 @@ def _find_segments(
 
 
 def dataset(
-        name: str,
-        auto_install: bool = False,
-        partitions: _Names = None,
-        config: _MaybeConfig = None,
+        name: str, auto_install: bool = False,
+        partitions: _Names = None, config: _MaybeConfig = None,
         progress: _Progress = None,
-        auto_pull: bool = False,
-) -> Dataset:
+        auto_pull: bool = False) -> Dataset:
     """The installed dataset `name`; with `auto_install`, it is pulled first if necessary.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -5977,12 +5823,9 @@ def dataset(
 
 
 def pull(
-        name: str,
-        force: bool = False,
-        partitions: _Names = None,
-        config: _MaybeConfig = None,
-        progress: _Progress = None,
-) -> Dataset:
+        name: str, force: bool = False,
+        partitions: _Names = None, config: _MaybeConfig = None,
+        progress: _Progress = None) -> Dataset:
     """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -5998,11 +5841,8 @@ def pull(
 
 
 def _pull(
-        job: _Job,
-        place: _Place,
-        force: bool,
-        partitions: _Names,
-) -> Dataset:
+        job: _Job, place: _Place, force: bool,
+        partitions: _Names) -> Dataset:
     name = place.name
     here_already = f"'{name}' is installed already; 'etc verify {name}' reads it again"
     with _open_remote(place.config, job) as store, place.lock(job):
@@ -6045,11 +5885,9 @@ def _pull(
 
 
 def _tally(
-        place: _Place,
-        segments: Sequence[_Segment],
+        place: _Place, segments: Sequence[_Segment],
         reused: Container[str] = (),
-        where: str = 'here',
-) -> str:
+        where: str = 'here') -> str:
     """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
     size = sum(segment.size for segment in segments)
     had = sum(
@@ -6063,11 +5901,9 @@ def _tally(
 
 
 def push(
-        name: str,
-        force: bool = False,
+        name: str, force: bool = False,
         config: _MaybeConfig = None,
-        progress: _Progress = None,
-) -> str:
+        progress: _Progress = None) -> str:
     """Share a local dataset. Returns its digest.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -6102,10 +5938,8 @@ def push(
 
 
 def _is_stored(
-        store: _Remote,
-        local: Dataset,
-        is_taken: bool = False,
-) -> bool:
+        store: _Remote, local: Dataset,
+        is_taken: bool = False) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name.
 
     is_taken: whether the remote has refused a write because of the name; then False is an error, too.
@@ -6133,13 +5967,10 @@ def _is_stored(
 
 
 def register(
-        directory: _Path,
-        name: Optional[str] = None,
-        force: bool = False,
-        copy: bool = False,
+        directory: _Path, name: Optional[str] = None,
+        force: bool = False, copy: bool = False,
         config: _MaybeConfig = None,
-        progress: _Progress = None,
-) -> Dataset:
+        progress: _Progress = None) -> Dataset:
     """Give a directory a dataset's name, by default its own. It stays where it is, and must not change any more.
 
     copy: install a private read-only copy instead of a link.
@@ -6208,8 +6039,7 @@ def create(
         name: str,
         partitions: Sequence[str] = ('train', 'test'),
         force: bool = False,
-        config: _MaybeConfig = None,
-) -> Dataset:
+        config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
     place = _Place(name, config)
     if place.pin:
@@ -6232,10 +6062,8 @@ def create(
 
 
 def verify(
-        name: str,
-        config: _MaybeConfig = None,
-        progress: _Progress = None,
-) -> str:
+        name: str, config: _MaybeConfig = None,
+        progress: _Progress = None) -> str:
     """Read all files of a local dataset and return their digest.
 
     Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... insists on. A registered or
@@ -6272,11 +6100,8 @@ def verify(
 
 
 def purge(
-        name: str,
-        config: _MaybeConfig = None,
-        *,
-        remote: bool = False,
-) -> None:
+        name: str, config: _MaybeConfig = None, *,
+        remote: bool = False) -> None:
     """Remove a local dataset, or, without asking, one in the remote storage. A registered directory is not touched.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -6423,12 +6248,9 @@ def _meter(what: str) -> _Progress:
 # What commands do beyond a call of the API
 
 def _ls(
-        *patterns: str,
-        config: Config,
-        remote: bool = False,
-        long: bool = False,
-        json: bool = False
-) -> None:
+        *patterns: str, config: Config,
+        remote: bool = False, long: bool = False,
+        json: bool = False) -> None:
     names_only = not (long or json)
     found = _list(remote, config, patterns or None, names_only)
     names = [row['name'] for row in found]
@@ -6497,11 +6319,8 @@ class _RemoteName(str):
 
 
 def _diff(
-        a: str,
-        b: str,
-        json: bool = False,
-        **options: Any
-) -> Any:
+        a: str, b: str, json: bool = False,
+        **options: Any) -> Any:
     """Whether they are the same."""
     remotes = (
         isinstance(a, _RemoteName),
@@ -6523,10 +6342,8 @@ def _diff(
 
 
 def _create(
-        name: str,
-        *partitions: str,
-        **options: Any
-) -> None:
+        name: str, *partitions: str,
+        **options: Any) -> None:
     decoded = tuple(map(_text, partitions))
     if decoded:
         options['partitions'] = decoded
@@ -6539,11 +6356,8 @@ def _text(word: str) -> str:
 
 
 def _purge(
-        name: str,
-        config: Config,
-        remote: bool = False,
-        force: bool = False
-) -> None:
+        name: str, config: Config, remote: bool = False,
+        force: bool = False) -> None:
     if force or not remote:
         purge(name, config, remote=remote)
     elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
@@ -6696,17 +6510,13 @@ def _parser(argv: Sequence[str] = ()) -> Any:
     import argparse
     hidden = argparse.SUPPRESS
     new_parser: Any = partial(
-        argparse.ArgumentParser,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=hidden)
     parser = new_parser('etc', description=_OVERVIEW)
     _add_flags(parser, '[--version] COMMAND')
     commands = parser.add_subparsers(
-        prog='etc',
-        parser_class=new_parser,
-        dest='command',
-        metavar='COMMAND',
-        help=hidden)
+        prog='etc', parser_class=new_parser, dest='command',
+        metavar='COMMAND', help=hidden)
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
         row = _COMMANDS[name]
         command = commands.add_parser(name, description=row.help)
