@@ -106,7 +106,7 @@ extensions that it demands.
 # Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
 # in the functions that need them, so that `import etcetera` and shell completion stay fast.
 
-import copy
+import copy  # noqa: I001, as the names of typing would take a line each
 import errno
 import itertools
 import json
@@ -125,24 +125,9 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
-    Any,
-    Callable,
-    Container,
-    Dict,
-    FrozenSet,
-    Generator,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    TypeVar,
-    Union,
-)
+    Any, Callable, Container, Dict, FrozenSet, Generator, Iterable,
+    Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+    Tuple, TypeVar, Union)
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
@@ -599,15 +584,16 @@ class _Ended(BaseException):
 class _Job:
     """What the threads of one call share."""
 
+    is_ended = False
+    is_watched = False  # whether begin() waits until the caller has reported
+    reported = 0  # the total that was reported last
+
     def __init__(self) -> None:
         import threading
         self.lock = threading.Lock()
         self.news = threading.Lock()  # held while there are none for the caller
         self.news.acquire()
         self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
-        self.is_ended = False
-        self.is_heard = True  # whether the caller has looked since begin(), or will not
-        self.is_watched = False
         self.begin(0)
 
     def begin(self, total: int) -> None:
@@ -616,10 +602,9 @@ class _Job:
         self.total = total  # bytes that progress is to reach
         self.packed = 0  # bytes of files that a push has packed so far
         self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
-        self.is_heard = not self.is_watched
         self.wake()
-        while not (self.is_heard or self.is_ended):
-            time.sleep(_TICK / 100)
+        while self.is_watched and self.reported != total:
+            self.sleep(_TICK / 100)
         self.add(0)
 
     def wake(self) -> None:
@@ -636,46 +621,40 @@ class _Job:
 
     def sleep(self, seconds: float) -> None:
         """Raises _Ended."""
-        self.add(0)
         while seconds > 0:
             time.sleep(min(_TICK, seconds))
             seconds -= _TICK
             self.add(0)
 
-    def report(self, progress: _Progress) -> None:
-        self.is_heard = True
-        if progress and self.total:
-            done = self.moved
-            if self.produced:
-                done = self.packed * min(done, self.produced) // self.produced
-            progress(min(done, self.total), self.total)
+    def report(self, progress: Callable[[int, int], Any]) -> None:
+        total, done = self.total, self.moved
+        if self.produced:
+            done = self.packed * min(done, self.produced) // self.produced
+        if total:
+            progress(min(done, total), total)
+        self.reported = total
 
     def interrupt(self) -> None:
         """Let what threads wait for fail at once."""
         for shut_down in self.at_end:
             shut_down()
 
-    def end(self) -> None:
-        self.is_ended = True
-        self.interrupt()
 
-
-def _perform(
-        progress: _Progress, function: Callable[..., _R],
-        *args: Any) -> _R:
-    """What function(job, *args) returns. Its errors are raised here; those of the system become an Error.
+def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
+    """What function(job) returns. Its errors are raised here; those of the system become an Error.
 
     progress: is called ten times a second, and at the end. What it raises ends the job, as a signal does.
     """
     import threading
     job = _Job()
-    outcome: List[Tuple[Any, Optional[BaseException]]] = []
+    results: List[_R] = []
+    errors: List[BaseException] = []
 
     def work() -> None:
         try:
-            outcome.append((function(job, *args), None))
+            results.append(function(job))
         except BaseException as e:
-            outcome.append((None, e))
+            errors.append(e)
         job.wake()
 
     thread = threading.Thread(target=work, daemon=True)
@@ -686,22 +665,22 @@ def _perform(
         except (RuntimeError, MemoryError):
             job.is_watched = False
             work()
-        while not outcome:
-            job.report(progress)
+        while not (results or errors):
+            if progress:
+                job.report(progress)
             job.news.acquire(timeout=_TICK)
     except BaseException:
-        job.end()
-        while not outcome and thread.is_alive():
+        job.is_ended = True
+        job.interrupt()
+        while thread.is_alive():
             job.news.acquire(timeout=_TICK)
         raise
-    result, error = outcome[0]
-    if error:
-        with _system_errors():
+    with _system_errors():
+        for error in errors:
             raise error
-    job.moved = job.total
-    job.produced = 0
-    job.report(progress)
-    return result  # type: ignore[no-any-return]
+    if progress and job.total:
+        progress(job.total, job.total)
+    return results[0]
 
 
 def _cores() -> int:
@@ -710,91 +689,68 @@ def _cores() -> int:
     return min(count, 16)
 
 
-class _Pool:
-    """Up to `count` threads, which start as there is work for them and end with the context; soon, after an error."""
-
-    def __init__(
-            self, job: _Job, count: int) -> None:
-        import queue
-        self.job = job
-        self.wanted = count
-        self.threads: List[Any] = []
-        self.tasks: Any = queue.Queue()
-        self.is_closed = False
-
-    def __enter__(self) -> '_Pool':
-        return self
-
-    def __exit__(
-            self, error: Any, *_: Any) -> None:
-        self.is_closed = True
-        if error:
-            self.job.interrupt()
-        for _ in self.threads:
-            self.tasks.put(None)
-        for thread in self.threads:
-            thread.join()
-
-    def submit(
-            self, function: Callable[[_T], Any],
-            item: _T) -> Any:
-        """A concurrent.futures.Future of function(item)."""
-        import threading
-        from concurrent.futures import Future
-        try:
-            future: Any = Future()
-        except RuntimeError:  # "can't allocate lock"
-            raise MemoryError from None
-
-        def task() -> None:
-            try:
-                if not self.is_closed:
-                    future.set_result(function(item))
-            except BaseException as e:
-                future.set_exception(e)
-
-        self.tasks.put(task)
-        try:
-            if len(self.threads) < self.wanted:
-                thread = threading.Thread(target=self.work, daemon=True)
-                thread.start()
-                self.threads.append(thread)
-        except (RuntimeError, MemoryError):
-            self.wanted = len(self.threads)
-        if not self.threads:
-            self.tasks.get()()
-        return future
-
-    def work(self) -> None:
-        for task in iter(self.tasks.get, None):
-            task()
-            del task  # or memory would hold it until the next one comes
+def _settle(future: Any, function: Callable[[_T], Any], item: _T) -> None:
+    """Let a concurrent.futures.Future hold what function(item) returns or raises, unless it was cancelled."""
+    try:
+        if future.set_running_or_notify_cancel():
+            future.set_result(function(item))
+    except BaseException as e:
+        future.set_exception(e)
 
 
 def _ordered(
-        pool: _Pool,
-        function: Callable[[_T], _R],
-        items: Iterable[_T],
-        has_room: Optional[Callable[[int], bool]] = None,
-) -> Generator[_R, None, None]:
-    """Yield function(item) for every item, in order.
+        job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
+        has_room: Optional[Callable[[int], bool]] = None) -> Generator[_R, None, None]:
+    """Yield function(item) for every item, in order, by up to `count` threads, which start as there is work.
 
     has_room: whether another item may be begun while so many are under way or wait to be yielded; by default, each
         thread has one under way and one waiting. What is done is yielded early, except for as many results as keep the
-        pool busy while the caller uses one.
+        threads busy while the caller uses one. Who may leave before the end closes this, which ends the threads.
     """
-    has_room = has_room or (2 * pool.wanted).__gt__
-    pending: Any = deque()
+    import queue
+    import threading
+    from concurrent.futures import Future
+    has_room = has_room or (2 * count).__gt__
     keep = _cores()
-    for item in items:
-        while pending and (
-                not has_room(len(pending))
-                or len(pending) > keep and pending[0].done()):
+    tasks: Any = queue.Queue()
+    pending: Any = deque()
+    threads: List[Any] = []
+
+    def work() -> None:
+        for task in iter(tasks.get, None):
+            task()
+            del task  # or memory would hold it until the next one comes
+
+    try:
+        for item in items:
+            while pending and (not has_room(len(pending)) or len(pending) > keep and pending[0].done()):
+                yield pending.popleft().result()
+            try:
+                pending.append(Future())
+            except RuntimeError:  # "can't allocate lock"
+                raise MemoryError from None
+            tasks.put(partial(_settle, pending[-1], function, item))
+            del item
+            try:
+                if len(threads) < count:
+                    thread = threading.Thread(target=work, daemon=True)
+                    thread.start()
+                    threads.append(thread)
+            except (RuntimeError, MemoryError):
+                count = len(threads)
+            if not threads:
+                tasks.get()()
+        while pending:
             yield pending.popleft().result()
-        pending.append(pool.submit(function, item))
-        del item
-    while pending:
-        yield pending.popleft().result()
+    finally:
+        if pending:  # after an error
+            job.interrupt()
+        for future in pending:
+            future.cancel()
+        for _ in threads:
+            tasks.put(None)
+        for thread in threads:
+            thread.join()
 
 
 # ---------------------------------------------------------------------------------------
@@ -1215,12 +1171,8 @@ class _Block(NamedTuple):
 
 
 def _process(
-        job: _Job,
-        pool: _Pool,
-        listing: _Listing,
-        work: Callable[[bytes], Any],
-        is_all: bool = False,
-) -> Generator[_Block, None, None]:
+        job: _Job, listing: _Listing, work: Callable[[bytes], Any],
+        is_all: bool = False) -> Generator[_Block, None, None]:
     """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order.
 
     is_all: whether reading is all of the job, and so counts as its progress.
@@ -1244,7 +1196,7 @@ def _process(
                 is_fast = time.monotonic() - begin < 4e-5 * len(pieces)
             yield path, pieces, payload
 
-    return _ordered(pool, process, items())
+    return _ordered(job, _cores(), process, items())
 
 
 def _segment_digest(blocks: Any) -> str:
@@ -1263,9 +1215,8 @@ def _dataset_digest(segments: Iterable[_Segment]) -> str:
 def _hash(job: _Job, listing: _Listing) -> Mapping[str, bytes]:
     """Read all files of some segments; return the digests of the blocks of each, one after another, by its path."""
     found: Dict[str, Any] = defaultdict(bytearray)
-    with _Pool(job, _cores()) as pool:
-        for block in _process(job, pool, listing, len, is_all=True):
-            found[block.path] += block.digest
+    for block in _process(job, listing, len, is_all=True):
+        found[block.path] += block.digest
     return found
 
 
@@ -2107,8 +2058,7 @@ def _extract(
 
 
 def _replay(
-        job: _Job, pool: _Pool, work: Path,
-        head: str,
+        job: _Job, work: Path, head: str,
         paths: Container[str]) -> Iterator[_Block]:
     """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
 
@@ -2121,11 +2071,11 @@ def _replay(
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
         listing = _only(paths, _segments(root))
-        blocks = _process(job, pool, listing, bytes)
-        for (path, length, digest), block in zip(notes, blocks):
-            if (block.path, block.digest.hex()) != (path, digest):
-                break
-            yield block._replace(length=int(length), source=str(root))
+        with closing(_process(job, listing, bytes)) as blocks:
+            for (path, length, digest), block in zip(notes, blocks):
+                if (block.path, block.digest.hex()) != (path, digest):
+                    break
+                yield block._replace(length=int(length), source=str(root))
 
 
 def _block_length(data: bytes, start: int = 0) -> int:
@@ -2143,10 +2093,8 @@ def _inflate_block(path: str, member: bytes) -> _Block:
 
 
 def _inflate_blocks(
-        pool: _Pool,
-        chunks: Iterable[bytes],
-        rests: Iterable[Tuple[_Segment, int]],
-) -> Iterator[_Block]:
+        job: _Job, chunks: Iterable[bytes],
+        rests: Iterable[Tuple[_Segment, int]]) -> Iterator[_Block]:
     """The blocks in the bytes of some segments, which at the start of each lack as many as are given with it."""
     def members() -> Iterator[Tuple[str, Any]]:
         views: Iterable[Any] = map(memoryview, chunks)  # whose slices are no copies
@@ -2161,7 +2109,8 @@ def _inflate_blocks(
                 yield segment.path, (header, stream.read(length - _BLOCK_HEADER_SIZE))
                 left -= length
 
-    return _ordered(pool, lambda item: _inflate_block(item[0], b''.join(item[1])), members())
+    return _ordered(
+        job, _cores(), lambda item: _inflate_block(item[0], b''.join(item[1])), members())
 
 
 def _end_digests(first: bytes, last: bytes) -> List[bytes]:
@@ -2264,16 +2213,15 @@ def _strict(stream: _TarStream) -> Any:
 
 
 def _extract_foreign(
-        chunks: Iterable[bytes], root: Path,
-        pool: _Pool) -> None:
-    """Write what a .tgz holds below `root`. The one thread of `pool` inflates ahead."""
+        job: _Job, chunks: Iterable[bytes], root: Path) -> None:
+    """Write what a .tgz holds below `root`."""
     import gzip
     import tarfile
     plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
-    pieces = _ordered(pool, plain.read, itertools.repeat(_BLOCK))
+    pieces = _ordered(job, 1, plain.read, itertools.repeat(_BLOCK))  # a thread inflates ahead
     stream = _TarStream(itertools.takewhile(len, pieces))
     sink = _Sink(root)
-    with sink.filling(confined=False):
+    with closing(pieces), sink.filling(confined=False):
         try:
             tar: Any = tarfile.open(  # type: ignore
                 fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))
@@ -4300,12 +4248,10 @@ class _S3Remote(_BucketStore):
             finally:
                 slots.release()
 
-        with _Pool(self.job, connections) as pool:
-            numbered = filter(
-                lambda _: slots.acquire(),  # so that no more parts are in memory than are being sent
-                enumerate(parts, 1))
-            rows = _ordered(pool, send, numbered)
-            manifest = ''.join(rows)
+        numbered = filter(
+            lambda _: slots.acquire(),  # so that no more parts are in memory than are being sent
+            enumerate(parts, 1))
+        manifest = ''.join(_ordered(self.job, connections, send, numbered))
         return f'<CompleteMultipartUpload>{manifest}</CompleteMultipartUpload>'.encode()
 
     def send_part(
@@ -4484,10 +4430,8 @@ class _GsRemote(_BucketStore):
                     md5.update(data)
 
         try:
-            with _Pool(self.job, 1) as pool:  # one part is sent while the next one is packed
-                send = partial(self.send_part, session)
-                *_, answer = _ordered(
-                    pool, send, parts())
+            send = partial(self.send_part, session)
+            *_, answer = _ordered(self.job, 1, send, parts())  # one is sent while the next one is packed
         except BaseException:
             abort = _Request(
                 'DELETE', session, tries=1, is_vital=True)
@@ -4652,10 +4596,8 @@ class _WebRemote(_HttpStore):
                 target = unquote(urljoin(self.base, address))
                 names.add(self.name_of(target))
         names.discard('')
-        with _Pool(self.job, self.connections) as pool:
-            objects = _ordered(
-                pool, self.stat, sorted(names))
-            return [obj for obj in objects if obj]
+        objects = _ordered(self.job, self.connections, self.stat, sorted(names))
+        return [obj for obj in objects if obj]
 
     def stat(self, name: str) -> Optional[_Object]:
         """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
@@ -5257,10 +5199,9 @@ class _Archive:
                 length = min(length, _MAX_RANGE)
             return data
 
-        connections = self.remote.connections
-        with _Pool(self.job, connections) as pool:
-            chunks = _ordered(
-                pool, fetch, ranges(), lambda _: ahead < _AHEAD)
+        chunks = _ordered(
+            self.job, self.remote.connections, fetch, ranges(), lambda _: ahead < _AHEAD)
+        with closing(chunks):
             for data in chunks:
                 ahead -= len(data)
                 yield data
@@ -5299,8 +5240,7 @@ class _Archive:
             whole = 0, self.obj.size
             chunks = self.read_ahead([whole])
             with self.labelled(), closing(chunks):
-                with _Pool(self.job, 1) as pool:
-                    _extract_foreign(chunks, place.new, pool)
+                _extract_foreign(self.job, chunks, place.new)
         _validate(place.new, self.label)
         if not self.segments:
             self.segments = _digest_segments(self.job, place.new)
@@ -5322,9 +5262,7 @@ class _Archive:
             lacking = sum(
                 segment.size for segment in promised.values())
             earlier = work / 'earlier'
-            replayed = _replay(
-                self.job, pool, earlier, head, had)
-            for block in replayed:
+            for block in _replay(self.job, earlier, head, had):
                 had[block.path] += block.length
                 lacking -= block.size
                 yield block
@@ -5343,13 +5281,11 @@ class _Archive:
                     span[0] = before[1] = before[0]
             chunks = self.read_ahead(spans)
             with closing(chunks):
-                yield from _inflate_blocks(pool, chunks, rest)
+                yield from _inflate_blocks(self.job, chunks, rest)
 
         sink = _Sink(work / 'new')
-        pool = _Pool(self.job, _cores())
-        with self.labelled(), pool:
-            with closing(blocks()) as found:
-                _extract(found, promised, sink, work / 'journal', head)
+        with self.labelled(), closing(blocks()) as found:
+            _extract(found, promised, sink, work / 'journal', head)
 
     def receipt(self, installed: Set[str]) -> _Receipt:
         """Of an installed dataset with the segments that have these paths; none means all."""
@@ -5437,23 +5373,22 @@ def _find_copies(
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
     hasty: Any = copy.copy(remote)
     hasty.tries = 2  # as none of it is worth a long wait
-    with _Pool(remote.job, remote.connections) as pool:
-        looks = _ordered(pool, look, objects[-_MAX_SOURCES:])
-        held: List[_Source] = sum(looks, [])
-        paths = {segment.path for _, segment in held}
-        read = _hash(remote.job, _only(paths, survey.listing()))
-        found: _Copies = {}
-        replaced = []
-        for archive, segment in held:
-            if segment.digest == _segment_digest(read[segment.path]):
-                if archive.obj.name == name:
-                    replaced.append(archive)
-                if segment.length >= _MIN_PART:
-                    found[segment.path] = archive, segment
-        if len(survey.segments) == len(replaced) == len(replaced[0].segments):
-            return {}
-        sound = _ordered(pool, is_sound, found.values())
-        return dict(itertools.compress(found.items(), sound))
+    looks = _ordered(remote.job, remote.connections, look, objects[-_MAX_SOURCES:])
+    held: List[_Source] = sum(looks, [])
+    paths = {segment.path for _, segment in held}
+    read = _hash(remote.job, _only(paths, survey.listing()))
+    found: _Copies = {}
+    replaced = []
+    for archive, segment in held:
+        if segment.digest == _segment_digest(read[segment.path]):
+            if archive.obj.name == name:
+                replaced.append(archive)
+            if segment.length >= _MIN_PART:
+                found[segment.path] = archive, segment
+    if len(survey.segments) == len(replaced) == len(replaced[0].segments):
+        return {}
+    sound = _ordered(remote.job, remote.connections, is_sound, found.values())
+    return dict(itertools.compress(found.items(), sound))
 
 
 def _send(
@@ -5468,7 +5403,7 @@ def _send(
         rest = survey.segments.keys() - copies.keys()
         compress = partial(_compress, level)
         listing = _only(rest, survey.listing())
-        blocks = _process(job, pool, listing, compress)
+        blocks = stack.enter_context(closing(_process(job, listing, compress)))
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
         offset = 0
         for path, segment in survey.segments.items():
@@ -5498,9 +5433,8 @@ def _send(
         segment.size for _, segment in copies.values())
     job.begin(survey.size - copied)
     try:
-        with _Pool(job, _cores()) as pool:
-            remote.write(
-                local.name, chunks(), survey.limit, exclusive)
+        with ExitStack() as stack:
+            remote.write(local.name, chunks(), survey.limit, exclusive)
     except _Unconfirmed as e:
         return segments, e
     return segments, None
@@ -5607,8 +5541,7 @@ def _list(
             items = sorted(
                 item for item in items
                 if _matches(item.name, patterns))
-            pool = stack.enter_context(_Pool(job, config.connections))
-            return list(_ordered(pool, describe, items))
+            return list(_ordered(job, config.connections, describe, items))
 
     return _perform(None, work)
 
@@ -5837,7 +5770,7 @@ def pull(
     """
     _check_partitions(partitions)
     place = _Place(name, config)
-    return _perform(progress, _pull, place, force, partitions)
+    return _perform(progress, lambda job: _pull(job, place, force, partitions))
 
 
 def _pull(
@@ -6021,12 +5954,9 @@ def _copy(job: _Job, root: Path,
     with place.installing(force):
         _check_room(place.work, survey.size)
         place.new.mkdir()
-        with _Pool(job, _cores()) as pool:
-            listing = survey.listing()
-            blocks = _process(
-                job, pool, listing, bytes, is_all=True)
-            sink = _Sink(place.new)
-            segments = _extract(blocks, {}, sink)
+        blocks = _process(job, survey.listing(), bytes, is_all=True)
+        with closing(blocks):
+            segments = _extract(blocks, {}, _Sink(place.new))
         paths = frozenset(survey.segments)
         source = root.as_uri()
         receipt = _Receipt(place.name, segments, paths, source)
