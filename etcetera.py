@@ -120,7 +120,7 @@ import struct
 import sys
 import time
 import zlib
-from collections import defaultdict, deque, namedtuple
+from collections import defaultdict, deque
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -816,9 +816,6 @@ class _Segment(NamedTuple):
     def stop(self) -> int:
         """The offset of what follows in the archive."""
         return self.offset + self.length
-
-    def amount(self) -> Dict[str, int]:
-        return {'files': self.files, 'size': self.size}
 
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
@@ -4762,14 +4759,11 @@ class _Place(_Home):
             raise Corrupt(f"'{self.name}': expected digest {self.pin}, found {digest}",
                           'those contents are not there, or not any more')
 
-    def open(self, remedy: str = '') -> Dataset:
-        """The dataset that is here, with its receipt. Raises NotFound, with this remedy."""
+    def open(self) -> Dataset:
+        """The dataset that is here, with its receipt. Raises NotFound."""
         if not _is_dataset(self.path):
-            remedy = (
-                _did_you_mean(self.name, self.names())
-                or remedy
-                or f"'etc pull {self.name}' would fetch it")
-            raise NotFound(f"no local dataset '{self.name}'", remedy)
+            raise NotFound(f"no local dataset '{self.name}'", _did_you_mean(self.name, self.names())
+                           or f"'etc pull {self.name}' would fetch it, 'etc register DIR {self.name}' add it")
         if not self.path.exists():
             raise NotFound(f"the directory that '{self.name}' was registered for is gone ({os.readlink(self.path)})",
                            f"'etc purge {self.name}' forgets it")
@@ -4916,16 +4910,6 @@ class _Place(_Home):
                     _remove(self.path / item)
             if {_RECEIPT}.issuperset(os.listdir(self.path)):
                 _remove(self.path)
-
-    def keeps_x_bits(self) -> bool:
-        """Whether the disk tells executable files from others, as exFAT, NTFS and some network shares do not."""
-        with suppress(OSError):  # as in a store that can only be read
-            os.close(os.open(self.work, _CREATE, 0o755))
-            executable = self.work.stat().st_mode
-            plain = (self.path / _RECEIPT).stat().st_mode
-            self.work.unlink()
-            return bool(executable & ~plain & 0o100)
-        return True
 
     # What is here already
 
@@ -5507,20 +5491,23 @@ def ls(
 
     patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all.
     """
-    if isinstance(patterns, str):
-        raise ConfigError("'patterns' must be a list")
-    config = config or Config.load()
-    rows = _list(remote, config, patterns, names_only=True)
+    _check_names(patterns or None)
+    rows = _list(remote, config or Config.load(), patterns)
     return [row['name'] for row in rows]
 
 
+def _check_names(names: _Names) -> None:
+    if isinstance(names, str) or names is not None and not names:
+        raise ConfigError('partitions and patterns must be a list of one or more names')
+
+
 def _list(
-        remote: bool, config: Config, patterns: _Names = None,
-        names_only: bool = False) -> List[_Row]:
-    """As ls(), with what `etc ls -l` shows."""
+        remote: bool, config: Config, patterns: _Names,
+        in_full: bool = False) -> List[_Row]:
+    """As ls(); in full: with what `etc ls -l` shows."""
     def work(job: _Job) -> List[_Row]:
         def describe(item: Any) -> _Row:
-            if names_only:
+            if not in_full:
                 return {'name': item.name}
             segments: Sequence[_Segment] = ()
             try:
@@ -5530,18 +5517,16 @@ def _list(
                 _say(str(e), _WARNING)
             return _describe(item, segments)
 
-        with ExitStack() as stack:
+        opened: Any = _open_remote(config, job) if remote else ExitStack()
+        with opened as store, _Pool(job, config.connections) as pool:
             items: Iterable[Any]
             if remote:
-                store = stack.enter_context(_open_remote(config, job))
                 items = store.list()
             else:
                 names = _Home(config.home).names()
                 items = map(config.home.joinpath, names)
-            items = sorted(
-                item for item in items
-                if _matches(item.name, patterns))
-            return list(_ordered(job, config.connections, describe, items))
+            found = sorted(item for item in items if _matches(item.name, patterns))
+            return list(_ordered(job, config.connections, describe, found))
 
     return _perform(None, work)
 
@@ -5549,8 +5534,7 @@ def _list(
 def _matches(name: str, patterns: _Names) -> bool:
     from fnmatch import fnmatchcase
     try:
-        return patterns is None or any(
-            fnmatchcase(name, pattern) for pattern in patterns)
+        return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
     except re.error:  # up to Python 3.11, from a range without characters, [z-a]
         return False
 
@@ -5570,96 +5554,68 @@ def info(
     place = _Place(name, config)
 
     def work(job: _Job) -> _Row:
-        if not remote:
-            local = place.open()
-            segments = local._read(job)
-            summary = _describe(place.path, segments)
-            readme = _read_readme(place.path)
-            summary.update(meta=local.meta, readme=readme)
-        else:
+        if remote:
             with _open_remote(place.config, job) as store:
                 archive = _find(store, place.name)
                 segments = archive.segments
-                summary = _describe(archive.obj, segments)
-                summary.update(_read_root_files(archive))
+                row = _describe(archive.obj, segments)
+                row.update(_read_root_files(archive))
+        else:
+            local = place.open()
+            segments = local._read(job)
+            row = _describe(place.path, segments)
+            row.update(meta=local.meta, readme=_read_readme(place.path))
         place.check(segments)
-        return summary
+        return row
 
     return _perform(progress, work)
 
 
-def _describe(
-        item: Union[Path, _Object],
-        segments: Sequence[_Segment]) -> _Row:
+def _describe(item: Union[Path, _Object], segments: Sequence[_Segment]) -> _Row:
     """What info() and _list() tell of all datasets.
 
-    item: where it is: a directory, or an object. segments: what is known of them, if there is no receipt.
+    item: a directory, or an object. segments: what is known of them, if there is no receipt.
     """
-    keys = 'name digest files size partitions'
-    summary: _Row = dict.fromkeys(keys.split())
-    summary['name'] = item.name
     here = segments
     if isinstance(item, _Object):
-        summary.update(
-            archive_size=item.size,
-            when=item.modified and _utc(item.modified) or None,
-            meta=None,
-            readme=None,
-        )
+        when = _utc(item.modified) if item.modified else None
+        row: _Row = {'archive_size': item.size, 'when': when, 'meta': None, 'readme': None}
     else:
         receipt = _read_receipt(item)
-        segments = receipt.segments or segments
-        here = receipt.here() or segments
-        summary.update(
-            root=str(item), source=receipt.source,
-            when=receipt.when, partial=receipt.is_partial)
-        if item.is_symlink():
-            target = os.path.realpath(item)
-            summary['source'] = Path(target).as_uri()
+        if receipt.name:
+            segments, here = receipt.segments, receipt.here()
+        source = Path(os.path.realpath(item)).as_uri() if item.is_symlink() else receipt.source
+        row = {'root': str(item), 'source': source, 'when': receipt.when, 'partial': receipt.is_partial}
+    row.update(name=item.name, digest=None, files=None, size=None, partitions=None)
     if segments:
-        summary.update(
-            digest=_dataset_digest(segments),
-            files=sum(segment.files for segment in here),
-            size=sum(segment.size for segment in here),
-            partitions={
-                segment.partition: segment.amount()
-                for segment in here if segment.partition
-            },
-        )
-    return summary
+        partitions = {
+            segment.partition: _total([segment]) for segment in here if segment.partition}
+        row.update(_total(here), digest=_dataset_digest(segments), partitions=partitions)
+    return row
+
+
+def _total(segments: Sequence[_Segment]) -> Dict[str, int]:
+    return {'files': sum(segment.files for segment in segments), 'size': sum(segment.size for segment in segments)}
 
 
 def _read_root_files(archive: _Archive) -> _Row:
     """meta and readme of a remote dataset, unless they are in large files."""
-    limit = _META_LIMIT + _README_LIMIT
-    if not archive.segments:
-        return {}
-    root = archive.segments[0]
-    if max(root.length, root.size) > limit:
-        return {}
     import tempfile
-    with tempfile.TemporaryDirectory() as work:
-        new = Path(work, 'new')
-        new.mkdir()
-        archive.fetch({'.'}, new.parent)
-        return {
-            'meta': _read_meta(new, archive.label),
-            'readme': _read_readme(new),
-        }
-
-
-def _check_partitions(partitions: _Names) -> None:
-    if isinstance(partitions, str) or partitions is not None and not partitions:
-        raise InvalidDataset('partitions must be a list of one or more names')
+    for root in archive.segments[:1]:
+        if max(root.length, root.size) <= _META_LIMIT + _README_LIMIT:
+            with tempfile.TemporaryDirectory() as work:
+                new = Path(work, 'new')
+                new.mkdir()
+                archive.fetch({'.'}, new.parent)
+                return {'meta': _read_meta(new, archive.label), 'readme': _read_readme(new)}
+    return {}
 
 
 def diff(
-        a: str,
-        b: str,
+        a: str, b: str,
         remote: Union[bool, Tuple[bool, bool]] = False,
         config: _MaybeConfig = None,
-        progress: _Progress = None,
-) -> _Row:
+        progress: _Progress = None) -> _Row:
     """How dataset `b` differs from dataset `a`, without downloading any data.
 
     a, b: NAME, or NAME@sha256:... to insist on these contents. Of a partial dataset, what is not installed counts, too.
@@ -5671,52 +5627,37 @@ def diff(
     """
     remotes = (remote, remote) if isinstance(remote, bool) else remote
     places = _Place(a, config), _Place(b, config)
-    sides = sorted(
-        zip('ab', places, remotes),
-        key=lambda side: not side[2])  # first what takes no time
 
     def work(job: _Job) -> _Row:
         found: _Row = {'segments': {}}
         known: Any = defaultdict(dict)  # segments by path and side
-        for side, place, is_remote in sides:
-            segments = _find_segments(job, place, is_remote)
+        for side, place, is_remote in zip('ab', places, remotes):
+            segments: Sequence[_Segment]
+            if not is_remote:
+                segments = place.open()._read(job)
+            else:
+                with _open_remote(place.config, job) as store:
+                    archive = _find(store, place.name)
+                segments = archive.segments
+                if not segments:
+                    raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
+                                f"run 'etc pull {place.name}', and compare what that installs")
             place.check(segments)
-            found[side] = {
-                'name': place.name,
-                'remote': is_remote,
-                'digest': _dataset_digest(segments),
-            }
+            digest = _dataset_digest(segments)
+            found[side] = {'name': place.name, 'remote': is_remote, 'digest': digest}
             for segment in segments:
                 known[segment.path][side] = segment
         for path in sorted(known, key=_segment_order):
             one, other = map(known[path].get, 'ab')
             status = (
                 'new' if not one else 'gone' if not other
-                else 'same' if one.digest == other.digest
-                else 'differs')
+                else 'same' if one.digest == other.digest else 'differs')
             found['segments'][path] = {
-                'status': status,
-                'a': one and one.amount(),
-                'b': other and other.amount(),
-            }
+                'status': status, 'a': one and _total([one]), 'b': other and _total([other])}
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
 
     return _perform(progress, work)
-
-
-def _find_segments(
-        job: _Job, place: _Place,
-        is_remote: bool) -> Sequence[_Segment]:
-    """Of the whole dataset; from its index or receipt, if there is one."""
-    if not is_remote:
-        return place.open()._read(job)
-    with _open_remote(place.config, job) as store:
-        archive = _find(store, place.name)
-    if not archive.segments:
-        raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
-                    f"run 'etc pull {place.name}', and compare what that installs")
-    return archive.segments
 
 
 def dataset(
@@ -5732,15 +5673,13 @@ def dataset(
     auto_pull: the name of `auto_install` in etcetera 0.0.x.
     Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors.
     """
-    _check_partitions(partitions)
+    _check_names(partitions)
     place = _Place(name, config)
 
     def work(job: _Job) -> Dataset:
         receipt = _read_receipt(place.path)
-        wanted = _paths_of(place.name, receipt.segments, partitions)
-        missing = wanted - receipt.installed
-        is_complete = not missing and _is_dataset(place.path)
-        if (auto_install or auto_pull) and not is_complete:
+        missing = _paths_of(place.name, receipt.segments, partitions) - receipt.installed
+        if (auto_install or auto_pull) and (missing or not _is_dataset(place.path)):
             return _pull(job, place, False, partitions)
         local = place.open()
         if place.pin:
@@ -5768,16 +5707,13 @@ def pull(
     What is installed already, in whatever dataset, is not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
-    _check_partitions(partitions)
+    _check_names(partitions)
     place = _Place(name, config)
     return _perform(progress, lambda job: _pull(job, place, force, partitions))
 
 
-def _pull(
-        job: _Job, place: _Place, force: bool,
-        partitions: _Names) -> Dataset:
+def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
     name = place.name
-    here_already = f"'{name}' is installed already; 'etc verify {name}' reads it again"
     with _open_remote(place.config, job) as store, place.lock(job):
         archive = _find(store, name)
         if archive.segments:
@@ -5792,11 +5728,7 @@ def _pull(
                 raise place.taken_error(f"'etc pull -f {name}' replaces it")
             if is_same and (not receipt.name or wanted <= receipt.installed):
                 place.check(local._read(job))
-                is_old = (place.inner / 'receipts').exists()  # as 1.0 kept them elsewhere
-                if is_old and not receipt.name and not place.path.is_symlink():
-                    new = archive.receipt(set())
-                    _write_receipt(place.path, new)
-                _say(here_already)
+                _say(f"'{name}' is installed already; 'etc verify {name}' reads it again")
                 return local
         if receipt.digest == _dataset_digest(archive.segments):
             wanted |= receipt.installed
@@ -5804,33 +5736,29 @@ def _pull(
             reused = archive.extract(place, wanted)
             place.check(archive.segments)
             new = archive.receipt(wanted)
-            is_new = place.commit(new)
-        old = ''
-        if receipt.name and receipt.digest != new.digest:
-            partitions = [
-                segment.partition for segment in receipt.here()
-                if segment.partition]
-            old = f"; it replaces another one with {', '.join(partitions)}"
-        done = f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}'
-        _say(done if is_new else here_already)
-        _say(f'{name}@{new.digest}', _DEBUG)
-        return place.open()
+            place.commit(new)
+    old = ''
+    if receipt.name and receipt.digest != new.digest:
+        old = f"; it replaces another one with {', '.join(sorted(receipt.installed))}"
+    _say(f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}')
+    return place.open()
 
 
 def _tally(
         place: _Place, segments: Sequence[_Segment],
-        reused: Container[str] = (),
-        where: str = 'here') -> str:
-    """How much was done, how fast, and how much was in its place already: the segments with the paths `reused`."""
-    size = sum(segment.size for segment in segments)
-    had = sum(
-        segment.size for segment in segments
-        if segment.path in reused)
-    seconds = max(time.monotonic() - place.started, 0.001)
-    count = sum(segment.files for segment in segments)
-    files = _plural(count, 'file')
-    more = f'; {_size(had)} were {where} already' if had else f' ({_size(size / seconds)}/s)'
-    return f'{files}, {_size(size)} in {_duration(seconds)}{more}'
+        reused: Container[str] = ()) -> str:
+    """How much was done, how long it took, and how much was in its place already: the segments with these paths."""
+    had = _total([segment for segment in segments if segment.path in reused])['size']
+    already = f'; {_size(had)} were there already' if had else ''
+    seconds = time.monotonic() - place.started
+    return f'{_amount(_total(segments))} in {_duration(seconds)}{already}'
+
+
+def _amount(counted: Optional[_Row]) -> str:
+    """Of what _total() has counted, if it is known."""
+    if not counted or counted['files'] is None:
+        return '-'
+    return f"{_plural(counted['files'], 'file')}, {_size(counted['size'])}"
 
 
 def push(
@@ -5847,51 +5775,41 @@ def push(
     place = _Place(name, config)
 
     def work(job: _Job) -> str:
-        local = place.open(f"'etc register DIR {place.name}' gives a directory that name")
+        local = place.open()
         if local._receipt.is_partial:
             raise InvalidDataset(f"'{local.name}' is only partly installed, so it cannot be pushed",
                                  f"'etc pull {local.name}' fetches the rest")
         if place.pin:
             place.check(local._read(job))
         with _open_remote(place.config, job) as store:
-            if force or not _is_stored(store, local):
-                store.check_writable()
-                with suppress(_NameTaken):
-                    level = place.config.compression_level
-                    segments, copies = _write_archive(
-                        store, local, not force, level)
-                    _say(f"pushed {local.name} to {store.url}: {_tally(place, segments, copies, 'there')}")
-                    digest = _dataset_digest(segments)
-                    _say(f'{local.name}@{digest}', _DEBUG)
-                    return digest
-                _is_stored(store, local, is_taken=True)
-        return _dataset_digest(local._read(job))
+            if not force and _is_stored(store, local):
+                return local.digest
+            store.check_writable()
+            level = place.config.compression_level
+            try:
+                segments, copies = _write_archive(store, local, not force, level)
+            except _NameTaken:
+                if _is_stored(store, local):
+                    return local.digest
+                raise Exists(f"another push of '{local.name}' to {store.url} is under way, or these credentials "
+                             'cannot read it to compare', 'try again later, or push it under another name') from None
+        _say(f'pushed {local.name} to {store.url}: {_tally(place, segments, copies)}')
+        return _dataset_digest(segments)
 
     return _perform(progress, work)
 
 
-def _is_stored(
-        store: _Remote, local: Dataset,
-        is_taken: bool = False) -> bool:
-    """Whether the remote has this very dataset. Raises Exists if it has another one of that name.
-
-    is_taken: whether the remote has refused a write because of the name; then False is an error, too.
-    """
+def _is_stored(store: _Remote, local: Dataset) -> bool:
+    """Whether the remote has this very dataset. Raises Exists if it has another one of that name."""
     try:
         obj, tail = store.find(local.name)
-        archive = _Archive(store, obj, tail) if obj else None
+        if not obj:
+            return False
+        archive = _Archive(store, obj, tail)
     except RemoteError as e:
         if e.status != 403 or not store.has_exclusive_write:
             raise
-        if is_taken:
-            raise Exists(f"'{local.name}' is in {store.url} already, and these credentials cannot read it to compare",
-                         'push it under another name') from None
         return False  # the condition of the write decides
-    if archive is None:
-        if is_taken:
-            raise RemoteError(f"another push of '{local.name}' to {store.url} is under way",
-                              'try again when it has ended')
-        return False
     if not archive.is_same(local):
         raise Exists(f"another '{local.name}' is in {store.url} already",
                      f"push it under another name, or 'etc push -f {local.name}' replaces it")
@@ -5912,18 +5830,11 @@ def register(
     Raises InvalidDataset, Exists and other Errors.
     """
     def work(job: _Job) -> Dataset:
-        path = _check_path(directory)
-        root = Path(os.path.realpath(path))
-        if name is None:
-            _validate(root)  # first, or a part of a URL might be taken for a name, and shown
-        elif not root.exists() and os.path.isdir(name) and not _is_name(name):  # as in `etc register NAME DIR`
-            raise InvalidDataset(f'no directory {_masked(str(root))}',
-                                 f"the directory comes first: 'etc register {name} {_masked(root.name)}'")
-        text = root.name if name is None else name
-        place = _Place(text, config)
-        local = Dataset(root, place.name)
+        root = Path(os.path.realpath(_check_path(directory)))
+        _validate(root)  # first, or a part of a URL might be taken for a name, and shown
+        place = _Place(root.name if name is None else name, config)
         if place.pin:
-            place.check(local._read(job))
+            place.check(_digest_segments(job, root))
         installed = Path(os.path.realpath(place.path))
         is_around = installed in (root, *root.parents)
         if is_around and not copy and not place.path.is_symlink():
@@ -5932,22 +5843,21 @@ def register(
             if copy or installed != root:
                 raise place.taken_error()
             _say(f"'{place.name}' is registered already")
-            return place.open()
-        if copy:
-            return _copy(job, root, place, force)
-        with place.installing(force):
-            _symlink(root, place.new, "'etc register --copy' installs a copy")
-            place.commit()
-        _say(f"registered '{place.name}': {root}")
-        with suppress(InvalidDataset, OSError):  # which a push will tell
-            _Survey(root).warn(place.name)
+        elif copy:
+            _copy(job, root, place, force)
+        else:
+            with place.installing(force):
+                _symlink(root, place.new, "'etc register --copy' installs a copy")
+                place.commit()
+            _say(f"registered '{place.name}': {root}")
+            with suppress(InvalidDataset, OSError):  # which a push will tell
+                _Survey(root).warn(place.name)
         return place.open()
 
     return _perform(progress, work)
 
 
-def _copy(job: _Job, root: Path,
-          place: _Place, force: bool) -> Dataset:
+def _copy(job: _Job, root: Path, place: _Place, force: bool) -> None:
     """Install a copy of a dataset as if it had been pushed and pulled."""
     survey = _Survey(root)
     job.begin(survey.size)
@@ -5958,11 +5868,8 @@ def _copy(job: _Job, root: Path,
         with closing(blocks):
             segments = _extract(blocks, {}, _Sink(place.new))
         paths = frozenset(survey.segments)
-        source = root.as_uri()
-        receipt = _Receipt(place.name, segments, paths, source)
-        place.commit(receipt)
+        place.commit(_Receipt(place.name, segments, paths, root.as_uri()))
     _say(f'copied {place.name}: {_tally(place, segments)}')
-    return place.open()
 
 
 def create(
@@ -5971,10 +5878,8 @@ def create(
         force: bool = False,
         config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
+    _check_names(partitions or ())
     place = _Place(name, config)
-    if place.pin:
-        raise InvalidDataset('a dataset that is yet to be filled has no digest to insist on', 'give only its name')
-    _check_partitions(partitions or ())
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
             raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
@@ -5982,8 +5887,8 @@ def create(
     def work(job: _Job) -> Dataset:
         with place.installing(force):
             for partition in set(partitions):
-                path = 'data/' + partition
-                os.makedirs(_join(place.new, path))
+                os.makedirs(_join(place.new, 'data/' + partition))
+            place.check(_digest_segments(job, place.new))
             place.commit()
         _say(f"created '{place.name}'; now fill {place.path / 'data'}")
         return place.open()
@@ -6005,25 +5910,17 @@ def verify(
     def work(job: _Job) -> str:
         receipt = place.open()._receipt
         found = _digest_segments(job, place.path)
-        outcome = 'nothing known to compare it with'
-        if receipt.name:
-            promised = _digests(receipt.here()).items()
-            differing = promised ^ _digests(found).items()
-            wrong = sorted(dict(differing))
-            if wrong:
-                remedy = f"'etc pull -f {place.name}' repairs it" if receipt.version else 'register it again'
-                if not place.keeps_x_bits():
-                    remedy = "this disk does not keep executable bits; set 'home' to a place on another"
-                verb = 'differs' if len(wrong) == 1 else 'differ'
-                raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(wrong)} {verb}", remedy)
-            outcome = 'partly installed, and unchanged' if receipt.is_partial else 'complete and unchanged'
+        promised = _digests(receipt.here() or found).items()
+        wrong = sorted(dict(promised ^ _digests(found).items()))
+        if wrong:
+            raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(wrong)}",
+                          f"'etc pull -f {place.name}' repairs it, or what was copied, 'etc register -f --copy'; but a "
+                          'disk that does not keep executable bits cannot hold it')
         whole = receipt.segments or found
         place.check(whole)
-        if place.pin:
-            outcome = 'the expected digest'
         digest = _dataset_digest(whole)
-        _say(f'verified {place.name}: {outcome}; {_tally(place, found)}')
-        _say(f'{place.name}@{digest}', _DEBUG if receipt.name else _INFO)
+        outcome = 'unchanged' if receipt.name or place.pin else 'nothing known to compare it with'
+        _say(f'verified {place.name}@{digest}: {outcome}; {_tally(place, found)}')
         return digest
 
     return _perform(progress, work)
@@ -6044,7 +5941,7 @@ def purge(
         with place.lock(job):
             place.clear()
             if place.pin or not _is_dataset(place.path):
-                local = place.open("'etc ls' lists what there is")
+                local = place.open()
                 place.check(local._read(job))
             place.remove()
 
@@ -6055,10 +5952,7 @@ def purge(
         _say(f"purged '{place.name}'")
 
 
-def _purge_remote(
-        place: _Place,
-        confirm: Callable[[str], Any] = bool,
-) -> None:
+def _purge_remote(place: _Place, confirm: Callable[[str], Any] = bool) -> None:
     """Remove the version of a remote dataset that is there now.
 
     confirm: is called with a description of it before, and may raise an Error.
@@ -6066,11 +5960,11 @@ def _purge_remote(
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
             store.check_writable()
-            obj = store.stat(place.name)  # which finds damaged archives and archived ones, too
-            found = _existing(store, place.name, obj)
+            # stat() finds damaged archives and archived ones, too
+            obj = _existing(store, place.name, store.stat(place.name))
             if place.pin:
                 place.check(_find(store, place.name).segments)
-            return found, store.url
+            return obj, store.url
 
     def remove(job: _Job) -> bool:
         with _open_remote(place.config, job) as store:
@@ -6085,63 +5979,35 @@ def _purge_remote(
 # ---------------------------------------------------------------------------------------
 # Command line
 #
-# Each command calls one function of the API, and prints what that returns. Parser, overview and help are made from its
-# row in _COMMANDS.
+# Each command calls one function of the API, and prints what that returns. Parser and help are made from _COMMANDS.
 # ---------------------------------------------------------------------------------------
-
-_README_LINES = 20  # that `etc info` shows
-_METER_TIME = 2.0  # seconds after which there is enough to tell how long the rest will take
 
 # Output
 
 def _print(*lines: str) -> None:
     """To stdout, whatever its encoding."""
-    if sys.stdout is None:
-        raise Error('standard output is closed')
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     for line in lines:
         escaped = _printable(line).encode(encoding, 'backslashreplace')
-        print(escaped.decode(encoding))
-    sys.stdout.flush()
+        print(escaped.decode(encoding), flush=True)
 
 
-def _print_json(found: object) -> None:
-    text = json.dumps(found, indent=1)
-    _print(*text.splitlines())
+def _output(
+        found: object, as_json: bool,
+        rows: List[Sequence[str]]) -> None:
+    """Print what was found: as JSON, or in columns."""
+    widths = [
+        max(map(len, column))
+        for column in zip(*rows)]
+    cells = (map(str.ljust, row, widths) for row in rows)
+    lines = ['  '.join(row).rstrip() for row in cells]
+    if as_json:
+        lines = json.dumps(found, indent=1).splitlines()
+    _print(*lines)
 
 
 def _is_terminal(stream: Any) -> bool:
     return bool(getattr(stream, 'isatty', bool)())  # None has none, nor what some notebooks put in its place
-
-
-def _ago(when: Optional[str]) -> str:
-    """How long ago a time was that info() gives."""
-    if not when:
-        return '-'
-    seconds = time.time() - _iso_time(when)
-    names = 'year month week day hour minute'.split()
-    units = (31557600, 2629800, 604800, 86400, 3600, 60)
-    for name, unit in zip(names, units):
-        if seconds >= unit:
-            return _plural(int(seconds // unit), name) + ' ago'
-    return 'just now'
-
-
-def _amount(counted: Optional[_Row]) -> str:
-    return f"{_size(counted['size'])} in {_plural(counted['files'], 'file')}" if counted else '-'
-
-
-def _print_table(heading: str,
-                 rows: List[Sequence[str]]) -> None:
-    """The heading, whose parts a | divides, is for people, on a terminal."""
-    if rows and _is_terminal(sys.stdout):
-        rows = [heading.split('|'), *rows]
-    widths = [
-        max(map(len, column))
-        for column in zip(*rows)]
-    for row in rows:
-        cells = map(str.ljust, row, widths)
-        _print('  '.join(cells).rstrip())
 
 
 def _meter(what: str) -> _Progress:
@@ -6150,26 +6016,24 @@ def _meter(what: str) -> _Progress:
     is_quiet = _console.level == _WARNING
     if is_dumb or is_quiet or not _is_terminal(sys.stderr):
         return None
+    import shutil
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
-    marks: Any = deque(maxlen=50)  # when it was shown, and the bytes then: some 5 s
+    begin = time.monotonic()
+    last = 0
 
     def show(done: int, total: int) -> None:
+        nonlocal begin, last
+        if done < last:  # the next piece begins
+            begin = time.monotonic()
+        last = done
         if done == total:  # and the next line tells of the end
             return
-        now = time.monotonic()
-        if marks and done < marks[-1][1]:  # the next piece begins
-            marks.clear()
-        marks.append((now, done))
-        since, before = marks[0]
+        seconds = time.monotonic() - begin
         line = f'{what}  {100 * done // total}%  {_size(done)} of {_size(total)}'
-        if done > before and now - since > _METER_TIME:
-            rate = (done - before) / (now - since)
-            line += f'  {_duration((total - done) / rate)} left  {_size(rate)}/s'
-        columns = 80
-        with suppress(OSError):
-            size = os.get_terminal_size(sys.stderr.fileno())
-            columns = size.columns or columns
+        if done and seconds > 2:  # enough to tell how long the rest will take
+            line += f'  {_duration((total - done) * seconds / done)} left  {_size(done / seconds)}/s'
+        columns = shutil.get_terminal_size().columns
         _console.show_progress(line[:columns - 1])
 
     return show
@@ -6181,67 +6045,42 @@ def _ls(
         *patterns: str, config: Config,
         remote: bool = False, long: bool = False,
         json: bool = False) -> None:
-    names_only = not (long or json)
-    found = _list(remote, config, patterns or None, names_only)
-    names = [row['name'] for row in found]
-    if json:
-        _print_json(found)
-    elif names_only:
-        _print(*names)
-    else:
-        length = 19 if _is_terminal(sys.stdout) else None  # of a digest: it tells them apart
-        _print_table('NAME|   SIZE|FILES|WHEN|DIGEST', [(
-            row['name'],
-            f"{_size(row['size']):>7}",
-            '-' if row['files'] is None else f"{row['files']:,}",
-            _ago(row['when']),
-            (row['digest'] or '')[:length] or row.get('source') or '-'
-        ) for row in found])
-    where = 'in ' + (_masked(config.url or '') if remote else _existing_part(str(config.home)))
-    unmatched = [
-        pattern for pattern in patterns
-        if not any(
-            _matches(name, [pattern]) for name in names)]
-    if unmatched:
-        remedy = 'use --url for a URL'
-        if '://' not in unmatched[0]:
-            known = ls(remote, config)
-            remedy = _did_you_mean(unmatched[0], known)
-        raise NotFound(f"no dataset {where} matches {_masked(' or '.join(map(repr, unmatched)))}", remedy)
-    if not names:
-        _say(f'there is no dataset {where}')
+    in_full = long or json
+    found = _list(remote, config, patterns or None, in_full)
+    rows: Any = [[row['name']] for row in found]
+    if in_full:
+        rows = [(
+            row['name'], _amount(row), row['when'] or '-',
+            row['digest'] or row.get('source') or '-'
+        ) for row in found]
+    _output(found, json, rows)
+    if not found:
+        where = _masked(config.url or '') if remote else _existing_part(str(config.home))
+        if patterns:
+            raise NotFound(f'no dataset in {where} matches', 'without a pattern, all are listed')
+        _say(f'there is no dataset in {where}')
 
 
 def _info(name: str, **options: Any) -> None:
     as_json = options.pop('json', False)
     found = info(name, **options)
-    if as_json:
-        _print_json(found)
-        return
-    _print(f"name        {found['name']}",
-           f"digest      {found['digest'] or '- (packed by another tool; pull it to learn more)'}")
-    if found['files'] is not None:
-        _print(f"size        {_amount(found)}{' (partly installed)' if found.get('partial') else ''}")
-    if 'root' in found:
-        _print(f"root        {found['root']}", f"from        {found['source'] or '-'}")
-    else:
-        _print(f"archive     {_size(found['archive_size'])}")
-    if found['when']:
-        _print(f"when        {_ago(found['when'])} ({found['when']})")
-    label = 'partitions'
     partitions = found['partitions'] or {}
-    for name, partition in partitions.items():
-        _print(f'{label:11} {name}: {_amount(partition)}')
-        label = ''
-    if found['meta']:
-        meta = json.dumps(found['meta'], ensure_ascii=False)
-        _print(f"meta        {meta[:500]}{' ...' if len(meta) > 500 else ''}")
-    lines = (found['readme'] or '').splitlines()
-    if lines:
-        shown = lines[:_README_LINES]
-        _print('', *map(str.expandtabs, shown))
-    if len(lines) > _README_LINES:
-        _print(f'... ({len(lines) - _README_LINES} more lines of README.md)')
+    meta = json.dumps(found['meta'], ensure_ascii=False)
+    rows = [
+        ('name', found['name']),
+        ('digest', found['digest'] or '- (packed by another tool; pull it to learn more)'),
+        ('size', f"{_amount(found)}{' (partly installed)' * bool(found.get('partial'))}"),
+        ('archive', _size(found.get('archive_size'))),
+        ('root', found.get('root')),
+        ('from', found.get('source')),
+        ('when', found['when']),
+        *((f'data/{key}', _amount(partitions[key])) for key in partitions),
+        ('meta', meta),
+    ]
+    _output(found, as_json, [row for row in rows if row[1]])
+    if found['readme'] and not as_json:
+        lines = found['readme'].splitlines()
+        _print('', *map(str.expandtabs, lines))
 
 
 class _RemoteName(str):
@@ -6256,27 +6095,17 @@ def _diff(
         isinstance(a, _RemoteName),
         isinstance(b, _RemoteName))
     found = diff(a, b, remotes, **options)
-    if _console.level == _WARNING:
-        return found['equal']
-    if json:
-        _print_json(found)
-    else:
-        names = (f"{'-r ' * found[side]['remote']}{found[side]['name']}" for side in 'ab')
-        _print_table(f"STATUS|{'|'.join(names)}|PATH", [(
-            row['status'],
-            _amount(row['a']),
-            _amount(row['b']),
-            path
-        ) for path, row in found['segments'].items()])
+    _output(found, json, [
+        (row['status'], _amount(row['a']), _amount(row['b']), path)
+        for path, row in found['segments'].items()])
     return found['equal']
 
 
 def _create(
         name: str, *partitions: str,
         **options: Any) -> None:
-    decoded = tuple(map(_text, partitions))
-    if decoded:
-        options['partitions'] = decoded
+    if partitions:
+        options['partitions'] = list(map(_text, partitions))
     create(name, **options)
 
 
@@ -6300,139 +6129,84 @@ def _confirm_removal(what: str) -> None:
     """Raises Error unless the person at the terminal agrees."""
     _console.write(f'etc: remove {what}? [y/N] ')
     answer = sys.stdin.buffer.readline()  # of any encoding
-    if not answer.endswith(b'\n'):
-        print(file=sys.stderr)
     if not re.match(rb'(?i)\s*y(es)?\s*\Z', answer):
         raise Error(f'{what} stays')
 
 
 # The commands
 
-# run: does it, with the words, `config` and the flags; False makes the exit status 1
-# doing: what the line of progress begins with
-# usage: its words and flags; NAME... lets it run once for each
-# help: what it does, and examples
-_Command = namedtuple('_Command', 'run doing usage help')
-
 _FLAGS = '''
 [-f]            -f --force      replace a different dataset of that name; with purge -r: do not ask
 [--copy]        --copy          install a read-only copy instead of a link
 [-r]            -r --remote     in the remote storage
 [-r NAME]       -r --remote     a remote dataset in place of A or B, for which nothing but its index is read
-[-l]            -l --long       with size, files, when and digest
+[-l]            -l --long       with files, size, when and digest
 [--json]        --json          as JSON
 [-p PARTITION]  -p --partition  only this partition (can be repeated)
 [--version]     --version       show the versions of etcetera and Python, and what compresses
 [--config FILE] --config        settings file, instead of $ETC_CONFIG or ~/.etc.yaml
 [--url URL]     --url           where datasets are shared, instead of $ETC_URL or the settings
 [--home DIR]    --home          local store, instead of $ETC_HOME, the settings or ~/.etc
-[-q]            -q --quiet      show nothing but errors
+[-q]            -q --quiet      no messages but errors
 [-v]            -v --verbose    show more, with a traceback of an error'''
 _VALUES: Dict[str, Any] = {  # what argparse must know of some
-    'PARTITION': {
-        'action': 'append',
-        'dest': 'partitions',
-        'type': _text,
-    },
-    'NAME': {
-        'action': 'append',
-        'dest': 'words',
-        'nargs': 1,
-        'type': _RemoteName,
-    },
+    'PARTITION': {'action': 'append', 'dest': 'partitions', 'type': _text},
+    'NAME': {'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName},
 }
 
-_COMMANDS = {
-    'register': _Command(register, 'copying {}', 'DIR [NAME] [-f] [--copy]', '''\
-Give a directory a name
+# What does it, with the words, `config` and the flags; False makes the exit status 1
+# Its words and flags; NAME... lets it run once for each
+# What it does, and examples
+_COMMANDS: Dict[str, Tuple[Callable[..., Any], str, str]] = {
+    'register': (register, 'DIR [NAME] [-f] [--copy]', """Give a directory a name
 
-examples:
-  etc register ./digits MNIST        it stays where it is
-  etc register ./digits as MNIST     the same
-  etc register --copy ./digits MNIST
-                                     install a read-only copy of it'''),
+  etc register ./digits MNIST         it stays where it is
+  etc register ./digits as MNIST      the same
+  etc register --copy ./digits MNIST  install a read-only copy of it"""),
+    'push': (push, 'NAME... [-f]', """Share local datasets
 
-    'push': _Command(push, 'pushing {}', 'NAME... [-f]', '''\
-Share local datasets
-
-examples:
   etc push MNIST
-  etc push -f MNIST                  replace a different dataset of that name'''),
+  etc push -f MNIST                   replace a different dataset of that name"""),
+    'ls': (_ls, '[PATTERN...] [-r] [-l] [--json]', """List datasets
 
-    'ls': _Command(_ls, '', '[PATTERN...] [-r] [-l] [--json]', '''\
-List datasets
+  etc ls -r                           what is shared
+  etc ls -l                           what is here, with files, size, when and digest
+  etc ls -r 'MNIST*'                  whose names match, with *, ? and [...]"""),
+    'pull': (pull, 'NAME... [-f] [-p PARTITION]', """Install remote datasets
 
-examples:
-  etc ls -r                          what is shared
-  etc ls                             what is here
-  etc ls -r 'MNIST*'                 whose names match, with *, ? and [...]
-  etc ls -l                          with size, files, when and digest'''),
-
-    'pull': _Command(pull, 'pulling {}', 'NAME... [-f] [-p PARTITION]', '''\
-Install remote datasets
-
-examples:
   etc pull MNIST
-  etc pull MNIST -p test             only one partition; the rest may follow later
-  etc pull -f MNIST                  replace a different dataset of that name
-  etc pull MNIST@sha256:...          insist on these contents'''),
+  etc pull MNIST -p test              only one partition; the rest may follow later
+  etc pull -f MNIST                   replace a different dataset of that name
+  etc pull MNIST@sha256:...           insist on these contents"""),
+    'info': (_info, 'NAME [-r] [--json]', """Show what is known of a dataset
 
-    'info': _Command(_info, 'reading {}', 'NAME [-r] [--json]', '''\
-Show what is known of a dataset
+  etc info -r MNIST                   of a remote one, without downloading its data"""),
+    'diff': (_diff, 'A B [-r NAME] [--json]', """Show what of a dataset is the same, differs, is new or gone
 
-examples:
-  etc info MNIST
-  etc info -r MNIST                  of a remote one, without downloading its data'''),
+  etc diff MNIST -r MNIST             what is here, and what is shared
+  etc diff -r MNIST -r MNIST2         both are remote"""),
+    'verify': (verify, 'NAME...', """Read all files again and compare them with the digest
 
-    'diff': _Command(_diff, 'comparing {} with {}', 'A B [-r NAME] [--json]', '''\
-Show what of a dataset is the same, differs, is new or gone
-
-examples:
-  etc diff MNIST -r MNIST            what is here, and what is shared
-  etc diff -r MNIST -r MNIST2        both are remote'''),
-
-    'verify': _Command(verify, 'verifying {}', 'NAME...', '''\
-Read all files again and compare them with the digest
-
-examples:
   etc verify MNIST
-  etc verify MNIST@sha256:...        with this digest'''),
+  etc verify MNIST@sha256:...         with this digest"""),
+    'create': (_create, 'NAME [PARTITION...] [-f]', """Make an empty dataset to fill
 
-    'create': _Command(_create, '', 'NAME [PARTITION...] [-f]', '''\
-Make an empty dataset to fill
+  etc create MNIST                    with the partitions train and test
+  etc create MNIST train val test"""),
+    'purge': (_purge, 'NAME... [-r] [-f]', """Remove local datasets, or with -r remote ones
 
-examples:
-  etc create MNIST                   with the partitions train and test
-  etc create MNIST train val test'''),
-
-    'purge': _Command(_purge, '', 'NAME... [-r] [-f]', '''\
-Remove local datasets, or with -r remote ones
-
-examples:
-  etc purge MNIST                    a registered directory itself is not touched
-  etc purge -r MNIST                 from the remote storage, after a question
-  etc purge -r MNIST@sha256:...      only if it has these contents'''),
+  etc purge MNIST                     a registered directory itself is not touched
+  etc purge -r MNIST                  from the remote storage, after a question
+  etc purge -r MNIST@sha256:...       only if it has these contents"""),
 }
 
-_OVERVIEW = '''\
-etc shares immutable datasets through cloud storage.
-
-  etc register ./digits MNIST       give a directory a name
-  etc push MNIST                    share local datasets
-  etc ls -r                         list datasets
-  etc pull MNIST                    install remote datasets
-  etc info MNIST                    show what is known of a dataset
-  etc diff MNIST -r MNIST           show what of a dataset is the same, differs, is new or gone
-  etc verify MNIST                  read all files again and compare them with the digest
-  etc create MNIST                  make an empty dataset to fill
-  etc purge MNIST                   remove local datasets, or with -r remote ones
-
+_NOTES = """\
 Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
 For help on a command, run 'etc pull -h'.
 ('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)
 
 exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong usage;
-130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP'''
+130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP"""
 
 
 def _parser(argv: Sequence[str] = ()) -> Any:
@@ -6442,17 +6216,17 @@ def _parser(argv: Sequence[str] = ()) -> Any:
     new_parser: Any = partial(
         argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=hidden)
-    parser = new_parser('etc', description=_OVERVIEW)
+    parser = new_parser('etc', description='Share immutable datasets through cloud storage.', epilog=_NOTES)
     _add_flags(parser, '[--version] COMMAND')
     commands = parser.add_subparsers(
-        prog='etc', parser_class=new_parser, dest='command',
-        metavar='COMMAND', help=hidden)
+        prog='etc', parser_class=new_parser, dest='command', metavar='COMMAND')
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
-        row = _COMMANDS[name]
-        command = commands.add_parser(name, description=row.help)
+        _, usage, text = _COMMANDS[name]
+        command = commands.add_parser(
+            name, description=text, help=text.split('\n')[0])
         command.add_argument(
             'words', nargs='*', action='append', help=hidden)
-        _add_flags(command, row.usage)
+        _add_flags(command, usage)
     return parser
 
 
@@ -6471,14 +6245,9 @@ def _add_flags(parser: Any, usage: str) -> None:
                 *names.split(), help=what, **more)
 
 
-def _fail(prog: str, message: str,
-          remedy: str = '') -> None:
+def _fail(prog: str, message: str) -> None:
     """Wrong usage."""
-    unknown = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
-    if unknown:
-        message = f"no command '{unknown.group(1)}'"
-        remedy = _did_you_mean(unknown.group(1), _COMMANDS)
-    _console.show(f"{_masked(message)}; {remedy}{' ' * bool(remedy)}'{prog} -h' shows how")
+    _console.show(f"{_masked(message)}; '{prog} -h' shows how")
     sys.exit(2)
 
 
@@ -6502,35 +6271,30 @@ def _run(argv: Sequence[str]) -> int:
     if version:
         _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
         return 0
-    prog = f'etc {name}' if name else 'etc'
-    for word in rest:
-        if word[:1] == '-':
-            flags = re.findall('-[-a-z]+', _FLAGS)
-            _fail(prog, f"'{prog}' takes no '{word}'", _did_you_mean(word, flags))
     if not name:
         parser.print_help(sys.stderr)
         return 2
-    run, doing, usage, _ = _COMMANDS[name]
+    run, usage, _ = _COMMANDS[name]
     words: List[str] = sum(groups or [], [])
     more = options.get('partitions', words)  # as in `etc pull NAME -p ONE TWO`
     more.extend(map(_text, rest))
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
-    places = usage.partition(' [-')[0]
-    needed = re.findall(r'(?<!\[)\b[A-Z]+', places)
-    if len(words) < len(needed):
-        _fail(prog, f"'{prog}' needs {' '.join(needed)}")
-    if len(words) > len(places.split()) and '...' not in places:
-        _fail(prog, f"'{prog}' takes no '{words[-1]}'")
+    places = usage.partition(' [-')[0].split()
+    least = sum(place[0] != '[' for place in places)
+    most = len(words if '...' in usage else places)
+    is_flag = [word for word in rest if word[0] == '-']
+    if is_flag or not least <= len(words) <= most:
+        _fail(f'etc {name}', f'usage: etc {name} {usage}')
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
     config = Config.load(path, url=url, home=home)
     status = 0
     runs = [words]
-    if places == 'NAME...':
+    if places == ['NAME...']:
         runs = [[word] for word in words]
     for each in runs:
-        if doing:
-            options['progress'] = _meter(doing.format(*each))
+        if name not in ('ls', 'create', 'purge'):
+            options['progress'] = _meter(' '.join([name, *each]))
         try:
             if run(*each, config=config, **options) is False:
                 status = 1
@@ -6548,9 +6312,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if '_ARGCOMPLETE' in os.environ:
         from importlib import import_module  # so that no type checker looks for it
         import_module('argcomplete').autocomplete(_parser())
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ['help']:
-        words = words[1:] + ['-h']
     usual = (signal.SIG_DFL, signal.default_int_handler)
     handled: Dict[int, Any] = {}  # signals that are neither ignored, as by nohup, nor handled by a program around us
 
@@ -6565,7 +6326,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for number in (signal.SIGINT, signal.SIGTERM, hang_up):
                 if signal.getsignal(number) in usual:
                     handled[number] = signal.signal(number, end)
-        return _run(words)
+        return _run(sys.argv[1:] if argv is None else argv)
     except Error as e:
         return _show(e)
     except OSError as e:  # stdout cannot be written to
@@ -6575,10 +6336,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as e:
-        after = {'pull': '; the same command goes on', 'push': '; the same command begins anew'}
-        outlooks = map(after.get, words)
-        outlook = next(filter(None, outlooks), '')
-        _console.show(f'interrupted{outlook}')
+        _console.show('interrupted; the same command again: a pull goes on, a push begins anew')
         number, = e.args or [2]
         return 128 + int(number)
     finally:

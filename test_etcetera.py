@@ -179,6 +179,9 @@ def split(words):
     return [part for word in words for part in (word.split() or [word] if isinstance(word, str) else [word])]
 
 
+INTERRUPTED = b'etc: interrupted; the same command again: a pull goes on, a push begins anew\n'
+
+
 class Case(unittest.TestCase):
     maxDiff = 2000
     sizes = {}  # type: dict  # of blocks and more, in processes that are spawned
@@ -840,7 +843,7 @@ class Datasets(Case):
             self.fails_with("etc: '%s' cannot be a partition's name" % bad, 'create Bad', bad)
         for call in (functools.partial(etc.create, 'Bad'), functools.partial(etc.dataset, 'Bad', True)):
             for bad in ('train', ()):
-                with self.assertRaisesRegex(etc.InvalidDataset, 'partitions must be a list of one or more names'):
+                with self.assertRaisesRegex(etc.ConfigError, 'must be a list of one or more names'):
                     call(bad, config=self.config())
 
     def test_register_what_is_installed(self):
@@ -890,7 +893,7 @@ class Datasets(Case):
         victim.chmod(0o644)
         victim.write_text('alphA\n')
         err = self.etc('verify Small', status=1)[1]
-        self.assertIn('data/train differs', err)
+        self.assertIn('not what was installed: data/train;', err)
         self.assertNotIn('data/test', err)
         self.fails_with("the files of 'Small': expected digest %s, found" % digest, 'push Small')
         self.assertEqual(tree(self.tmp / 'share'), {})
@@ -2049,14 +2052,14 @@ class FileRemote(Scaled, RemoteSuite, Case):
         victim.chmod(0o644)
         victim.write_text('broken')
         (self.tmp / 'two/X/data/val/v').unlink()
-        self.fails_with("'X' is not what was installed: data/train, data/val differ;", 'verify X', home='two')
+        self.fails_with("'X' is not what was installed: data/train, data/val;", 'verify X', home='two')
         assert_pulls(self, root, force=True)
         self.etc('verify X', home='two')
 
     def test_diff(self):
         root = small(self.tmp / 'ds')
         self.share(root)
-        self.assertEqual(self.etc('diff -r X X -q'), ('', ''))
+        self.etc('diff -r X X')
         self.share(write(root, {'data/train/new': 'new'}), 'Y')
         rows = [row.split() for row in self.etc('diff -r X -r Y', status=1)[0].splitlines()]
         self.assertEqual([(row[0], row[-1]) for row in rows],
@@ -2541,7 +2544,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.assertTrue(busy.wait(60))
         process.terminate()
         err = process.communicate(timeout=60)[1]
-        self.assertEqual((process.returncode, err), (143, b'etc: interrupted; the same command begins anew\n'))
+        self.assertEqual((process.returncode, err), (143, INTERRUPTED))
 
     def test_object_lock(self):
         """Such buckets want a checksum of every body; MD5 will do."""
@@ -5390,7 +5393,7 @@ class Links(S3Case):
                 self.assertTrue(started.wait(20))
                 process.send_signal(getattr(signal, name))
                 err = process.communicate(timeout=20)[1]
-                said = b'etc: interrupted; the same command begins anew\n'
+                said = INTERRUPTED
                 self.assertEqual((process.returncode, err, self.server.uploads), (status, said, {}))
 
     @POSIX
@@ -5406,9 +5409,7 @@ class Links(S3Case):
                 process.send_signal(signal.SIGINT)
                 ended = process.communicate(timeout=20)[1], process.returncode
                 # the signal may also come when all is done, and Python has put back what it did by default
-                after = b'begins anew' if 'push' in command else b'goes on'
-                self.assertIn(ended, [(b'', 0), (b'etc: interrupted; the same command %s\n' % after, 130),
-                                      (b'', -signal.SIGINT)])
+                self.assertIn(ended, [(b'', 0), (INTERRUPTED, 130), (b'', -signal.SIGINT)])
                 self.assertEqual(self.server.uploads, {})
                 if ended[1] <= 0:
                     self.assertTrue('pull' in command or any('uploadId' in path for path in self.requests('POST')))
@@ -5888,7 +5889,7 @@ class Receipts(Shell, Case):
                 self.assertEqual(self.known(home=home), (True, False))
                 self.damage(Path(home, 'X/data/test/c.txt'))
                 err = self.etc('verify X', home=home, status=1)[1]
-                self.assertIn("'X' is not what was installed: data/test differs", err)
+                self.assertIn("'X' is not what was installed: data/test;", err)
 
     @POSIX
     def test_believed_of_no_other(self):
@@ -6044,9 +6045,9 @@ class PullReuse(Scaled, Shell, S3Case):
         self.share('sum', 'Sum', home='pub')
         self.etc('pull Third')
         for name, root, least, said in (
-                ('New', self.new, 0, 'pulled New to .*: 7 files, 393 kB in .*; 393 kB were here already'),
-                ('Renamed', self.old, 0, 'pulled Renamed to .*; 393 kB were here already'),
-                ('Sum', 'sum', 1, '; 459 kB were here already')):
+                ('New', self.new, 0, 'pulled New to .*: 7 files, 393 kB in .*; 393 kB were there already'),
+                ('Renamed', self.old, 0, 'pulled Renamed to .*; 393 kB were there already'),
+                ('Sum', 'sum', 1, '; 459 kB were there already')):
             with self.subTest(name):
                 sent, err = self.pulled(name, root=root)
                 self.assertTrue(least < sent < least + 0.2, sent)
@@ -6063,7 +6064,7 @@ class PullReuse(Scaled, Shell, S3Case):
         self.etc('purge Old')
         sent, err = self.pulled('New')
         self.assertTrue(4 < sent < 4.2, sent)
-        self.assertIn('; 131 kB were here already', err)
+        self.assertIn('; 131 kB were there already', err)
 
     def test_what_changed_is_fetched(self):
         """And nothing that was damaged here spreads."""
@@ -6421,7 +6422,7 @@ class Disks(Scaled, Shell, Case):
         for words, said in (
                 ('pull X', no_links + "set 'home' to a place on another disk"), ('pull Y', 'pulled Y'),
                 ('register ds', no_links + "'etc register --copy'"),
-                ('verify Y', "; this disk does not keep executable bits; set 'home' to a place on another")):
+                ('verify Y', 'a disk that does not keep executable bits')):
             with self.subTest(words):
                 self.assertIn(said, self.spawn(words).communicate()[1].decode())
 
@@ -6468,7 +6469,7 @@ class Disks(Scaled, Shell, Case):
         self.addCleanup(self.lock, self.here, 0o755)
         problem = "cannot change what is in %s: Permission denied; ask who owns it, or set 'home'" % (self.tmp / 'home')
         with unprivileged('settings.yaml'):
-            for words, said in (('pull X', 'installed already'), ('ls', ''), ('verify X', 'complete and unchanged')):
+            for words, said in (('pull X', 'installed already'), ('ls', ''), ('verify X', 'unchanged')):
                 self.assertIn(said, self.etc(words)[1])
             self.assertEqual(len(etc.dataset('X', auto_install=True, config=self.config())), 3)
             for words in ('pull -f X', 'purge X', 'create Y', 'register ds Y', 'register -f ds X',
@@ -6508,8 +6509,8 @@ class Disks(Scaled, Shell, Case):
             self.skipTest('nothing can be mounted here')
         refused = "'?etc.*purge.*\nfailed\n"
         self.assertRegex(done.stdout.decode(), ''.join((
-            '\\Apull X\n.*', refused, 'pull -f X\n.*', refused, 'verify X\n.*partly installed, and unchanged.*\n',
-            'register .*\n.*', refused, 'verify Y\n.*complete and unchanged.*\n', 'purge X\n.*\n', 'ls\nY\n',
+            '\\Apull X\n.*', refused, 'pull -f X\n.*', refused, 'verify X\n.*unchanged.*\n',
+            'register .*\n.*', refused, 'verify Y\n.*unchanged.*\n', 'purge X\n.*\n', 'ls\nY\n',
             'pull X\n.*pulled X.*\n', 'verify X\n.*\n', 'pull -f X\n.*\n', 'purge Y\n.*\n', 'ls\nX\n\\Z')))
 
 
@@ -7049,14 +7050,14 @@ class Places(Hush, S3Case):
         register %             | no directory
         register % Y           | no directory
         register % ds          | no directory
-        diff X X %             | 'etc diff' takes no '
+        diff X X %             | usage: etc diff
         ls %                   | no dataset in .* matches
-        %                      | etc: no command |argument COMMAND
-        pull X --ulr=%         | etc: '?etc.* takes no |is not NAME@sha256:|cannot be a dataset's name
+        %                      | argument COMMAND
+        pull X --ulr=%         | usage: etc pull|is not NAME@sha256:|cannot be a dataset's name
         pull X --force=%       | argument -f/--force
-        --%                    | etc: '?etc.* takes no |etc: no command |argument COMMAND
-        -x%                    | etc: '?etc.* takes no |etc: no command |argument COMMAND
-        --co=% ls              | no settings file|etc: '?etc.* takes no
+        --%                    | argument COMMAND|after SIGHUP
+        -x%                    | argument COMMAND|after SIGHUP
+        --co=% ls              | no settings file|usage: etc ls
         --config % ls          | no settings file
         --config file/% ls     | cannot be read:
         --home file/% create Y | Not a directory: |'home' holds
@@ -7207,16 +7208,15 @@ class Progress(Shell, Case):
         for columns in 40, 12:
             for words in ('push -f MNIST', 'verify MNIST', '--home %d pull MNIST' % columns):
                 with self.subTest(words, columns=columns):
-                    code, shown = on_terminal('--url', self.url, words, columns=columns,
-                                              stdout=subprocess.DEVNULL)
+                    code, shown = on_terminal('--url', self.url, words, columns=columns)
                     *drawn, last = [line for line in shown.split('\r\033[J') if line]
                     self.assertEqual((code, bool(drawn)), (0, True), shown)
                     for line in drawn:
                         self.assertTrue(line.endswith('\r') and '\n' not in line and len(line) <= columns, drawn)
-                        self.assertRegex(line, '(push|verify|pull)ing' + ' MNIST +[0-9]+%' * (columns > 12))
-                    self.assertRegex(last, r'\A\r?etc: [a-z]+ed MNIST.*2 files, 6\.29 MB in [0-9.]+ s \(.*B/s\)\n')
+                        self.assertRegex(line, '(push|verify|pull)' + ' MNIST +[0-9]+%' * (columns > 12))
+                    self.assertRegex(last, r'\A\r?etc: [a-z]+ed MNIST.*2 files, 6\.29 MB in [0-9.]+ s\n')
         for words, term in (('-q push -f MNIST', 'xterm'), ('push -f MNIST', 'dumb')):
-            self.assertNotRegex(on_terminal('--url', self.url, words, term=term)[1], r'\033|pushing')
+            self.assertNotRegex(on_terminal('--url', self.url, words, term=term)[1], r'\033|%')
         self.assertNotRegex(self.etc('pull MNIST')[1], r'[\r\033]')
 
 
@@ -7238,7 +7238,7 @@ class Question(Shell, Case):
                 with self.subTest(answer):
                     *found, shown = self.purge('-r -q X', answers=[answer.encode('latin-1')])
                     self.assertEqual((found, shown[:len(asked)]), ([code, left], asked))
-                    end = "\netc: 'X' (1.5 kB) in %s stays\n" % self.url if code else answer
+                    end = "etc: 'X' (1.5 kB) in %s stays\n" % self.url if code else answer
                     self.assertTrue(shown.endswith(end), shown)
 
     def test_outcomes(self):
@@ -7272,19 +7272,16 @@ class Mistakes(Shell, Case):
 
     # HERE is the current directory, SHARE the url, and ... "'etc COMMAND -h' shows how", after wrong usage
     LINES = """
-        pul MNIST              no command 'pul'; did you mean 'pull'? 'etc -h' shows how
-        frobnicate             no command 'frobnicate'; 'etc -h' shows how
-        pull                   'etc pull' needs NAME; ...
-        create                 'etc create' needs NAME; ...
-        pull MNIST --forse     'etc pull' takes no '--forse'; did you mean '--force'? ...
-        info MNIST X           'etc info' takes no 'X'; ...
-        diff MNIST             'etc diff' needs A B; ...
+        pull                   usage: etc pull NAME... [-f] [-p PARTITION]; ...
+        create                 usage: etc create NAME [PARTITION...] [-f]; ...
+        pull MNIST --forse     usage: etc pull NAME... [-f] [-p PARTITION]; ...
+        info MNIST X           usage: etc info NAME [-r] [--json]; ...
+        diff MNIST             usage: etc diff A B [-r NAME] [--json]; ...
         diff MNIST -r          argument -r/--remote: expected 1 argument; ...
-        register a b c         'etc register' takes no 'c'; ...
+        register a b c         usage: etc register DIR [NAME] [-f] [--copy]; ...
         purge -r MNIST         without a terminal to ask on, 'etc purge -r' needs -f; ...
-        ls -l MNITS            no dataset in HERE/home matches 'MNITS'; did you mean 'MNIST'?
-        ls -r mnist x*         no dataset in SHARE matches 'mnist' or 'x*'; did you mean 'MNIST'?
-        ls -r s3://bucket/     no dataset in SHARE matches 's3://bucket/'; use --url for a URL
+        ls -l MNITS            no dataset in HERE/home matches; without a pattern, all are listed
+        ls -r mnist x*         no dataset in SHARE matches; without a pattern, all are listed
         pull MNITS             no dataset 'MNITS' in SHARE; did you mean 'MNIST'?
         pull mnist             no dataset 'mnist' in SHARE; did you mean 'MNIST'?
         pull MNIST.tgz         no dataset 'MNIST.tgz' in SHARE; did you mean 'MNIST'?
@@ -7296,7 +7293,7 @@ class Mistakes(Shell, Case):
         push Other             another 'Other' is in SHARE already; push it under another name, or \
 'etc push -f Other' replaces it
         pull Other             another 'Other' is installed already; 'etc pull -f Other' replaces it
-        register MNIST ./digits  no directory HERE/MNIST; the directory comes first: 'etc register ./digits MNIST'
+        register MNIST ./digits  no directory HERE/MNIST
         register ./digits/data as X  HERE/digits/data is no dataset: it needs a directory 'data' with a directory \
 for each partition; HERE/digits is one
         register ./images X    HERE/images is no dataset: it needs a directory 'data' with a directory for each \
@@ -7305,10 +7302,13 @@ partition
         register ./my~data     'my~data' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' \
 and '-', the first a letter or digit
         register ./my~data MNIST  another 'MNIST' is installed already; choose another name, or -f (force) to replace it
-        push Flowers           no local dataset 'Flowers'; 'etc register DIR Flowers' gives a directory that name
-        purge Flowers          no local dataset 'Flowers'; 'etc ls' lists what there is
+        push Flowers           no local dataset 'Flowers'; \
+'etc pull Flowers' would fetch it, 'etc register DIR Flowers' add it
+        purge Flowers          no local dataset 'Flowers'; \
+'etc pull Flowers' would fetch it, 'etc register DIR Flowers' add it
         purge -r -f MNITS      no dataset 'MNITS' in SHARE; did you mean 'MNIST'?
-        verify Flowers         no local dataset 'Flowers'; 'etc pull Flowers' would fetch it
+        verify Flowers         no local dataset 'Flowers'; \
+'etc pull Flowers' would fetch it, 'etc register DIR Flowers' add it
         info mine              no local dataset 'mine'; did you mean 'Mine'?
         --url bucket ls -r     cannot use the url (from --url); it must start with file:// or s3:// or gs:// or \
 https:// or http://
@@ -7336,30 +7336,27 @@ supported)
             words, line = re.split('  +', row.strip(), 1)
             with self.subTest(words):
                 how = "'etc %s -h' shows how" % words.split()[0]
-                said = self.etc(words, status=2 if line.endswith(('; ...', '? ...', 'shows how')) else 1)
-                self.assertEqual(said, ('', 'etc: %s\n' % re.sub(r'(?<=[;?] )\.\.\.\Z', how, line)))
+                said = self.etc(words, status=2 if line.endswith('; ...') else 1)
+                self.assertEqual(said, ('', 'etc: %s\n' % re.sub(r'(?<=; )\.\.\.\Z', how, line)))
         self.fails_with('n: cannot be read: ' if os.name == 'posix' else 'etc: ', '--config', 'n' * 300, 'ls')
+        for words in 'pul MNIST', 'frobnicate', 'help':
+            self.assertRegex(self.etc(words, status=2)[1], r"argument COMMAND: .*\bpull\b.*; 'etc -h' shows how\n\Z")
         with contextlib.redirect_stderr(io.StringIO()) as err:
             self.assertEqual(etc.main(['pull', 'MNIST']), 1)
         self.assertIn('etc: no url; set where datasets are shared', err.getvalue())
 
     def test_help(self):
         """Each example can be typed as it is; without a command, all are shown."""
-        os.environ['COLUMNS'] = '82'  # argparse leaves two of them empty
         with contextlib.redirect_stderr(io.StringIO()) as overview:
             self.assertEqual(etc.main([]), 2)
         for command in 'ls info diff pull push register create verify purge'.split():
             with self.subTest(command):
-                self.assertRegex(self.etc('-h')[0], r'(?m)^  etc %s .* \w' % command)
-                with contextlib.redirect_stdout(io.StringIO()) as out, self.assertRaises(SystemExit):
-                    etc.main(['help', command])
-                shown = self.etc(command, '-h')[0]
-                self.assertEqual(out.getvalue(), shown)
-                examples = re.findall(r'^  .*?etc (\w+(?: [^\s)]+)*)', shown.partition('examples:')[2], re.M)
-                self.assertIn('etc ' + examples[0], overview.getvalue())
+                self.assertRegex(overview.getvalue(), r'(?m)^ +%s +\w' % command)
+                examples = re.findall(r'^  etc (\w+(?: [^\s)]+)*)', self.etc(command, '-h')[0], re.M)
+                self.assertTrue(examples)
                 for example in examples:
                     # a status that is not 2, as after wrong usage
-                    self.etc(example.split(' | ')[0] + ' -f' * (command == 'purge'), status=None)
+                    self.etc(example + ' -f' * (command == 'purge'), status=None)
 
 
 class People(Shell, Case):
@@ -7368,16 +7365,16 @@ class People(Shell, Case):
         self.register(root, 'Registered')
         self.etc('register --copy', root, 'C')
         self.assertEqual(self.etc('ls -l')[0].splitlines(), [
-            'C           5.04 kB  6  just now  ' + etc.Dataset(root).digest,
-            'Registered        -  -  -         ' + root.as_uri()])
+            'C           6 files, 5.04 kB  %s  %s' % (etc.info('C', config=self.config())['when'],
+                                                      etc.Dataset(root).digest),
+            'Registered  -                 -                     ' + root.as_uri()])
         self.etc('push C')
         both = set('digest files name partitions size when'.split())
         for flags, more in (([], {'partial', 'root', 'source'}), (['-r'], {'archive_size', 'meta', 'readme'})):
             for item in json.loads(self.etc('ls --json', *flags)[0]):
                 self.assertEqual(set(item), both | more)
-        three_days_ago = time.time() - 3 * 86400 - 60
-        os.utime('share/C.tgz', (three_days_ago, three_days_ago))
-        self.assertIn('  3 days ago  ', self.etc('ls -l -r')[0])
+        os.utime('share/C.tgz', (86400, 86400))
+        self.assertIn('  1970-01-02T00:00:00Z  ', self.etc('ls -l -r')[0])
 
     def test_patterns(self):
         for name in ('MNIST', 'MNIST-small', 'svhn', 'CIFAR'):
@@ -7393,10 +7390,9 @@ class People(Shell, Case):
                     listed = json.loads(self.etc('ls', *patterns[:1], '--json', *patterns[1:])[0])
                     self.assertEqual([item['name'] for item in listed], names)
                     self.assertEqual(re.findall(r'(?m)^\S+', self.etc('ls -l', *patterns)[0]), names)
-        with self.assertRaisesRegex(etc.ConfigError, "'patterns' must be a list"):
+        with self.assertRaisesRegex(etc.ConfigError, 'must be a list'):
             etc.ls(patterns='MNIST*', config=self.config())
-        said = self.etc('ls svhn nope*', status=1)  # what matches is shown
-        self.assertEqual(said, ('svhn\n', "etc: no dataset in %s matches 'nope*'\n" % (self.tmp / 'home')))
+        self.assertEqual(self.etc('ls svhn nope*'), ('svhn\n', ''))
         self.assertEqual(self.etc('ls --json [', status=1)[0], '[]\n')
 
     def test_info(self):
@@ -7404,11 +7400,10 @@ class People(Shell, Case):
         root = write('ds', {'data/train/x': 'x' * 1500, 'data/test/y': '', 'README.md': readme})
         self.etc('register --copy', root, 'X')
         shown = self.etc('info X')[0]
-        for line in ('name        X', 'digest      ' + etc.Dataset(root).digest, 'size        1.64 kB in 3 files',
-                     'partitions  test: 0 B in 1 file\n            train: 1.5 kB in 1 file\n\n0\n1\n2'):
+        for line in ('name        X', 'digest      ' + etc.Dataset(root).digest, 'size        3 files, 1.64 kB',
+                     'data/test   1 file, 0 B\ndata/train  1 file, 1.5 kB\nmeta        {}\n\n0\n1\n2'):
             self.assertIn('\n%s\n' % line, '\n' + shown)
-        self.assertTrue(shown.endswith('\n18\n19\n... (30 more lines of README.md)\n'))
-
+        self.assertTrue(shown.endswith('\n' + readme))
 
     def test_what_is_shared_by_accident(self):
         write('.', {'out/x': 'x', 'ds/.env': 'x', 'ds/assets': ('->', '../out'), 'ds/data/train/.git/x': '',
@@ -7449,13 +7444,13 @@ class Diff(Shell, Case):
 
     def test_segments(self):
         self.assertEqual(self.etc('diff A B', status=1), (
-            'same     1 B in 1 file  1 B in 1 file  .\n'
-            'gone     1 B in 1 file  -              +\n'
-            'same     1 B in 1 file  1 B in 1 file  assets\n'
-            'new      -              1 B in 1 file  more\n'
-            'gone     1 B in 1 file  -              data/test\n'
-            'differs  1 B in 1 file  5 B in 1 file  data/train\n'
-            'new      -              0 B in 1 file  data/val\n', ''))
+            'same     1 file, 1 B  1 file, 1 B  .\n'
+            'gone     1 file, 1 B  -            +\n'
+            'same     1 file, 1 B  1 file, 1 B  assets\n'
+            'new      -            1 file, 1 B  more\n'
+            'gone     1 file, 1 B  -            data/test\n'
+            'differs  1 file, 1 B  1 file, 5 B  data/train\n'
+            'new      -            1 file, 0 B  data/val\n', ''))
         found, one = etc.diff('A', 'B', config=self.config()), {'files': 1, 'size': 1}
         self.assertEqual(found, json.loads(self.etc('diff A B --json', status=1)[0]))
         self.assertEqual(found['a'], {'name': 'A', 'remote': False, 'digest': etc.Dataset(self.a).digest})
@@ -7475,14 +7470,7 @@ class Diff(Shell, Case):
                 self.assertEqual([found[side]['name'] + '*' * found[side]['remote'] for side in 'ab'], sides.split())
         for words in ('A', '-r A', 'A B B', 'A -r B B', '-r A -r B -r B', ''):
             with self.subTest(words):
-                self.assertIn("'etc diff' ", self.etc('diff', words, status=2)[1])
-
-    def test_status_alone(self):
-        for words, status, said in (('A B', 1, ''), ('A B --json', 1, ''), ('A A', 0, ''), ('A A --json', 0, ''),
-                                    ('A C', 1, "etc: no local dataset 'C'; ")):
-            with self.subTest(words):
-                out, err = self.etc('-q diff', words, status=status)
-                self.assertEqual((out, err[:27]), ('', said))
+                self.assertIn('usage: etc diff A B ', self.etc('diff', words, status=2)[1])
 
     def test_pins(self):
         digest, other = etc.Dataset(self.a).digest, etc.Dataset(self.b).digest
@@ -7514,12 +7502,6 @@ class Diff(Shell, Case):
         with unprivileged('.'):
             self.etc('diff A -r A', home='two')
             self.fails_with('Permission denied', 'verify A', home='two')
-            self.assertIn("no dataset 'Z'", self.etc('diff A -r Z', status=1)[1], 'before anything is read')
-
-    @POSIX
-    def test_heading(self):
-        code, shown = on_terminal('--url', self.url, '--home home diff A -r A')
-        self.assertRegex(shown, r'STATUS  A +-r A +PATH\n')
 
 
 def paths_of(ds):
@@ -7561,10 +7543,9 @@ class Python(Shell, Case):
     def test_logging(self):
         etc.register(small('ds'), 'X', config=self.config())
         with self.assertLogs('etcetera', 'DEBUG') as logged:
-            digest = etc.push('X', config=self.config())
-        self.assertEqual([record.levelname for record in logged.records], ['INFO', 'DEBUG'])
-        self.assertRegex(logged.output[0], r'pushed X to file://.*: 6 files, 5\.04 kB in .* s \(.*B/s\)\Z')
-        self.assertEqual(logged.records[1].getMessage(), 'X@' + digest)
+            etc.push('X', config=self.config())
+        self.assertEqual([record.levelname for record in logged.records], ['INFO'])
+        self.assertRegex(logged.output[0], r'pushed X to file://.*: 6 files, 5\.04 kB in .* s\Z')
 
     def test_help(self):
         import pydoc
@@ -7695,7 +7676,6 @@ resource.setrlimit(resource.RLIMIT_AS, (now + (int(sys.argv[1]) << 20), resource
                                ('time', time.time)):
             stand_in(self, time, name, function)
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info -r X')[0])
-        self.assertIn('just now', self.etc('ls -r -l')[0])
         time.time = lambda: later + 0.5
         self.etc('pull X', home='two')
         self.assertIn('2050-01-01T00:00:00Z', self.etc('info X', home='two')[0])
@@ -7893,7 +7873,7 @@ class Program(Shell, Case):
         write('.', {'.etc/D%0120d/data' % number: None for number in range(700)})
         command = '"%s" "%s" ls' % (sys.executable, SCRIPT)
         for then, said in ((' | head -n 1', ''), (' >/dev/full', 'etc: cannot write to standard output: .*\n'),
-                           (' >&-', 'etc: standard output is closed\n')):
+                           (' >&-', '')):
             if '/dev' not in then or os.path.exists('/dev/full'):
                 done = subprocess.run(['sh', '-c', command + then], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                 self.assertRegex(done.stderr.decode(), r'\A%s\Z' % said)
