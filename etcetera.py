@@ -5518,10 +5518,9 @@ def _list(
             return _describe(item, segments)
 
         opened: Any = _open_remote(config, job) if remote else ExitStack()
-        with opened as store, _Pool(job, config.connections) as pool:
-            items: Iterable[Any]
+        with opened as store:
             if remote:
-                items = store.list()
+                items: Any = store.list()
             else:
                 names = _Home(config.home).names()
                 items = map(config.home.joinpath, names)
