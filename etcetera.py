@@ -125,9 +125,24 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
-    Any, Callable, Container, Dict, FrozenSet, Generator, Iterable,
-    Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
-    Tuple, TypeVar, Union)
+    Any,
+    Callable,
+    Container,
+    Dict,
+    FrozenSet,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
@@ -1927,7 +1942,7 @@ class _SegmentReader(_Stream):
             self.ready = []
             note = json.dumps([self.path, block.length, block.digest.hex()])
             notes.write(note.encode() + b'\n')
-            os.utime(self.sink.root)  # a sign of life, or this would soon count as abandoned
+            os.utime(self.sink.root + os.pardir)  # a sign of life, or this would soon count as abandoned
 
     def extract(self, promised: Optional[_Segment]) -> _Segment:
         """Write all of it, and return it as it was read. Raises Corrupt if it is not what was promised."""
@@ -2090,14 +2105,13 @@ def _inflate_block(path: str, member: bytes) -> _Block:
 
 
 def _inflate_blocks(
-        job: _Job, chunks: Iterable[bytes],
-        rests: Iterable[Tuple[_Segment, int]]) -> Iterator[_Block]:
-    """The blocks in the bytes of some segments, which at the start of each lack as many as are given with it."""
+        job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segment]) -> Iterator[_Block]:
+    """The blocks in the bytes of some segments, or of what is left of these."""
     def members() -> Iterator[Tuple[str, Any]]:
         views: Iterable[Any] = map(memoryview, chunks)  # whose slices are no copies
         stream = _Stream(views)
-        for segment, skipped in rests:
-            left = segment.length - skipped
+        for segment in segments:
+            left = segment.length
             while left:
                 header = stream.read(_BLOCK_HEADER_SIZE)
                 length = _block_length(header)
@@ -4677,7 +4691,7 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #     ~/.etc/.etcetera/NAME@host@pid@random   what a process works on; the name tells whether it is alive
 #         new, journal                what is being filled; what of it is written
 #         earlier                     what an interrupted pull has left: all of its directory
-#         old                         a dataset that is being replaced; settle() puts it back if nothing took its place
+#         old                         a dataset that is being replaced; _put_back() does that if nothing took its place
 #         gone                        a dataset that was replaced, for those who are still reading it
 #     ~/.etc/.etcetera/NAME@host@pid@random@0   the same, when the process has ended its work, but something is to stay
 #
@@ -4700,57 +4714,51 @@ _GRACE = 900  # seconds for which a replaced dataset is kept for those who are r
 _OURS = os.urandom(4).hex()  # tells this process from an earlier one that had the same number, as in a container
 
 
-class _Home:
-    """The local store below `root`."""
+def _names(home: Path) -> List[str]:
+    """The names of the datasets that are here, sorted."""
+    _abandoned(home)  # so that what had been set aside is back
+    with suppress(FileNotFoundError):
+        names = filter(_is_name, os.listdir(home))
+        return sorted(name for name in names if _is_dataset(home / name))
+    return []
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.inner = root / '.etcetera'
-        list(self.abandoned())  # so that what had been set aside is back
 
-    def names(self) -> List[str]:
-        """The names of the datasets that are here, sorted."""
-        with suppress(FileNotFoundError):
-            names = filter(_is_name, os.listdir(self.root))
-            return sorted(name for name in names if _is_dataset(self.root / name))
-        return []
+def _abandoned(home: Path) -> List[Path]:
+    """What processes worked on when they died, or have left on purpose. What they had set aside is put back."""
+    found = []
+    for work in home.glob('.etcetera/*@*@[0-9]*@*'):
+        with suppress(OSError):  # another process was faster
+            if not _is_alive(work):
+                _put_back(work)
+                found.append(work)
+    return found
 
-    def abandoned(self) -> Iterator[Path]:
-        """What processes worked on when they died, or have left on purpose, without what they had set aside."""
-        for work in list(self.inner.glob('*@*@[0-9]*@*')):
-            with suppress(OSError):  # another process was faster
-                if not _is_alive(work):
-                    self.settle(work)
-                    yield work
 
-    def settle(self, work: Path) -> None:
-        """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
-        old = work / 'old'
-        name = work.name.split('@')[0]
-        place = self.root / name
-        if not os.path.lexists(old):
-            return
+def _put_back(work: Path) -> None:
+    """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
+    old = work / 'old'
+    place = work.parents[1] / work.name.split('@')[0]
+    if os.path.lexists(old):
         if os.path.lexists(place):
             place = work / 'gone'
             _remove(place)  # set aside by a try before
         os.rename(old, place)
 
 
-class _Place(_Home):
+class _Place:
     """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
 
-    def __init__(
-            self, text: str,
-            config: Optional[Config]) -> None:
+    def __init__(self, text: str, config: Optional[Config]) -> None:
         """text: NAME, or NAME@sha256:..."""
         self.started = time.monotonic()
         self.config = config or Config.load()
         self.name, self.pin = _parse_name(text)
-        super().__init__(self.config.home)
+        self.root = self.config.home
         self.path = self.root / self.name
+        self.inner = self.root / '.etcetera'
         self.work = self.inner / f'{self.name}@{_host()}@{os.getpid()}@{_OURS}{os.urandom(4).hex()}'
         self.new = self.work / 'new'
-        self.replace = False  # whether commit() may replace a dataset
+        _abandoned(self.root)  # so that what had been set aside is back
 
     def check(self, segments: Sequence[_Segment]) -> None:
         """Raises Corrupt if these are not the contents that the caller insists on. None means that nothing is known."""
@@ -4762,7 +4770,8 @@ class _Place(_Home):
     def open(self) -> Dataset:
         """The dataset that is here, with its receipt. Raises NotFound."""
         if not _is_dataset(self.path):
-            raise NotFound(f"no local dataset '{self.name}'", _did_you_mean(self.name, self.names())
+            names = _names(self.root)
+            raise NotFound(f"no local dataset '{self.name}'", _did_you_mean(self.name, names)
                            or f"'etc pull {self.name}' would fetch it, 'etc register DIR {self.name}' add it")
         if not self.path.exists():
             raise NotFound(f"the directory that '{self.name}' was registered for is gone ({os.readlink(self.path)})",
@@ -4790,21 +4799,16 @@ class _Place(_Home):
             yield
 
     @contextmanager
-    def installing(self, replace: bool = False) -> Iterator[None]:
+    def installing(self) -> Iterator[None]:
         """Let `new` be filled, which vanishes at the end if commit() did not give it the dataset's name.
 
         If the network, Ctrl-C or a lack of room interrupts it, it is kept for the next one.
         """
-        self.replace = replace
         with _refusals(Error, self.root, 'change what is in', "ask who owns it, or set 'home' to a place of yours"):
             self.work.mkdir(parents=True)
             try:
                 self.clear()
                 _make_movable(self.path)
-                with suppress(OSError):
-                    if replace and not self.set_aside(self.inner):  # has no effect, as that is not empty
-                        raise Error(f'{self.path} is part of a container image, whose directories cannot be renamed',
-                                    f"run 'etc purge {self.name}' first")
                 self.sweep()
                 yield
             except (RemoteError, _NoRoom):
@@ -4813,9 +4817,7 @@ class _Place(_Home):
                 self.forget()
                 raise
             finally:
-                gone = self.work / 'gone'
-                if _resumable(self.work) or os.path.lexists(gone):
-                    os.utime(self.work)
+                if _journals(self.work) or os.path.lexists(self.work / 'gone'):
                     os.rename(self.work, f'{self.work}@0')
                 else:
                     _remove(self.work)
@@ -4825,82 +4827,69 @@ class _Place(_Home):
         _remove(self.work / 'journal')
         _remove(self.work / 'earlier')
 
-    def sweep(self, grace: float = _GRACE) -> None:
+    def sweep(self) -> None:
         """Remove what was abandoned, but for what pulls of other datasets may resume, and what may still be read.
 
-        What a pull of this dataset left becomes `earlier`. grace: for how long others may read what was replaced here.
+        What a pull of this dataset left becomes `earlier`.
         """
-        for work in self.abandoned():
+        for work in _abandoned(self.root):
             is_same = work.name.startswith(self.name + '@')
             keep: float = 0
             if os.path.lexists(work / 'gone'):
-                keep = grace if is_same else _GRACE
-            elif not is_same and _resumable(work):
+                keep = _GRACE
+            elif not is_same and _journals(work):
                 keep = _RESUMABLE
             with suppress(OSError):  # another process was faster
-                if _age(work) < keep:
+                if time.time() - work.stat().st_mtime < keep:
                     continue
                 claimed = self.work / work.name
                 os.rename(work, claimed)  # if its owner lives after all, it must not install it
-                interrupted = _resumable(claimed)
-                if interrupted and is_same:
-                    os.rename(interrupted[0], self.work / 'earlier')
+                if is_same:
+                    for journal in _journals(claimed)[:1]:
+                        os.rename(journal.parent, self.work / 'earlier')
                 _remove(claimed)
 
     # Putting a dataset in place
 
-    def commit(self, receipt: _Receipt = _NO_RECEIPT) -> bool:
-        """Give `new` the dataset's name.
-
-        If that is taken and may not be replaced: returns False if that dataset has the same contents, otherwise raises
-        Exists.
-        """
+    def commit(self, replace: bool, receipt: _Receipt = _NO_RECEIPT) -> None:
+        """Give `new` the dataset's name. Raises Exists if other contents have that, and may not be replaced."""
         if receipt.name:
             _write_receipt(self.new, receipt)
-        _flush(self.new)
+            _flush(self.work)
         self.forget()
-        while self.replace or not os.path.lexists(self.path):
+        while replace or not os.path.lexists(self.path):
             with suppress(FileNotFoundError):
-                if self.replace:
-                    os.rename(self.path, self.work / 'old')
+                if replace:
+                    self.vacate('old')
             try:
                 os.rename(self.new, self.path)
-                return True
+                return
             except OSError:
                 if not os.path.lexists(self.path):
                     raise
             finally:
-                self.settle(self.work)
+                _put_back(self.work)
         other = _read_receipt(self.path)
-        is_same = receipt.name and receipt.digest == other.digest
-        if not is_same or receipt.installed - other.installed:
+        if not other.name or receipt.digest != other.digest or receipt.installed - other.installed:
             raise self.taken_error()
-        return False
 
     def taken_error(self, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
         return Exists(f"another '{self.name}' is installed already", remedy)
 
-    def set_aside(self, target: Path) -> bool:
-        """Rename the dataset. Returns False if it is part of a container image, whose directories cannot be renamed."""
+    def vacate(self, name: str) -> None:
+        """Let the dataset have this name in `work`; or remove it, if it is part of a container image."""
         try:
-            os.rename(self.path, target)
+            os.rename(self.path, self.work / name)
         except OSError as e:
-            if e.errno != errno.EXDEV:
+            if e.errno != errno.EXDEV or self.path.is_symlink():
                 raise
-            return False
-        return True
-
-    def remove(self) -> None:
-        with self.installing():
-            if not self.set_aside(self.new):
-                # So first of all it stops counting as a dataset.
-                nothing = _Receipt(self.name, source='')
-                _write_receipt(self.work, nothing)
-                _flush(self.work)
-                os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
-                self.clear()
-            self.sweep(grace=0)
-            self.forget()
+            # An image's directories cannot be renamed. So first of all this one stops counting as a dataset.
+            _write_receipt(self.work, _Receipt(self.name, source=''))
+            _flush(self.work)
+            os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
+            self.clear()
+            if os.path.lexists(self.path):
+                raise
 
     def clear(self) -> None:
         """Remove a directory that no longer counts as a dataset; last its receipt, which says so."""
@@ -4913,48 +4902,35 @@ class _Place(_Home):
 
     # What is here already
 
-    def reuse(
-            self,
-            job: _Job,
-            wanted: Dict[str, str],
-    ) -> Set[str]:
+    def reuse(self, job: _Job, wanted: Mapping[str, str]) -> Set[str]:
         """Link what installed datasets have of some segments; return the paths of those whose files hash as wanted.
 
         wanted: digests by path.
         """
         linked: Dict[str, str] = {}
         os.mkdir(self.new / 'data')
-        for name in self.names():
-            source = self.root / name
-            receipt = _read_receipt(source)
-            here = _digests(receipt.here()).items()
-            same = dict(here & wanted.items() - linked.items())
+        for name in _names(self.root):
+            receipt = _read_receipt(self.root / name)
+            same = dict(_digests(receipt.here()).items() & wanted.items() - linked.items())
             linked.update(same)
+            listing = _segments(self.root / name) if same else ()
             with suppress(InvalidDataset, OSError):  # as where it is being removed
-                listing = _segments(source) if same else ()
-                for _, entries in _only(same, listing):
-                    for entry in entries:
-                        job.add(0)
-                        target = _join(self.new, entry.name)
-                        if entry.kind == _DIRECTORY:
-                            os.makedirs(target, exist_ok=True)
-                        elif entry.kind == _LINK:
-                            _symlink(_to_os(entry.link), target)
-                        else:
-                            _link_or_copy(entry.source, target)
-        sound: Dict[str, str] = {}
+                for entry in itertools.chain.from_iterable(entries for _, entries in _only(same, listing)):
+                    job.add(0)
+                    target = _join(self.new, entry.name)
+                    if entry.kind == _DIRECTORY:
+                        os.mkdir(target)
+                    elif entry.kind == _LINK:
+                        _symlink(_to_os(entry.link), target)
+                    else:
+                        _link_or_copy(entry.source, target)
+        sound: Set[str] = set()
         with suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
-            here = _digests(found).items()
-            sound = dict(here & linked.items())
-        for path in linked.keys() - sound.keys():
-            litter = [self.new / _to_os(path)]
-            if path == '.':
-                litter = list(self.new.iterdir())
-            for item in litter:
-                if path != '.' or item.is_symlink() or item.is_file():
-                    _remove(item)
-        return set(sound)
+            sound.update(dict(_digests(found).items() & linked.items()))
+        for path in linked.keys() - sound:
+            _remove(self.new / _to_os(path))
+        return sound
 
 
 def _digests(segments: Iterable[_Segment]) -> Dict[str, str]:
@@ -4967,54 +4943,37 @@ def _is_dataset(path: Path) -> bool:
     receipt = _read_receipt(path)
     if receipt.name:  # without anything that is installed while it is being removed
         return bool(receipt.installed)
-    if path.is_symlink():
-        return True
-    return path.is_dir() and os.listdir(path) != []
+    return path.is_symlink() or path.is_dir() and os.listdir(path) != []
 
 
 def _read_receipt(directory: Path) -> _Receipt:
     """The receipt of what is installed; an empty one if there is none that can be believed."""
     path = directory / _RECEIPT
-    try:
+    with suppress(OSError, _Malformed, TypeError, KeyError):
         if directory.is_symlink() or path.is_symlink():
             return _NO_RECEIPT
         row = _parse_json(path.read_bytes())
         segments = list(map(_Segment.from_json, row['segments']))
-        texts = [row[key] for key in ('source', 'version', 'when')]
-        ''.join(texts + row['installed'])  # TypeError if they are no texts
-        installed = frozenset(row['installed'])
-        receipt = _Receipt(row['name'], segments, installed, *texts)
-        is_sound = receipt.digest == row['digest']
-        is_its_own = receipt.name == directory.name
-        return receipt if is_sound and is_its_own else _NO_RECEIPT
-    except (OSError, _Malformed, TypeError, KeyError):
-        return _NO_RECEIPT
+        *texts, installed = [row[key] for key in ('source', 'version', 'when', 'installed')]
+        ''.join(texts + installed)  # TypeError if they are no texts
+        receipt = _Receipt(row['name'], segments, frozenset(installed), *texts)
+        if receipt.name == directory.name and receipt.digest == row['digest']:
+            return receipt
+    return _NO_RECEIPT
 
 
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     row = receipt._asdict()
-    row['when'] = _utc(time.time())
-    row['digest'] = receipt.digest
-    row['segments'] = [
-        segment._asdict()
-        for segment in receipt.segments
-    ]
-    sink = _Sink(directory)
-    with open(sink.create_file(_RECEIPT, False), 'w') as file:
+    row.update(
+        segments=[segment._asdict() for segment in receipt.segments],
+        digest=receipt.digest, when=_utc(time.time()))
+    with open(_Sink(directory).create_file(_RECEIPT, False), 'w') as file:
         json.dump(row, file, indent=1, default=sorted)
 
 
-def _resumable(work: Path) -> List[Path]:
-    """The interrupted pulls in a directory of work; the first is further than the other."""
-    places = [work / 'earlier', work]
-    return [place for place in places if (place / 'journal').exists()]
-
-
-def _age(work: Path) -> float:
-    """Seconds since a sign of life."""
-    signs = [work, *work.glob('new')]
-    last = max(path.lstat().st_mtime for path in signs)
-    return time.time() - last
+def _journals(work: Path) -> List[Path]:
+    """Those of the interrupted pulls in a directory of work; the first is further than the other."""
+    return [*work.glob('earlier/journal'), *work.glob('journal')]
 
 
 def _is_alive(work: Path) -> bool:
@@ -5023,32 +4982,29 @@ def _is_alive(work: Path) -> bool:
     if end:
         return False
     if os.name != 'posix' or host != _host():
-        return _age(work) < _STALE
+        return time.time() - work.stat().st_mtime < _STALE
     if int(pid) == os.getpid():
         return token.startswith(_OURS)
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it belongs to somebody else
+    except OSError as e:
+        return e.errno != errno.ESRCH  # or it belongs to somebody else
     return True
 
 
 def _host() -> str:
     """This machine and, on Linux, the container: where a process number means one process."""
     import socket
-    words = [socket.gethostname()]
+    words = socket.gethostname()
     with suppress(OSError):
-        words.append(os.readlink('/proc/self/ns/pid'))
-        machine = Path('/etc/machine-id').read_text()
-        words.append(machine[:8])
-    return re.sub('[^A-Za-z0-9]+', '-', '-'.join(words))
+        words += os.readlink('/proc/self/ns/pid')
+        words += Path('/etc/machine-id').read_text()[:8]
+    return re.sub('[^A-Za-z0-9]+', '-', words)
 
 
 def _flush(directory: Path) -> None:
     """Let the disk hold all of a directory before it gets its name, so that a power cut takes all or nothing."""
-    if not hasattr(os, 'sync') or directory.is_symlink():
+    if not hasattr(os, 'sync'):
         return
     try:
         import ctypes
@@ -5059,7 +5015,7 @@ def _flush(directory: Path) -> None:
     file = os.open(directory, os.O_RDONLY)
     code = syncfs(file) and ctypes.get_errno()
     os.close(file)
-    if code in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+    if code in (errno.EIO, *_FULL):
         raise OSError(code, os.strerror(code), directory)
 
 
@@ -5067,7 +5023,7 @@ def _make_movable(path: _Path) -> None:
     """Let a read-only directory be renamed, which otherwise only root can."""
     with suppress(OSError):
         if not os.path.islink(path):
-            mode = stat.S_IMODE(os.stat(path).st_mode)
+            mode = os.stat(path).st_mode
             os.chmod(path, mode | 0o700)
 
 
@@ -5083,12 +5039,10 @@ def _check_room(directory: Path, size: int) -> None:
 def _remove(path: Path) -> None:
     """Remove a file, link or tree, if it is there."""
     import shutil
-    try:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-    except OSError:  # read-only directories, or on Windows files
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():  # read-only directories, or on Windows files
         _make_movable(path)
         for top, directories, files in os.walk(path):
             for name in directories + (files if os.name == 'nt' else []):
@@ -5102,8 +5056,8 @@ def _remove(path: Path) -> None:
 # An archive in a remote, bound to one version of an object. One with an index has known segments, any of which can be
 # fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
 #
-# No segment is moved that is in its place already: a pull links what any installed dataset has (reuse() in Home), and a
-# push lets S3 copy what other archives hold. Names prove nothing: all files are read, and must hash alike.
+# No directory is moved that is in its place already: a pull links what any installed dataset has (reuse() in Home), and
+# a push lets S3 copy what other archives hold. Names prove nothing: all files are read, and must hash alike.
 # ---------------------------------------------------------------------------------------
 
 class _Archive:
@@ -5166,25 +5120,21 @@ class _Archive:
             for start, end in spans:
                 while start < end:
                     fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
-                    step = min(length, fair)
-                    stop = min(start + step, end)
-                    left -= stop - start
-                    ahead += stop - start
-                    yield start, stop
-                    start = stop
+                    step = min(length, fair, end - start)
+                    left -= step
+                    ahead += step
+                    start += step
+                    yield start - step, start
 
         def fetch(span: Sequence[int]) -> bytes:
             nonlocal length
             begin = time.monotonic()
             data = self.read(*span)
-            seconds = time.monotonic() - begin
-            if seconds < _FAST_RANGE:
-                length = max(length, 2 * len(data))
-                length = min(length, _MAX_RANGE)
+            if time.monotonic() - begin < _FAST_RANGE:
+                length = min(max(length, 2 * len(data)), _MAX_RANGE)
             return data
 
-        chunks = _ordered(
-            self.job, self.remote.connections, fetch, ranges(), lambda _: ahead < _AHEAD)
+        chunks = _ordered(self.job, self.remote.connections, fetch, ranges(), lambda _: ahead < _AHEAD)
         with closing(chunks):
             for data in chunks:
                 ahead -= len(data)
@@ -5192,20 +5142,16 @@ class _Archive:
 
     def read_ends(self, segment: _Segment) -> List[bytes]:
         """The digests of the first and the last block of a segment. Raises Corrupt."""
-        start, stop = segment.offset, segment.stop
         longest = min(segment.length, _LONGEST_BLOCK)
-        first = self.read(start, start + longest)
-        last = self.read(stop - longest, stop)
-        return _end_digests(first, last)
+        first = self.read(segment.offset, segment.offset + longest)
+        return _end_digests(first, self.read(segment.stop - longest, segment.stop))
 
     def is_same(self, local: Dataset) -> Optional[bool]:
         """Whether it holds a local dataset; None if only extracting it would tell."""
         if self.segments:
-            segments = local._read(self.job)
-            return _dataset_digest(self.segments) == _dataset_digest(segments)
+            return _dataset_digest(self.segments) == _dataset_digest(local._read(self.job))
         receipt = local._receipt
-        source = self.remote.url, self.obj.version
-        return (receipt.source, receipt.version) == source or None
+        return (receipt.source, receipt.version) == (self.remote.url, self.obj.version) or None
 
     def extract(
             self, place: _Place,
@@ -5215,69 +5161,51 @@ class _Archive:
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
-            lacking = {
-                segment.path: segment.digest
-                for segment in self.segments if segment.path in wanted}
-            reused = place.reuse(self.job, lacking)
+            lacking = _digests(self.segments)
+            directories = wanted - {'.'}  # as the files beside them are few, and hard to tell from others there
+            reused = place.reuse(self.job, {path: lacking[path] for path in directories})
             self.fetch(wanted - reused, place.work)
         else:
-            whole = 0, self.obj.size
-            chunks = self.read_ahead([whole])
-            with self.labelled(), closing(chunks):
+            whole = self.read_ahead([(0, self.obj.size)])
+            with self.labelled(), closing(whole) as chunks:
                 _extract_foreign(self.job, chunks, place.new)
         _validate(place.new, self.label)
-        if not self.segments:
-            self.segments = _digest_segments(self.job, place.new)
+        self.segments = self.segments or _digest_segments(self.job, place.new)
         return reused
 
     def fetch(
             self, paths: Set[str],
             work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
-        obj = self.obj
-        head = json.dumps([
-            self.remote.url, obj.name, obj.version])
-        promised = {
-            segment.path: segment
-            for segment in self.segments if segment.path in paths}
-        had = dict.fromkeys(promised, 0)
+        head = json.dumps([self.remote.url, self.obj.name, self.obj.version])
+        promised = {segment.path: segment for segment in self.segments if segment.path in paths}
 
         def blocks() -> Generator[_Block, None, None]:
-            lacking = sum(
-                segment.size for segment in promised.values())
-            earlier = work / 'earlier'
-            for block in _replay(self.job, earlier, head, had):
-                had[block.path] += block.length
-                lacking -= block.size
+            lacking = dict(promised)
+            for block in _replay(self.job, work / 'earlier', head, promised):
+                segment = lacking[block.path]
+                lacking[block.path] = segment._replace(
+                    offset=segment.offset + block.length, length=segment.length - block.length,
+                    size=segment.size - block.size)
                 yield block
-            _check_room(work, lacking)
-            _remove(earlier / 'journal')  # all of it is in place
-            _say(f"'{obj.name}': {sum(had.values())} bytes of it were here already", _DEBUG)
-            rest = sorted(
-                zip(promised.values(), had.values()),
-                key=lambda item: not item[1])  # what has begun goes on first
-            spans = [
-                [segment.offset + skipped, segment.stop]
-                for segment, skipped in rest
-            ]
+            _check_room(work, sum(segment.size for segment in lacking.values()))
+            _remove(work / 'earlier/journal')  # all of it is in place
+            # What has begun goes on first.
+            rest = sorted(lacking.values(), key=lambda segment: segment == promised[segment.path])
+            spans = [[segment.offset, segment.stop] for segment in rest]
             for before, span in zip(spans, spans[1:]):
                 if before[1] == span[0]:  # one request may read both
                     span[0] = before[1] = before[0]
-            chunks = self.read_ahead(spans)
-            with closing(chunks):
+            with closing(self.read_ahead(spans)) as chunks:
                 yield from _inflate_blocks(self.job, chunks, rest)
 
-        sink = _Sink(work / 'new')
         with self.labelled(), closing(blocks()) as found:
-            _extract(found, promised, sink, work / 'journal', head)
+            _extract(found, promised, _Sink(work / 'new'), work / 'journal', head)
 
     def receipt(self, installed: Set[str]) -> _Receipt:
         """Of an installed dataset with the segments that have these paths; none means all."""
-        paths = installed or _digests(self.segments)
-        return _Receipt(
-            self.obj.name, self.segments,
-            frozenset(paths), self.remote.url,
-            self.obj.version)
+        paths = frozenset(installed or _digests(self.segments))
+        return _Receipt(self.obj.name, self.segments, paths, self.remote.url, self.obj.version)
 
 
 def _find(remote: _Remote, name: str) -> _Archive:
@@ -5304,15 +5232,11 @@ def _paths_of(
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
-    known = [
-        segment.partition
-        for segment in segments if segment.partition]
-    paths = {'.'}
+    known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
             raise _unknown_partition_error(partition, name, known)
-        paths.add('data/' + partition)
-    return paths
+    return {'.', *map('data/{}'.format, partitions)}
 
 
 # Pushing
@@ -5375,22 +5299,15 @@ def _find_copies(
     return dict(itertools.compress(found.items(), sound))
 
 
-def _send(
-        remote: _Remote, local: Dataset, survey: _Survey,
-        copies: _Copies, exclusive: bool, level: int
-) -> Tuple[List[_Segment], Optional[_Unconfirmed]]:
-    """Write the archive of a dataset once; return its segments, and what leaves it in doubt whether it is there."""
-    job = remote.job
-    segments: List[_Segment] = []
-
-    def chunks() -> Iterator[_Chunk]:
-        rest = survey.segments.keys() - copies.keys()
-        compress = partial(_compress, level)
-        listing = _only(rest, survey.listing())
-        blocks = stack.enter_context(closing(_process(job, listing, compress)))
+def _pack(
+        job: _Job, local: Dataset, survey: _Survey, copies: _Copies, level: int, segments: List[_Segment]
+) -> Generator[_Chunk, None, None]:
+    """The archive of a dataset, whose segments are appended to those that are given."""
+    listing = _only(survey.segments.keys() - copies.keys(), survey.listing())
+    with closing(_process(job, listing, partial(_compress, level))) as blocks:
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
-        offset = 0
         for path, segment in survey.segments.items():
+            offset = segments[-1].stop if segments else 0
             if path in copies:
                 archive, segment = copies[path]
                 yield _Range(archive.obj, segment.offset, segment.stop)
@@ -5402,26 +5319,15 @@ def _send(
                     job.produced += len(block.payload)
                     job.packed += block.size
                     yield block.payload
-                length = job.produced - begin
-                segment = segment._replace(length=length, digest=_segment_digest(digests))
+                segment = segment._replace(
+                    length=job.produced - begin, digest=_segment_digest(digests))
             segments.append(segment._replace(offset=offset))
-            offset = segments[-1].stop
-        digest = _dataset_digest(segments)
-        expected = _dataset_digest(local._segments or segments)
-        if digest != expected:  # as of an installed dataset that somebody has changed
-            raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
-                          f"'etc verify {local.name}' tells more")
-        yield _archive_end(level, segments)
-
-    copied = sum(
-        segment.size for _, segment in copies.values())
-    job.begin(survey.size - copied)
-    try:
-        with ExitStack() as stack:
-            remote.write(local.name, chunks(), survey.limit, exclusive)
-    except _Unconfirmed as e:
-        return segments, e
-    return segments, None
+    digest = _dataset_digest(segments)
+    expected = _dataset_digest(local._segments or segments)
+    if digest != expected:  # as of an installed dataset that somebody has changed
+        raise Corrupt(f"the files of '{local.name}': expected digest {expected}, found {digest}",
+                      f"'etc verify {local.name}' tells more")
+    yield _archive_end(level, segments)
 
 
 def _write_archive(
@@ -5433,21 +5339,25 @@ def _write_archive(
     exclusive: raise _NameTaken if there is an archive of that name already.
     """
     name = local.name
+    job = remote.job
     survey = _Survey(local.root)
     survey.warn(name)
-    rows = (
-        len(json.dumps(path)) + 200
-        for path in survey.segments)
-    if sum(rows) > _INDEX_LIMIT:
+    paths = json.dumps(list(survey.segments))
+    if len(paths) + 200 * len(survey.segments) > _INDEX_LIMIT:
         raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
     copies = _find_copies(remote, name, survey)
     while True:
+        segments: List[_Segment] = []
+        doubt: Optional[Error] = None
+        job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
         try:
-            segments, doubt = _send(
-                remote, local, survey, copies, exclusive, level)
+            with closing(_pack(job, local, survey, copies, level, segments)) as chunks:
+                remote.write(name, chunks, survey.limit, exclusive)
         except _WriteAgain as e:
             _say(f'{e.message}; writing it again', _DEBUG)
             continue
+        except _Unconfirmed as e:
+            doubt = e
         except RemoteError as e:
             if not copies or not e.status:
                 raise
@@ -5522,8 +5432,7 @@ def _list(
             if remote:
                 items: Any = store.list()
             else:
-                names = _Home(config.home).names()
-                items = map(config.home.joinpath, names)
+                items = map(config.home.joinpath, _names(config.home))
             found = sorted(item for item in items if _matches(item.name, patterns))
             return list(_ordered(job, config.connections, describe, found))
 
@@ -5703,7 +5612,7 @@ def pull(
     force: replace other contents of that name, and repair those that are the same.
     progress: is called with (done, total), bytes that are to be moved, in the thread that called pull(), ten times a
         second; what it raises ends the pull.
-    What is installed already, in whatever dataset, is not fetched again.
+    Directories that are installed already, in whatever dataset, are not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
     """
     _check_names(partitions)
@@ -5731,11 +5640,11 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
                 return local
         if receipt.digest == _dataset_digest(archive.segments):
             wanted |= receipt.installed
-        with place.installing(replace=force or bool(is_same)):
+        with place.installing():
             reused = archive.extract(place, wanted)
             place.check(archive.segments)
             new = archive.receipt(wanted)
-            place.commit(new)
+            place.commit(force or bool(is_same), new)
     old = ''
     if receipt.name and receipt.digest != new.digest:
         old = f"; it replaces another one with {', '.join(sorted(receipt.installed))}"
@@ -5845,9 +5754,9 @@ def register(
         elif copy:
             _copy(job, root, place, force)
         else:
-            with place.installing(force):
+            with place.installing():
                 _symlink(root, place.new, "'etc register --copy' installs a copy")
-                place.commit()
+                place.commit(force)
             _say(f"registered '{place.name}': {root}")
             with suppress(InvalidDataset, OSError):  # which a push will tell
                 _Survey(root).warn(place.name)
@@ -5860,14 +5769,14 @@ def _copy(job: _Job, root: Path, place: _Place, force: bool) -> None:
     """Install a copy of a dataset as if it had been pushed and pulled."""
     survey = _Survey(root)
     job.begin(survey.size)
-    with place.installing(force):
+    with place.installing():
         _check_room(place.work, survey.size)
         place.new.mkdir()
         blocks = _process(job, survey.listing(), bytes, is_all=True)
         with closing(blocks):
             segments = _extract(blocks, {}, _Sink(place.new))
         paths = frozenset(survey.segments)
-        place.commit(_Receipt(place.name, segments, paths, root.as_uri()))
+        place.commit(force, _Receipt(place.name, segments, paths, root.as_uri()))
     _say(f'copied {place.name}: {_tally(place, segments)}')
 
 
@@ -5884,11 +5793,11 @@ def create(
             raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
 
     def work(job: _Job) -> Dataset:
-        with place.installing(force):
+        with place.installing():
             for partition in set(partitions):
                 os.makedirs(_join(place.new, 'data/' + partition))
             place.check(_digest_segments(job, place.new))
-            place.commit()
+            place.commit(force)
         _say(f"created '{place.name}'; now fill {place.path / 'data'}")
         return place.open()
 
@@ -5942,7 +5851,9 @@ def purge(
             if place.pin or not _is_dataset(place.path):
                 local = place.open()
                 place.check(local._read(job))
-            place.remove()
+            with place.installing():
+                place.vacate('new')
+                place.forget()
 
     if remote:
         _purge_remote(place)
