@@ -794,8 +794,7 @@ _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that 
 # What file managers leave beside the partitions
 _LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'
 
-
-_ODD_PARTITION = r'data/([.@]|__|lost\+found\Z)'
+_ODD = ('.', '@', '__', 'lost+found')  # how names start that programs make, and that may be shared by accident
 
 
 class _Entry(NamedTuple):
@@ -846,11 +845,6 @@ class _Segment(NamedTuple):
         return segment
 
 
-def _segment_order(path: str) -> Tuple[int, str]:
-    """What segments are sorted by."""
-    return path.count('/'), '' if path == '.' else path
-
-
 def _segment_of(name: str) -> str:
     """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
     match = re.match('data/[^/]+|[^/]+(?=/)', name)
@@ -873,13 +867,15 @@ def _join(root: _Path, name: str) -> str:
     return os.fspath(root) + os.sep + _to_os(name)
 
 
-_Items = List[Tuple[str, bool]]  # names in a directory, sorted by code points, and whether they are links
+_Items = List[Tuple[str, bool]]  # names, sorted by code points, and whether they are links
 
 
-def _scan(path: _Path) -> _Items:
+def _scan(root: _Path, prefix: str = '') -> _Items:
+    """What is in a dataset's root, or in the directory `prefix` below it."""
+    path = _join(root, prefix)
     with os.scandir(path) as items:
         try:
-            return sorted([(_from_os(item.name), item.is_symlink()) for item in items])
+            return sorted([(prefix + _from_os(item.name), item.is_symlink()) for item in items])
         except UnicodeDecodeError as e:
             raise InvalidDataset(f'the name {os.path.join(os.fsencode(path), e.object)!r} is not valid UTF-8',
                                  'rename it') from None
@@ -893,73 +889,31 @@ def _stat(name: str, path: str) -> os.stat_result:
         if e.errno not in (errno.ENOENT, errno.ELOOP):
             raise
         problem = 'is a link to nothing, or back to itself' if os.path.islink(path) else 'vanished'
-        raise InvalidDataset(f"'{name}' {problem}", 'repair or remove it, and try again') from None
+        raise InvalidDataset(f"'{name[:300]}' {problem}", 'repair or remove it, and try again') from None
     if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
         raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
     return status
 
 
-def _is_directory(root: _Path, name: str) -> bool:
-    return stat.S_ISDIR(_stat(name, _join(root, name)).st_mode)
-
-
 def _partitions(root: _Path) -> _Items:
-    """A dataset's partitions, sorted. Raises InvalidDataset if there is anything else beside them."""
+    """The paths of a dataset's partitions. Raises InvalidDataset if there is anything else beside them."""
     partitions = []
-    for name, is_link in _scan(_join(root, 'data')):
-        path = 'data/' + name
-        if _is_directory(root, path):
+    for name, is_link in _scan(root, 'data/'):
+        if stat.S_ISDIR(_stat(name, _join(root, name)).st_mode):
             partitions.append((name, is_link))
-        elif not re.match(_LITTER, path):
-            raise InvalidDataset(f"'data' may hold only directories (partitions), but '{path}' is a file", 'move it')
+        elif not re.match(_LITTER, name):
+            raise InvalidDataset(f"'data' may hold only directories (partitions), but '{name}' is a file", 'move it')
     return partitions
 
 
-_Surprises = Dict[str, List[str]]  # names of what may be shared by accident, by what it is
-
-
-def _segments(root: Path, surprises: Optional[_Surprises] = None) -> _Listing:
-    """The segments of a dataset, each with its entries, which are looked at, as for surprises, only as they are taken.
-    """
-    files: _Items = []
-    segments = {'.': files}
-    for path, is_link in _scan(root):
-        if path == _RECEIPT:
-            continue
-        if path != 'data' and _is_directory(root, path):
-            segments[path] = [(path, is_link)]
-        else:
-            files.append((path, is_link))
-    for name, is_link in _partitions(root):
-        segments['data/' + name] = [('data/' + name, is_link)]
-    if surprises is None:
-        surprises = defaultdict(list)
-    for path, items in segments.items():
-        if re.match(_ODD_PARTITION, path):
-            surprises['odd partitions'].append(path)
-        yield path, _entries(root, path, items, surprises)
-
-
-def _only(paths: Container[str], listing: _Listing) -> _Listing:
-    """The segments with these paths."""
-    return (item for item in listing if item[0] in paths)
-
-
-def _entries(
-        root: Path, segment: str, tops: _Items,
-        surprises: _Surprises) -> Iterator[_Entry]:
-    """Everything at and below `tops`, a directory before its contents."""
+def _entries(root: _Path, segment: str, tops: _Items, surprises: Dict[str, List[str]]) -> Iterator[_Entry]:
+    """Everything at and below `tops`, a directory before its contents, and what may be shared by accident."""
     followed = itertools.count(1)
     top = os.path.join(os.path.realpath(root), '')
 
-    def visit(
-            prefix: str, items: _Items,
-            above: FrozenSet[Tuple[int, int]],
-            through_link: bool) -> Iterator[_Entry]:
-        """above: device and inode of the directories around the items."""
-        for own, is_link in items:
-            name = prefix + own
-            if through_link and next(followed) > _MAX_FOLLOWED or len(above) >= _DEPTH:
+    def visit(items: _Items, through_link: bool) -> Iterator[_Entry]:
+        for name, is_link in items:
+            if through_link and next(followed) > _MAX_FOLLOWED or name.count('/') >= _DEPTH:
                 raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
                                      'remove links')
             path = _join(root, name)
@@ -967,8 +921,8 @@ def _entries(
             link = _kept_link(root, name, segment) if is_link and name != 'data' else ''
             if is_link and not os.path.realpath(path).startswith(top):
                 surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
-            if own.startswith('.'):
-                surprises['hidden files'].append(name)
+            if name.startswith(_ODD, name.rfind('/') + 1):
+                surprises['hidden or odd names'].append(name)
             if link:
                 yield _Entry(name, _LINK, _PLAIN, 0, link)
             elif not stat.S_ISDIR(status.st_mode):
@@ -976,59 +930,53 @@ def _entries(
                 yield _Entry(name, _FILE, mode, status.st_size, '', path)
             else:
                 yield _Entry(name + '/', _DIRECTORY, _EXECUTABLE, 0, '')
-                identity = status.st_dev, status.st_ino
-                if identity in above:
-                    raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
                 if segment != '.':
-                    yield from visit(name + '/', _scan(path), above | {identity}, through_link or is_link)
+                    yield from visit(_scan(root, name + '/'), through_link or is_link)
 
-    return visit('', tops, frozenset(), False)
+    return visit(tops, False)
 
 
-def _kept_link(
-        root: Path, name: str,
-        segment: str) -> str:
-    """The target of the link `name` if it can stay a link, or '' if it must be followed.
+def _kept_link(root: _Path, name: str, segment: str) -> str:
+    """The shortest target of the link `name` if it can stay a link, or '' if it must be followed.
 
     It stays one if it is relative, so that copies of the dataset agree, and leads to a file of the same segment.
     """
     path = _join(root, name)
-    try:
-        target = _from_os(os.readlink(path)).replace(os.sep, '/')
-    except UnicodeError:
-        raise InvalidDataset(f"the target of the link '{name}' is not valid UTF-8", 'rename it') from None
-    if os.path.isabs(target):
-        return ''
-    meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-    is_inside = segment in (meant, _segment_of(meant))
+    target = os.fsencode(os.readlink(path)).decode('utf-8', 'replace').replace(os.sep, '/')
+    base = '/' + posixpath.dirname(name)
+    meant = posixpath.normpath(posixpath.join(base, target))[1:]
     if (
-            not is_inside
+            os.path.isabs(target)
             or meant == _RECEIPT
+            or segment not in (meant, _segment_of(meant))
             or os.path.realpath(_join(root, meant)) != os.path.realpath(path)):
         return ''
-    return _relative(name, target)
-
-
-def _relative(name: str, target: str) -> str:
-    """The shortest relative target that a link called `name` can have, going by names alone."""
-    base = '/' + posixpath.dirname(name)
-    return posixpath.relpath(posixpath.join(base, target), base)
+    return posixpath.relpath('/' + meant, base)
 
 
 class _Survey:
-    """What is known of a dataset before its files are read. InvalidDataset for what cannot be packed.
+    """What is known of a dataset, or only of some segments, before its files are read.
 
-    The entries are kept, so that they need not be looked at twice; compressed, as there may be millions. Names and
-    paths have much in common, so some ten bytes remain of each entry. marshal never reads what others have written.
+    Raises InvalidDataset for what cannot be packed. The entries are kept, so that they need not be looked at twice;
+    compressed, as there may be millions: names and paths have much in common, so some ten bytes remain of each. marshal
+    never reads what others have written.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: _Path, only: Optional[Container[str]] = None) -> None:
         self.kept: Dict[str, List[bytes]] = {}  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.size = 0  # bytes of all files
-        self.surprises: _Surprises = defaultdict(list)
+        self.surprises: Dict[str, List[str]] = defaultdict(list)  # names of what may be shared by accident, by its kind
+        tops: Dict[str, _Items] = {'.': []}
+        for item in _scan(root):
+            path = item[0] if item[0] != 'data' and os.path.isdir(_join(root, item[0])) else '.'
+            if item[0] != _RECEIPT:
+                tops.setdefault(path, []).append(item)
+        for item in _partitions(root):
+            tops[item[0]] = [item]
         count = 0
-        for path, entries in _segments(root, self.surprises):
+        for path in tops if only is None else filter(only.__contains__, tops):
+            entries = _entries(root, path, tops[path], self.surprises)
             files = size = 0
             self.kept[path] = []
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
@@ -1049,20 +997,19 @@ class _Survey:
         if found:
             _say(f"all of '{name}' is shared, also {', '.join(found)}")
 
-    def listing(self) -> _Listing:
+    def listing(self, paths: Optional[Container[str]] = None) -> _Listing:
+        """The segments with these paths; by default, all."""
         for path, batches in self.kept.items():
-            rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
-            yield path, itertools.starmap(_Entry, rows)
+            if paths is None or path in paths:
+                rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
+                yield path, itertools.starmap(_Entry, rows)
 
 
 _USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
 _NO_ONE = b'0000000'  # uid and gid
 
 
-def _ustar(
-        name: bytes, kind: bytes, mode: bytes,
-        size: int, link: bytes = b'',
-        mtime: bytes = _MTIME) -> bytes:
+def _ustar(name: bytes, kind: bytes, mode: bytes, size: int, link: bytes = b'', mtime: bytes = _MTIME) -> bytes:
     """A ustar header of ASCII fields."""
     header = _USTAR.pack(
         name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
@@ -1071,26 +1018,25 @@ def _ustar(
     return header[:148] + b'%06o\0' % checksum + header[155:]
 
 
-def _tar_header(
-        name: str, kind: bytes, mode: bytes,
-        size: int, link: str) -> bytes:
+def _tar_header(entry: _Entry) -> bytes:
     """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
     fills devmajor and devminor otherwise.
     """
-    raw_name, raw_link = name.encode('utf-8'), link.encode('utf-8')
+    _, kind, mode, size, _, _ = entry
     pax = b''
-    if not len(name) == len(raw_name) <= 100:
-        pax = _pax_record(b'path', raw_name)
-        raw_name = name.encode('ascii', 'replace')[:100]
-    if not len(link) == len(raw_link) <= 100:
-        pax += _pax_record(b'linkpath', raw_link)
-        raw_link = link.encode('ascii', 'replace')[:100]
+    texts = []
+    for key, text in ((b'path', entry.name), (b'linkpath', entry.link)):
+        raw = text.encode('utf-8')
+        if not len(text) == len(raw) <= 100:
+            pax += _pax_record(key, raw)
+            raw = text.encode('ascii', 'replace')[:100]
+        texts.append(raw)
     if size >= 8 ** 11:
         pax += _pax_record(b'size', b'%d' % size)
         size = 0
-    header = _ustar(raw_name, kind, mode, size, raw_link)
+    header = _ustar(texts[0], kind, mode, size, texts[1])
     if not pax:
         return header
     before = _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000')
@@ -1104,48 +1050,11 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
     return b'%d%s' % (length, record)
 
 
-# The pieces of a block: bytes of headers and padding; then bytes of a file: its entry, from where, to where
-_Pieces = List[Tuple[bytes, Optional[_Entry], int, int]]
+# Of a block: bytes of headers; then bytes of a file, from where, to where, and zeros up to a multiple of 512
+_Piece = Tuple[bytes, _Entry, int, int]
 
 
-@_system_errors()
-def _read_pieces(pieces: _Pieces) -> bytes:
-    parts = []
-    for head, entry, start, stop in pieces:
-        parts.append(head)
-        if entry and start < stop:
-            parts.append(_read_file(entry, start, stop))
-    return b''.join(parts)
-
-
-def _plans(listing: _Listing) -> Iterator[Tuple[str, _Pieces]]:
-    """The tar stream of the segments, cut into blocks: the path of the segment, and what the block consists of."""
-    for path, entries in listing:
-        pieces: _Pieces = []
-        room = _BLOCK
-        padding = b''
-        for entry in entries:
-            name, kind, mode, size, link, _ = entry
-            head = padding + _tar_header(name, kind, mode, size, link)
-            start = 0
-            while len(head) + size - start > room:
-                stop = start + max(0, room - len(head))
-                pieces.append((head[:room], entry if stop > start else None, start, stop))
-                yield path, pieces
-                head = head[room:]
-                start = stop
-                pieces = []
-                room = _BLOCK
-            pieces.append((head, entry, start, size))
-            room -= len(head) + size - start
-            padding = _ZEROS[:-size % 512]
-        pieces.append((padding, None, 0, 0))  # there is room for it, as blocks are multiples of 512 bytes
-        yield path, pieces
-
-
-def _read_file(
-        entry: _Entry, start: int,
-        stop: int) -> bytes:
+def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
     """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
     wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
     file = os.open(entry.source, _READ)
@@ -1161,6 +1070,39 @@ def _read_file(
     if len(data) != stop - start:
         raise InvalidDataset(f"'{entry.name}' changed while it was read", 'try again when it is complete')
     return data
+
+
+@_system_errors()
+def _read_pieces(pieces: Iterable[_Piece]) -> bytes:
+    parts = []
+    for head, entry, start, stop in pieces:
+        parts.append(head)
+        if start < stop:
+            parts += _read_file(entry, start, stop), _ZEROS[:(start - stop) % 512]
+    return b''.join(parts)
+
+
+def _plans(listing: _Listing) -> Iterator[Tuple[str, List[_Piece]]]:
+    """The tar stream of the segments, cut into blocks: the path of the segment, and what the block consists of."""
+    for path, entries in listing:
+        pieces: List[_Piece] = []
+        room = _BLOCK
+        for entry in entries:
+            head = _tar_header(entry)
+            size = entry.size
+            start = 0
+            while len(head) + size - start > room:
+                stop = start + max(0, room - len(head))
+                pieces.append((head[:room], entry, start, stop))
+                yield path, pieces
+                head = head[room:]
+                start = stop
+                pieces = []
+                room = _BLOCK
+            pieces.append((head, entry, start, size))
+            room -= len(head) + size - start
+            room -= room % 512  # for the zeros
+        yield path, pieces
 
 
 def _sha256(data: bytes = b'') -> Any:
@@ -1189,14 +1131,14 @@ def _process(
 
     is_all: whether reading is all of the job, and so counts as its progress.
     """
-    def process(item: Tuple[str, _Pieces, bytes]) -> _Block:
+    def process(item: Tuple[str, List[_Piece], bytes]) -> _Block:
         path, pieces, payload = item
         payload = payload or _read_pieces(pieces)
         size = sum([stop - start for _, _, start, stop in pieces])
         job.add(size if is_all else 0)
         return _Block(path, work(payload), _sha256(payload).digest(), size)
 
-    def items() -> Iterator[Tuple[str, _Pieces, bytes]]:
+    def items() -> Iterator[Tuple[str, List[_Piece], bytes]]:
         is_fast = True
         for path, pieces in _plans(listing):
             # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
@@ -1211,17 +1153,15 @@ def _process(
     return _ordered(job, _cores(), process, items())
 
 
-def _segment_digest(blocks: Any) -> str:
-    """The digest of a segment, from the digests of its blocks."""
-    return f'sha256:{_sha256(blocks).hexdigest()}'
+def _digest(data: Any) -> str:
+    """Of a segment, from the digests of its blocks."""
+    return f'sha256:{_sha256(data).hexdigest()}'
 
 
 def _dataset_digest(segments: Iterable[_Segment]) -> str:
     """The digest of a dataset: SHA-256 over the path, a zero byte and the digest of each segment."""
-    total = _sha256()
-    for segment in segments:
-        total.update(segment.path.encode('utf-8') + b'\0' + bytes.fromhex(segment.digest[7:]))
-    return f'sha256:{total.hexdigest()}'
+    parts = [segment.path.encode('utf-8') + b'\0' + bytes.fromhex(segment.digest[7:]) for segment in segments]
+    return _digest(b''.join(parts))
 
 
 def _hash(job: _Job, listing: _Listing) -> Mapping[str, bytes]:
@@ -1238,7 +1178,7 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
     job.begin(survey.size)
     blocks = _hash(job, survey.listing())
     return [
-        segment._replace(digest=_segment_digest(blocks[path]))
+        segment._replace(digest=_digest(blocks[path]))
         for path, segment in survey.segments.items()
     ]
 
@@ -1367,7 +1307,7 @@ def _validate(root: Path, label: str = '') -> List[str]:
     if not root.exists():
         raise InvalidDataset(f'no directory {_masked(label)}')
     try:
-        partitions = [name for name, _ in _partitions(root)] if (root / 'data').is_dir() else []
+        partitions = [path[5:] for path, _ in _partitions(root)] if (root / 'data').is_dir() else []
         if not partitions:
             raise InvalidDataset("it needs a directory 'data' with a directory for each partition",
                                  _nearby_dataset(root, label))
@@ -1675,8 +1615,7 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
         stops = [0] + [segment.stop for segment in segments]
         if (
                 index['digest'] == _dataset_digest(segments)
-                and paths[:1] == ['.']
-                and paths == sorted(set(paths), key=_segment_order)
+                and paths == ['.', *sorted(set(paths[1:]), key=lambda path: (path.count('/'), path))]
                 and all(_is_safe(path) and path == _segment_of(path + '/x') for path in paths[1:])
                 and starts == stops[:-1]
                 and stops == sorted(set(stops))
@@ -1720,6 +1659,21 @@ def _is_safe(name: str) -> bool:
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
+def _create_file(path: str, mode: int) -> int:
+    """Create a read-only file, with the x bit at once, as some disks have no chmod; a descriptor to write to it."""
+    try:
+        return os.open(path, _CREATE, mode)
+    except PermissionError:
+        pass
+    # Some network file systems do not open a new read-only file for writing.
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    file = os.open(path, _CREATE, mode | 0o200)
+    with suppress(OSError):
+        os.chmod(path, mode)
+    return file
+
+
 def _link_or_copy(source: str, target: str) -> None:
     """Give a read-only file a second name. Make a read-only copy where hard links do not work, or would not be safe."""
     import shutil
@@ -1729,12 +1683,8 @@ def _link_or_copy(source: str, target: str) -> None:
             raise OSError  # on Windows, a link can be removed only if the file is writable, and so would the other be
         os.link(source, target)
     except OSError:
-        mode &= 0o555
-        file = os.open(target, _CREATE, mode | 0o200)  # with the x bit at once, as some disks have no chmod
-        with open(source, 'rb') as original, open(file, 'wb') as copy:
+        with open(source, 'rb') as original, open(_create_file(target, mode & 0o555), 'wb') as copy:
             shutil.copyfileobj(original, copy, _BLOCK)
-        with suppress(OSError):
-            os.chmod(target, mode)
 
 
 def _symlink(
@@ -1746,12 +1696,6 @@ def _symlink(
         if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
         raise Error(f'this disk cannot hold links: {e.strerror}', remedy) from None
-
-
-def _write(file: int, data: Any) -> None:
-    """os.write(), until all is written."""
-    while data:
-        data = data[os.write(file, data):]
 
 
 class _Sink:
@@ -1770,58 +1714,37 @@ class _Sink:
         except UnicodeError:
             raise Corrupt(f"the archive holds the name '{name}', which is not valid UTF-8") from None
 
-    def create_file(
-            self, name: str, is_executable: bool) -> int:
-        """Create a read-only file, and return a descriptor to write to it."""
-        path = self.path(name)
-        mode = 0o555 if is_executable else 0o444
-        try:
-            return os.open(path, _CREATE, mode)
-        except PermissionError:
-            pass
-        # Some network file systems do not open a new read-only file for writing.
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        file = os.open(path, _CREATE, mode | 0o200)
-        with suppress(OSError):
-            os.chmod(path, mode)
-        return file
-
-    def write_file(
-            self, name: str, is_executable: bool,
-            pieces: Iterable[Any],
-            size: int = 0) -> None:
+    def write_file(self, name: str, is_executable: bool, pieces: Iterable[Any], size: int = 0) -> None:
         """Create a file; with `size` it is so large at once, so that _replay() knows what is to come."""
-        file = self.create_file(name, is_executable)
+        file = _create_file(self.path(name), 0o555 if is_executable else 0o444)
         try:
             if size:
                 with suppress(OSError):
                     os.ftruncate(file, size)
             for piece in pieces:
-                _write(file, piece)
+                while piece:
+                    piece = piece[os.write(file, piece):]
         finally:
             os.close(file)
 
-    def add_link(
-            self, name: str, target: str) -> None:
+    def add_link(self, name: str, target: str) -> None:
         """Note a link, which is made at the end, so that nothing can be written through it."""
         path = self.path(name)
         if name in self.links:
             raise FileExistsError(errno.EEXIST, name, path)
-        if not 0 < len(target) < 4096 or '\0' in target or not _is_utf8(target):
-            raise self.link_error(name, ascii(target)[1:-1])
         self.links[name] = target
 
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
         """Explain what the system refuses meanwhile, and make the links at the end.
 
-        Raises Corrupt if one leads out of the dataset or, if `confined`, out of its segment.
+        Raises Corrupt if one leads out of the dataset or, if `confined`, is not as a push would have it.
         """
         try:
             yield
             for name, target in self.links.items():
-                _symlink(_to_os(target), self.path(name))
+                if 0 < len(target) < 4096 and '\0' not in target and _is_utf8(target):
+                    _symlink(_to_os(target), self.path(name))
         except (FileExistsError, FileNotFoundError, NotADirectoryError) as e:
             path = str(e.filename2 or e.filename)
             name = _from_os(path[len(self.root):])
@@ -1833,22 +1756,19 @@ class _Sink:
         root = os.path.join(os.path.realpath(self.root), '')
         for name, target in self.links.items():
             path = self.path(name)
-            real = ''
-            # By its text too, as the way back into the root from above it would lead elsewhere once that has its name.
-            meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target)) + '/'
-            is_relative = not os.path.isabs(target) and not meant.startswith('../')
-            if is_relative and os.path.exists(path):  # realpath() may follow chains of links for ever
-                real = os.path.realpath(path)
-                real += os.sep * os.path.isdir(real)
-            inside = real[len(root):].replace(os.sep, '/')
-            is_confined = inside and _segment_of(inside) == _segment_of(_to_os(name))
-            if not real.startswith(root) or confined and not is_confined:
-                raise self.link_error(name, target)
-
-    def link_error(
-            self, name: str, target: str) -> Error:
-        return Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the dataset or "
-                       'nowhere')
+            is_sound = os.path.exists(path)  # first, as realpath() may follow chains of links for ever
+            if is_sound and confined:
+                segment = _segment_of(name + '/' * os.path.isdir(path))
+                is_sound = target == _kept_link(self.root, name, segment)
+            elif is_sound:
+                # By its text too, as the way back into the root from above it would lead elsewhere once that has its
+                # name.
+                meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+                is_relative = not os.path.isabs(target) and not (meant + '/').startswith('../')
+                is_sound = is_relative and os.path.join(os.path.realpath(path), '').startswith(root)
+            if not is_sound:
+                raise Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the "
+                              'dataset or nowhere')
 
 
 _HEADER_SIZE = 512  # bytes of a ustar header
@@ -1885,19 +1805,22 @@ class _Stream:
         self.data: Any = b''  # the last chunk that was taken
         self.at = 0  # up to where it has been read
 
+    def pieces(self, size: int) -> Iterator[Any]:
+        """The next bytes, as slices of chunks; fewer at the end."""
+        while size:
+            if self.at == len(self.data):
+                self.data = next(self.chunks, b'')
+                self.at = 0
+                if not self.data:
+                    break
+            piece = self.data[self.at:self.at + size]
+            self.at += len(piece)
+            size -= len(piece)
+            yield piece
+
     def read(self, size: int) -> Any:
         """The next bytes, or fewer at the end; a slice of a chunk if they are in one."""
-        part = self.data[self.at:self.at + size]
-        self.at += len(part)
-        parts = [part] if part else []
-        size -= len(part)
-        while size:
-            self.data = next(self.chunks, b'')
-            if not self.data:
-                break
-            parts.append(self.data[:size])
-            self.at = len(parts[-1])
-            size -= self.at
+        parts = list(self.pieces(size))
         return parts[0] if len(parts) == 1 else b''.join(parts)
 
 
@@ -1907,9 +1830,7 @@ class _SegmentReader(_Stream):
     So what is installed hashes, file by file, to the digest that the index promises.
     """
 
-    def __init__(
-            self, path: str, blocks: Iterable[_Block],
-            sink: _Sink, notes: Any) -> None:
+    def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
         self.path = path
@@ -1918,12 +1839,10 @@ class _SegmentReader(_Stream):
         # before the next header is read.
         self.ready: List[Tuple[str, bool, Any]] = []
         self.source = ''  # of the last block
-        self.digests = _sha256()
+        self.digests = bytearray()  # of all blocks
         self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
 
-    def payloads(
-            self, blocks: Iterable[_Block],
-            notes: Any) -> Iterator[bytes]:
+    def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
         """The tar stream. Once all of a block has been taken, write what is ready, and note that it is written."""
         length = _BLOCK
         for block in blocks:
@@ -1931,14 +1850,10 @@ class _SegmentReader(_Stream):
                 raise self.error('block length')
             length = len(block.payload)
             self.source = block.source
-            self.digests.update(block.digest)
+            self.digests += block.digest
             yield block.payload
             for name, is_executable, data in self.ready:
-                file = self.sink.create_file(name, is_executable)
-                try:
-                    _write(file, data)
-                finally:
-                    os.close(file)
+                self.sink.write_file(name, is_executable, [data])
             self.ready = []
             note = json.dumps([self.path, block.length, block.digest.hex()])
             notes.write(note.encode() + b'\n')
@@ -1949,7 +1864,7 @@ class _SegmentReader(_Stream):
         files = size = 0
         has_directory = False
         for header in iter(partial(self.read, _HEADER_SIZE), b''):
-            name, kind, mode, length, link = self.parse(header)
+            name, kind, mode, length, link, _ = self.parse(header)
             self.check_place(name)
             if kind == _DIRECTORY:
                 has_directory = True
@@ -1965,13 +1880,13 @@ class _SegmentReader(_Stream):
                 self.sink.add_link(name, link)
             else:
                 self.write_file(name, mode == _EXECUTABLE, length)
-        segment = _Segment(self.path, 0, 0, files, size, f'sha256:{self.digests.hexdigest()}')
+        segment = _Segment(self.path, 0, 0, files, size, _digest(self.digests))
         if not has_directory or promised and segment != promised._replace(offset=0, length=0):
             raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
         return segment
 
-    def parse(self, header: bytes) -> Tuple[str, bytes, bytes, int, str]:
-        """The fields of the next entry. Raises Corrupt if another header would be written for it."""
+    def parse(self, header: bytes) -> _Entry:
+        """The next entry. Raises Corrupt if another header would be written for it."""
         pax = {}
         try:
             if header[_KIND_AT] == _PAX[0]:
@@ -1981,24 +1896,22 @@ class _SegmentReader(_Stream):
                 header += self.read(size + -size % 512 + _HEADER_SIZE)
                 pax = dict(_pax_records(header[_HEADER_SIZE:-_HEADER_SIZE]))
             raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-_HEADER_SIZE:])
+            bare = raw_name.rstrip(b'\0')
             size = int(digits, 8)
-            if kind == _FILE and mode == _PLAIN:  # the most frequent case, made fast
-                bare = raw_name.rstrip(b'\0')
+            if kind == _FILE and mode == _PLAIN and size >= 0:  # the most frequent case, made fast
                 if header == _ustar(bare, kind, mode, size) and bare[-1:] != b'/':
-                    return bare.decode('ascii'), kind, mode, size, ''
-            if pax:
-                raw_name = pax.get(b'path', raw_name)
-                raw_link = pax.get(b'linkpath', raw_link)
-                size = int(pax.get(b'size', size))
-            name = raw_name.rstrip(b'\0').decode('utf-8')
-            link = raw_link.rstrip(b'\0').decode('utf-8')
+                    return _Entry(bare.decode('ascii'), kind, mode, size, '')
+            link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
+            name = pax.get(b'path', bare).decode('utf-8')
+            size = int(pax.get(b'size', size))
+            entry = _Entry(name, kind, mode, size, link)
             if (
                     (kind, mode) in _KINDS_AND_MODES
                     and (size == 0 or size > 0 and kind == _FILE)
-                    and link == (_relative(name, link) if kind == _LINK else '')
+                    and bool(link) == (kind == _LINK)
                     and name.endswith('/') == (kind == _DIRECTORY)
-                    and header == _tar_header(name, kind, mode, size, link)):
-                return name, kind, mode, size, link
+                    and header == _tar_header(entry)):
+                return entry
         except ValueError:
             pass
         raise self.error('header')
@@ -2017,9 +1930,7 @@ class _SegmentReader(_Stream):
             raise self.error('order')
         self.last = order
 
-    def write_file(
-            self, name: str, is_executable: bool,
-            size: int) -> None:
+    def write_file(self, name: str, is_executable: bool, size: int) -> None:
         """Write the file whose header came last, or link what is known to have its bytes."""
         stop = self.at + size
         padding = -size % 512
@@ -2032,41 +1943,29 @@ class _SegmentReader(_Stream):
                 data = memoryview(self.data) if size > 4096 else self.data  # views copy nothing, but take time to make
                 self.ready.append((name, is_executable, data[self.at:stop]))
             self.at = stop
-        if not self.data.startswith(_ZEROS[:padding], self.at):  # it ends in the block in which the file does
+        # It ends in the block in which the file does, if that does not end too early.
+        if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
             raise self.error('padding')
         self.at += padding
-
-    def pieces(self, size: int) -> Iterator[bytes]:
-        while size:
-            piece = self.read(min(size, len(self.data) - self.at or _BLOCK))
-            if not piece:
-                raise self.error('end')
-            size -= len(piece)
-            yield piece
 
     def error(self, rule: str) -> Error:
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
 
 
 def _extract(
-        blocks: Iterable[_Block],
-        promised: Mapping[str, _Segment], sink: _Sink,
-        journal: Optional[Path] = None,
-        head: str = '') -> List[_Segment]:
-    """Write complete segments to a sink, and return them as they were read.
+        blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _Path,
+        journal: Optional[Path] = None, head: str = '') -> List[_Segment]:
+    """Write complete segments below `root`, and return them as they were read.
 
     promised: what an index says of a segment, by its path. journal: a new file that notes which blocks have been
     written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
     describes a block: the path of its segment, its length in the archive, its digest.
     """
+    sink = _Sink(root)
     groups = itertools.groupby(blocks, operator.attrgetter('path'))
-    with open(journal or os.devnull, 'wb', buffering=0) as notes:
+    with open(journal or os.devnull, 'wb', buffering=0) as notes, sink.filling(confined=True):
         notes.write(head.encode() + b'\n')
-        with sink.filling(confined=True):
-            return [
-                _SegmentReader(path, own, sink, notes).extract(promised.get(path))
-                for path, own in groups
-            ]
+        return [_SegmentReader(path, own, sink, notes).extract(promised.get(path)) for path, own in groups]
 
 
 def _replay(
@@ -2082,22 +1981,24 @@ def _replay(
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
-        listing = _only(paths, _segments(root))
-        with closing(_process(job, listing, bytes)) as blocks:
+        with closing(_process(job, _Survey(root, paths).listing(), bytes)) as blocks:
             for (path, length, digest), block in zip(notes, blocks):
                 if (block.path, block.digest.hex()) != (path, digest):
                     break
                 yield block._replace(length=int(length), source=str(root))
 
 
-def _block_length(data: bytes, start: int = 0) -> int:
-    """The length of the block that starts there; 0 if none does."""
-    header = data[start:start + _BLOCK_HEADER_SIZE]
+def _block_length(data: bytes) -> int:
+    """The length of the block that some bytes of an archive begin with; 0 if none does."""
+    header = data[:_BLOCK_HEADER_SIZE]
     length = header[_FIELD_OFFSET:]
     return int.from_bytes(length, 'little') if header == _member(b'et', length) else 0
 
 
-def _inflate_block(path: str, member: bytes) -> _Block:
+def _inflate_block(item: Tuple[str, Iterable[bytes]]) -> _Block:
+    """item: the path of its segment, and its bytes in parts."""
+    path, parts = item
+    member = b''.join(parts)
     payload = _inflate(member)
     if not payload or len(payload) % 512:
         raise Corrupt('the archive is damaged: a block does not match its checksum or size')
@@ -2107,7 +2008,7 @@ def _inflate_block(path: str, member: bytes) -> _Block:
 def _inflate_blocks(
         job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segment]) -> Iterator[_Block]:
     """The blocks in the bytes of some segments, or of what is left of these."""
-    def members() -> Iterator[Tuple[str, Any]]:
+    def members() -> Iterator[Tuple[str, Iterable[bytes]]]:
         views: Iterable[Any] = map(memoryview, chunks)  # whose slices are no copies
         stream = _Stream(views)
         for segment in segments:
@@ -2117,21 +2018,18 @@ def _inflate_blocks(
                 length = _block_length(header)
                 if not _BLOCK_HEADER_SIZE < length <= min(left, _LONGEST_BLOCK):
                     raise Corrupt('the archive is damaged: a block does not start or end where it should')
-                yield segment.path, (header, stream.read(length - _BLOCK_HEADER_SIZE))
+                yield segment.path, [header, *stream.pieces(length - _BLOCK_HEADER_SIZE)]
                 left -= length
 
-    return _ordered(
-        job, _cores(), lambda item: _inflate_block(item[0], b''.join(item[1])), members())
+    return _ordered(job, _cores(), _inflate_block, members())
 
 
 def _end_digests(first: bytes, last: bytes) -> List[bytes]:
     """The digests of the block that some bytes of an archive begin with, and of the one that others end with."""
-    members = [first[:_block_length(first)], b'']
-    for match in re.finditer(re.escape(_GZIP), last):
-        start = match.start()
-        if start + _block_length(last, start) == len(last):
-            members[1] = last[start:]
-    return [_inflate_block('', bytes(member)).digest for member in members]
+    starts = [match.start() for match in re.finditer(re.escape(_GZIP), last)]
+    ends = [last[start:] for start in starts if start + _block_length(last[start:]) == len(last)]
+    members = first[:_block_length(first)], b''.join(ends[-1:])
+    return [_inflate_block(('', [member])).digest for member in members]
 
 
 # ---------------------------------------------------------------------------------------
@@ -3979,10 +3877,11 @@ class _FileRemote(_Remote):
             with self.refusals(f"write '{name}' to", remedy):
                 self.make_directory(self.root)
                 self.sweep()
-                with open(new, 'xb', buffering=0) as file:
+                with open(new, 'xb') as file:
                     for chunk in chunks:
-                        _write(file.fileno(), chunk)
+                        file.write(chunk)  # type: ignore[arg-type]
                         self.job.add(len(chunk))
+                    file.flush()
                     os.fsync(file.fileno())
                 self.publish(new, 0o444)
                 self.place(new, self.path(name), exclusive)
@@ -4913,9 +4812,9 @@ class _Place:
             receipt = _read_receipt(self.root / name)
             same = dict(_digests(receipt.here()).items() & wanted.items() - linked.items())
             linked.update(same)
-            listing = _segments(self.root / name) if same else ()
             with suppress(InvalidDataset, OSError):  # as where it is being removed
-                for entry in itertools.chain.from_iterable(entries for _, entries in _only(same, listing)):
+                listing = _Survey(self.root / name, same).listing() if same else ()
+                for entry in itertools.chain.from_iterable(entries for _, entries in listing):
                     job.add(0)
                     target = _join(self.new, entry.name)
                     if entry.kind == _DIRECTORY:
@@ -4967,8 +4866,8 @@ def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     row.update(
         segments=[segment._asdict() for segment in receipt.segments],
         digest=receipt.digest, when=_utc(time.time()))
-    with open(_Sink(directory).create_file(_RECEIPT, False), 'w') as file:
-        json.dump(row, file, indent=1, default=sorted)
+    text = json.dumps(row, indent=1, default=sorted)
+    _Sink(directory).write_file(_RECEIPT, False, [text.encode()])
 
 
 def _journals(work: Path) -> List[Path]:
@@ -5200,7 +5099,7 @@ class _Archive:
                 yield from _inflate_blocks(self.job, chunks, rest)
 
         with self.labelled(), closing(blocks()) as found:
-            _extract(found, promised, _Sink(work / 'new'), work / 'journal', head)
+            _extract(found, promised, work / 'new', work / 'journal', head)
 
     def receipt(self, installed: Set[str]) -> _Receipt:
         """Of an installed dataset with the segments that have these paths; none means all."""
@@ -5284,11 +5183,11 @@ def _find_copies(
     looks = _ordered(remote.job, remote.connections, look, objects[-_MAX_SOURCES:])
     held: List[_Source] = sum(looks, [])
     paths = {segment.path for _, segment in held}
-    read = _hash(remote.job, _only(paths, survey.listing()))
+    read = _hash(remote.job, survey.listing(paths))
     found: _Copies = {}
     replaced = []
     for archive, segment in held:
-        if segment.digest == _segment_digest(read[segment.path]):
+        if segment.digest == _digest(read[segment.path]):
             if archive.obj.name == name:
                 replaced.append(archive)
             if segment.length >= _MIN_PART:
@@ -5303,7 +5202,7 @@ def _pack(
         job: _Job, local: Dataset, survey: _Survey, copies: _Copies, level: int, segments: List[_Segment]
 ) -> Generator[_Chunk, None, None]:
     """The archive of a dataset, whose segments are appended to those that are given."""
-    listing = _only(survey.segments.keys() - copies.keys(), survey.listing())
+    listing = survey.listing(survey.segments.keys() - copies.keys())
     with closing(_process(job, listing, partial(_compress, level))) as blocks:
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
         for path, segment in survey.segments.items():
@@ -5320,7 +5219,7 @@ def _pack(
                     job.packed += block.size
                     yield block.payload
                 segment = segment._replace(
-                    length=job.produced - begin, digest=_segment_digest(digests))
+                    length=job.produced - begin, digest=_digest(digests))
             segments.append(segment._replace(offset=offset))
     digest = _dataset_digest(segments)
     expected = _dataset_digest(local._segments or segments)
@@ -5555,7 +5454,7 @@ def diff(
             found[side] = {'name': place.name, 'remote': is_remote, 'digest': digest}
             for segment in segments:
                 known[segment.path][side] = segment
-        for path in sorted(known, key=_segment_order):
+        for path in sorted(known):
             one, other = map(known[path].get, 'ab')
             status = (
                 'new' if not one else 'gone' if not other
@@ -5774,7 +5673,7 @@ def _copy(job: _Job, root: Path, place: _Place, force: bool) -> None:
         place.new.mkdir()
         blocks = _process(job, survey.listing(), bytes, is_all=True)
         with closing(blocks):
-            segments = _extract(blocks, {}, _Sink(place.new))
+            segments = _extract(blocks, {}, place.new)
         paths = frozenset(survey.segments)
         place.commit(force, _Receipt(place.name, segments, paths, root.as_uri()))
     _say(f'copied {place.name}: {_tally(place, segments)}')
