@@ -106,8 +106,7 @@ extensions that it demands.
 # Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
 # in the functions that need them, so that `import etcetera` and shell completion stay fast.
 
-import copy  # noqa: I001, as the names of typing would take a line each
-import errno
+import errno  # noqa: I001, as the names of typing would take a line each
 import itertools
 import json
 import marshal
@@ -3409,7 +3408,7 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 48 << 20  # bytes that may be sent at once
+_IN_FLIGHT = 60 << 20  # bytes that may be sent at once
 _AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 3 << 20  # bytes that one request reads at most
@@ -3421,6 +3420,7 @@ _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 416)  # answers to GET of a range that say that there is no such object or range
 _UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
 _PROTECTED = r'object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
+_TO_WRITE = 'to push or purge, set a url that begins with s3://, gs:// or file://'
 _ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
 _WAIT = "the storage is overloaded; try again later, or with 'connections: 1'"
 
@@ -3453,10 +3453,6 @@ class _NameTaken(Exception):
 
 class _Unconfirmed(RemoteError):
     """The answer to a write does not say, in the form that the API defines, that the object is there."""
-
-
-class _WriteAgain(RemoteError):
-    """Nothing was written, and the remote knows now how to do it otherwise."""
 
 
 class _Unlisted(RemoteError):
@@ -3508,43 +3504,32 @@ class _Remote:
         raise NotImplementedError
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        """Store all chunks under this name, or nothing.
+        """Store all chunks under this name, or nothing. Raises _Unconfirmed if the object may be there.
 
         limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
-        Raises _Unconfirmed if the object may be there, and _WriteAgain.
         """
-        raise NotImplementedError
+        raise ConfigError(f'{self.url} can only be read', _TO_WRITE)
 
-    def remove(self, obj: _Object) -> bool:
-        """Remove this very version; return whether the storage keeps it as an old one. It may be gone already.
-
-        Raises RemoteError if the object was replaced.
-        """
-        raise NotImplementedError
-
-    def check_writable(self) -> None:
-        """Raises ConfigError if it can only be read."""
+    def remove(self, obj: _Object) -> None:
+        """Remove this very version, unless it is gone already. Raises RemoteError if the object was replaced."""
+        raise ConfigError(f'{self.url} can only be read', _TO_WRITE)
 
     def is_current(self, obj: _Object) -> bool:
         """Whether this very version is there; False if there is none. Raises RemoteError if there is another one."""
         now = self.stat(obj.name)
         if now and now.version != obj.version:
-            raise self.overtaken_error(obj)
+            raise self.replaced_error(obj)
         return now is not None
 
     def replaced_error(self, obj: _Object) -> RemoteError:
-        return RemoteError(f"'{obj.name}' in {self.url} was replaced while it was read", 'run the command again', 412)
-
-    def overtaken_error(self, obj: _Object) -> RemoteError:
-        return RemoteError(f"'{obj.name}' in {self.url} was replaced meanwhile",
-                           f"look again: 'etc info -r {obj.name}' shows what is there now", 412)
+        return RemoteError(f"'{obj.name}' in {self.url} was replaced meanwhile, or is changed on the way",
+                           f"run the command again, or look with 'etc info -r {obj.name}'", 412)
 
 
 class _HttpStore(_Remote):
     """What remotes over HTTP share."""
 
     http: _Http
-    tries = _TRIES + _MORE_TRIES  # of each request, at most
 
     def close(self) -> None:
         self.http.close()
@@ -3558,11 +3543,8 @@ class _HttpStore(_Remote):
     def error(self, reply: _Reply) -> RemoteError:
         raise NotImplementedError
 
-    def ask(
-            self, method: str, url: str,
-            *accept: int, **more: Any) -> _Reply:
+    def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
-        more.setdefault('tries', self.tries)
         request = _Request(method, url, **more)
         reply = self.http.request(
             lambda: self.prepare(request), self.judge)
@@ -3582,15 +3564,12 @@ class _HttpStore(_Remote):
         """
         span = f'{start}-{stop - 1}' if stop else str(start)
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
-        url = self.address(name)
-        limit = stop - start + 65536
-        reply = self.ask(
-            'GET', url, *_NO_RANGE, headers=headers,
-            limit=limit)
+        reply = self.ask('GET', self.address(name), *_NO_RANGE,
+                         headers=headers, limit=stop - start + 65536)
         if known:
             version = self.version(reply)
             if reply.status in _NO_RANGE or version not in (known.version, ''):
-                raise self.mismatch_error(known, reply)
+                raise self.replaced_error(known)
         if reply.status in _MISSING:
             return None, b''
         obj = known or self.describe(name, reply)
@@ -3606,10 +3585,6 @@ class _HttpStore(_Remote):
                               'a proxy or the endpoint_url is at fault', reply.status)
         return obj, reply.body
 
-    def stat(self, name: str) -> Optional[_Object]:
-        """As above. By a GET, which needs no other permission than reading."""
-        return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
-
     def find(self, name: str) -> _Found:
         """As above: in one request, where the server knows ranges that count from the end."""
         try:
@@ -3621,60 +3596,45 @@ class _HttpStore(_Remote):
 
     def describe(self, name: str, reply: _Reply) -> _Object:
         """The object that an answer to HEAD, or to GET of a range, tells of."""
-        told = reply.headers.get('Content-Range')
-        if told is None and reply.status == 200:
-            told = f"/{reply.headers.get('Content-Length')}"
-        size = re.search(r'/([0-9]{1,19})\Z', told or '')
+        whole = f"/{reply.headers.get('Content-Length')}" if reply.status == 200 else ''
+        told = reply.headers.get('Content-Range', whole)
+        size = re.search(r'/([0-9]{1,19})\Z', told)
         version = self.version(reply)
         if not size or not version:
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
-        modified = reply.time('Last-Modified')
-        return _Object(
-            name, int(size.group(1)), version,
-            modified)
+        return _Object(name, int(size.group(1)), version,
+                       reply.time('Last-Modified'))
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
-        return _version(
-            reply.headers.get('ETag'),
-            reply.time('Last-Modified'))
+        return _version(reply.headers.get('ETag'),
+                        reply.time('Last-Modified'))
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. Where the connection breaks, it goes on from there."""
         data = b''
         while start < stop:
-            _, part = self.get(
-                obj.name, start, stop, obj)
+            _, part = self.get(obj.name, start, stop, obj)
             data += part
             start += len(part)
         return data
-
-    def mismatch_error(self, obj: _Object, reply: _Reply) -> RemoteError:
-        """About an answer that is not of this very version."""
-        is_encoded = reply.headers.get('Content-Encoding', 'identity') != 'identity'
-        # What is compressed on the way has no ranges; some servers call each .tgz encoded, too.
-        if reply.status == 200 and is_encoded and 'Content-Range' not in reply.headers:
-            return RemoteError(f"{self.url}, or a proxy before it, compresses '{obj.name}' although it is asked not to",
-                               'ask who runs it', reply.status)
-        return self.replaced_error(obj)
 
 
 class _BucketStore(_HttpStore):
     """What remotes share whose url names a bucket and a prefix."""
 
-    service = ''  # how its API is called
     remedies: Sequence[Tuple[str, str]] = ()  # by patterns for what error() puts together; in braces is what it knows
     next_page = ''  # the part of a query that asks for another page of the listing
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
-        bucket = r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])'
         match = re.match(
-            bucket + r'(?:/+(.*?))?/*\Z', config.url or '')
+            r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/+(.*?))?/*\Z', config.url or '')
         if not match:
             raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like',
-                              "a bucket's name has at least 3 letters, digits, '.', '_' or '-'")
+                              "a bucket's name has at least 3 letters, digits, '.', '_' or '-'; of an access point, "
+                              'take the alias, which ends in -s3alias')
         self.bucket, prefix = match.groups('')
         self.prefix = prefix and f'{prefix}/'
 
@@ -3684,10 +3644,9 @@ class _BucketStore(_HttpStore):
 
     def error(self, reply: _Reply) -> RemoteError:
         keys = reply.request.keys
-        who = 'account' if keys else 'nobody'
         verb = 'LIST' if 'delimiter=' in reply.request.url else reply.request.method
         status = _status(reply, self.message(reply))
-        text = f'{reply.status} {who} {verb} {status}'
+        text = f"{reply.status} {'account' if keys else 'nobody'} {verb} {status}"
         remedy = next(
             remedy for pattern, remedy in self.remedies
             if re.match('(?is)' + pattern, text))
@@ -3696,7 +3655,7 @@ class _BucketStore(_HttpStore):
         return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
 
     def protocol_error(self, status: int = 0) -> RemoteError:
-        return RemoteError(f'{self.url} does not answer as {self.service} does',
+        return RemoteError(f'{self.url} does not answer as such a store does',
                            'check the endpoint_url, and whether a proxy or login page answers in its place', status)
 
     def list(self) -> List[_Object]:
@@ -3711,31 +3670,34 @@ class _BucketStore(_HttpStore):
             query[self.next_page] = token
         if token:
             raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
-        objects = itertools.chain.from_iterable(pages.values())
-        return [obj for obj in objects if obj.name]
+        return [
+            obj for page in pages.values()
+            for obj in page if obj.name]
 
     def list_page(self, query: _Headers) -> _Page:
         """What is no archive has no name there."""
         raise NotImplementedError
 
     def stat(self, name: str) -> Optional[_Object]:
-        """As above. What is empty, in an archive class, or where not all is told, can be listed."""
+        """As above. By a GET, which needs no other permission than reading.
+
+        What is empty, in an archive class, or where not all is told, can be listed.
+        """
         try:
-            return super().stat(name)
+            return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
         except RemoteError as e:
             is_archived = 'InvalidObjectState' in e.message
             if not is_archived and e.status not in _UNSUPPORTED:
                 raise
-        objects = {
-            obj.name: obj
-            for obj in self.list()}
+        objects = {obj.name: obj for obj in self.list()}
         return objects.get(name)
 
-    def delete(self, obj: _Object, url: str) -> Any:
-        """Delete this very version; return the headers of the answer, {} if it is gone already."""
+    def remove(self, obj: _Object, url: str = '') -> None:
+        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         condition = {}
         if obj.version.startswith('"'):
             condition['If-Match'] = obj.version
+        url = url or self.address(obj.name)
         request = _Request('DELETE', url, condition=condition)
 
         def prepare() -> _Request:  # it looks first, as a lost answer may have been a yes
@@ -3745,55 +3707,43 @@ class _BucketStore(_HttpStore):
 
         with suppress(NotFound):
             reply = self.http.request(prepare, self.judge)
-            if reply.status < 300:
-                return reply.headers
-            prepare()
-            raise self.error(reply)
-        return {}
+            if reply.status >= 300:
+                prepare()
+                raise self.error(reply)
 
     def split(self, chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
-        """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last may be shorter.
+        """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last is shorter or empty.
 
-        A part is a list of bytes. Ranges are parts of their own, but for what the part before lacks; that is read.
+        Ranges are parts of their own, but for what the part before lacks; that is read.
         """
-        part: List[Any] = []
-        left = size  # bytes that the part lacks
+        part = bytearray()
         longest = max(size, _LONG_PART)
         for chunk in chunks:
             ranges: List[_Range] = []
             if isinstance(chunk, _Range):
                 obj, start, stop = chunk
-                middle = start + left % size
+                middle = start + -len(part) % size
                 if stop - middle < _MIN_PART:
                     middle = stop
                 chunk = self.read(obj, start, middle)
                 count = (stop - middle) // longest + 1
                 step = (stop - middle) // count + 1
                 ranges = [
-                    _Range(
-                        obj, at, min(at + step, stop))
-                    for at in range(middle, stop, step)
-                ]
-            rest = memoryview(chunk)
-            while rest:
-                part.append(rest[:left])
-                rest = rest[left:]
-                left -= len(part[-1])
-                if not left:
-                    yield part
-                    part = []
-                    left = size
+                    _Range(obj, at, min(at + step, stop))
+                    for at in range(middle, stop, step)]
+            part += chunk
+            while len(part) >= size:
+                yield part[:size]
+                del part[:size]
             yield from ranges
-        if part:
-            yield part
+        yield part
 
 
 def _version(etag: Optional[str], modified: float) -> str:
     """The ETag, always in quotes, since some stores list it bare; otherwise the time of the last change."""
     if not etag or etag.startswith('W/'):  # a weak one says nothing of bytes (RFC 9110, 8.8.1)
         return f'{modified:.0f}'
-    bare = etag.strip('"')
-    return f'"{bare}"'
+    return '"{}"'.format(etag.strip('"'))
 
 
 def _md5() -> Any:
@@ -3822,12 +3772,10 @@ class _FileRemote(_Remote):
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
             raise ConfigError('the url is no absolute path', 'write file:///path, with three slashes')
-        path = match.group(1)
+        path = unquote(match.group(1),
+                       sys.getfilesystemencoding(), 'surrogateescape')
         if os.name == 'nt':
-            from urllib.request import url2pathname  # which cuts it there from Python 3.14 on
-            path = url2pathname(path.replace('?', '%3F').replace('#', '%23'))
-        else:
-            path = unquote(path, sys.getfilesystemencoding(), 'surrogateescape')
+            path = re.sub(r'\A/(?=\w:)', '', path)  # /C:/...
         self.root = _check_path(path)
         self.refusals = partial(_refusals, RemoteError, self.root)
         self.is_public = config.public
@@ -3844,13 +3792,8 @@ class _FileRemote(_Remote):
             files = os.listdir(self.root)
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
-        objects = []
-        for name in map(self.name_of, files):
-            try:
-                objects.append(name and self.stat(name))
-            except OSError as e:
-                _say(f'{self.path(name)}: {e.strerror}', _WARNING)
-        return [obj for obj in objects if obj]
+        names = filter(None, map(self.name_of, files))
+        return list(filter(None, map(self.stat, names)))
 
     def stat(self, name: str) -> Optional[_Object]:
         with suppress(FileNotFoundError):
@@ -3884,7 +3827,7 @@ class _FileRemote(_Remote):
                     file.flush()
                     os.fsync(file.fileno())
                 self.publish(new, 0o444)
-                self.place(new, self.path(name), exclusive)
+                self.place(new, name, exclusive)
         except FileExistsError:
             raise _NameTaken from None
         finally:
@@ -3899,16 +3842,14 @@ class _FileRemote(_Remote):
                 self.publish(path, 0o555)
 
     def publish(self, path: str, bits: int) -> None:
-        """Let everyone read what is to be public; warn if not all can read it who can list the directory."""
-        with suppress(OSError):
-            if self.is_public:
+        """Let everyone read what is to be public."""
+        if self.is_public:
+            with suppress(OSError):
                 os.chmod(path, os.stat(path).st_mode | bits)
-            elif os.stat(self.root).st_mode & ~os.stat(path).st_mode & 0o044 and os.name == 'posix':
-                _say(f"some users who can list {self.root} cannot read what is pushed; set 'public: true', or change "
-                     'your umask', _WARNING)
 
-    def place(self, new: str, path: str, exclusive: bool) -> None:
+    def place(self, new: str, name: str, exclusive: bool) -> None:
         """Give a complete file its name. FileExistsError if it is taken and `exclusive`."""
+        path = self.path(name)
         if not exclusive:
             os.replace(new, path)
             return
@@ -3917,7 +3858,7 @@ class _FileRemote(_Remote):
             os.unlink(new)
             return
         # The name is taken, or there are no hard links here: then whoever makes this file may go on.
-        claim = os.path.join(self.root, f'.{os.path.basename(path)}.claim')
+        claim = os.path.join(self.root, f'.{name}.tgz.claim')
         open(claim, 'x').close()
         try:
             if os.path.lexists(path):
@@ -3926,30 +3867,28 @@ class _FileRemote(_Remote):
         finally:
             os.unlink(claim)
 
-    def remove(self, obj: _Object) -> bool:
+    def remove(self, obj: _Object) -> None:
         """As above. Only a file that nobody else can replace is sure to be this version, so it is set aside first."""
-        path = self.path(obj.name)
         aside = self.hidden_path(obj.name)
         remedy = "ask the file's owner to remove it, or the directory's owner for write access"
         with self.refusals(f"remove '{obj.name}' from", remedy):
             with suppress(FileNotFoundError):  # another purge was faster
                 if self.is_current(obj):
-                    os.rename(path, aside)
+                    os.rename(self.path(obj.name), aside)
                     if _file_object(obj.name, aside) != obj:
                         with suppress(FileExistsError):  # a still newer one has come
-                            self.place(aside, path, exclusive=True)
-                        raise self.overtaken_error(obj)
+                            self.place(aside, obj.name, exclusive=True)
+                        raise self.replaced_error(obj)
                     os.unlink(aside)
-        return False
 
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
         latest = time.time() - _FILE_REMNANTS
         for item in os.scandir(self.root):
             with suppress(OSError):
-                is_ours = re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name)
-                if is_ours and item.stat().st_mtime < latest:
-                    os.unlink(item.path)
+                if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name):
+                    if item.stat().st_mtime < latest:
+                        os.unlink(item.path)
 
 
 def _file_object(name: str, file: Union[str, int]) -> Optional[_Object]:
@@ -3974,50 +3913,40 @@ _S3_IN_HOST = r"""(?x)
     (?! https?://( [\d.]+ | \[.*\] )[:/\s] )  # an address has no subdomains
     ( http:.*\s[a-z0-9.-]+ | .*\s[a-z0-9-]+ )\Z  # with TLS, a dot would not match the certificate
 """
-_ANONYMOUS = (
-    "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of a "
-    "container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or 'aws sso "
-    "login'")
 _S3_ALLOW = 'the credentials, which come from {source}, need %s here'
-_S3_REMEDIES = (  # see _BucketStore.error()
-    ('40[013] nobody', _ANONYMOUS),
-    (f'.* DELETE .*({_PROTECTED})', _ASK_WHO_PROTECTS),
-    ('.* NoSuchBucket:', 'check the bucket in the url'),
-    ('.* InvalidAccessKeyId:', 'check the access key; it comes from {source}'),
-    ('.* SignatureDoesNotMatch:', 'check the secret access key, which comes from {source}, and the region'),
-    ('.* RequestTimeTooSkewed:', "set this machine's clock"),
-    ('.* (ExpiredToken|InvalidToken):', 'renew the credentials, which come from {source}'),
-    ('.* (PermanentRedirect|AuthorizationHeaderMalformed):',
-     "set 'region' to the bucket's, and no endpoint_url for Amazon"),
-    ('.* AccessControlListNotSupported:',
-     "drop 'public: true', and let a bucket policy make the objects public"),
-    # As Alibaba calls it, Tencent (https://www.tencentcloud.com/document/product/436/75050) and Huawei
-    ('.* (SecondLevelDomainForbidden|PathStyleDomainForbidden|VirtualHostDomainRequired):',
-     "set 'addressing_style = virtual' below 's3 =' of the profile '{store.aws.name}' in ~/.aws/config"),
-    ('.* NoSuchUpload:', 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again'),
-    ('.* InvalidObjectState:', 'it was moved to an archive class; restore it there first'),
-    ('40[13] account LIST', _S3_ALLOW % 's3:ListBucket'),
-    ('40[13] account GET', _S3_ALLOW % 's3:GetObject, and s3:ListBucket to tell what is missing'),
-    ('40[13] account DELETE', _S3_ALLOW % 's3:DeleteObject'),
-    ('40[13] account|.* AccessDenied:', _S3_ALLOW % 's3:PutObject'),
-    ('429|503', _WAIT),
-    ('', 'check the url, the endpoint_url and the region'),
-)
 
 
 class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
 
-    service = 'S3'
-    remedies = _S3_REMEDIES
+    remedies = (  # see error()
+        ('40[013] nobody',
+         "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of "
+         "a container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or "
+         "'aws sso login'"),
+        (f'.* DELETE .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+        ('.* RequestTimeTooSkewed:', "set this machine's clock"),
+        ('.* (InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken):',
+         'check or renew the credentials, which come from {source}, and check the region'),
+        ('.* (PermanentRedirect|AuthorizationHeaderMalformed):',
+         "set 'region' to the bucket's, and no endpoint_url for Amazon"),
+        ('.* AccessControlListNotSupported:',
+         "drop 'public: true', and let a bucket policy make the objects public"),
+        # As Alibaba calls it, Tencent (https://www.tencentcloud.com/document/product/436/75050) and Huawei
+        ('.* (SecondLevelDomainForbidden|PathStyleDomainForbidden|VirtualHostDomainRequired):',
+         "set 'addressing_style = virtual' below 's3 =' of the profile '{store.aws.name}' in ~/.aws/config"),
+        ('.* NoSuchUpload:', 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again'),
+        ('.* InvalidObjectState:', 'it was moved to an archive class; restore it there first'),
+        ('40[13] account LIST', _S3_ALLOW % 's3:ListBucket'),
+        ('40[13] account GET', _S3_ALLOW % 's3:GetObject, and s3:ListBucket to tell what is missing'),
+        ('40[13] account DELETE', _S3_ALLOW % 's3:DeleteObject'),
+        ('40[13] account|.* AccessDenied:', _S3_ALLOW % 's3:PutObject'),
+        ('429|503', _WAIT),
+        ('', 'check the bucket in the url, the endpoint_url and the region'))
     next_page = 'continuation-token'
     must_check = False  # whether the bucket has been found to want MD5 sums
-    takes_few_parts = False  # the same
 
     def __init__(self, config: Config, job: _Job) -> None:
-        if (config.url or '').startswith('s3://arn:'):
-            raise ConfigError('the url is an ARN',
-                              'use the alias of the access point (it ends in -s3alias) as the bucket: s3://alias')
         super().__init__(config, job)
         self.aws = _Aws(config, job)
         self.http = self.aws.http
@@ -4029,26 +3958,23 @@ class _S3Remote(_BucketStore):
         self.can_copy = not re.match(_S3_NO_COPIES, f'{self.endpoint} {self.prefix}')
         style = self.aws.values.get('s3.addressing_style')
         is_wanted = style == 'virtual' or not self.endpoint and style != 'path'
-        is_possible = re.match(_S3_IN_HOST, f'{self.endpoint} {self.bucket}')
-        self.is_bucket_in_host = is_wanted and is_possible
-        self.headers = _sendable({'x-amz-request-payer': config.request_payer})
-        self.object_headers = _sendable({
+        self.is_bucket_in_host = is_wanted and re.match(_S3_IN_HOST, f'{self.endpoint} {self.bucket}')
+        self.headers = {'x-amz-request-payer': config.request_payer}
+        self.object_headers = {
             'Content-Type': 'application/gzip',
             'x-amz-acl': 'public-read' if config.public else None,
             'x-amz-storage-class': config.storage_class,
             'x-amz-server-side-encryption': config.sse or config.sse_kms_key_id and 'aws:kms',
-            'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id})
+            'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id}
 
     def address(self, name: str) -> str:
-        key = quote(self.key(name), '/~')
-        return f'/{key}'
+        return '/' + quote(self.key(name), '/~')
 
     def prepare(self, request: _Request) -> _Request:
+        found = {**self.headers, **request.headers, **request.condition}
         headers = {
-            **self.headers,
-            **request.headers,
-            **request.condition,
-        }
+            name: value
+            for name, value in found.items() if value}
         md5 = self.must_check and request.body and _md5()
         if md5:
             headers['Content-MD5'] = _base64(request.digest(md5))
@@ -4069,23 +3995,20 @@ class _S3Remote(_BucketStore):
         if reply.status < 300 and request.method == 'GET':  # of others, errors may come with status 200
             return 'final'
         code, message, region = _aws_error(reply)
+        region = reply.headers.get('x-amz-bucket-region') or region
+        is_unknown = re.match(_S3_UNCONDITIONAL, f'{request.method} {reply.status} {code}')
+        is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
         if 'content-md5' in message.lower() and 'Content-MD5' not in request.headers:
             self.must_check = True
-            return 'at once'
-        region = reply.headers.get('x-amz-bucket-region') or region
-        problem = f'{request.method} {reply.status} {code}'
-        is_unknown = re.match(_S3_UNCONDITIONAL, problem)
-        if request.condition and is_unknown and not self.has_exclusive_write:
+        elif request.condition and is_unknown and not self.has_exclusive_write:
             request.condition.clear()
-            return 'at once'
-        if code in ('ExpiredToken', 'TokenRefreshRequired'):
+        elif code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(request.keys)
-            return 'at once' if self.aws.get() != request.keys else 'final'
-        is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
-        if is_elsewhere and reply.status in (301, 307, 400, 403):
+        elif is_elsewhere and reply.status in (301, 307, 400, 403):
             self.region = region
-            return 'at once'
-        return self.aws.judge(reply)
+        else:
+            return self.aws.judge(reply)
+        return 'at once'
 
     def list_page(self, query: _Headers) -> _Page:
         """ListObjectsV2"""
@@ -4095,30 +4018,25 @@ class _S3Remote(_BucketStore):
         decode = unquote_plus if page.get('EncodingType') == 'url' else str
         objects = []
         for item in reply.xml('Contents'):
-            name = self.name_of(decode(item['Key']))
             modified = _iso_time(item.get('LastModified', ''))
             version = _version(item.get('ETag'), modified)
-            size = int(item['Size'])
+            name = self.name_of(decode(item['Key']))
             objects.append(
-                _Object(name, size, version, modified))
+                _Object(name, int(item['Size']), version, modified))
         is_last = page['IsTruncated'] != 'true'
         return objects, '' if is_last else page['NextContinuationToken']
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
-        are_moderate = self.endpoint and limit < _FEW_PARTS * _LONG_PART
-        # Amazon takes many parts, others often: there are few only while they are moderate.
-        most = _FEW_PARTS if self.takes_few_parts or are_moderate else _MAX_PARTS
-        size = max(_MIN_PART, limit // most + 1)  # bytes of a part
+        # Amazon takes many parts, others often only few.
+        size = max(_MIN_PART, limit // (_FEW_PARTS if self.endpoint else _MAX_PARTS) + 1)  # bytes of a part
         url = self.address(name)
         parts = self.split(chunks, size)
-        first: Any = next(parts, [])
-        if isinstance(first, list) and sum(map(len, first)) < size:
+        first = next(parts)
+        if not isinstance(first, _Range) and len(first) < size:
             self.finish(name, exclusive, 'PUT', url,
-                        headers=self.object_headers, body=first)
+                        headers=self.object_headers, body=[first])
             return
-        parts = itertools.chain([first], parts)
-        del first  # or memory would hold it to the end
         # An interruption waits for the answer, or nobody would know which upload to abort.
         reply = self.ask('POST', f'{url}?uploads=',
                          headers=self.object_headers, is_vital=True)
@@ -4126,52 +4044,29 @@ class _S3Remote(_BucketStore):
         if not upload:
             raise self.protocol_error()
         query = _query({'uploadId': upload})
+        connections = min(self.connections, -(-_IN_FLIGHT // size))
+        parts = itertools.chain([first], filter(None, parts))
         try:
-            manifest = self.send_parts(url, query, parts, size)
+            send = partial(self.send_part, url, query)
+            rows = _ordered(self.job, connections, send, enumerate(parts, 1),
+                            connections.__gt__)  # so that no more parts are in memory
+            manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>"
             headers = {'Content-Type': 'application/xml'}
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
-                        headers=headers, body=[manifest])
+                        headers=headers, body=[manifest.encode()])
         except BaseException:  # abandoned parts are billed
             with suppress(RemoteError):
                 self.ask('DELETE', f'{url}?{query}', 404,
                          tries=_LAST_TRIES, is_vital=True)
             raise
 
-    def send_parts(
-            self, url: str, query: str,
-            parts: Iterator[Any], size: int) -> bytes:
-        """Upload parts of this size, several at once; return the manifest that completes the upload."""
-        import threading
-        connections = min(
-            self.connections, -(-_IN_FLIGHT // size))
-        slots = threading.Semaphore(connections)
-        may_grow = not self.takes_few_parts
-
-        def send(item: Tuple[int, Any]) -> str:
-            try:
-                return self.send_part(url, query, *item)
-            except RemoteError as e:
-                if may_grow and item[0] > _FEW_PARTS and 400 <= e.status < 500:
-                    self.takes_few_parts = True
-                    raise _WriteAgain(e.message) from e
-                raise
-            finally:
-                slots.release()
-
-        numbered = filter(
-            lambda _: slots.acquire(),  # so that no more parts are in memory than are being sent
-            enumerate(parts, 1))
-        manifest = ''.join(_ordered(self.job, connections, send, numbered))
-        return f'<CompleteMultipartUpload>{manifest}</CompleteMultipartUpload>'.encode()
-
-    def send_part(
-            self, url: str, query: str, number: int,
-            part: Any) -> str:
+    def send_part(self, url: str, query: str, item: Tuple[int, Any]) -> str:
         """Send a part, or let the storage copy it from another object; return what the manifest says of it.
 
         https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
         """
         from xml.sax.saxutils import escape
+        number, part = item
         url = f'{url}?partNumber={number}&{query}'
         if isinstance(part, _Range):
             source, start, stop = part
@@ -4181,10 +4076,10 @@ class _S3Remote(_BucketStore):
             }
             reply = self.ask('PUT', url, headers=headers)
             if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
-                raise self.overtaken_error(source)
+                raise self.replaced_error(source)
             etag = _xml_items(reply, 'CopyPartResult').get('ETag')
         else:
-            reply = self.ask('PUT', url, body=part)
+            reply = self.ask('PUT', url, body=[part])
             etag = reply.headers.get('ETag')
         if not etag:
             raise self.protocol_error(200)
@@ -4216,57 +4111,29 @@ class _S3Remote(_BucketStore):
         if reply.status != 200 or not found.get('ETag'):
             raise _Unconfirmed(str(self.protocol_error()))
 
-    def remove(self, obj: _Object) -> bool:
-        """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        headers = self.delete(obj, self.address(obj.name))
-        is_suspended = headers.get('x-amz-version-id') == 'null'  # so the marker may have replaced the object
-        return not is_suspended and headers.get('x-amz-delete-marker') == 'true'
-
-
-def _sendable(headers: Dict[str, Optional[str]]) -> Dict[str, str]:
-    """The headers that are set. Raises ConfigError if one cannot be sent."""
-    for name, value in headers.items():
-        if value and not re.match(r'[!-~]+\Z', value):
-            raise ConfigError(f'a setting gives the header {name} a value that cannot be sent', 'check the settings')
-    return {
-        name: value
-        for name, value in headers.items() if value}
-
 
 # gs:// ---------------------------------------------------------------------------------
-
-_GS_LOGIN = ("no credentials were found: run 'gcloud auth application-default login', or set google_credentials or "
-             '$GOOGLE_APPLICATION_CREDENTIALS to a credentials file')
-_GS_REMEDIES = (  # see _BucketStore.error()
-    (f'403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
-    ('40[13] account', "check this account's permissions"),
-    ('40[13] nobody', _GS_LOGIN),
-    ('400 .*uniform bucket-level access',
-     "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
-    ('404', 'check the bucket in the url'),
-    ('429|503', _WAIT),
-    ('', 'check the url'),
-)
-
 
 class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
-    service = 'Google Cloud Storage'
-    remedies = _GS_REMEDIES
+    remedies = (  # see error()
+        (f'403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+        ('40[13] account', "check this account's permissions"),
+        ('40[13] nobody', "no credentials were found: run 'gcloud auth application-default login', or set "
+                          'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file'),
+        ('400 .*uniform bucket-level access',
+         "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
+        ('429|503', _WAIT),
+        ('', 'check the bucket in the url'))
     next_page = 'pageToken'
     credentials: Any = None
     has_exclusive_write = True
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
-        endpoint = (
-            config.endpoint_url
-            or os.environ.get('STORAGE_EMULATOR_HOST')
-            or 'https://storage.googleapis.com')
-        if '://' not in endpoint:
-            endpoint = f'http://{endpoint}'
-        self.endpoint = _check_endpoint(endpoint)
+        endpoint = config.endpoint_url or _env('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
+        self.endpoint = _check_endpoint(endpoint if '://' in endpoint else f'http://{endpoint}')
         self.is_public = config.public
         self.http = _Http(job, config.ca_bundle)
         if not self.endpoint.startswith('http://'):
@@ -4282,14 +4149,10 @@ class _GsRemote(_BucketStore):
 
     def prepare(self, request: _Request) -> _Request:
         keys = self.credentials and self.credentials.get()
-        headers = {
-            'Accept-Encoding': 'gzip',  # or it may gunzip an object
-            **request.headers,
-            **(keys or {}),
-        }
+        # Without the first header it may gunzip an object.
+        headers = {'Accept-Encoding': 'gzip', **request.headers, **(keys or {})}
         url = f'{self.endpoint}{request.url}'
-        return request._replace(
-            url=url, headers=headers, keys=keys)
+        return request._replace(url=url, headers=headers, keys=keys)
 
     def judge(self, reply: _Reply) -> str:
         if reply.status == 401 and reply.request.keys:
@@ -4309,14 +4172,10 @@ class _GsRemote(_BucketStore):
         page = self.ask('GET', url).json()
         if 'storage#object' not in page['kind']:  # and an 's', which an emulator leaves out
             raise ValueError
-        objects = []
-        for item in page.get('items') or []:
-            name = self.name_of(item['name'])
-            modified = _iso_time(item.get('updated', ''))
-            version = str(item['generation'])
-            size = int(item['size'])
-            objects.append(
-                _Object(name, size, version, modified))
+        objects = [
+            _Object(self.name_of(item['name']), int(item['size']),
+                    str(item['generation']), _iso_time(item.get('updated', '')))
+            for item in page.get('items') or []]
         return objects, '' + page.get('nextPageToken', '')  # a TypeError if that is no text
 
     def version(self, reply: _Reply) -> str:
@@ -4328,23 +4187,19 @@ class _GsRemote(_BucketStore):
         md5 = _md5()
         size = 0
 
-        def parts() -> Iterator[Tuple[int, bytes]]:  # the last one is shorter than the others, perhaps empty
+        def parts() -> Iterator[Tuple[int, bytes]]:
             nonlocal size
-            whole = self.split(chunks, _GS_PART)
-            for part in itertools.chain(whole, [()]):
-                data = b''.join(part)
-                if data or size % _GS_PART == 0:
-                    yield size, data
-                size += len(data)
+            for part in self.split(chunks, _GS_PART):
+                yield size, part
+                size += len(part)
                 if md5:
-                    md5.update(data)
+                    md5.update(part)
 
         try:
             send = partial(self.send_part, session)
             *_, answer = _ordered(self.job, 1, send, parts())  # one is sent while the next one is packed
         except BaseException:
-            abort = _Request(
-                'DELETE', session, tries=1, is_vital=True)
+            abort = _Request('DELETE', session, tries=1, is_vital=True)
             with suppress(RemoteError):
                 self.http.request(lambda: abort)
             raise
@@ -4361,23 +4216,18 @@ class _GsRemote(_BucketStore):
 
     def begin_upload(self, name: str, exclusive: bool) -> str:
         """The address to which the parts of an upload go. Whoever has it needs no credentials."""
-        query = {
-            'uploadType': 'resumable',
-            'name': self.key(name),
-        }
+        query = {'uploadType': 'resumable', 'name': self.key(name)}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'X-Upload-Content-Type': 'application/gzip'}
         url = self.resource(api='/upload', **query)
-        reply = self.ask(
-            'POST', url, 412, headers=headers)
+        reply = self.ask('POST', url, 412, headers=headers)
         if reply.status == 412:
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''
-        scheme = 'https://' if self.endpoint.startswith('https:') else 'http'
-        if not session.startswith(scheme):
+        if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
             raise self.protocol_error()
         return session
 
@@ -4427,18 +4277,10 @@ class _GsRemote(_BucketStore):
                                   'check the endpoint_url, and push again')
         return {}
 
-    def remove(self, obj: _Object) -> bool:
-        """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete
-
-        A bucket with versions still answers for the generation. Soft deletion, from which it can be restored, does not.
-        """
-        url = self.resource(
-            obj.name, ifGenerationMatch=obj.version)
-        self.delete(obj, url)
-        url = self.resource(obj.name, fields='generation',
-                            generation=obj.version)
-        found = self.ask('GET', url, 403, 404).json()
-        return bool(found.get('generation') == obj.version)
+    def remove(self, obj: _Object, url: str = '') -> None:
+        """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete"""
+        url = self.resource(obj.name, ifGenerationMatch=obj.version)
+        super().remove(obj, url)
 
 
 # http(s):// ----------------------------------------------------------------------------
@@ -4468,9 +4310,7 @@ class _WebRemote(_HttpStore):
     def address(self, name: str) -> str:
         return f'{self.base}{name}.tgz'
 
-    def ask(
-            self, method: str, url: str,
-            *accept: int, **more: Any) -> _Reply:
+    def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """As above. It follows redirects."""
         for _ in range(_TRIES):
             reply = super().ask(
@@ -4478,8 +4318,7 @@ class _WebRemote(_HttpStore):
             if reply.status not in _REDIRECTS:
                 return reply
             with suppress(ValueError):
-                location = reply.headers.get('Location') or ''
-                target = urljoin(url, location)
+                target = urljoin(url, reply.headers.get('Location') or '')
                 if url.startswith('https:') and not target.startswith('https:'):
                     raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url')
                 url = target
@@ -4492,8 +4331,7 @@ class _WebRemote(_HttpStore):
     def list(self) -> List[_Object]:
         """The archives in the directory to which its index page links."""
         from html import unescape
-        reply = self.ask(
-            'GET', self.base, 403, 404)
+        reply = self.ask('GET', self.base, 403, 404)
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
@@ -4512,10 +4350,9 @@ class _WebRemote(_HttpStore):
     def stat(self, name: str) -> Optional[_Object]:
         """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
         with suppress(RemoteError):
-            url = self.address(name)
-            reply = self.ask('HEAD', url, *_MISSING)
+            reply = self.ask('HEAD', self.address(name), *_MISSING)
             return None if reply.status in _MISSING else self.describe(name, reply)
-        return super().stat(name)
+        return self.get(name, 0, 2)[0]
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. An object of a server that knows no ranges is downloaded first."""
@@ -4528,12 +4365,10 @@ class _WebRemote(_HttpStore):
                     raise
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = tempfile.TemporaryFile()
-            url = self.address(obj.name)
-            reply = self.ask('GET', url, 404,
+            reply = self.ask('GET', self.address(obj.name),
                              headers=_UNCHANGED, into=file, limit=obj.size)
-            is_whole = reply.status == 200 and file.tell() == obj.size
-            if not is_whole or self.version(reply) != obj.version:
-                raise self.mismatch_error(obj, reply)
+            if file.tell() != obj.size or self.version(reply) != obj.version:
+                raise self.replaced_error(obj)
             self.downloads[obj] = file
         file = self.downloads[obj]
         with self.job.lock:
@@ -4541,10 +4376,6 @@ class _WebRemote(_HttpStore):
             data: bytes = file.read(stop - start)
         self.job.add(len(data))
         return data
-
-    def check_writable(self) -> None:
-        raise ConfigError(f'{self.url} can only be read',
-                          'to push or purge, set a url that begins with s3://, gs:// or file://')
 
 
 # All kinds -----------------------------------------------------------------------------
@@ -5157,7 +4988,7 @@ def _find_copies(
     """
     def look(obj: _Object) -> List[_Source]:
         with suppress(Error):
-            archive = _find(hasty, obj.name)
+            archive = _find(remote, obj.name)
             return [
                 (archive, segment) for segment in archive.segments
                 if segment._replace(offset=0, length=0, digest='') == survey.segments.get(segment.path)]
@@ -5178,8 +5009,6 @@ def _find_copies(
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
-    hasty: Any = copy.copy(remote)
-    hasty.tries = 2  # as none of it is worth a long wait
     looks = _ordered(remote.job, remote.connections, look, objects[-_MAX_SOURCES:])
     held: List[_Source] = sum(looks, [])
     paths = {segment.path for _, segment in held}
@@ -5252,9 +5081,6 @@ def _write_archive(
         try:
             with closing(_pack(job, local, survey, copies, level, segments)) as chunks:
                 remote.write(name, chunks, survey.limit, exclusive)
-        except _WriteAgain as e:
-            _say(f'{e.message}; writing it again', _DEBUG)
-            continue
         except _Unconfirmed as e:
             doubt = e
         except RemoteError as e:
@@ -5591,7 +5417,6 @@ def push(
         with _open_remote(place.config, job) as store:
             if not force and _is_stored(store, local):
                 return local.digest
-            store.check_writable()
             level = place.config.compression_level
             try:
                 segments, copies = _write_archive(store, local, not force, level)
@@ -5768,21 +5593,20 @@ def _purge_remote(place: _Place, confirm: Callable[[str], Any] = bool) -> None:
     """
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
-            store.check_writable()
             # stat() finds damaged archives and archived ones, too
             obj = _existing(store, place.name, store.stat(place.name))
             if place.pin:
                 place.check(_find(store, place.name).segments)
             return obj, store.url
 
-    def remove(job: _Job) -> bool:
+    def remove(job: _Job) -> None:
         with _open_remote(place.config, job) as store:
-            return store.remove(obj)
+            store.remove(obj)
 
     obj, url = _perform(None, find)
     confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
-    is_kept = _perform(None, remove)
-    _say(f"purged '{place.name}' from {url}" + ', which keeps it as an old version' * is_kept)
+    _perform(None, remove)
+    _say(f"purged '{place.name}' from {url}")
 
 
 # ---------------------------------------------------------------------------------------
