@@ -2196,29 +2196,29 @@ def _extract_member(
 #
 # What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
 # _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds,
-# and for as long as Retry-After asks, up to a minute. A server that has answered before gets two tries more, 7 seconds
-# apart, as it may be restarting. A kept connection that the server has closed meanwhile does not count as a try, nor
-# does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on with a
-# range where it broke, and with an upload to Google as long as it advances. Whether there is a metadata service is
-# asked once; one that answers gets all tries.
+# and for as long as Retry-After asks, up to a minute. Once a request has succeeded there are two tries more, 7 seconds
+# apart, as the server may be restarting. A kept connection that the server has closed meanwhile does not count as a
+# try, nor does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on
+# with a range where it broke, and with an upload to Google as long as it advances. Whether there is a metadata service
+# is asked once; one that answers gets all tries.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
 _READ_TIMEOUT = 20.0  # the same for the first try of a request that only reads
+_NEAR_TIMEOUT = 2.0  # the same for a metadata service
 _LAST_TIMEOUT = 1.0  # the same for what is tidied up after an interruption
 _CONNECT = 15.0  # seconds that connecting may take
 _IDLE = 60.0  # seconds after which a kept connection is not used again, as a NAT may have forgotten it
 _TRIES = 5
-_MORE_TRIES = 2  # for a server that has answered before
+_MORE_TRIES = 2  # once a request has succeeded
 _LAST_TRIES = 2  # of what is tidied up after an interruption or failure
 _SLICE = 1 << 17  # bytes that are sent or received at once
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
 _OVERLOAD = (429, 503)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _RETRY_AFTER = 60.0  # seconds that a server may ask for before the next try
-_INTERIM = 100  # interim answers that may precede the final one
 _PORT = '(?:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))'  # to 65535
-_SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[([0-9A-Fa-f:.]+)\])(?::{_PORT})?'
+_SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::{_PORT})?'
 
 
 class _Request(NamedTuple):
@@ -2231,7 +2231,7 @@ class _Request(NamedTuple):
     limit: int = _REPLY_LIMIT  # bytes that the answer may have
     into: Any = None  # a file for the body of an answer with status 200
     tries: int = _TRIES + _MORE_TRIES  # at most
-    timeout: float = _RETRY_AFTER  # seconds of silence, and that a server may ask for before the next try, at most
+    is_near: bool = False  # whether it goes to a metadata service: soon, and through no proxy
     is_vital: bool = False  # whether an interruption waits for the answer, if not for long
     condition: Dict[str, str] = {}  # for remotes: headers; they are cleared if the store turns out to know none
     keys: Any = None  # with which it is signed
@@ -2251,50 +2251,34 @@ class _Reply(NamedTuple):
     body: bytes
     request: _Request = _Request('', '')
 
-    def page(self) -> bytes:
-        """The body, inflated if a proxy has compressed it, although it was asked not to. Not for objects."""
-        gzip_or_zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)
-        try:
-            return gzip_or_zlib.decompress(self.body, _REPLY_LIMIT)
-        except zlib.error:
-            return self.body
-
     def json(self) -> _Row:
         """The JSON object in the body; {} if there is none."""
-        try:
-            text = self.page().decode('utf-8-sig')
-            answer = json.loads(text)
-        except (ValueError, RecursionError):
-            return {}
-        return answer if isinstance(answer, dict) else {}
+        with suppress(ValueError, RecursionError):
+            answer = json.loads(self.body.decode('utf-8-sig'))
+            if isinstance(answer, dict):
+                return answer
+        return {}
 
     def xml(self, name: str) -> List[Dict[str, str]]:
-        """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow.
-
-        White space may precede the XML: S3 sends some to keep a connection open while it works.
-        """
+        """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow."""
         from xml.etree import ElementTree
-        body = self.page().strip()
+        body = self.body.strip()  # S3 sends spaces to keep a connection open while it works
         if b'<!' in body.replace(b'<![CDATA[', b''):
             return []
         try:
             root = ElementTree.fromstring(body)
-        except (ElementTree.ParseError, LookupError, ValueError, RecursionError):  # LookupError: an unknown encoding
+        except (ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
             return []
         for element in root.iter():
             element.tag = element.tag.rpartition('}')[2]
-        return [
-            {item.tag: item.text or '' for item in element}
-            for element in root.iter(name)
-        ]
+        return [{item.tag: item.text or '' for item in element} for element in root.iter(name)]
 
     def requested_delay(self) -> float:
-        """The seconds for which the server asks to be left alone, or 0 (RFC 9110, 10.2.3)."""
+        """The seconds for which the server asks to be left alone; not positive if it does not (RFC 9110, 10.2.3)."""
         text = self.headers.get('Retry-After') or ''
         if text.isdecimal():
             return float(text)
-        now = self.time('Date') or time.time()
-        return max(0.0, self.time('Retry-After') - now)
+        return self.time('Retry-After') - (self.time('Date') or time.time())
 
     def time(self, name: str) -> float:
         """Unix time of the date in a header; 0 if there is none."""
@@ -2310,13 +2294,6 @@ def _judge(reply: _Reply) -> str:
     return 'later' if reply.status in _TRANSIENT else 'final'
 
 
-def _backoff(failures: int) -> float:
-    """Seconds to wait before another try: about 0.4, 0.9, 1.8, 3.5, 7, 7, ..."""
-    import random
-    longest = min(8.0, 0.25 * 2.0 ** max(failures, 1))
-    return random.uniform(0.75, 1) * longest
-
-
 class _Http:
     """Makes requests. Threads share it."""
 
@@ -2324,17 +2301,11 @@ class _Http:
     successes = 0
     tls: Any = None
 
-    def __init__(
-            self, job: _Job,
-            ca_bundle: Optional[str] = None,
-            direct: bool = False) -> None:
-        """direct: without any proxy."""
+    def __init__(self, job: _Job, ca_bundle: Optional[str] = None) -> None:
         self.job = job
         self.ca_bundle = ca_bundle
-        self.direct = direct
-        self.idle: Dict[str, Any] = defaultdict(list)  # kept connections, by site
-        self.busy: Dict[Any, _Request] = {}  # what is under way, by connection
-        self.answered: Set[str] = set()  # sites that have answered
+        self.idle: Dict[str, Any] = defaultdict(list)  # connections that are kept, by site
+        self.busy: Dict[Any, _Request] = {}  # what is under way, by connection, unless it was interrupted
         job.at_end.append(self.interrupt)
 
     def interrupt(self) -> None:
@@ -2346,49 +2317,47 @@ class _Http:
                 break
             time.sleep(_LAST_TIMEOUT / 100)
         for connection in list(self.busy):
-            connection.is_cut = True
+            self.busy.pop(connection, None)
             # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
             with suppress(OSError, TypeError):
                 socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the kept connections."""
-        for idle in self.idle.values():
-            while idle:
-                idle.pop().close()
+        for idle in list(self.idle.values()):
+            with suppress(IndexError):  # there are no more
+                while True:
+                    idle.pop().close()
 
-    def request(
-            self,
-            prepare: Callable[[], _Request],
-            judge: Callable[[_Reply], str] = _judge,
-    ) -> _Reply:
+    def request(self, prepare: Callable[[], _Request], judge: Callable[[_Reply], str] = _judge) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
         """
         import http.client
+        import random
         failures = 0
         while True:
             request = prepare()
-            site = _check_address(request.url)
+            site = _site(request.url)
             job = _Job() if request.is_vital else self.job
-            most = _TRIES + _MORE_TRIES * (site in self.answered)
-            most = min(most, request.tries)
+            longest = _NEAR_TIMEOUT if request.is_near else _RETRY_AFTER
+            if self.job.is_ended:
+                longest = _LAST_TIMEOUT
             is_first_read = not failures and request.method in ('GET', 'HEAD')
-            longest = _LAST_TIMEOUT if self.job.is_ended else request.timeout
             patience = min(longest, _READ_TIMEOUT if is_first_read else _TIMEOUT)
             successes = self.successes
+            tries = min(request.tries, _TRIES + _MORE_TRIES * bool(successes))
             failures += 1
             delay = 0.0
             try:
                 reply = self.exchange(request, job, patience)
             except (OSError, UnicodeError, http.client.HTTPException) as e:
                 error = _unreachable_error(site, e)
-                if failures >= most:
+                if failures >= tries:
                     raise error from None
                 problem = error.message
             else:
-                self.answered.add(site)
                 if reply.status in _OVERLOAD:
                     self.most = max(1.0, len(self.busy) / 2)
                     failures -= successes < self.successes
@@ -2396,97 +2365,83 @@ class _Http:
                     self.most += 1 / self.most
                     self.successes += 1
                 verdict = judge(reply)
-                if verdict == 'final' or failures >= most:
+                if verdict == 'final' or failures >= tries:
                     return reply
                 if verdict == 'at once':
                     continue
                 problem = f'{site} answers {reply.status}'
-                delay = min(reply.requested_delay(), longest)
+                delay = max(0.0, min(reply.requested_delay(), longest))
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
-            job.sleep(_backoff(failures) + delay)
+            delay += random.uniform(0.75, 1) * min(8.0, 0.25 * 2 ** failures)
+            job.sleep(delay)
 
     def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
-        """Make a request once, or again over a new connection if the server has closed a kept one."""
+        """Make a request once, or again if the server has closed the connection that was kept."""
         import http.client
         while len(self.busy) >= self.most:
             job.sleep(_TICK)
-        connection = self.connection(_site(request.url))
-        connection.is_cut = False
-        connection.job = job
-        connection.moved = 0  # bytes that have been counted
-        is_reusable = is_success = False
+        site = _site(request.url)
+        connection = self.connection(site, request.is_near)
+        was_kept = connection.sock
+        is_reusable = False
         self.busy[connection] = request
         try:
-            response = self.send(connection, request, patience)
+            response = self.send(connection, request, job, patience)
             with closing(response):  # or it would keep the socket open
-                body = self.receive(connection, response, request)
-                is_reusable = response.isclosed() and not response.will_close
-            is_success = response.status < 400
-            return _Reply(
-                response.status, response.headers, body, request)
+                body = self.receive(connection, response, request, job)
+                is_reusable = response.isclosed()
+            return _Reply(response.status, response.headers, body, request)
         except (OSError, http.client.HTTPException) as e:
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
-            if connection.is_cut:
+            if connection not in self.busy:
                 raise _Ended from None
-            if not connection.idle_since or not isinstance(e, ConnectionError):
+            if not was_kept or not isinstance(e, ConnectionError):
                 raise
         finally:
-            del self.busy[connection]
-            if is_reusable:
-                connection.idle_since = time.monotonic()
-                self.idle[connection.site].append(connection)
-            else:
+            self.busy.pop(connection, None)
+            if not is_reusable:
                 connection.close()
-            if not is_success:
-                job.add(-connection.moved)
+            connection.idle_since = time.monotonic()
+            self.idle[site].append(connection)
         return self.exchange(request, job, patience)
 
-    def connection(self, site: str) -> Any:
+    def connection(self, site: str, is_near: bool) -> Any:
         """A kept connection, or a new one, which send() connects."""
         import http.client
         with suppress(IndexError):
             connection = self.idle[site].pop()
-            if time.monotonic() - connection.idle_since < _IDLE:
-                return connection
-            connection.close()  # the others are even older
+            if time.monotonic() - connection.idle_since > _IDLE:
+                connection.close()  # so that send() connects it anew
+            return connection
         scheme, _, host = site.partition('://')
-        address, headers = (
-            (host, None) if self.direct
-            else _find_proxy(scheme, host))
+        address, proxy = (host, None) if is_near else _find_proxy(scheme, host)
         if scheme == 'https':
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(
-                address, context=self.tls)
-            if headers is not None:
-                connection.set_tunnel(host, headers=headers)
-                headers = None
+            connection = http.client.HTTPSConnection(address, context=self.tls)
+            if proxy is not None:
+                connection.set_tunnel(host, headers=proxy)
+                proxy = None
         else:
             connection = http.client.HTTPConnection(address)
-        connection.site = site
-        connection.idle_since = 0.0
-        connection.base = '' if headers is None else site  # a plain request to a proxy names the whole URL
-        connection.headers = headers or {}
+        connection.proxy = proxy  # the headers for one that takes plain requests
         return connection
 
-    def send(self, connection: Any, request: _Request, patience: float) -> Any:
+    def send(self, connection: Any, request: _Request, job: _Job, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
-        import http.client
         import socket
         parts = urlsplit(request.url)
-        target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-        headers = {
-            'Accept-Encoding': 'identity',
-            **request.headers,
-            **connection.headers,
-        }
+        target = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
+        headers = {'Accept-Encoding': 'identity', **request.headers}
+        if connection.proxy is not None:
+            target = f'{_site(request.url)}{target}'
+            headers.update(connection.proxy)
         if request.body:  # otherwise http.client knows where to say 0
-            length = sum(map(len, request.body))
-            headers['Content-Length'] = str(length)
+            headers['Content-Length'] = str(sum(map(len, request.body)))
         for name, value in headers.items():
             if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
-                raise ConfigError(f'a header for {connection.site}, such as a token or project, contains invalid '
+                raise ConfigError(f'a header for {_site(request.url)}, such as a token or project, contains invalid '
                                   'characters', 'check the credentials')
-        connection.job.add(0)  # an interruption may have come before the connection was among the busy ones
+        job.add(0)  # an interruption may have come before the connection was among the busy ones
         if not connection.sock:
             connection.timeout = min(patience, _CONNECT)
             connection.connect()
@@ -2496,30 +2451,27 @@ class _Http:
             with suppress(OSError):
                 connection.sock.setsockopt(socket.IPPROTO_TCP, unsent, _SLICE)
         connection.sock.settimeout(patience)
-        connection.job.add(0)  # or before the socket was there
+        job.add(0)  # or before the socket was there
         # A server may answer, and close the connection, before it has read the whole request.
         with suppress(ConnectionError):
             connection.request(request.method, target, headers=headers)
             for chunk in request.body:
-                view = memoryview(chunk)
-                for start in range(0, len(view), _SLICE):  # as the time-out of a socket applies to each
-                    piece = view[start:start + _SLICE]
+                for start in range(0, len(chunk), _SLICE):  # as the time-out of a socket applies to each
+                    piece = memoryview(chunk)[start:start + _SLICE]
                     connection.send(piece)
-                    connection.moved += len(piece)
-                    connection.job.add(len(piece))
+                    job.add(len(piece))
         response = connection.getresponse()
-        for _ in range(_INTERIM):
-            if not 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
-                return response
+        while 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
             response.headers = None  # so that begin() reads the next one
             response.begin()
-        raise http.client.HTTPException(f'more than {_INTERIM} interim answers')
+        return response
 
-    def receive(self, connection: Any, response: Any, request: _Request) -> bytes:
+    def receive(self, connection: Any, response: Any, request: _Request, job: _Job) -> bytes:
         """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
         import http.client
         import io
         is_file = request.into and response.status == 200
+        is_range = 'Content-Range' in response.headers
         size = min(response.length or 0, request.limit)  # at once, as allocators keep what a body leaves as it grows
         body = request.into if is_file else io.BytesIO(bytes(size))
         body.seek(0)
@@ -2527,72 +2479,60 @@ class _Http:
             # More at once of long ranges, as threads that read a little each mostly wait for each other.
             for data in iter(lambda: response.read(min(4 * _SLICE, max(_SLICE, body.tell()))), b''):
                 body.write(data)
-                connection.moved += len(data)
-                connection.job.add(len(data))
+                job.add(len(data))
                 if body.tell() > request.limit:
-                    raise RemoteError(f'{connection.site} answers with more than was asked for',
+                    raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
                                       'a proxy or the endpoint_url is at fault', response.status)
             if response.length:
                 raise http.client.IncompleteRead(b'', response.length)
         except (OSError, http.client.HTTPException):
-            is_range = 'Content-Range' in response.headers
-            if connection.is_cut or not is_range or body.tell() < _SLICE:
+            if connection not in self.busy or not is_range or body.tell() < _SLICE:
                 raise
         body.truncate()
-        return b'' if is_file else body.getvalue()
+        data = b'' if is_file else body.getvalue()
+        with suppress(zlib.error):  # a proxy may compress a page, although it was asked not to
+            gzip_or_zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            return data if is_range else gzip_or_zlib.decompress(data, _REPLY_LIMIT)
+        return data
 
 
 def _unreachable_error(site: str, e: Exception) -> RemoteError:
     """The error after the last try. What no other try can mend is raised at once."""
-    if isinstance(e, UnicodeError):  # of the codec idna
-        raise ConfigError(f'{site} or the proxy for it has an invalid host name',
-                          'check the url, the endpoint_url and the proxy') from None
+    reason = getattr(e, 'strerror', None) or e
     if 'CERTIFICATE_VERIFY_FAILED' in str(e):
         reason = getattr(e, 'verify_message', 'by the CAs that are known here')  # from Python 3.7 on
         raise RemoteError(f'{site} presented a certificate that is not trusted ({reason})',
                           "if a private CA signed it, set 'ca_bundle' to the file with its certificate") from None
-    reason = (
-        getattr(e, 'strerror', None)
-        or e
-        or type(e).__name__)
     if getattr(e, 'errno', 0) in _FULL:
         raise Error(f'cannot keep a download: {reason}', 'set $TMPDIR to a directory with more room') from None
     return RemoteError(f'cannot reach {site}: {reason}', 'check the network, the proxy settings and the URL')
 
 
-def _find_proxy(
-        scheme: str,
-        host: str,
-) -> Tuple[str, Optional[Dict[str, str]]]:
+def _find_proxy(scheme: str, host: str) -> Tuple[str, Optional[Dict[str, str]]]:
     """The address of the proxy for a host, and the headers that it wants to see; of the host, and None without one."""
     import urllib.request
-    proxies = urllib.request.getproxies()
-    url = proxies.get(scheme, '').strip()
+    url = urllib.request.getproxies().get(scheme, '').strip()
     if not url or urllib.request.proxy_bypass(host):
         return host, None
     # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
     kind = 'https?' if os.name == 'nt' else 'http'
-    start = rf'(?ai)(?:{kind}://|(?![^/?#@]*://))(?:(.*)@)?'
-    end = rf'(?::({_PORT}))?(?:[/?#].*)?\Z'
-    match = re.match(start + r'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])' + end, url)
+    match = re.match(rf'(?ai)(?:{kind}://|(?![^/?#@]*://))(?:(.*)@)?'
+                     rf'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])(?::({_PORT}))?(?:[/?#].*)?\Z', url)
     if not match:
         raise ConfigError(f'{scheme}_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks '
                           'neither SOCKS nor TLS to a proxy', 'change it, or exempt this host with no_proxy')
     user, address, port = match.groups()
     headers = {}
     if user:
-        name, _, password = user.partition(':')
-        credentials = f'{unquote(name)}:{unquote(password)}'
-        credentials = _base64(credentials.encode('utf-8', 'surrogateescape'))
-        headers['Proxy-Authorization'] = f'Basic {credentials}'
+        user = f"{unquote(user)}{':' * (':' not in user)}"  # a password follows in any case
+        headers['Proxy-Authorization'] = f"Basic {_base64(user.encode('utf-8', 'surrogateescape'))}"
     return f'{address}:{port or 80}', headers
 
 
 def _tls(ca_bundle: Optional[str]) -> Any:
     try:
         import ssl
-        path = ca_bundle and _expanduser(ca_bundle)
-        context = ssl.create_default_context(cafile=path)
+        context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except ImportError:
         raise ConfigError('this Python has no ssl module, so it cannot use https://',
                           'use another Python, or a url that needs none') from None
@@ -2605,24 +2545,17 @@ def _tls(ca_bundle: Optional[str]) -> Any:
 
 
 def _site(url: str) -> str:
-    """What may be shown of the address of a request, whose path and query may hold keys."""
-    parts = urlsplit(url)
-    return f'{parts.scheme}://{parts.netloc}'
-
-
-def _check_address(url: str) -> str:
-    """The site of a URL. Raises RemoteError if no request can be sent there."""
-    from ipaddress import ip_address
-    match = re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url)
-    with suppress(ValueError):
-        if match:
-            ip_address(match.group(1) or '::')  # urlsplit() checks it only from Python 3.11 on
-            return _site(url)
+    """The scheme, host and port of a URL, which may be shown. Raises RemoteError if no request can be sent there."""
+    with suppress(ValueError):  # of an address in brackets
+        parts = urlsplit(url)
+        if re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url):
+            return f'{parts.scheme}://{parts.netloc}'
     raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
                       'https://host[:port][/path]; a user or password cannot be in it')
 
 
 def _check_endpoint(url: str) -> str:
+    """The address, which can be followed by a path."""
     if url and not re.match(_SITE + r'(?:/[^?#\s]*)?\Z', url):
         raise ConfigError('the endpoint_url must look like https://host[:port]', 'check it where it is set: in the '
                           'settings, the AWS profile or a variable such as $AWS_ENDPOINT_URL')
@@ -2636,8 +2569,7 @@ def _base64(data: bytes) -> str:
 
 def _query(query: _Headers) -> str:
     """Sorted, and quoted to the last but A-Z a-z 0-9 - . _ ~, as signatures want it."""
-    pairs = sorted(query.items())
-    return urlencode(pairs, safe='~', quote_via=quote)
+    return urlencode(sorted(query.items()), safe='~', quote_via=quote)
 
 
 def _iso_time(text: str) -> float:
@@ -2645,8 +2577,7 @@ def _iso_time(text: str) -> float:
     from datetime import datetime
     zone = re.sub(r'\A[.\d]+|[:UTCZ]', '', text[19:]) or '+0000'
     try:
-        moment = datetime.strptime(text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z')
-        return moment.timestamp()
+        return datetime.strptime(text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
     except ValueError:
         return 0.0
 
@@ -2655,8 +2586,7 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
     """A unix time as text; '' beyond the year 9999. time.gmtime() ends in 2038 on some 32-bit systems."""
     from datetime import datetime, timedelta
     try:
-        moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
-        return moment.strftime(form)
+        return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).strftime(form)
     except OverflowError:
         return ''
 
@@ -3117,17 +3047,14 @@ def _ask_metadata(http: _Http, request: _Request) -> _Reply:
 
     request: has one try if there may be none, as on most machines, where nobody wants to wait for it.
     """
-    client = _Http(
-        http.job, http.ca_bundle, direct=True)
-    request = request._replace(limit=_TOKEN_LIMIT, timeout=2)
-    with closing(client):
-        try:
-            reply = client.request(lambda: request)
-        except RemoteError as e:
-            if request.tries > 1:
-                raise
-            _say(f'no metadata service: {e}', _DEBUG)
-            return _Reply(0, {}, b'')
+    request = request._replace(is_near=True)
+    try:
+        reply = http.request(lambda: request)
+    except RemoteError as e:
+        if request.tries > 1:
+            raise
+        _say(f'no metadata service: {e}', _DEBUG)
+        return _Reply(0, {}, b'')
     if reply.status not in _TRANSIENT:
         return reply
     if request.tries == 1:
@@ -4164,7 +4091,7 @@ class _GsRemote(_BucketStore):
         try:
             return str(reply.json()['error']['message'])
         except (KeyError, TypeError):
-            return reply.page()[:300].decode('utf-8', 'replace')
+            return reply.body[:300].decode('utf-8', 'replace')
 
     def list_page(self, query: _Headers) -> _Page:
         fields = 'kind,items(name,size,generation,updated),nextPageToken'
@@ -4335,7 +4262,7 @@ class _WebRemote(_HttpStore):
         if reply.status != 200:
             raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
-        page = reply.page().decode('utf-8', 'replace')
+        page = reply.body.decode('utf-8', 'replace')
         names = set()
         links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
         for link in re.findall(links, page):
