@@ -2642,25 +2642,16 @@ class _Renewed:
 # ---------------------------------------------------------------------------------------
 
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
-_AWS_IDENTITY = ('web_identity_token_file', 'role_arn', 'role_session_name')
-_AWS_LOGIN = ('sso_account_id', 'sso_role_name', 'login_session')
 _AWS_ROLE = ('role_arn', 'role_session_name', 'external_id', 'duration_seconds', 'web_identity_token')
-_AWS_CLOCK_ERRORS = ('RequestTimeTooSkewed', 'RequestExpired', 'RequestInTheFuture', 'SignatureDoesNotMatch')
-_AWS_TRANSIENT = (  # what means 'try again later', whatever the status
-    'RequestTimeout', 'InternalError', 'SlowDown', 'ServiceUnavailable', 'Throttling', 'ThrottlingException',
-    'RequestLimitExceeded', 'IDPCommunicationError', 'ConditionalRequestConflict', 'OperationAborted')
+_AWS_TRANSIENT = (  # codes that mean 'try again later', whatever the status
+    'RequestTimeout|InternalError|SlowDown|ServiceUnavailable|Throttling(Exception)?|RequestLimitExceeded|'
+    'IDPCommunicationError|ConditionalRequestConflict|OperationAborted')
 _AWS_REGION = r'[A-Za-z0-9_.-]{1,32}\Z'  # other stores have names of their own
 _AWS_SUFFIXES = {
-    'cn': 'amazonaws.com.cn',
-    'eusc-de': 'amazonaws.eu',
-    'us-iso': 'c2s.ic.gov',
-    'us-isob': 'sc2s.sgov.gov',
-    'us-isof': 'csp.hci.ic.gov',
-    'eu-isoe': 'cloud.adc-e.uk',
-}
+    'cn': 'amazonaws.com.cn', 'eusc-de': 'amazonaws.eu', 'us-iso': 'c2s.ic.gov',
+    'us-isob': 'sc2s.sgov.gov', 'us-isof': 'csp.hci.ic.gov', 'eu-isoe': 'cloud.adc-e.uk'}
 _AWS_CONTAINER = (  # where a container's credentials may be asked for
     r'https://|http://(localhost|127(\.\d{1,3}){3}|\[::1\]|169\.254\.170\.23?|\[fd00:ec2::23\])(:\d+)?(/|\Z)')
-_TOKEN_LIMIT = 1 << 20  # bytes of an answer that holds credentials
 
 
 class _AwsKeys(NamedTuple):
@@ -2684,39 +2675,58 @@ class _Aws(_Renewed):
         super().__init__()
         self.config = config
         self.skew = 0.0  # seconds by which the services' clock is ahead of ours
-        self.name = (
-            config.aws_profile
-            or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE')
-            or 'default')
+        self.name = config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default'
         self.read_files()
-        ca_bundle = config.ca_bundle or self.setting('ca_bundle')
-        self.http = _Http(job, ca_bundle)
+        self.http = _Http(job, config.ca_bundle or self.setting('ca_bundle'))
         self.region = (
             config.region
             or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
-            or self.values.get('region')
-            or 'us-east-1')
+            or self.values.get('region', 'us-east-1'))
         if not re.match(_AWS_REGION, self.region):
             raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
 
     def read_files(self) -> None:
-        self.sections = _aws_sections()
-        self.values = self.section(self.name, 'aws_profile or $AWS_PROFILE')
+        """Read ~/.aws/config and ~/.aws/credentials, which precedes.
 
-    def section(self, name: str,
-                source: str) -> _Texts:
-        """The settings of a profile that `source` names."""
+        Profiles are sections by their names. A setting among the indented lines below another one is OUTER.INNER.
+        """
+        import configparser
+        sections: Dict[str, _Texts] = defaultdict(dict)
+        for file, variable in (
+                ('config', 'AWS_CONFIG_FILE'), ('credentials', 'AWS_SHARED_CREDENTIALS_FILE')):
+            path = _env(variable) or f'~/.aws/{file}'
+            path = _expanduser(os.path.expandvars(path))  # as botocore does
+            parser = configparser.RawConfigParser(strict=False)
+            try:
+                parser.read(path, 'utf-8-sig')
+            except (configparser.Error, UnicodeDecodeError):
+                raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
+            for title in parser.sections():
+                name = re.sub(r'''^profile\s+|(?<=\s)["']|["']$''', '', title)
+                section = sections[name]
+                items = dict(parser.items(title))
+                if file == 'credentials' and 'aws_access_key_id' in items:
+                    # Nothing in the other file may be mixed with these keys.
+                    items.setdefault('aws_session_token', '')
+                    items.update(credential_process='', login_session='')
+                section.update(items)
+                for key, text in items.items():
+                    for inner, value in re.findall(r'(?m)^(\w+)\s*=\s*(\S+)', text):
+                        section[f'{key}.{inner}'] = value
+        self.sections = sections
+        self.values = self.profile(self.name)
+
+    def profile(self, name: str) -> _Texts:
+        """The settings of a profile."""
         if name != 'default' and name not in self.sections:
             shown = f"'{name}' " * _is_harmless(name)
-            raise ConfigError(f'the AWS profile {shown}that {source} names is not in ~/.aws/config or '
-                              '~/.aws/credentials', 'check both')
+            raise ConfigError(f'the AWS profile {shown}is not in ~/.aws/config or ~/.aws/credentials',
+                              'check both, and what names it: aws_profile, $AWS_PROFILE or a source_profile')
         return self.sections[name]
 
     def setting(self, key: str) -> str:
         """What the environment says, else the profile; or ''."""
-        return (
-            _env(f'AWS_{key.upper()}')
-            or self.values.get(key, ''))
+        return _env(f'AWS_{key.upper()}') or self.values.get(key, '')
 
     def flag(self, key: str) -> bool:
         return self.setting(key).lower() == 'true'
@@ -2731,32 +2741,27 @@ class _Aws(_Renewed):
             or services.get(f'{service}.endpoint_url')
             or self.values.get('endpoint_url', ''))
 
-    def host(self, service: str,
-             region: str) -> str:
+    def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
         partition = region.rsplit('-', 2)[0]
-        suffix = _AWS_SUFFIXES.get(partition, 'amazonaws.com')
-        is_s3 = service == 's3'
-        has_fips = is_s3 or partition != 'us-gov'
-        if has_fips and self.flag('use_fips_endpoint'):
+        if self.flag('use_fips_endpoint') and (service, partition) != ('sts', 'us-gov'):
             service += '-fips'
-        if self.flag('use_dualstack_endpoint') and is_s3:
+        if self.flag('use_dualstack_endpoint') and service != 'sts':
             service += '.dualstack'
-        return f'https://{service}.{region}.{suffix}'
+        return f"https://{service}.{region}.{_AWS_SUFFIXES.get(partition, 'amazonaws.com')}"
 
     def judge(self, reply: _Reply) -> str:
         """For _Http.request(): errors are judged by their code, too. One may tell that our clock is wrong."""
-        code = _aws_error(reply)[0]
+        code = _aws_error(reply)['Code']
         ahead = reply.time('Date') - time.time()
         is_news = 300 < abs(ahead - self.skew) < 1e9
-        if is_news and code in _AWS_CLOCK_ERRORS:
+        if is_news and reply.status in (400, 403):
             self.skew = ahead
             _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
             return 'at once'
-        return 'later' if code in _AWS_TRANSIENT else _judge(reply)
+        return 'later' if re.fullmatch(_AWS_TRANSIENT, code) else _judge(reply)
 
-    def sign(self, request: _Request,
-             place: str) -> _Request:
+    def sign(self, request: _Request, place: str) -> _Request:
         """The request with AWS Signature Version 4, by the clock as it is known now; as it is if it has no keys.
 
         request: its query is sorted, and encoded by _query(). place: region/service.
@@ -2766,24 +2771,21 @@ class _Aws(_Renewed):
         keys = request.keys
         if not keys:
             return request
+        _site(request.url)  # as urlsplit() is strict with addresses
         scheme, netloc, path, query, _ = urlsplit(request.url)
         digest = request.digest(_sha256()).hex()
-        now = time.time() + self.skew
-        stamp = _utc(now, '%Y%m%dT%H%M%SZ')
-        usual_port = ':443$' if scheme == 'https' else ':80$'
+        stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
         headers = {
             **request.headers,
-            'host': re.sub(usual_port, '', netloc),
+            'host': re.sub(':443$' if scheme == 'https' else ':80$', '', netloc),
             'x-amz-date': stamp,
-            'x-amz-content-sha256': digest,
-        }
+            'x-amz-content-sha256': digest}
         if keys.token:
             headers['x-amz-security-token'] = keys.token
         names = sorted(headers, key=str.lower)
         lines = (f"{name.lower()}:{' '.join(headers[name].split())}\n" for name in names)
         signed = ';'.join(names).lower()
         canonical = f"{request.method}\n{path or '/'}\n{query}\n{''.join(lines)}\n{signed}\n{digest}"
-
         scope = f'{stamp[:8]}/{place}/aws4_request'
         text = f'AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{_sha256(canonical.encode()).hexdigest()}'
         key = f'AWS4{keys.secret_key}'.encode()
@@ -2799,105 +2801,77 @@ class _Aws(_Renewed):
         keys = _aws_static(vars(self.config), 'the settings')
         if not keys and not self.config.aws_profile:  # which precedes the environment
             keys = self.from_environment()
-        keys = (
-            keys
-            or self.from_profile(self.name)
-            or self.from_container()
-            or self.from_instance())
+        keys = keys or self.from_profile(self.name) or self.from_container() or self.from_instance()
         if not keys:
             return None, 1e12
         # Some services give out the same keys until shortly before they expire, and our clock may be wrong.
-        soon = time.time() + 300
-        return keys, max(keys.expires, soon)
+        return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> _MaybeKeys:
-        values = {
-            key: _env(key.upper())
-            for key in _AWS_KEYS}
-        return _aws_static(values, 'the environment')
+        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
-    def from_profile(
-            self,
-            name: str,
-            users: Tuple[str, ...] = (),
-    ) -> _MaybeKeys:
+    def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> _MaybeKeys:
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
         https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
         """
         where = f"the AWS profile '{name}'"
-        values = self.section(name, f"the source_profile of '{''.join(users[-1:])}'")
+        values = self.profile(name)
         keys = _aws_static(values, where)
         is_role = 'role_arn' in values and 'web_identity_token_file' not in values
         if is_role and not (users and keys):
             if 'mfa_serial' in values:
                 return self.from_tools(name)
-            profile = values.get('source_profile', '')
-            kind = values.get('credential_source', '')
-            kinds = {
+            sources = {
                 'Environment': self.from_environment,
                 'EcsContainer': self.from_container,
-                'Ec2InstanceMetadata': self.from_instance,
-            }
-            if profile and not kind and profile not in users:
-                keys = self.from_profile(profile, users + (name,))
-            elif kind in kinds and not profile:
-                keys = kinds[kind]()
-            else:
-                raise ConfigError(f'{where} needs, besides role_arn, either a source_profile that does not lead back '
-                                  'to it, or a credential_source of Environment, EcsContainer or Ec2InstanceMetadata')
+                'Ec2InstanceMetadata': self.from_instance}
+            source = values.get('source_profile', '')
+            if source and source not in users:
+                sources[''] = partial(self.from_profile, source, users + (name,))
+            find = sources.get(values.get('credential_source', ''))
+            keys = find and find()
             if not keys:
-                raise ConfigError(f'{where} finds no credentials in {profile or kind}')
+                raise ConfigError(f'{where} needs, besides role_arn, either a source_profile that has credentials and '
+                                  'does not lead back to it, or a credential_source of Environment, EcsContainer or '
+                                  'Ec2InstanceMetadata, where there are some')
             return self.from_sts(where, values, keys)
         if not users and not self.config.aws_profile:
-            identity = {
-                key: self.setting(key)
-                for key in _AWS_IDENTITY}
-            values = {**values, **identity}
+            values = dict(values)
+            for key in 'web_identity_token_file', 'role_arn', 'role_session_name':
+                values[key] = self.setting(key)
         path = values.get('web_identity_token_file')
         if path:
             token = _read_secret(path, 'the file with a token that web_identity_token_file or '
-                                       '$AWS_WEB_IDENTITY_TOKEN_FILE names', 'check the path')
+                                       '$AWS_WEB_IDENTITY_TOKEN_FILE names')
             values = {**values, 'web_identity_token': token}
             return self.from_sts('web identity', values, None)
-        if any(map(values.get, _AWS_LOGIN)):
+        if values.get('sso_account_id') or values.get('login_session'):
             return self.from_tools(name)
         if values.get('credential_process'):
             return self.from_process(values['credential_process'], f'the credential_process of {where}')
         return keys
 
-    def from_sts(
-            self, source: str, values: _Texts,
-            keys: _MaybeKeys) -> _AwsKeys:
+    def from_sts(self, source: str, values: _Texts, keys: _MaybeKeys) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-        role = values.get('role_arn', '')
-        if not role.startswith('arn:'):
-            raise ConfigError(f'{source} is configured without a role', "set role_arn or $AWS_ROLE_ARN to 'arn:...'")
         form = {
             'Action': 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity',
             'Version': '2011-06-15',
-            'RoleSessionName': f'etcetera-{time.time():.0f}',
-        }
+            'RoleSessionName': f'etcetera-{time.time():.0f}'}
         for key in _AWS_ROLE:
             if values.get(key):
-                parameter = key.title().replace('_', '')
-                form[parameter] = values[key]
-        url = (
-            self.endpoint('sts')
-            or self.host('sts', self.region))
+                form[key.title().replace('_', '')] = values[key]
         request = _Request(
-            'POST', f'{url}/', {'Content-Type': 'application/x-www-form-urlencoded'},
-            [urlencode(form).encode()], _TOKEN_LIMIT,
-            keys=keys)
-        place = f'{self.region}/sts'
+            'POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
+            {'Content-Type': 'application/x-www-form-urlencoded'},
+            [urlencode(form).encode()], keys=keys)
         reply = self.http.request(
-            lambda: self.sign(request, place), self.judge)
+            lambda: self.sign(request, f'{self.region}/sts'), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
         raise RemoteError(f'{source}: AWS STS answers {_status(reply)}',
-                          f'check the role_arn {_printable(role)} and who may assume it, or try again later',
-                          reply.status)
+                          'check the role_arn or $AWS_ROLE_ARN and who may assume it, or try again later', reply.status)
 
     def from_tools(self, name: str) -> _AwsKeys:
         """Keys that take a prompt, or more than the standard library: from boto3, else from the command `aws`."""
@@ -2906,28 +2880,21 @@ class _Aws(_Renewed):
                   f"{name}'")
         with _optional_library(source, remedy) as import_module:
             session = import_module('botocore.session').Session(profile=name)
-            cache = import_module('botocore.utils').JSONFileCache(_expanduser('~/.aws/cli/cache'))
             provider = session.get_component('credential_provider').get_provider('assume-role')
-            provider.cache = cache  # so that it asks for a code once an hour
+            # so that it asks for a code once an hour
+            provider.cache = import_module('botocore.utils').JSONFileCache(_expanduser('~/.aws/cli/cache'))
             found = session.get_credentials()
             if found:  # otherwise it may be too old
-                parts = found.get_frozen_credentials()
-                values = zip(_AWS_KEYS, parts)
-                keys = _aws_keys(dict(values), source)
-                expires = time.time() + 600
-                return keys._replace(expires=expires)
+                keys = _aws_keys(dict(zip(_AWS_KEYS, found.get_frozen_credentials())), source)
+                return keys._replace(expires=time.time() + 600)
         command = f'aws configure export-credentials --profile "{name}" --format process'
         return self.from_process(command, f'the command aws for {source}', remedy)
 
-    def from_process(
-            self, command: str, source: str,
-            remedy: str = '') -> _AwsKeys:
+    def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        output = _output_of(
-            self.http.job, command, source, remedy)
+        output = _output_of(self.http.job, command, source, remedy)
         answer = _Reply(200, {}, output).json()
-        is_known = answer.get('Version') == 1
-        return _aws_keys(answer if is_known else {}, source)
+        return _aws_keys(answer if answer.get('Version') == 1 else {}, source)
 
     def from_container(self) -> _MaybeKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
@@ -2942,17 +2909,12 @@ class _Aws(_Renewed):
         path = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE')
         token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         if path:
-            token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names',
-                                 'check the path')
-        headers = {'Authorization': token} if token else {}
-        request = _Request('GET', url, headers)
-        reply = _ask_metadata(self.http, request)
-        answer = reply.json()
+            token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names')
+        reply = _ask_metadata(self.http, _Request('GET', url, {'Authorization': token} if token else {}))
         source = "the container's credentials service"
         if reply.status == 200:
-            return _aws_keys(answer, source)
-        problem = _status(reply, answer.get('message'))
-        raise RemoteError(f'{source} answers {problem}', 'check what it may do', reply.status)
+            return _aws_keys(reply.json(), source)
+        raise RemoteError(f'{source} answers {_status(reply)}', 'check what it may do', reply.status)
 
     def from_instance(self) -> _MaybeKeys:
         """Instance metadata, version 2:
@@ -2961,9 +2923,7 @@ class _Aws(_Renewed):
         """
         if self.flag('ec2_metadata_disabled'):
             return None
-        mode = self.setting('ec2_metadata_service_endpoint_mode').lower()
-        default = 'http://[fd00:ec2::254]' if mode == 'ipv6' else 'http://169.254.169.254'
-        site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or default)
+        site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or 'http://169.254.169.254')
         headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
         request = _Request('PUT', f'{site}/latest/api/token', headers, tries=1)
         token = _word(_ask_metadata(self.http, request))
@@ -2972,74 +2932,31 @@ class _Aws(_Renewed):
         url = f'{site}/latest/meta-data/iam/security-credentials/'
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
         role = _word(_ask_metadata(self.http, request))
-        request = request._replace(url=f'{url}{role}')
-        answer = _ask_metadata(self.http, request).json()
+        answer = _ask_metadata(self.http, request._replace(url=f'{url}{role}')).json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
 def _env(*names: str) -> str:
     """The first of these variables that is set, or ''."""
-    values = map(os.environ.get, names)
-    return next(filter(None, values), '')
+    return next(filter(None, map(os.environ.get, names)), '')
 
 
-def _aws_sections() -> Dict[str, _Texts]:
-    """The sections of ~/.aws/config and ~/.aws/credentials, profiles by their names. The latter file precedes.
-
-    A setting among the indented lines below another one is called OUTER.INNER.
-    """
-    import configparser
-    sections: Dict[str, _Texts] = defaultdict(dict)
-    for file, variable in (
-            ('config', 'AWS_CONFIG_FILE'),
-            ('credentials', 'AWS_SHARED_CREDENTIALS_FILE'),
-    ):
-        path = _env(variable) or f'~/.aws/{file}'
-        path = _expanduser(os.path.expandvars(path))  # as botocore does
-        parser = configparser.RawConfigParser(strict=False)
-        try:
-            parser.read(path, 'utf-8-sig')
-        except (configparser.Error, UnicodeDecodeError):
-            raise ConfigError(f'{path} cannot be read as an AWS settings file', 'repair it') from None
-        for title in parser.sections():
-            name = re.sub(r'''^profile\s+|(?<=\s)["']|["']$''', '', title)
-            section = sections[name]
-            items = dict(parser.items(title))
-            if file == 'credentials' and 'aws_access_key_id' in items:
-                # Nothing in the other file may be mixed with these keys.
-                items.setdefault('aws_session_token', '')
-                items.update(credential_process='', login_session='')
-            section.update(items)
-            for key, text in items.items():
-                for inner, value in re.findall(r'(?m)^(\w+)\s*=\s*(\S+)', text):
-                    section[f'{key}.{inner}'] = value
-    return sections
-
-
-def _aws_static(
-        values: Mapping[str, Any],
-        source: str) -> _MaybeKeys:
+def _aws_static(values: Mapping[str, Any], source: str) -> _MaybeKeys:
     """The keys that are among these values, if there are any."""
-    is_there = any(map(values.get, _AWS_KEYS[:2]))
-    return _aws_keys(values, source) if is_there else None
+    return _aws_keys(values, source) if any(map(values.get, _AWS_KEYS[:2])) else None
 
 
-def _aws_keys(
-        values: Mapping[str, Any],
-        source: str) -> _AwsKeys:
+def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {
-        re.sub('aws_|session|_', '', key.lower()):
-        str(value or '').strip()
+        re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
         for key, value in values.items()}
-    names = ('accesskeyid', 'secretaccesskey', 'token')
-    parts = [plain.get(name, '') for name in names]
+    parts = [plain.get(name, '') for name in ('accesskeyid', 'secretaccesskey', 'token')]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
     expiration = plain.get('expiration')
-    expires = _iso_time(expiration) if expiration else 1e12
-    return _AwsKeys._make([*parts, expires, source])
+    return _AwsKeys._make([*parts, _iso_time(expiration) if expiration else 1e12, source])
 
 
 def _ask_metadata(http: _Http, request: _Request) -> _Reply:
@@ -3065,15 +2982,11 @@ def _ask_metadata(http: _Http, request: _Request) -> _Reply:
 def _word(reply: _Reply) -> str:
     """What is answered, if that can be a token or name; else ''."""
     text = reply.body.decode('latin-1').strip()
-    is_word = reply.status == 200 and re.match(r'[!-~]+\Z', text)
-    return text if is_word else ''
+    return text if reply.status == 200 and re.match(r'[!-~]+\Z', text) else ''
 
 
 @contextmanager
-def _optional_library(
-        source: str,
-        remedy: str
-) -> Iterator[Callable[[str], Any]]:
+def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]]:
     """For code that gets credentials from a library, with import_module(): skipped if that is not installed."""
     from importlib import import_module  # so that no type checker looks for the library
     try:
@@ -3081,41 +2994,35 @@ def _optional_library(
     except ImportError:
         pass
     except Exception as e:  # they let out AttributeErrors and the like, too
-        reason = str(e) or type(e).__name__
-        raise ConfigError(f'{source} cannot be used: {_printable(reason)}', remedy) from None
+        reason = _printable(str(e) or type(e).__name__)
+        raise ConfigError(f'{source} cannot be used: {reason}', remedy) from None
 
 
-def _output_of(
-        job: _Job, command: str, source: str,
-        remedy: str, **variables: str) -> bytes:
+def _output_of(job: _Job, command: str, source: str, remedy: str, **variables: str) -> bytes:
     """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
     import shlex
     from subprocess import PIPE, Popen
     try:
         arguments = command if os.name == 'nt' else shlex.split(command)
-        environment = {**os.environ, **variables}
-        process = Popen(
-            arguments, stdout=PIPE, stderr=PIPE, env=environment)
+        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, **variables})
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
         job.at_end.append(process.kill)
         output, errors = process.communicate()
     if process.returncode:
-        text = errors.decode('utf-8', 'replace').strip()
-        reason = _printable(text)[-300:] or 'no explanation'
+        reason = _printable(errors.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'
         raise ConfigError(f'{source} fails ({process.returncode}): {reason}', remedy)
     return output
 
 
-def _read_secret(path: str, what: str,
-                 remedy: str) -> str:
+def _read_secret(path: str, what: str) -> str:
     """The text of a file whose path someone has set."""
     try:
-        with open(path, encoding='utf-8-sig', errors='replace') as file:
+        with open(_check_path(path), encoding='utf-8-sig', errors='replace') as file:
             return file.read().strip()
     except OSError as e:
-        raise ConfigError(f'cannot read {what}: {e.strerror}', remedy) from None
+        raise ConfigError(f'cannot read {what}: {e.strerror}', 'check the path') from None
 
 
 def _xml_items(reply: _Reply, name: str) -> _Texts:
@@ -3126,21 +3033,20 @@ def _xml_items(reply: _Reply, name: str) -> _Texts:
     return items
 
 
-def _aws_error(reply: _Reply) -> Tuple[str, str, str]:
-    """The code, message and region of an error; empty if the body is none."""
-    items = _xml_items(reply, 'Error')
-    return (
-        items.get('Code', ''),
-        items.get('Message', ''),
-        items.get('Region', ''))
+def _aws_error(reply: _Reply) -> _Texts:
+    """The Code, Message and Region of an error; '' for what it does not say."""
+    return defaultdict(str, _xml_items(reply, 'Error'))
 
 
-def _status(reply: _Reply, message: Any = None) -> str:
-    """What an error says, for people; if it is not in XML, its message must be given."""
-    code, text, _ = _aws_error(reply)
-    explanation = _printable(str(message or text))
-    explanation = explanation[:300] or 'no explanation'
-    return f"{reply.status}{' ' * bool(code)}{code}: {explanation}"
+def _status(reply: _Reply) -> str:
+    """What an error says, for people: in the XML of AWS, or the JSON of Google or of a container's service."""
+    error = _aws_error(reply)
+    answer = reply.json()
+    inner = answer.get('error')
+    if isinstance(inner, dict):
+        answer = inner
+    text = error['Message'] or answer.get('message') or answer.get('error_description') or inner or 'no explanation'
+    return f"{reply.status}{' ' * bool(error['Code'])}{error['Code']}: {_printable(str(text))[:300]}"
 
 
 # ---------------------------------------------------------------------------------------
@@ -3161,15 +3067,17 @@ class _GoogleCredentials(_Renewed):
     def __init__(self, config: Config, http: _Http) -> None:
         super().__init__()
         self.http = http
-        self.path = _google_file(config)
         self.info: _Row = {}
-        if self.path:
-            text = _read_secret(self.path, 'the Google credentials',
-                                'check google_credentials and $GOOGLE_APPLICATION_CREDENTIALS')
+        named = config.google_credentials or _env('GOOGLE_APPLICATION_CREDENTIALS')
+        default = '%APPDATA%/gcloud' if os.name == 'nt' else '~/.config/gcloud'
+        place = _env('CLOUDSDK_CONFIG') or os.path.expandvars(_expanduser(default))
+        self.path = _expanduser(named or f'{place}/application_default_credentials.json')
+        if named or os.path.isfile(self.path):
+            text = _read_secret(self.path, 'the file with Google credentials that google_credentials or '
+                                           '$GOOGLE_APPLICATION_CREDENTIALS names')
             self.info = _Reply(200, {}, text.encode()).json()
             if 'type' not in self.info:
-                raise ConfigError(f'{self.path} holds no Google credentials',
-                                  "download the file again, or run 'gcloud auth application-default login'")
+                raise ConfigError(f'{self.path} holds no Google credentials', _GOOGLE_REMEDY)
 
     def fetch(self) -> Tuple[Optional[Dict[str, str]], float]:
         try:
@@ -3177,14 +3085,13 @@ class _GoogleCredentials(_Renewed):
             if answer is None:
                 return None, 1e12
             token = answer['access_token']
-            is_text = isinstance(token, str)
-            if not is_text or not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
+            if not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
                 raise KeyError('access_token')
             lifetime = float(answer.get('expires_in') or 3600)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            defect = f'{e} is missing or wrong' if isinstance(e, KeyError) else 'a value has the wrong type or form'
-            raise ConfigError(f"the Google credentials {self.path or 'of this machine'} cannot be used: {defect}"
-                              ) from None
+            defect = e if isinstance(e, KeyError) else 'a value'
+            raise ConfigError(f"the Google credentials {self.path if self.info else 'of this machine'} cannot be used: "
+                              f'{defect} is missing or wrong', _GOOGLE_REMEDY) from None
         headers = {'Authorization': f'Bearer {token}'}
         project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
         if project:
@@ -3198,26 +3105,18 @@ class _GoogleCredentials(_Renewed):
         if info['type'] == 'service_account':
             form = {
                 'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
-                'assertion': _assertion(info, url),
-            }
+                'assertion': _assertion(info, url)}
         elif info['type'] == 'authorized_user':  # with the refresh token of a person (RFC 6749, 6)
-            form = {
-                'grant_type': 'refresh_token',
-                'client_id': info['client_id'],
-                'client_secret': info['client_secret'],
-                'refresh_token': info['refresh_token'],
-            }
+            form = {key: info[key] for key in ('client_id', 'client_secret', 'refresh_token')}
+            form['grant_type'] = 'refresh_token'
         else:
             return self.from_tools()
         headers = {'Content-Type': 'application/x-www-form-urlencoded'}
-        request = _Request('POST', url, headers, [urlencode(form).encode()], _TOKEN_LIMIT)
+        request = _Request('POST', url, headers, [urlencode(form).encode()])
         reply = self.http.request(lambda: request)
-        answer = reply.json()
         if reply.status == 200:
-            return answer
-        problem = answer.get('error_description') or answer.get('error')
-        raise RemoteError(f'{_site(url)} gives no access token: {_printable(str(problem or reply.status))[:300]}',
-                          _GOOGLE_REMEDY, reply.status)
+            return reply.json()
+        raise RemoteError(f'{_site(url)} gives no access token: {_status(reply)}', _GOOGLE_REMEDY, reply.status)
 
     def from_metadata(self) -> Optional[_Row]:
         """Of the machine's own service account (https://cloud.google.com/compute/docs/metadata); none elsewhere."""
@@ -3225,10 +3124,8 @@ class _GoogleCredentials(_Renewed):
             return None
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
-        scope = quote(_GOOGLE_SCOPE, '')
-        url = f'http://{host}/{path}?scopes={scope}'
-        flavor = {'Metadata-Flavor': 'Google'}
-        reply = _ask_metadata(self.http, _Request('GET', url, flavor, tries=1))
+        url = f"http://{host}/{path}?scopes={quote(_GOOGLE_SCOPE, '')}"
+        reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
         is_google = reply.headers.get('Metadata-Flavor') == 'Google'
         return reply.json() if is_google and reply.status == 200 else None
 
@@ -3245,39 +3142,16 @@ class _GoogleCredentials(_Renewed):
             credentials.refresh(request)
             return {'access_token': credentials.token, 'expires_in': 600}
         program = which('gcloud') or 'gcloud'  # on Windows, gcloud.cmd
-        command = f'"{program}" auth application-default print-access-token'
-        output = _output_of(self.http.job, command, f'gcloud for {source}', remedy,
-                            GOOGLE_APPLICATION_CREDENTIALS=self.path)
-        token = output.decode('ascii', 'replace').strip()
-        return {'access_token': token, 'expires_in': 600}
-
-
-def _google_file(config: Config) -> str:
-    """The credentials file that Google's own tools would take, or ''."""
-    named = config.google_credentials or _env('GOOGLE_APPLICATION_CREDENTIALS')
-    if named:
-        return _expanduser(_check_path(named))
-    default = '%APPDATA%/gcloud' if os.name == 'nt' else '~/.config/gcloud'
-    place = _env('CLOUDSDK_CONFIG') or os.path.expandvars(_expanduser(default))
-    path = f'{place}/application_default_credentials.json'
-    return path if os.path.isfile(path) else ''
+        output = _output_of(self.http.job, f'"{program}" auth application-default print-access-token',
+                            f'gcloud for {source}', remedy, GOOGLE_APPLICATION_CREDENTIALS=self.path)
+        return {'access_token': output.decode('ascii', 'replace').strip(), 'expires_in': 600}
 
 
 def _assertion(info: Dict[str, Any], url: str) -> str:
     """What a service account signs for a token endpoint (RFC 7523; https://google.aip.dev/auth/4112)."""
     now = int(time.time())
-    head = {
-        'alg': 'RS256',
-        'typ': 'JWT',
-        'kid': info.get('private_key_id', ''),
-    }
-    claims = {
-        'iss': info['client_email'],
-        'scope': _GOOGLE_SCOPE,
-        'aud': url,
-        'iat': now,
-        'exp': now + 3600,
-    }
+    head = {'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')}
+    claims = {'iss': info['client_email'], 'scope': _GOOGLE_SCOPE, 'aud': url, 'iat': now, 'exp': now + 3600}
     text = f'{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(claims).encode())}'
     return f"{text}.{_base64url(_rsa_sign(info['private_key'], text.encode()))}"
 
@@ -3565,14 +3439,10 @@ class _BucketStore(_HttpStore):
         self.bucket, prefix = match.groups('')
         self.prefix = prefix and f'{prefix}/'
 
-    def message(self, reply: _Reply) -> str:
-        """What an error says, if it is not XML."""
-        return ''
-
     def error(self, reply: _Reply) -> RemoteError:
         keys = reply.request.keys
         verb = 'LIST' if 'delimiter=' in reply.request.url else reply.request.method
-        status = _status(reply, self.message(reply))
+        status = _status(reply)
         text = f"{reply.status} {'account' if keys else 'nobody'} {verb} {status}"
         remedy = next(
             remedy for pattern, remedy in self.remedies
@@ -3921,11 +3791,12 @@ class _S3Remote(_BucketStore):
         request = reply.request
         if reply.status < 300 and request.method == 'GET':  # of others, errors may come with status 200
             return 'final'
-        code, message, region = _aws_error(reply)
-        region = reply.headers.get('x-amz-bucket-region') or region
+        error = _aws_error(reply)
+        code = error['Code']
+        region = reply.headers.get('x-amz-bucket-region') or error['Region']
         is_unknown = re.match(_S3_UNCONDITIONAL, f'{request.method} {reply.status} {code}')
         is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
-        if 'content-md5' in message.lower() and 'Content-MD5' not in request.headers:
+        if 'content-md5' in error['Message'].lower() and 'Content-MD5' not in request.headers:
             self.must_check = True
         elif request.condition and is_unknown and not self.has_exclusive_write:
             request.condition.clear()
@@ -4027,7 +3898,7 @@ class _S3Remote(_BucketStore):
             method, url, 404, 409, 412, **more)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
-        code = _aws_error(reply)[0]
+        code = _aws_error(reply)['Code']
         if code == 'NoSuchUpload':  # likewise
             raise _Unconfirmed(str(self.error(reply)))
         if code or reply.status >= 300:
@@ -4086,12 +3957,6 @@ class _GsRemote(_BucketStore):
             self.credentials.renew(reply.request.keys)
             return 'at once'
         return _judge(reply)
-
-    def message(self, reply: _Reply) -> str:
-        try:
-            return str(reply.json()['error']['message'])
-        except (KeyError, TypeError):
-            return reply.body[:300].decode('utf-8', 'replace')
 
     def list_page(self, query: _Headers) -> _Page:
         fields = 'kind,items(name,size,generation,updated),nextPageToken'

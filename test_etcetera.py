@@ -3291,7 +3291,7 @@ class GoogleCredentials(GoogleCase):
         self.assertIn('billing', [headers.get('x-goog-user-project') for _, _, headers in self.server.log])
         self.respond({'refresh_token': 'other'})
         err = self.etc('ls -r', status=1)[1]
-        self.assertIn('gives no access token: wrong refresh_token', err)
+        self.assertIn('gives no access token: 400: wrong refresh_token', err)
         self.assertNotIn('se+cret', err)
 
     def test_renewed_when_refused_and_before_it_expires(self):
@@ -3304,7 +3304,7 @@ class GoogleCredentials(GoogleCase):
         self.share(small(self.tmp / 'ds'))
         self.assertGreater(len(self.asked), 1)
         for token, problem in (('never right', 'permissions'), ('two\nlines', "'access_token' is missing"),
-                               (['list'], "'access_token' is missing"), ('', "'access_token' is missing")):
+                               (['list'], 'a value is missing or wrong'), ('', "'access_token' is missing")):
             with self.subTest(token):
                 self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
                 self.fails_with(problem, 'ls -r')
@@ -3397,7 +3397,7 @@ class GoogleCredentials(GoogleCase):
         os.environ['GOOGLE_APPLICATION_CREDENTIALS'] = str(sdk / 'right.json')
         self.works()
         os.environ['GOOGLE_APPLICATION_CREDENTIALS'] = str(sdk / 'gone.json')
-        self.assertIn('cannot read the Google credentials: No such file or directory; check google_credentials and '
+        self.assertIn('cannot read the file with Google credentials that google_credentials or '
                       '$GOOGLE_APPLICATION_CREDENTIALS', self.etc('ls -r', status=1)[1])
         self.settings['google_credentials'] = str(sdk / 'right.json')
         self.works()
@@ -3411,7 +3411,7 @@ class GoogleCredentials(GoogleCase):
                 ({'type': 'authorized_user'}, "cannot be used: 'client_id' is missing or wrong"),
                 ({'type': 'service_account'}, "cannot be used: 'client_email' is missing or wrong"),
                 ({'type': 'service_account', 'client_email': 5, 'private_key': 5},
-                 'cannot be used: a value has the wrong type or form'),
+                 'cannot be used: a value is missing or wrong'),
                 ({'type': '\x1b[31m'}, 'type')):
             with self.subTest(info):
                 self.use(info)
@@ -3578,7 +3578,7 @@ class Web(WebSuite, Case):
                 self.server.fault = lambda h: h.answer(302, headers={'Location': location})
                 for words in ('ls -r', 'pull X'):
                     self.assertRegex(self.etc(words, home='three', status=1)[1],
-                                     'answers 302;|does not have the form https://host')  # as Python reads it
+                                     'answers 302;|does not have the form https://host|cannot reach')  # as Python reads it
 
     def test_head_that_tells_nothing(self):
         """Where GET with a range works."""
@@ -4079,7 +4079,9 @@ class AwsHandler(SignedHandler):
             self.answer(200, b'my-role')
 
     def sts(self, body, form):
-        action, role = form['Action'], form['RoleArn'].rpartition('/')[2]
+        action, role = form['Action'], form.get('RoleArn', '').rpartition('/')[2]
+        if not role:
+            return self.error(400, 'ValidationError')
         if action == 'AssumeRoleWithWebIdentity':
             akid = 'WEB-' + role
             problem = form['WebIdentityToken'] != 'web-token' and 'InvalidIdentityToken'
@@ -4424,17 +4426,17 @@ class AwsLife(AwsCase):
     def test_roles_that_cannot_be(self):
         role = '[default]\n' + ROLE + 'forbidden\n'
         base = '\n[profile base]\n' + static('STATIC')
-        needs = "the AWS profile '%s' needs, besides role_arn, either a source_profile that does not lead back"
+        needs = "the AWS profile '%s' needs, besides role_arn, either a source_profile that has credentials and does not"
         self.refused("the AWS profile 'default': AWS STS answers 403 AccessDenied: about AccessDenied; check the "
-                     'role_arn arn:aws:iam::123456789012:role/f', role + 'source_profile = base' + base)
+                     'role_arn', role + 'source_profile = base' + base)
         self.refused(needs % 'default', role)
         self.refused(needs % 'default', role + 'credential_source = Moon')
         self.refused(needs % 'default', role + 'source_profile = default')
         self.refused(needs % 'default', role + 'source_profile = base\ncredential_source = Environment' + base)
         self.refused(needs % 'a', role + 'source_profile = a\n[profile a]\nsource_profile = default\n' + ROLE + 'x')
-        self.refused("the AWS profile 'nope' that the source_profile of 'default' names is not in",
-                     role + 'source_profile = nope')
-        self.refused("'default' finds no credentials in a", role + 'source_profile = a\n[profile a]\n')
+        self.refused("the AWS profile 'nope' is not in ~/.aws/config or ~/.aws/credentials; check both, and what "
+                     'names it', role + 'source_profile = nope')
+        self.refused(needs % 'default', role + 'source_profile = a\n[profile a]\n')
 
     def test_roles_by_a_wrong_clock(self):
         now = time.time
@@ -4452,8 +4454,8 @@ class AwsLife(AwsCase):
         self.refused('web identity: AWS STS answers 403 InvalidIdentityToken', **self.web_identity('another'))
         self.refused('cannot read the file with a token that web_identity_token_file or $AWS_WEB_IDENTITY_TOKEN_FILE',
                      AWS_ROLE_ARN='arn:aws:iam::1:role/pod', AWS_WEB_IDENTITY_TOKEN_FILE='/nowhere')
-        self.refused('web identity is configured without a role; set role_arn or $AWS_ROLE_ARN',
-                     AWS_WEB_IDENTITY_TOKEN_FILE=self.token('web-token'))
+        self.refused('web identity: AWS STS answers 400 ValidationError: about ValidationError; check the role_arn or '
+                     '$AWS_ROLE_ARN', AWS_WEB_IDENTITY_TOKEN_FILE=self.token('web-token'))
 
     def test_processes_that_fail(self):
         python = '"%s" -S -c ' % sys.executable
@@ -7106,9 +7108,9 @@ class GoogleSecrets(Hush, GoogleCase):
         good = {'access_token': 'ya29.token', 'expires_in': 3600}
         for answer, problem in ((dict(good, access_token='hu\nsh hush'), "cannot be used: 'access_token'"),
                                 (dict(good, access_token='hush\u20ac'), "cannot be used: 'access_token'"),
-                                (dict(good, access_token=['hush']), "cannot be used: 'access_token'"),
+                                (dict(good, access_token=['hush']), 'cannot be used: a value'),
                                 (dict(good, expires_in='soon'), 'cannot be used: '), (['hush'], 'cannot be used: '),
-                                ({'hush': 1}, "cannot be used: 'access_token'"), ('no', 'gives no access token: no;')):
+                                ({'hush': 1}, "cannot be used: 'access_token'"), ('no', 'gives no access token: 400: no;')):
             with self.subTest(answer):
                 self.tokens.respond = lambda handler, form: answer
                 self.everything(problem, 6)
@@ -7116,7 +7118,7 @@ class GoogleSecrets(Hush, GoogleCase):
         for status in (301, 308, 400, 401, 403, 404, 412, 500):
             with self.subTest(status):
                 location = {'Location': self.server.url + '/x'}
-                self.server.fault = lambda handler: handler.answer(status, b'no', location)
+                self.server.fault = lambda handler: handler.json({'error': {'message': 'no'}}, status, location)
                 self.everything('answers %d: no;' % status, 6)
 
 
