@@ -4934,11 +4934,9 @@ def _list(
     """As ls(); in full: with what `etc ls -l` shows."""
     def work(job: _Job) -> List[_Row]:
         def describe(item: Any) -> _Row:
-            if not in_full:
-                return {'name': item.name}
             segments: Sequence[_Segment] = ()
             try:
-                if remote:
+                if remote and in_full:
                     segments = _find(store, item.name).segments
             except (Error, OSError) as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
@@ -4950,18 +4948,20 @@ def _list(
                 items: Any = store.list()
             else:
                 items = map(config.home.joinpath, _names(config.home))
-            found = sorted(item for item in items if _matches(item.name, patterns))
-            return list(_ordered(job, config.connections, describe, found))
+            found = sorted(
+                item for item in items if _matches(item.name, patterns))
+            rows = _ordered(job, config.connections, describe, found)
+            return list(rows)
 
     return _perform(None, work)
 
 
 def _matches(name: str, patterns: _Names) -> bool:
     from fnmatch import fnmatchcase
-    try:
-        return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
-    except re.error:  # up to Python 3.11, from a range without characters, [z-a]
-        return False
+    with suppress(re.error):  # up to Python 3.11, from a range without characters, [z-a]
+        return patterns is None or any(
+            fnmatchcase(name, pattern) for pattern in patterns)
+    return False
 
 
 def info(
@@ -4989,38 +4989,49 @@ def info(
             local = place.open()
             segments = local._read(job)
             row = _describe(place.path, segments)
-            row.update(meta=local.meta, readme=_read_readme(place.path))
+            readme = _read_readme(place.path)
+            row.update(meta=local.meta, readme=readme)
         place.check(segments)
         return row
 
     return _perform(progress, work)
 
 
-def _describe(item: Union[Path, _Object], segments: Sequence[_Segment]) -> _Row:
-    """What info() and _list() tell of all datasets.
-
-    item: a directory, or an object. segments: what is known of them, if there is no receipt.
-    """
+def _describe(
+        item: Union[Path, _Object],
+        segments: Sequence[_Segment]) -> _Row:
+    """What info() and _list() tell of what is in a directory or an object. segments: if there is no receipt."""
     here = segments
     if isinstance(item, _Object):
         when = _utc(item.modified) if item.modified else None
-        row: _Row = {'archive_size': item.size, 'when': when, 'meta': None, 'readme': None}
+        row: _Row = dict(
+            archive_size=item.size, when=when, meta=None, readme=None)
     else:
         receipt = _read_receipt(item)
         if receipt.name:
             segments, here = receipt.segments, receipt.here()
-        source = Path(os.path.realpath(item)).as_uri() if item.is_symlink() else receipt.source
-        row = {'root': str(item), 'source': source, 'when': receipt.when, 'partial': receipt.is_partial}
-    row.update(name=item.name, digest=None, files=None, size=None, partitions=None)
+        source = receipt.source
+        if item.is_symlink():
+            source = Path(os.path.realpath(item)).as_uri()
+        row = dict(
+            root=str(item), source=source,
+            when=receipt.when, partial=receipt.is_partial)
+    row.update(
+        name=item.name, digest=None, files=None,
+        size=None, partitions=None)
     if segments:
-        partitions = {
-            segment.partition: _total([segment]) for segment in here if segment.partition}
-        row.update(_total(here), digest=_dataset_digest(segments), partitions=partitions)
+        row.update(_total(*here))
+        row['digest'] = _dataset_digest(segments)
+        row['partitions'] = {
+            segment.partition: _total(segment)
+            for segment in here if segment.partition}
     return row
 
 
-def _total(segments: Sequence[_Segment]) -> Dict[str, int]:
-    return {'files': sum(segment.files for segment in segments), 'size': sum(segment.size for segment in segments)}
+def _total(*segments: _Segment) -> Dict[str, int]:
+    return {
+        'files': sum(segment.files for segment in segments),
+        'size': sum(segment.size for segment in segments)}
 
 
 def _read_root_files(archive: _Archive) -> _Row:
@@ -5032,7 +5043,8 @@ def _read_root_files(archive: _Archive) -> _Row:
                 new = Path(work, 'new')
                 new.mkdir()
                 archive.fetch({'.'}, new.parent)
-                return {'meta': _read_meta(new, archive.label), 'readme': _read_readme(new)}
+                meta = _read_meta(new, archive.label)
+                return {'meta': meta, 'readme': _read_readme(new)}
     return {}
 
 
@@ -5068,8 +5080,9 @@ def diff(
                     raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
                                 f"run 'etc pull {place.name}', and compare what that installs")
             place.check(segments)
-            digest = _dataset_digest(segments)
-            found[side] = {'name': place.name, 'remote': is_remote, 'digest': digest}
+            found[side] = {
+                'name': place.name, 'remote': is_remote,
+                'digest': _dataset_digest(segments)}
             for segment in segments:
                 known[segment.path][side] = segment
         for path in sorted(known):
@@ -5078,7 +5091,8 @@ def diff(
                 'new' if not one else 'gone' if not other
                 else 'same' if one.digest == other.digest else 'differs')
             found['segments'][path] = {
-                'status': status, 'a': one and _total([one]), 'b': other and _total([other])}
+                'status': status, 'a': one and _total(one),
+                'b': other and _total(other)}
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
 
@@ -5092,10 +5106,8 @@ def dataset(
         auto_pull: bool = False) -> Dataset:
     """The installed dataset `name`; with `auto_install`, it is pulled first if necessary.
 
-    name: NAME, or NAME@sha256:... to insist on these contents.
-    partitions: those that must be there; None means all.
-    progress: as for pull().
-    auto_pull: the name of `auto_install` in etcetera 0.0.x.
+    name: NAME, or NAME@sha256:... to insist on these contents. partitions: those that must be there; None means all.
+    progress: as for pull(). auto_pull: the name of `auto_install` in etcetera 0.0.x.
     Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors.
     """
     _check_names(partitions)
@@ -5134,10 +5146,13 @@ def pull(
     """
     _check_names(partitions)
     place = _Place(name, config)
-    return _perform(progress, lambda job: _pull(job, place, force, partitions))
+    return _perform(
+        progress, lambda job: _pull(job, place, force, partitions))
 
 
-def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
+def _pull(
+        job: _Job, place: _Place, force: bool,
+        partitions: _Names) -> Dataset:
     name = place.name
     with _open_remote(place.config, job) as store, place.lock(job):
         archive = _find(store, name)
@@ -5145,7 +5160,7 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
             place.check(archive.segments)
         wanted = _paths_of(name, archive.segments, partitions)
         receipt = _read_receipt(place.path)
-        is_same: Optional[bool] = None
+        replace = force
         if not force and _is_dataset(place.path):
             local = place.open()
             is_same = archive.is_same(local)
@@ -5155,28 +5170,29 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
                 place.check(local._read(job))
                 _say(f"'{name}' is installed already; 'etc verify {name}' reads it again")
                 return local
+            replace = bool(is_same)
         if receipt.digest == _dataset_digest(archive.segments):
             wanted |= receipt.installed
         with place.installing():
             reused = archive.extract(place, wanted)
             place.check(archive.segments)
             new = archive.receipt(wanted)
-            place.commit(force or bool(is_same), new)
-    old = ''
-    if receipt.name and receipt.digest != new.digest:
-        old = f"; it replaces another one with {', '.join(sorted(receipt.installed))}"
-    _say(f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}')
-    return place.open()
+            place.commit(replace, new)
+        old = ''
+        if receipt.name and receipt.digest != new.digest:
+            old = f"; it replaces another one with {', '.join(sorted(receipt.installed))}"
+        _say(f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}')
+        return place.open()
 
 
 def _tally(
         place: _Place, segments: Sequence[_Segment],
         reused: Container[str] = ()) -> str:
     """How much was done, how long it took, and how much was in its place already: the segments with these paths."""
-    had = _total([segment for segment in segments if segment.path in reused])['size']
-    already = f'; {_size(had)} were there already' if had else ''
-    seconds = time.monotonic() - place.started
-    return f'{_amount(_total(segments))} in {_duration(seconds)}{already}'
+    had = sum(
+        segment.size for segment in segments if segment.path in reused)
+    done = f'{_amount(_total(*segments))} in {_duration(time.monotonic() - place.started)}'
+    return f'{done}; {_size(had)} were there already' if had else done
 
 
 def _amount(counted: Optional[_Row]) -> str:
@@ -5211,7 +5227,8 @@ def push(
                 return local.digest
             level = place.config.compression_level
             try:
-                segments, copies = _write_archive(store, local, not force, level)
+                segments, copies = _write_archive(
+                    store, local, not force, level)
             except _NameTaken:
                 if _is_stored(store, local):
                     return local.digest
@@ -5248,8 +5265,7 @@ def register(
         progress: _Progress = None) -> Dataset:
     """Give a directory a dataset's name, by default its own. It stays where it is, and must not change any more.
 
-    copy: install a private read-only copy instead of a link.
-    force: replace a local dataset of that name.
+    copy: install a private read-only copy instead of a link. force: replace a local dataset of that name.
     progress: as for pull(), but of the bytes of the files that have been copied.
     Raises InvalidDataset, Exists and other Errors.
     """
@@ -5260,40 +5276,37 @@ def register(
         if place.pin:
             place.check(_digest_segments(job, root))
         installed = Path(os.path.realpath(place.path))
-        is_around = installed in (root, *root.parents)
-        if is_around and not copy and not place.path.is_symlink():
+        is_link = place.path.is_symlink()
+        if installed in (root, *root.parents) and not (copy or is_link):
             raise InvalidDataset(f"{root} is what is installed as '{place.name}'", 'use --copy, or another directory')
         if not force and _is_dataset(place.path):
             if copy or installed != root:
                 raise place.taken_error()
             _say(f"'{place.name}' is registered already")
-        elif copy:
-            _copy(job, root, place, force)
-        else:
-            with place.installing():
+            return place.open()
+        receipt = _NO_RECEIPT
+        with place.installing():
+            if copy:  # as if it had been pushed and pulled
+                survey = _Survey(root)
+                job.begin(survey.size)
+                _check_room(place.work, survey.size)
+                place.new.mkdir()
+                blocks = _process(
+                    job, survey.listing(), bytes, is_all=True)
+                with closing(blocks):
+                    segments = _extract(blocks, {}, place.new)
+                paths = frozenset(survey.segments)
+                receipt = _Receipt(place.name, segments, paths, root.as_uri())
+            else:
                 _symlink(root, place.new, "'etc register --copy' installs a copy")
-                place.commit(force)
-            _say(f"registered '{place.name}': {root}")
-            with suppress(InvalidDataset, OSError):  # which a push will tell
+            place.commit(force, receipt)
+        _say(f"{'copied' if copy else 'registered'} '{place.name}': {root}")
+        with suppress(InvalidDataset, OSError):  # which a push will tell
+            if not copy:
                 _Survey(root).warn(place.name)
         return place.open()
 
     return _perform(progress, work)
-
-
-def _copy(job: _Job, root: Path, place: _Place, force: bool) -> None:
-    """Install a copy of a dataset as if it had been pushed and pulled."""
-    survey = _Survey(root)
-    job.begin(survey.size)
-    with place.installing():
-        _check_room(place.work, survey.size)
-        place.new.mkdir()
-        blocks = _process(job, survey.listing(), bytes, is_all=True)
-        with closing(blocks):
-            segments = _extract(blocks, {}, place.new)
-        paths = frozenset(survey.segments)
-        place.commit(force, _Receipt(place.name, segments, paths, root.as_uri()))
-    _say(f'copied {place.name}: {_tally(place, segments)}')
 
 
 def create(
@@ -5311,7 +5324,8 @@ def create(
     def work(job: _Job) -> Dataset:
         with place.installing():
             for partition in set(partitions):
-                os.makedirs(_join(place.new, 'data/' + partition))
+                path = _join(place.new, 'data/' + partition)
+                os.makedirs(path)
             place.check(_digest_segments(job, place.new))
             place.commit(force)
         _say(f"created '{place.name}'; now fill {place.path / 'data'}")
@@ -5378,15 +5392,14 @@ def purge(
         _say(f"purged '{place.name}'")
 
 
-def _purge_remote(place: _Place, confirm: Callable[[str], Any] = bool) -> None:
-    """Remove the version of a remote dataset that is there now.
-
-    confirm: is called with a description of it before, and may raise an Error.
-    """
+def _purge_remote(
+        place: _Place,
+        confirm: Callable[[str], Any] = bool) -> None:
+    """Remove the version of a remote dataset that is there now, unless confirm(description of it) raises an Error."""
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
-            # stat() finds damaged archives and archived ones, too
-            obj = _existing(store, place.name, store.stat(place.name))
+            obj = store.stat(place.name)  # which finds damaged archives and archived ones, too
+            obj = _existing(store, place.name, obj)
             if place.pin:
                 place.check(_find(store, place.name).segments)
             return obj, store.url
@@ -5419,16 +5432,16 @@ def _print(*lines: str) -> None:
 
 def _output(
         found: object, as_json: bool,
-        rows: List[Sequence[str]]) -> None:
+        rows: Sequence[Sequence[str]]) -> None:
     """Print what was found: as JSON, or in columns."""
-    widths = [
-        max(map(len, column))
-        for column in zip(*rows)]
-    cells = (map(str.ljust, row, widths) for row in rows)
-    lines = ['  '.join(row).rstrip() for row in cells]
     if as_json:
-        lines = json.dumps(found, indent=1).splitlines()
-    _print(*lines)
+        text = json.dumps(found, indent=1)
+        return _print(*text.splitlines())
+    widths = [
+        max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        _print('  '.join(cells).rstrip())
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -5472,37 +5485,36 @@ def _ls(
         json: bool = False) -> None:
     in_full = long or json
     found = _list(remote, config, patterns or None, in_full)
-    rows: Any = [[row['name']] for row in found]
-    if in_full:
-        rows = [(
-            row['name'], _amount(row), row['when'] or '-',
-            row['digest'] or row.get('source') or '-'
-        ) for row in found]
+    shown = 4 if in_full else 1
+    rows = [(
+        row['name'], _amount(row), row['when'] or '-',
+        row['digest'] or row.get('source') or '-'
+    )[:shown] for row in found]
     _output(found, json, rows)
     if not found:
-        where = _masked(config.url or '') if remote else _existing_part(str(config.home))
+        where = 'in the remote storage' if remote else 'here'
         if patterns:
-            raise NotFound(f'no dataset in {where} matches', 'without a pattern, all are listed')
-        _say(f'there is no dataset in {where}')
+            raise NotFound(f'no dataset {where} matches', 'without a pattern, all are listed')
+        _say(f'there is no dataset {where}')
 
 
 def _info(name: str, **options: Any) -> None:
     as_json = options.pop('json', False)
     found = info(name, **options)
-    partitions = found['partitions'] or {}
-    meta = json.dumps(found['meta'], ensure_ascii=False)
-    rows = [
-        ('name', found['name']),
-        ('digest', found['digest'] or '- (packed by another tool; pull it to learn more)'),
-        ('size', f"{_amount(found)}{' (partly installed)' * bool(found.get('partial'))}"),
-        ('archive', _size(found.get('archive_size'))),
-        ('root', found.get('root')),
-        ('from', found.get('source')),
-        ('when', found['when']),
-        *((f'data/{key}', _amount(partitions[key])) for key in partitions),
-        ('meta', meta),
-    ]
-    _output(found, as_json, [row for row in rows if row[1]])
+    shown = {
+        'name': found['name'],
+        'digest': found['digest'] or '- (packed by another tool; pull it to learn more)',
+        'size': f"{_amount(found)}{' (partly installed)' * bool(found.get('partial'))}",
+        'archive': 'archive_size' in found and _size(found['archive_size']),
+        'root': found.get('root'),
+        'from': found.get('source'),
+        'when': found['when']}
+    for partition, counted in (found['partitions'] or {}).items():
+        shown[f'data/{partition}'] = _amount(counted)
+    if found['meta']:
+        shown['meta'] = json.dumps(found['meta'], ensure_ascii=False)
+    rows = [row for row in shown.items() if row[1]]
+    _output(found, as_json, rows)
     if found['readme'] and not as_json:
         lines = found['readme'].splitlines()
         _print('', *map(str.expandtabs, lines))
@@ -5574,23 +5586,25 @@ _FLAGS = '''
 [--home DIR]    --home          local store, instead of $ETC_HOME, the settings or ~/.etc
 [-q]            -q --quiet      no messages but errors
 [-v]            -v --verbose    show more, with a traceback of an error'''
-_VALUES: Dict[str, Any] = {  # what argparse must know of some
-    'PARTITION': {'action': 'append', 'dest': 'partitions', 'type': _text},
-    'NAME': {'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName},
+_ARGUMENTS: Dict[str, Any] = {  # what argparse must know of flags with these values, or none
+    '': {'action': 'store_true'},
+    'PARTITION': {
+        'metavar': 'PARTITION', 'action': 'append',
+        'dest': 'partitions', 'type': _text},
+    'NAME': {
+        'metavar': 'NAME', 'action': 'append',
+        'dest': 'words', 'nargs': 1, 'type': _RemoteName},
 }
 
-# What does it, with the words, `config` and the flags; False makes the exit status 1
-# Its words and flags; NAME... lets it run once for each
-# What it does, and examples
-_COMMANDS: Dict[str, Tuple[Callable[..., Any], str, str]] = {
+# What does it, with the words, `config` and the flags (False makes the exit status 1); its words and flags (NAME...
+# lets it run once for each); what it does, and examples
+_COMMANDS: Dict[str, Any] = {
     'register': (register, 'DIR [NAME] [-f] [--copy]', """Give a directory a name
 
   etc register ./digits MNIST         it stays where it is
-  etc register ./digits as MNIST      the same
   etc register --copy ./digits MNIST  install a read-only copy of it"""),
     'push': (push, 'NAME... [-f]', """Share local datasets
 
-  etc push MNIST
   etc push -f MNIST                   replace a different dataset of that name"""),
     'ls': (_ls, '[PATTERN...] [-r] [-l] [--json]', """List datasets
 
@@ -5599,7 +5613,6 @@ _COMMANDS: Dict[str, Tuple[Callable[..., Any], str, str]] = {
   etc ls -r 'MNIST*'                  whose names match, with *, ? and [...]"""),
     'pull': (pull, 'NAME... [-f] [-p PARTITION]', """Install remote datasets
 
-  etc pull MNIST
   etc pull MNIST -p test              only one partition; the rest may follow later
   etc pull -f MNIST                   replace a different dataset of that name
   etc pull MNIST@sha256:...           insist on these contents"""),
@@ -5612,7 +5625,6 @@ _COMMANDS: Dict[str, Tuple[Callable[..., Any], str, str]] = {
   etc diff -r MNIST -r MNIST2         both are remote"""),
     'verify': (verify, 'NAME...', """Read all files again and compare them with the digest
 
-  etc verify MNIST
   etc verify MNIST@sha256:...         with this digest"""),
     'create': (_create, 'NAME [PARTITION...] [-f]', """Make an empty dataset to fill
 
@@ -5647,8 +5659,9 @@ def _parser(argv: Sequence[str] = ()) -> Any:
         prog='etc', parser_class=new_parser, dest='command', metavar='COMMAND')
     for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
         _, usage, text = _COMMANDS[name]
+        summary = text.split('\n')[0]
         command = commands.add_parser(
-            name, description=text, help=text.split('\n')[0])
+            name, description=text, help=summary)
         command.add_argument(
             'words', nargs='*', action='append', help=hidden)
         _add_flags(command, usage)
@@ -5662,10 +5675,7 @@ def _add_flags(parser: Any, usage: str) -> None:
     rows = re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS)
     for shown, value, names, what in rows:
         if shown in parser.usage:
-            more = {'action': 'store_true'}
-            if value:
-                known = _VALUES.get(value, {})
-                more = {'metavar': value, **known}
+            more = _ARGUMENTS.get(value, {'metavar': value})
             parser.add_argument(
                 *names.split(), help=what, **more)
 
@@ -5719,7 +5729,8 @@ def _run(argv: Sequence[str]) -> int:
         runs = [[word] for word in words]
     for each in runs:
         if name not in ('ls', 'create', 'purge'):
-            options['progress'] = _meter(' '.join([name, *each]))
+            what = ' '.join([name, *each])
+            options['progress'] = _meter(what)
         try:
             if run(*each, config=config, **options) is False:
                 status = 1

@@ -2085,7 +2085,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
                 self.fails_with('etc: ' + problem, 'ls -r', url=url)
         nowhere.mkdir()
         self.assertEqual(self.etc('ls -r', url=nowhere.as_uri()),
-                         ('', 'etc: there is no dataset in %s\n' % nowhere.as_uri()))
+                         ('', 'etc: there is no dataset in the remote storage\n'))
 
     def test_directories_and_dead_links_are_no_datasets(self):
         write(self.tmp / 'share', {'X.tgz/file': 'x', 'Y.tgz': ('->', 'nowhere')})
@@ -7038,7 +7038,7 @@ class Places(Hush, S3Case):
         register % Y           | no directory
         register % ds          | no directory
         diff X X %             | usage: etc diff
-        ls %                   | no dataset in .* matches
+        ls %                   | no dataset .* matches
         %                      | argument COMMAND
         pull X --ulr=%         | usage: etc pull|is not NAME@sha256:|cannot be a dataset's name
         pull X --force=%       | argument -f/--force
@@ -7267,8 +7267,8 @@ class Mistakes(Shell, Case):
         diff MNIST -r          argument -r/--remote: expected 1 argument; ...
         register a b c         usage: etc register DIR [NAME] [-f] [--copy]; ...
         purge -r MNIST         without a terminal to ask on, 'etc purge -r' needs -f; ...
-        ls -l MNITS            no dataset in HERE/home matches; without a pattern, all are listed
-        ls -r mnist x*         no dataset in SHARE matches; without a pattern, all are listed
+        ls -l MNITS            no dataset here matches; without a pattern, all are listed
+        ls -r mnist x*         no dataset in the remote storage matches; without a pattern, all are listed
         pull MNITS             no dataset 'MNITS' in SHARE; did you mean 'MNIST'?
         pull mnist             no dataset 'mnist' in SHARE; did you mean 'MNIST'?
         pull MNIST.tgz         no dataset 'MNIST.tgz' in SHARE; did you mean 'MNIST'?
@@ -7388,7 +7388,7 @@ class People(Shell, Case):
         self.etc('register --copy', root, 'X')
         shown = self.etc('info X')[0]
         for line in ('name        X', 'digest      ' + etc.Dataset(root).digest, 'size        3 files, 1.64 kB',
-                     'data/test   1 file, 0 B\ndata/train  1 file, 1.5 kB\nmeta        {}\n\n0\n1\n2'):
+                     'data/test   1 file, 0 B\ndata/train  1 file, 1.5 kB\n\n0\n1\n2'):
             self.assertIn('\n%s\n' % line, '\n' + shown)
         self.assertTrue(shown.endswith('\n' + readme))
 
