@@ -7431,13 +7431,13 @@ class Diff(Shell, Case):
 
     def test_segments(self):
         self.assertEqual(self.etc('diff A B', status=1), (
-            'same     1 file, 1 B  1 file, 1 B  .\n'
             'gone     1 file, 1 B  -            +\n'
+            'same     1 file, 1 B  1 file, 1 B  .\n'
             'same     1 file, 1 B  1 file, 1 B  assets\n'
-            'new      -            1 file, 1 B  more\n'
             'gone     1 file, 1 B  -            data/test\n'
             'differs  1 file, 1 B  1 file, 5 B  data/train\n'
-            'new      -            1 file, 0 B  data/val\n', ''))
+            'new      -            1 file, 0 B  data/val\n'
+            'new      -            1 file, 1 B  more\n', ''))
         found, one = etc.diff('A', 'B', config=self.config()), {'files': 1, 'size': 1}
         self.assertEqual(found, json.loads(self.etc('diff A B --json', status=1)[0]))
         self.assertEqual(found['a'], {'name': 'A', 'remote': False, 'digest': etc.Dataset(self.a).digest})
