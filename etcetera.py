@@ -173,10 +173,8 @@ def _masked(text: str) -> str:
 
 def _existing_part(path: str) -> str:
     """The part of a path that exists, followed by `...` if there is more that may be a key."""
-    if os.path.lexists(path):
-        return path
     parents = map(str, Path(path).parents)
-    known = next(filter(os.path.lexists, parents), '')
+    known = next(filter(os.path.lexists, [path, *parents]), '')
     return path if _is_harmless(path[len(known):]) else os.path.join(known, '...')
 
 
@@ -188,15 +186,14 @@ def _is_harmless(text: str) -> bool:
 def _printable(text: str) -> str:
     """The text on one line, without characters that could steer a terminal."""
     return ''.join(
-        c if c.isprintable() else c.encode('unicode_escape').decode()
-        for c in text)
+        c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     """A remedy for a misspelled word, or ''."""
-    import difflib
+    from difflib import get_close_matches
     spellings = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(word.lower(), spellings, 1)
+    close = get_close_matches(word.lower(), spellings, 1)
     return f"did you mean '{spellings[close[0]]}'?" if close else ''
 
 
@@ -274,9 +271,7 @@ class Error(Exception):
     `status` is the HTTP status of the answer that caused it, or 0.
     """
 
-    def __init__(
-            self, message: str = '', remedy: str = '',
-            status: int = 0) -> None:
+    def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
         self.message = message
         self.remedy = remedy
         self.status = status
@@ -357,12 +352,11 @@ def _refusals(error: Callable[[str, str], Error], directory: _Path, deed: str, r
 def _check_path(path: _Path) -> str:
     """Return the path as text. Raises Error if no file can have that path on this system."""
     text = os.fspath(path)
-    if '\0' in text:
-        raise Error('a path cannot contain a NUL character', 'check the path')
     try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        raise Error(f"the path '{_masked(text)}' cannot be written in this locale", 'set LC_ALL=C.UTF-8') from None
+        with suppress(OSError):  # as it need not be there
+            os.lstat(text)
+    except ValueError:
+        raise Error(f"no file can have the path '{_masked(text)}' here", 'check it, or set LC_ALL=C.UTF-8') from None
     return text
 
 
@@ -373,12 +367,10 @@ def _check_path(path: _Path) -> str:
 # else is refused with its line number.
 # ---------------------------------------------------------------------------------------
 
-_KINDS = {bool: 'true or false', int: 'a whole number', str: 'text; put it in quotes'}
-_LIMITS = {
-    'connections': range(1, 257),
-    'compression_level': range(10),
-}
-_DEFAULT_LEVEL = 6  # of compression
+_CHOICES = {  # of the settings that are not text
+    'public': ((False, True), 'true or false'),
+    'connections': (range(1, 257), 'a whole number from 1 to 256'),
+    'compression_level': (range(10), 'a whole number from 0 to 9')}
 
 _YAML_START = r'\A((?: *(?:#[^\r\n]*)?[\r\n])*)--- *(?=[\r\n]|\Z)'  # comments, and the mark that they may stand before
 _YAML_FORBIDDEN = (  # what YAML forbids, and U+2028 and U+2029, which YAML 1.1 takes for line ends
@@ -402,7 +394,7 @@ _YAML_SURPRISES = r"""(?xi)
 def _parse_yaml(line: str) -> Tuple[Optional[str], Any]:
     """The key and the value in a line of a settings file; None if there is no key. Raises ConfigError."""
     if re.search(_YAML_FORBIDDEN, line):
-        raise ConfigError('YAML does not allow one of these characters', 'remove it')
+        raise ConfigError('YAML does not allow one of these characters', 'remove it, or save the file as UTF-8')
     match = re.match(_YAML_LINE, line)
     if not match:
         raise ConfigError("not of the form 'key: value' (lists, nesting and indentation are not supported)")
@@ -448,16 +440,12 @@ class Config:
     google_credentials: Optional[str] = None
     ca_bundle: Optional[str] = None
     connections: int = 32
-    compression_level: int = _DEFAULT_LEVEL
+    compression_level: int = 6
     _url_source = ''  # for messages
 
-    def __init__(
-            self, url: Optional[str] = None,
-            home: Optional[_Path] = None,
-            **settings: Any) -> None:
-        home = home and os.fspath(home)
-        values = dict(settings, url=url, home=home)
-        for key, value in values.items():
+    def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
+        settings.update(url=url, home=home and os.fspath(home))
+        for key, value in settings.items():
             _check_setting(key, value)
             if value is not None:
                 setattr(self, key, value)
@@ -470,93 +458,69 @@ class Config:
         $ETC_URL and $ETC_HOME override the file, and `overrides` that are not None override both.
         Raises ConfigError, which names the file and the line.
         """
-        values: Dict[str, Any] = {}
-        shown = ''
         named = path or os.environ.get('ETC_CONFIG')
-        is_homeless = os.environ.get('HOME') == '' or _expanduser('~') == '~'
-        if named or not is_homeless:
-            file = _expand(named or '~/.etc.yaml')
-            if not named and not os.path.exists(file):  # Path.exists() may raise
-                file = file.with_suffix('.toml')
-            if named or os.path.exists(file):
-                shown = _masked(str(file)) if path else _existing_part(str(file))
-                values = _read_settings(file, shown)
-        for key, variable in ('url', 'ETC_URL'), ('home', 'ETC_HOME'):
-            values[key] = os.environ.get(variable) or values.get(key)
-        for key, value in overrides.items():
-            if value is not None:
-                values[key] = value
-        config = cls(**values)
-        source = '$ETC_URL' if os.environ.get('ETC_URL') else shown
+        usual = map(_expanduser, ('~/.etc.yaml', '~/.etc.toml'))
+        found = named or next(filter(os.path.exists, usual), '')
+        file = found and _expand(found)
+        values = _read_settings(Path(file)) if file else {}
+        for key in 'url', 'home':
+            values[key] = os.environ.get(f'ETC_{key.upper()}') or values.get(key)
+        given = {key: value for key, value in overrides.items() if value is not None}
+        config = cls(**{**values, **given})
+        source = '$ETC_URL' if os.environ.get('ETC_URL') else str(file)
         config._url_source = '--url' if overrides.get('url') else source
-        _say(f"settings file: {shown or 'none'}; url from {config._url_source or 'nowhere'}; {config}", _DEBUG)
+        _say(f"settings file: {file or 'none'}; url from {config._url_source or 'nowhere'}; {config}", _DEBUG)
         return config
 
     def __repr__(self) -> str:
-        url = self.url or ''
-        is_url = re.match('(https?|s3|gs|file)://', url)
-        shown = _masked(url) if is_url else '***'
+        is_url = re.match('(https?|s3|gs|file)://', self.url or '')
+        shown = _masked(self.url or '') if is_url else '***'
         return f'Config({shown!r}, {_existing_part(str(self.home))!r}, ...)'
 
 
 def _expanduser(path: str) -> str:
-    """os.path.expanduser(), which up to Python 3.7 raises KeyError for a user whom the system does not know."""
-    try:
-        return os.path.expanduser(path)
-    except KeyError:
-        return path
+    """The path, if it begins with a ~ that nothing tells the meaning of; otherwise what the ~ stands for."""
+    with suppress(KeyError):  # up to Python 3.7, for a user whom the system does not know
+        if os.environ.get('HOME') != '':
+            return os.path.expanduser(path)
+    return path
 
 
 def _expand(path: _Path) -> Path:
     """The absolute path, with ~ expanded."""
-    text = _check_path(path)
-    expanded = _expanduser(text)
-    is_homeless = text[:1] == '~' and os.environ.get('HOME') == ''
-    if is_homeless or expanded[:1] == '~':
-        raise ConfigError('cannot tell where your home directory is', 'set $HOME, or $ETC_HOME and $ETC_CONFIG')
-    try:
-        return Path(os.path.abspath(expanded))
-    except OSError:
-        raise ConfigError('the current directory is gone, so no relative path can be found',
-                          'change to another directory') from None
+    expanded = _expanduser(_check_path(path))
+    with suppress(OSError):  # the current directory may be gone
+        if expanded[:1] != '~':
+            return Path(os.path.abspath(expanded))
+    raise ConfigError('cannot tell where your home directory, or the current one, is',
+                      'set $HOME, $ETC_HOME and $ETC_CONFIG to absolute paths')
 
 
 def _check_setting(key: str, value: Any) -> None:
-    kinds = Config.__annotations__
-    if key not in kinds:
-        raise ConfigError(f"unknown setting '{key}'", _did_you_mean(key, kinds))
-    if value is None:
-        return
-    kind = kinds[key] if kinds[key] in (bool, int) else str
-    if type(value) is not kind:  # True is an int, but no number of connections
-        raise ConfigError(f"'{key}' must be {_KINDS[kind]}")
-    if kind is str and not value.isprintable():
-        raise ConfigError(f"'{key}' holds characters that cannot be printed", 'remove them')
-    limits = _LIMITS.get(key)
-    if limits and value not in limits:
-        raise ConfigError(f"'{key}' must be from {limits[0]} to {limits[-1]}")
+    if key not in Config.__annotations__:
+        raise ConfigError(f"unknown setting '{key}'", _did_you_mean(key, Config.__annotations__))
+    choices, kind = _CHOICES.get(key, ([], 'text that can be printed; put it in quotes'))
+    if choices:
+        is_right = value in choices and type(value) is type(choices[0])  # True is no number of connections
+    else:
+        is_right = isinstance(value, str) and value.isprintable()
+    if value is not None and not is_right:
+        raise ConfigError(f"'{key}' must be {kind}")
 
 
-def _read_settings(path: Path, shown: str) -> Dict[str, Any]:
-    """The settings in a file. Raises ConfigError, which names the file and the line.
-
-    shown: its name in messages until it is known to exist, since someone may have passed a secret by mistake.
-    """
+def _read_settings(path: Path) -> Dict[str, Any]:
+    """The settings in a file. Raises ConfigError, which names the file and the line."""
     try:
-        text = path.read_bytes().decode('utf-8-sig')
-    except FileNotFoundError:
-        raise ConfigError(f'no settings file {shown}', 'create it, or drop --config and $ETC_CONFIG') from None
-    except UnicodeDecodeError:
-        raise ConfigError(f'{path}: not UTF-8 text', 'save it as UTF-8') from None
+        text = path.read_bytes().decode('utf-8-sig', 'surrogateescape')
     except OSError as e:
-        raise ConfigError(f'{shown}: cannot be read: {e.strerror}') from None
+        raise ConfigError(f'cannot read the settings file {_existing_part(str(path))}: {e.strerror}',
+                          'make it readable, or name another one with --config or $ETC_CONFIG') from None
     if path.suffix == '.toml':
         # A flat TOML file differs from YAML only in its equals signs; 0.0.x called one key by another name.
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
     settings: Dict[str, Any] = {}
-    text = re.sub(_YAML_START, r'\1', text)
-    lines = re.split('\r\n|\n|\r', text)
+    lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
     for number, line in enumerate(lines, 1):
         try:
             key, value = _parse_yaml(line)
@@ -599,11 +563,11 @@ class _Job:
     """What the threads of one call share."""
 
     is_ended = False
-    is_watched = False  # whether begin() waits until the caller has reported
     reported = 0  # the total that was reported last
 
-    def __init__(self) -> None:
+    def __init__(self, progress: _Progress = None) -> None:
         import threading
+        self.progress = progress
         self.lock = threading.Lock()
         self.news = threading.Lock()  # held while there are none for the caller
         self.news.acquire()
@@ -614,10 +578,10 @@ class _Job:
         """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
         self.moved = 0  # bytes that have been read, sent or received
         self.total = total  # bytes that progress is to reach
-        self.packed = 0  # bytes of files that a push has packed so far
-        self.produced = 0  # bytes of its archive that this made; progress is the share of them that was sent
+        self.packed = 1  # bytes of files that a push has packed so far
+        self.produced = 1  # bytes of its archive that this made; progress is the share of them that was sent
         self.wake()
-        while self.is_watched and self.reported != total:
+        while self.progress and self.reported != total:
             self.sleep(_TICK / 100)
         self.add(0)
 
@@ -640,12 +604,11 @@ class _Job:
             seconds -= _TICK
             self.add(0)
 
-    def report(self, progress: Callable[[int, int], Any]) -> None:
-        total, done = self.total, self.moved
-        if self.produced:
-            done = self.packed * min(done, self.produced) // self.produced
-        if total:
-            progress(min(done, total), total)
+    def report(self) -> None:
+        total = self.total
+        if total and self.progress:
+            done = self.moved * self.packed // self.produced
+            self.progress(min(done, total), total)
         self.reported = total
 
     def interrupt(self) -> None:
@@ -660,7 +623,7 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
     progress: is called ten times a second, and at the end. What it raises ends the job, as a signal does.
     """
     import threading
-    job = _Job()
+    job = _Job(progress)
     results: List[_R] = []
     errors: List[BaseException] = []
 
@@ -674,14 +637,12 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
     thread = threading.Thread(target=work, daemon=True)
     try:
         try:
-            job.is_watched = bool(progress)
             thread.start()
         except (RuntimeError, MemoryError):
-            job.is_watched = False
+            job.progress = None
             work()
         while not (results or errors):
-            if progress:
-                job.report(progress)
+            job.report()
             job.news.acquire(timeout=_TICK)
     except BaseException:
         job.is_ended = True
@@ -703,57 +664,53 @@ def _cores() -> int:
     return min(count, 16)
 
 
-def _settle(future: Any, function: Callable[[_T], Any], item: _T) -> None:
-    """Let a concurrent.futures.Future hold what function(item) returns or raises, unless it was cancelled."""
-    try:
-        if future.set_running_or_notify_cancel():
-            future.set_result(function(item))
-    except BaseException as e:
-        future.set_exception(e)
+def _work(tasks: Any, function: Callable[[Any], Any]) -> None:
+    """Let each future in a queue have what the function makes of the item beside it, until None comes."""
+    for future, item in iter(tasks.get, None):
+        try:
+            if future.set_running_or_notify_cancel():
+                future.set_result(function(item))
+        except BaseException as e:
+            future.set_exception(e)
+        del future, item  # or memory would hold them until the next ones come
 
 
 def _ordered(
         job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
         has_room: Optional[Callable[[int], bool]] = None) -> Generator[_R, None, None]:
-    """Yield function(item) for every item, in order, by up to `count` threads, which start as there is work.
+    """Yield function(item) for every item, in order, by up to `count` threads. Close it where it may be left earlier.
 
     has_room: whether another item may be begun while so many are under way or wait to be yielded; by default, each
-        thread has one under way and one waiting. What is done is yielded early, except for as many results as keep the
-        threads busy while the caller uses one. Who may leave before the end closes this, which ends the threads.
+        thread has one under way and one waiting. What is done is yielded early, except for what keeps the threads busy
+        while the caller uses it.
     """
     import queue
     import threading
     from concurrent.futures import Future
     has_room = has_room or (2 * count).__gt__
-    keep = _cores()
     tasks: Any = queue.Queue()
     pending: Any = deque()
     threads: List[Any] = []
-
-    def work() -> None:
-        for task in iter(tasks.get, None):
-            task()
-            del task  # or memory would hold it until the next one comes
-
     try:
         for item in items:
-            while pending and (not has_room(len(pending)) or len(pending) > keep and pending[0].done()):
+            while pending and (not has_room(len(pending)) or len(pending) > count and pending[0].done()):
                 yield pending.popleft().result()
             try:
                 pending.append(Future())
             except RuntimeError:  # "can't allocate lock"
                 raise MemoryError from None
-            tasks.put(partial(_settle, pending[-1], function, item))
+            tasks.put((pending[-1], item))
             del item
             try:
                 if len(threads) < count:
-                    thread = threading.Thread(target=work, daemon=True)
+                    thread = threading.Thread(target=_work, args=(tasks, function), daemon=True)
                     thread.start()
                     threads.append(thread)
             except (RuntimeError, MemoryError):
                 count = len(threads)
             if not threads:
-                tasks.get()()
+                tasks.put(None)
+                _work(tasks, function)
         while pending:
             yield pending.popleft().result()
     finally:
@@ -1191,8 +1148,8 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
 _META_LIMIT = 16 << 20  # bytes of meta.json
 _README_LIMIT = 1 << 20  # bytes of README.md that are shown
 
-_NAME = r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z'
-_NAME_AND_DIGEST = r'([^@]*)(?:@(sha256:[0-9a-f]{64}))?\Z'
+_NAME = '[A-Za-z0-9][A-Za-z0-9._-]{0,127}'
+_NAME_AND_DIGEST = f'({_NAME})(?:@(sha256:[0-9a-f]{{64}}))?'
 
 
 class _Receipt(NamedTuple):
@@ -1233,10 +1190,7 @@ class Dataset(Mapping[str, Path]):
     """
 
     @_system_errors()
-    def __init__(
-            self, root: _Path,
-            name: Optional[str] = None,
-            receipt: _Receipt = _NO_RECEIPT) -> None:
+    def __init__(self, root: _Path, name: Optional[str] = None, receipt: _Receipt = _NO_RECEIPT) -> None:
         """receipt: only etcetera itself gives one."""
         self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
         self.location = self.root  #: the same, as in etcetera 0.0.x
@@ -1291,9 +1245,7 @@ class Dataset(Mapping[str, Path]):
         return list(self)
 
 
-def _unknown_partition_error(
-        partition: str, name: str,
-        known: Sequence[str]) -> UnknownPartition:
+def _unknown_partition_error(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
     return UnknownPartition(f"no partition '{_masked(str(partition))}' in {name}; it has: {', '.join(known)}",
                             _did_you_mean(str(partition), known))
 
@@ -1301,75 +1253,56 @@ def _unknown_partition_error(
 def _validate(root: Path, label: str = '') -> List[str]:
     """The partitions of the dataset at `root`. Raises InvalidDataset, which calls the directory `label`."""
     label = label or str(root)
-    if root.exists() and not root.is_dir():
-        raise InvalidDataset(f'{label} is a file, not a directory', 'unpack it first')
-    if not root.exists():
-        raise InvalidDataset(f'no directory {_masked(label)}')
+    if not root.is_dir():
+        raise InvalidDataset(f'no directory {_masked(label)}', 'check the path; an archive must be unpacked first')
     try:
         partitions = [path[5:] for path, _ in _partitions(root)] if (root / 'data').is_dir() else []
         if not partitions:
-            raise InvalidDataset("it needs a directory 'data' with a directory for each partition",
-                                 _nearby_dataset(root, label))
+            raise InvalidDataset("it needs a directory 'data' with a directory for each partition")
     except InvalidDataset as e:
         raise InvalidDataset(f'{label} is no dataset: {e.message}', e.remedy) from None
     _read_meta(root, label)
     return partitions
 
 
-def _nearby_dataset(root: Path, label: str) -> str:
-    """A remedy if a dataset is directly above or below `root`, or ''."""
-    found = [root] if root.name == 'data' else sorted(root.glob('*/data'))
-    if not found:
-        return ''
-    near = found[0].parent
-    if label == str(root):
-        return f'{near} is one'
-    return f"its directory '{near.name}' is one: pack that with 'tar czf NAME.tgz -C {near.name} .'"
-
-
 def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
-    label = f'{label or root}{os.sep}meta.json'
     path = root / 'meta.json'
     if not path.exists():
         return {}
     try:
-        if not path.is_file():
-            raise ValueError('it is not a file')
-        if path.stat().st_size > _META_LIMIT:
-            raise ValueError(f'it is larger than {_META_LIMIT} bytes')
+        if not path.is_file() or path.stat().st_size > _META_LIMIT:
+            raise ValueError(f'it is not a file of at most {_META_LIMIT} bytes')
         meta = json.loads(path.read_bytes().decode('utf-8-sig'))
         if isinstance(meta, dict):
             return meta
         raise ValueError('it must hold a JSON object, {...}')
     except (ValueError, RecursionError) as e:
-        raise InvalidDataset(f'{label} is not JSON: {e}') from None
+        raise InvalidDataset(f'{label or root}{os.sep}meta.json is not JSON: {e}') from None
 
 
-def _read_readme(root: Path) -> str:
-    """The start of README.md, or ''."""
+def _read_about(root: Path, label: str = '') -> _Row:
+    """What meta.json and the start of README.md hold."""
     path = root / 'README.md'
-    if not path.is_file():
-        return ''
-    with open(path, 'rb') as file:
-        return file.read(_README_LIMIT).decode('utf-8-sig', 'replace')
+    readme = b''
+    if path.is_file():
+        with open(path, 'rb') as file:
+            readme = file.read(_README_LIMIT)
+    return {'meta': _read_meta(root, label), 'readme': readme.decode('utf-8-sig', 'replace')}
 
 
 def _is_name(text: str) -> bool:
     """Whether a dataset can have this name, which must be safe in any path and any key."""
-    return bool(re.match(_NAME, text))
+    return bool(re.fullmatch(_NAME, text))
 
 
 def _parse_name(text: str) -> Tuple[str, Optional[str]]:
     """Split NAME[@sha256:...]. Raises InvalidDataset."""
-    match = re.match(_NAME_AND_DIGEST, text)
+    match = re.fullmatch(_NAME_AND_DIGEST, text)
     if not match:
-        raise InvalidDataset(f"'{_masked(text)}' is not NAME@sha256:... with 64 hexadecimal digits")
-    name: str = match.group(1)
-    if not _is_name(name):
         raise InvalidDataset(
-            f"'{_masked(text)}' cannot be a dataset's name: it takes at most 128 letters, digits, '.', '_' and '-', "
-            'the first a letter or digit', 'use --url for a URL' if '://' in text else '')
-    return name, match.group(2)
+            f"'{_masked(text)}' cannot be a dataset's name", "it takes at most 128 letters, digits, '.', '_' and '-', "
+            'the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits')
+    return match.group(1), match.group(2)
 
 
 # ---------------------------------------------------------------------------------------
@@ -1386,32 +1319,24 @@ _RUNS = -1  # a level that is fast, as only runs of a byte shrink; to zlib the d
 _GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 
 
+@lru_cache(maxsize=None)
 def _libdeflate() -> Any:
     """libdeflate, if it is there and to be used, else None."""
-    return None if os.environ.get('ETC_LIBDEFLATE') == '0' else _load_libdeflate()
-
-
-@lru_cache(maxsize=None)
-def _load_libdeflate() -> Any:
-    if sys.implementation.name != 'cpython':  # ctypes of PyPy copies bytes one by one
-        return None
+    if os.environ.get('ETC_LIBDEFLATE') == '0' or sys.implementation.name != 'cpython':
+        return None  # ctypes of PyPy copies bytes one by one
     with suppress(ImportError, OSError, AttributeError, StopIteration):
         import ctypes
-        library = ctypes.CDLL(next(filter(os.path.exists, _libdeflate_paths())))
+        tops = sys.base_prefix, '/opt/homebrew', '/usr/local', '/opt/local', '/usr'
+        places = 'lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64'
+        names = 'libdeflate.so.0', 'libdeflate.0.dylib'
+        # A bare name would also be looked for in the current directory on some systems.
+        paths = map('/'.join, itertools.product(tops, places, names))
+        library = ctypes.CDLL(next(filter(os.path.exists, paths)))
         library.libdeflate_alloc_compressor.restype = ctypes.c_void_p
         library.libdeflate_gzip_compress.restype = ctypes.c_size_t
         library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
         return library
     return None
-
-
-def _libdeflate_paths() -> Iterator[str]:
-    """Where libdeflate is trusted. A bare name would also be looked for in the current directory on some systems."""
-    for top in (sys.base_prefix, '/opt/homebrew', '/usr/local', '/opt/local', '/usr'):
-        if os.name == 'posix':
-            name = 'libdeflate.0.dylib' if sys.platform == 'darwin' else 'libdeflate.so.0'
-            for place in ('lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64'):
-                yield f'{top}/{place}/{name}'
 
 
 def _deflate(data: bytes, level: int) -> bytes:
@@ -1452,10 +1377,6 @@ def _inflate(member: bytes) -> bytes:
             raise MemoryError from None
         return b''
     return payload if inflater.eof and not inflater.unused_data and len(payload) <= _BLOCK else b''
-
-
-def _deflater() -> str:
-    return 'libdeflate' if _libdeflate() else f'zlib {zlib.ZLIB_RUNTIME_VERSION}'
 
 
 # ---------------------------------------------------------------------------------------
@@ -1566,7 +1487,7 @@ def _choose_effort(level: int, payload: bytes) -> int:
         return 0
     if len(_deflate(samples, _RUNS)) < 1.06 * best:
         return _RUNS
-    if level == _DEFAULT_LEVEL and not _libdeflate():
+    if level == Config.compression_level and not _libdeflate():
         middle = payload[len(payload) // 2:][:32768]
         level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
     return level
@@ -4989,8 +4910,7 @@ def info(
             local = place.open()
             segments = local._read(job)
             row = _describe(place.path, segments)
-            readme = _read_readme(place.path)
-            row.update(meta=local.meta, readme=readme)
+            row.update(_read_about(place.path))
         place.check(segments)
         return row
 
@@ -5043,8 +4963,7 @@ def _read_root_files(archive: _Archive) -> _Row:
                 new = Path(work, 'new')
                 new.mkdir()
                 archive.fetch({'.'}, new.parent)
-                meta = _read_meta(new, archive.label)
-                return {'meta': meta, 'readme': _read_readme(new)}
+                return _read_about(new, archive.label)
     return {}
 
 
@@ -5704,7 +5623,8 @@ def _run(argv: Sequence[str]) -> int:
         options.pop(key, None)
         for key in 'version command words config url home quiet verbose'.split())
     if version:
-        _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {_deflater()})')
+        deflater = 'libdeflate' if _libdeflate() else f'zlib {zlib.ZLIB_RUNTIME_VERSION}'
+        _print(f'etcetera {__version__} (Python {sys.version.split()[0]}, {deflater})')
         return 0
     if not name:
         parser.print_help(sys.stderr)
