@@ -316,7 +316,6 @@ class _Malformed(Exception):
     """The data that was read is malformed. Not a ValueError, since that may be a bug in etcetera."""
 
 
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -331,22 +330,12 @@ def _system_errors() -> Iterator[None]:
             e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
             e.filename2 = None
             message += f': {e.filename}'
-        raise Error(message) from e
+        remedy = 'free some space' if e.errno in _FULL else ''
+        if isinstance(e, PermissionError):
+            remedy = 'ask who owns it, or its directory, for access, or use another place'
+        raise Error(message, remedy) from e
     except MemoryError as e:
         raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
-
-
-@contextmanager
-def _refusals(error: Callable[[str, str], Error], directory: _Path, deed: str, remedy: str) -> Iterator[None]:
-    """Raise this error where the system refuses to do something to a directory, and say who can help."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in _FULL:
-            remedy = 'free some space there'
-        elif e.errno not in _DENIED:
-            raise
-        raise error(f'cannot {deed} {_existing_part(str(directory))}: {e.strerror}', remedy) from None
 
 
 def _check_path(path: _Path) -> str:
@@ -3495,7 +3484,6 @@ class _FileRemote(_Remote):
         if os.name == 'nt':
             path = re.sub(r'\A/(?=\w:)', '', path)  # /C:/...
         self.root = _check_path(path)
-        self.refusals = partial(_refusals, RemoteError, self.root)
         self.is_public = config.public
 
     def path(self, name: str) -> str:
@@ -3520,8 +3508,7 @@ class _FileRemote(_Remote):
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. A tool that writes into the file meanwhile changes its time."""
-        refusals = self.refusals(f"read '{obj.name}' in", 'ask who pushed it to let you read it')
-        with refusals, suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             with open(self.path(obj.name), 'rb') as file:
                 file.seek(start)
                 data = file.read(stop - start)
@@ -3533,19 +3520,17 @@ class _FileRemote(_Remote):
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         new = self.hidden_path(name)
-        remedy = "ask the file's owner to replace it, or the directory's owner for write access"
         try:
-            with self.refusals(f"write '{name}' to", remedy):
-                self.make_directory(self.root)
-                self.sweep()
-                with open(new, 'xb') as file:
-                    for chunk in chunks:
-                        file.write(chunk)  # type: ignore[arg-type]
-                        self.job.add(len(chunk))
-                    file.flush()
-                    os.fsync(file.fileno())
-                self.publish(new, 0o444)
-                self.place(new, name, exclusive)
+            self.make_directory(self.root)
+            self.sweep()
+            with open(new, 'xb') as file:
+                for chunk in chunks:
+                    file.write(chunk)  # type: ignore[arg-type]
+                    self.job.add(len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+            self.publish(new, 0o444)
+            self.place(new, name, exclusive)
         except FileExistsError:
             raise _NameTaken from None
         finally:
@@ -3588,16 +3573,14 @@ class _FileRemote(_Remote):
     def remove(self, obj: _Object) -> None:
         """As above. Only a file that nobody else can replace is sure to be this version, so it is set aside first."""
         aside = self.hidden_path(obj.name)
-        remedy = "ask the file's owner to remove it, or the directory's owner for write access"
-        with self.refusals(f"remove '{obj.name}' from", remedy):
-            with suppress(FileNotFoundError):  # another purge was faster
-                if self.is_current(obj):
-                    os.rename(self.path(obj.name), aside)
-                    if _file_object(obj.name, aside) != obj:
-                        with suppress(FileExistsError):  # a still newer one has come
-                            self.place(aside, obj.name, exclusive=True)
-                        raise self.replaced_error(obj)
-                    os.unlink(aside)
+        with suppress(FileNotFoundError):  # another purge was faster
+            if self.is_current(obj):
+                os.rename(self.path(obj.name), aside)
+                if _file_object(obj.name, aside) != obj:
+                    with suppress(FileExistsError):  # a still newer one has come
+                        self.place(aside, obj.name, exclusive=True)
+                    raise self.replaced_error(obj)
+                os.unlink(aside)
 
     def sweep(self) -> None:
         """Remove what killed commands left behind."""
@@ -4247,23 +4230,22 @@ class _Place:
 
         If the network, Ctrl-C or a lack of room interrupts it, it is kept for the next one.
         """
-        with _refusals(Error, self.root, 'change what is in', "ask who owns it, or set 'home' to a place of yours"):
-            self.work.mkdir(parents=True)
-            try:
-                self.clear()
-                _make_movable(self.path)
-                self.sweep()
-                yield
-            except (RemoteError, _NoRoom):
-                raise
-            except Exception:
-                self.forget()
-                raise
-            finally:
-                if _journals(self.work) or os.path.lexists(self.work / 'gone'):
-                    os.rename(self.work, f'{self.work}@0')
-                else:
-                    _remove(self.work)
+        self.work.mkdir(parents=True)
+        try:
+            self.clear()
+            _make_movable(self.path)
+            self.sweep()
+            yield
+        except (RemoteError, _NoRoom):
+            raise
+        except Exception:
+            self.forget()
+            raise
+        finally:
+            if _journals(self.work) or os.path.lexists(self.work / 'gone'):
+                os.rename(self.work, f'{self.work}@0')
+            else:
+                _remove(self.work)
 
     def forget(self) -> None:
         """From here on, nobody may go on with this pull."""
