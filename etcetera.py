@@ -4835,36 +4835,32 @@ def _list(
         remote: bool, config: Config, patterns: _Names,
         in_full: bool = False) -> List[_Row]:
     """As ls(); in full: with what `etc ls -l` shows."""
+    def is_wanted(name: str) -> bool:
+        from fnmatch import fnmatchcase
+        with suppress(re.error):  # up to Python 3.11, from a range without characters, [z-a]
+            return patterns is None or any(
+                fnmatchcase(name, pattern) for pattern in patterns)
+        return False
+
     def work(job: _Job) -> List[_Row]:
-        def describe(item: Any) -> _Row:
+        def describe(obj: _Object) -> _Row:
             segments: Sequence[_Segment] = ()
             try:
-                if remote and in_full:
-                    segments = _find(store, item.name).segments
+                if in_full:
+                    segments = _find(store, obj.name).segments
             except (Error, OSError) as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
-            return _describe(item, segments)
+            return _describe(obj, segments)
 
-        opened: Any = _open_remote(config, job) if remote else ExitStack()
-        with opened as store:
-            if remote:
-                items: Any = store.list()
-            else:
-                items = map(config.home.joinpath, _names(config.home))
+        if not remote:
+            names = filter(is_wanted, _names(config.home))
+            return [_describe(config.home / name, ()) for name in names]
+        with _open_remote(config, job) as store:
             found = sorted(
-                item for item in items if _matches(item.name, patterns))
+                obj for obj in store.list() if is_wanted(obj.name))
             rows = _ordered(job, config.connections, describe, found)
             return list(rows)
-
     return _perform(None, work)
-
-
-def _matches(name: str, patterns: _Names) -> bool:
-    from fnmatch import fnmatchcase
-    with suppress(re.error):  # up to Python 3.11, from a range without characters, [z-a]
-        return patterns is None or any(
-            fnmatchcase(name, pattern) for pattern in patterns)
-    return False
 
 
 def info(
@@ -4880,23 +4876,29 @@ def info(
     Raises NotFound and other Errors.
     """
     place = _Place(name, config)
+    return _perform(
+        progress, lambda job: _look(job, place, remote, True)[0])
 
-    def work(job: _Job) -> _Row:
-        if remote:
-            with _open_remote(place.config, job) as store:
-                archive = _find(store, place.name)
-                segments = archive.segments
-                row = _describe(archive.obj, segments)
+
+def _look(
+        job: _Job, place: _Place,
+        remote: bool, in_full: bool
+) -> Tuple[_Row, Sequence[_Segment]]:
+    """What info() tells, but meta and readme of a remote dataset only in full; and the segments."""
+    if remote:
+        with _open_remote(place.config, job) as store:
+            archive = _find(store, place.name)
+            segments = archive.segments
+            row = _describe(archive.obj, segments)
+            if in_full:
                 row.update(_read_root_files(archive))
-        else:
-            local = place.open()
-            segments = local._read(job)
-            row = _describe(place.path, segments)
-            row.update(_read_about(place.path))
-        place.check(segments)
-        return row
-
-    return _perform(progress, work)
+    else:
+        local = place.open()
+        segments = local._read(job)
+        row = _describe(place.path, segments)
+        row.update(_read_about(place.path))
+    place.check(segments)
+    return row, segments
 
 
 def _describe(
@@ -4970,20 +4972,13 @@ def diff(
         found: _Row = {'segments': {}}
         known: Any = defaultdict(dict)  # segments by path and side
         for side, place, is_remote in zip('ab', places, remotes):
-            segments: Sequence[_Segment]
-            if not is_remote:
-                segments = place.open()._read(job)
-            else:
-                with _open_remote(place.config, job) as store:
-                    archive = _find(store, place.name)
-                segments = archive.segments
-                if not segments:
-                    raise Error(f'{archive.label} was packed by another tool, and has no index to compare',
-                                f"run 'etc pull {place.name}', and compare what that installs")
-            place.check(segments)
+            row, segments = _look(job, place, is_remote, False)
+            if not segments:
+                raise Error(f"'{place.name}' was packed by another tool, and has no index to compare",
+                            f"run 'etc pull {place.name}', and compare what that installs")
             found[side] = {
                 'name': place.name, 'remote': is_remote,
-                'digest': _dataset_digest(segments)}
+                'digest': row['digest']}
             for segment in segments:
                 known[segment.path][side] = segment
         for path in sorted(known):
@@ -4996,7 +4991,6 @@ def diff(
                 'b': other and _total(other)}
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
-
     return _perform(progress, work)
 
 
@@ -5028,7 +5022,6 @@ def dataset(
         for partition in partitions or ():
             local[partition]  # raises UnknownPartition
         return local
-
     return _perform(progress, work)
 
 
@@ -5137,7 +5130,6 @@ def push(
                              'cannot read it to compare', 'try again later, or push it under another name') from None
         _say(f'pushed {local.name} to {store.url}: {_tally(place, segments, copies)}')
         return _dataset_digest(segments)
-
     return _perform(progress, work)
 
 
@@ -5206,7 +5198,6 @@ def register(
             if not copy:
                 _Survey(root).warn(place.name)
         return place.open()
-
     return _perform(progress, work)
 
 
@@ -5231,7 +5222,6 @@ def create(
             place.commit(force)
         _say(f"created '{place.name}'; now fill {place.path / 'data'}")
         return place.open()
-
     return _perform(None, work)
 
 
@@ -5261,7 +5251,6 @@ def verify(
         outcome = 'unchanged' if receipt.name or place.pin else 'nothing known to compare it with'
         _say(f'verified {place.name}@{digest}: {outcome}; {_tally(place, found)}')
         return digest
-
     return _perform(progress, work)
 
 
@@ -5321,8 +5310,6 @@ def _purge_remote(
 # Each command calls one function of the API, and prints what that returns. Parser and help are made from _COMMANDS.
 # ---------------------------------------------------------------------------------------
 
-# Output
-
 def _print(*lines: str) -> None:
     """To stdout, whatever its encoding."""
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
@@ -5374,7 +5361,6 @@ def _meter(what: str) -> _Progress:
             line += f'  {_duration((total - done) * seconds / done)} left  {_size(done / seconds)}/s'
         columns = shutil.get_terminal_size().columns
         _console.show_progress(line[:columns - 1])
-
     return show
 
 
@@ -5457,7 +5443,7 @@ def _purge(
         force: bool = False) -> None:
     if force or not remote:
         purge(name, config, remote=remote)
-    elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
+    elif all(map(_is_terminal, [sys.stdin, sys.stderr])):
         _purge_remote(_Place(name, config), _confirm_removal)
     else:
         _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
@@ -5620,8 +5606,8 @@ def _run(argv: Sequence[str]) -> int:
     places = usage.partition(' [-')[0].split()
     least = sum(place[0] != '[' for place in places)
     most = len(words if '...' in usage else places)
-    is_flag = [word for word in rest if word[0] == '-']
-    if is_flag or not least <= len(words) <= most:
+    is_wrong = any(word.startswith('-') for word in rest)
+    if is_wrong or not least <= len(words) <= most:
         _fail(f'etc {name}', f'usage: etc {name} {usage}')
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
     config = Config.load(path, url=url, home=home)
@@ -5641,7 +5627,7 @@ def _run(argv: Sequence[str]) -> int:
     return status
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: _Names = None) -> int:
     """The command `etc`. Returns its exit status.
 
     0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C.
@@ -5664,7 +5650,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             for number in (signal.SIGINT, signal.SIGTERM, hang_up):
                 if signal.getsignal(number) in usual:
                     handled[number] = signal.signal(number, end)
-        return _run(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        return _run(words)
     except Error as e:
         return _show(e)
     except OSError as e:  # stdout cannot be written to
