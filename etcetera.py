@@ -124,24 +124,9 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
-    Any,
-    Callable,
-    Container,
-    Dict,
-    FrozenSet,
-    Generator,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    TypeVar,
-    Union,
-)
+    Any, Callable, Container, Dict, FrozenSet, Generator, Iterable,
+    Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+    Tuple, TypeVar, Union)
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
@@ -746,11 +731,14 @@ class _Entry(NamedTuple):
     """What one tar header describes."""
 
     name: str  # in the archive; a directory's ends in a slash
-    kind: bytes  # _FILE, _DIRECTORY or _LINK
-    mode: bytes  # _PLAIN or _EXECUTABLE
-    size: int
-    link: str  # target of a link
+    size: int = 0
+    is_executable: bool = False  # as directories are
+    link: str = ''  # target of a link
     source: str = ''  # path of a file
+
+    @property
+    def kind(self) -> bytes:
+        return _DIRECTORY if self.name.endswith('/') else _LINK if self.link else _FILE
 
 
 _Listing = Iterable[Tuple[str, Iterable[_Entry]]]  # paths of segments, each with its entries, in the archive's order
@@ -826,32 +814,20 @@ def _scan(root: _Path, prefix: str = '') -> _Items:
                                  'rename it') from None
 
 
-def _stat(name: str, path: str) -> os.stat_result:
-    """os.stat() of `path`. Raises InvalidDataset, which calls it `name`, if it cannot be part of a dataset."""
-    try:
-        status = os.stat(path)
-    except OSError as e:
-        if e.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        problem = 'is a link to nothing, or back to itself' if os.path.islink(path) else 'vanished'
-        raise InvalidDataset(f"'{name[:300]}' {problem}", 'repair or remove it, and try again') from None
-    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
-        raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
-    return status
-
-
 def _partitions(root: _Path) -> _Items:
     """The paths of a dataset's partitions. Raises InvalidDataset if there is anything else beside them."""
     partitions = []
     for name, is_link in _scan(root, 'data/'):
-        if stat.S_ISDIR(_stat(name, _join(root, name)).st_mode):
+        if os.path.isdir(_join(root, name)):
             partitions.append((name, is_link))
         elif not re.match(_LITTER, name):
-            raise InvalidDataset(f"'data' may hold only directories (partitions), but '{name}' is a file", 'move it')
+            raise InvalidDataset(f"'data' may hold only directories (partitions), but '{name}' is none", 'move it')
     return partitions
 
 
-def _entries(root: _Path, segment: str, tops: _Items, surprises: Dict[str, List[str]]) -> Iterator[_Entry]:
+def _entries(
+        root: _Path, segment: str, tops: _Items,
+        surprises: Dict[str, List[str]]) -> Iterator[_Entry]:
     """Everything at and below `tops`, a directory before its contents, and what may be shared by accident."""
     followed = itertools.count(1)
     top = os.path.join(os.path.realpath(root), '')
@@ -862,21 +838,28 @@ def _entries(root: _Path, segment: str, tops: _Items, surprises: Dict[str, List[
                 raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
                                      'remove links')
             path = _join(root, name)
-            status = _stat(name, path)
+            try:
+                status = os.stat(path)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                raise InvalidDataset(f"'{name[:300]}' is a link to nothing, or back to itself, or vanished",
+                                     'repair or remove it, and try again') from None
             link = _kept_link(root, name, segment) if is_link and name != 'data' else ''
             if is_link and not os.path.realpath(path).startswith(top):
                 surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
             if name.startswith(_ODD, name.rfind('/') + 1):
                 surprises['hidden or odd names'].append(name)
             if link:
-                yield _Entry(name, _LINK, _PLAIN, 0, link)
-            elif not stat.S_ISDIR(status.st_mode):
-                mode = _EXECUTABLE if status.st_mode & 0o100 else _PLAIN
-                yield _Entry(name, _FILE, mode, status.st_size, '', path)
-            else:
-                yield _Entry(name + '/', _DIRECTORY, _EXECUTABLE, 0, '')
+                yield _Entry(name, link=link)
+            elif stat.S_ISREG(status.st_mode):
+                yield _Entry(name, status.st_size, bool(status.st_mode & 0o100), '', path)
+            elif stat.S_ISDIR(status.st_mode):
+                yield _Entry(name + '/', is_executable=True)
                 if segment != '.':
                     yield from visit(_scan(root, name + '/'), through_link or is_link)
+            else:
+                raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
 
     return visit(tops, False)
 
@@ -907,31 +890,30 @@ class _Survey:
     never reads what others have written.
     """
 
-    def __init__(self, root: _Path, only: Optional[Container[str]] = None) -> None:
-        self.kept: Dict[str, List[bytes]] = {}  # batches of entries, by the path of their segment
+    def __init__(self, root: _Path, only: Container[str] = ()) -> None:
+        """only: the paths of the segments that are wanted; by default, all."""
+        self.kept: Dict[str, List[bytes]] = defaultdict(list)  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
-        self.size = 0  # bytes of all files
-        self.surprises: Dict[str, List[str]] = defaultdict(list)  # names of what may be shared by accident, by its kind
+        self.surprises: Dict[str, List[str]] = defaultdict(list)  # names of what may be shared by accident
         tops: Dict[str, _Items] = {'.': []}
         for item in _scan(root):
-            path = item[0] if item[0] != 'data' and os.path.isdir(_join(root, item[0])) else '.'
+            is_top = item[0] != 'data' and os.path.isdir(_join(root, item[0]))
             if item[0] != _RECEIPT:
-                tops.setdefault(path, []).append(item)
-        for item in _partitions(root):
-            tops[item[0]] = [item]
+                tops.setdefault(item[0] if is_top else '.', []).append(item)
+        tops.update((item[0], [item]) for item in _partitions(root))
         count = 0
-        for path in tops if only is None else filter(only.__contains__, tops):
-            entries = _entries(root, path, tops[path], self.surprises)
+        for path, items in tops.items():
+            if only and path not in only:
+                continue
+            entries = _entries(root, path, items, self.surprises)
             files = size = 0
-            self.kept[path] = []
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
-                rows = marshal.dumps(list(map(tuple, batch)))
-                self.kept[path].append(zlib.compress(rows, 1))
+                self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
                 count += len(batch)
-                files += sum([entry.kind != _DIRECTORY for entry in batch])
+                files += sum([not entry.name.endswith('/') for entry in batch])
                 size += sum([entry.size for entry in batch])
             self.segments[path] = _Segment(path, files=files, size=size)
-            self.size += size
+        self.size = sum(segment.size for segment in self.segments.values())  # bytes of all files
         # Bytes that the archive will not exceed: headers with names and link targets that the system can hold take less
         # than 12 KiB, and blocks are at most as much longer as _LONGEST_BLOCK allows.
         self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
@@ -942,10 +924,10 @@ class _Survey:
         if found:
             _say(f"all of '{name}' is shared, also {', '.join(found)}")
 
-    def listing(self, paths: Optional[Container[str]] = None) -> _Listing:
-        """The segments with these paths; by default, all."""
+    def listing(self, paths: Container[str]) -> _Listing:
+        """The segments with these paths."""
         for path, batches in self.kept.items():
-            if paths is None or path in paths:
+            if path in paths:
                 rows = itertools.chain.from_iterable(marshal.loads(zlib.decompress(batch)) for batch in batches)
                 yield path, itertools.starmap(_Entry, rows)
 
@@ -954,7 +936,9 @@ _USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
 _NO_ONE = b'0000000'  # uid and gid
 
 
-def _ustar(name: bytes, kind: bytes, mode: bytes, size: int, link: bytes = b'', mtime: bytes = _MTIME) -> bytes:
+def _ustar(
+        name: bytes, kind: bytes, mode: bytes, size: int,
+        link: bytes = b'', mtime: bytes = _MTIME) -> bytes:
     """A ustar header of ASCII fields."""
     header = _USTAR.pack(
         name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
@@ -969,7 +953,8 @@ def _tar_header(entry: _Entry) -> bytes:
     It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
     fills devmajor and devminor otherwise.
     """
-    _, kind, mode, size, _, _ = entry
+    size = entry.size
+    mode = _EXECUTABLE if entry.is_executable else _PLAIN
     pax = b''
     texts = []
     for key, text in ((b'path', entry.name), (b'linkpath', entry.link)):
@@ -981,7 +966,7 @@ def _tar_header(entry: _Entry) -> bytes:
     if size >= 8 ** 11:
         pax += _pax_record(b'size', b'%d' % size)
         size = 0
-    header = _ustar(texts[0], kind, mode, size, texts[1])
+    header = _ustar(texts[0], entry.kind, mode, size, texts[1])
     if not pax:
         return header
     before = _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000')
@@ -1121,7 +1106,7 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
     """The segments of a dataset, after reading all its files."""
     survey = _Survey(root)
     job.begin(survey.size)
-    blocks = _hash(job, survey.listing())
+    blocks = _hash(job, survey.listing(survey.segments))
     return [
         segment._replace(digest=_digest(blocks[path]))
         for path, segment in survey.segments.items()
@@ -1497,27 +1482,40 @@ def _archive_end(level: int, segments: Sequence[_Segment]) -> bytes:
     return end + _index_members(parts) + _member(b'ef', offset) + _EMPTY
 
 
-def _find_index(tail: bytes, size: int) -> Optional[int]:
-    """The offset of the index in an archive of `size` bytes that ends in `tail`; None if it has no index."""
-    footer = tail[-_FOOTER_SIZE:]
+def _parse_json(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode('utf-8'))
+    except (ValueError, RecursionError):
+        raise _Malformed from None
+
+
+def _read_index(size: int, read: Callable[[int, int], bytes]) -> Sequence[_Segment]:
+    """The segments of an archive of `size` bytes; () if it has no index of a known version. Raises Corrupt.
+
+    read(start, stop): bytes of the archive.
+    """
+    end = max(0, size - _FOOTER_SIZE)
+    footer = read(end, size)
     offset_bytes = footer[_FIELD_OFFSET:_FIELD_OFFSET + 8]
     if footer != _member(b'ef', offset_bytes) + _EMPTY:
-        return None
+        if read(0, min(size, _FIELD_OFFSET)) == _member(b'et', bytes(4))[:_FIELD_OFFSET]:
+            raise Corrupt('the archive is damaged: its index is missing')
+        return ()
     offset = int.from_bytes(offset_bytes, 'little')
-    if not 0 < size - _FOOTER_SIZE - offset <= _INDEX_LIMIT:
+    if not 0 < end - offset <= _INDEX_LIMIT:
         raise Corrupt('the archive is damaged: its footer points nowhere')
-    return offset
-
-
-def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
-    """The segments in the index that starts at `offset`, from its bytes up to the archive's end.
-
-    None if the index is of an unknown version. Raises Corrupt.
-    """
+    data = read(offset, end)
+    parts = re.findall(_INDEX_MEMBER, data)
+    text = b''.join(parts)
     try:
-        index = _parse_json(_index_text(data[:-_FOOTER_SIZE]))
+        if (
+                _index_members(parts) != data
+                or text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6  # which would take much memory to parse,
+                or re.search(rb'\d{65}', text)):  # or time
+            raise _Malformed
+        index = _parse_json(text)
         if index['etcetera'] != 1:
-            return None
+            return ()
         segments = list(map(_Segment.from_json, index['segments']))
         paths = [segment.path for segment in segments]
         starts = [segment.offset for segment in segments]
@@ -1533,24 +1531,6 @@ def _parse_index(data: bytes, offset: int) -> Optional[List[_Segment]]:
     except (_Malformed, KeyError, TypeError):
         pass
     raise Corrupt('the archive is damaged: its index is unreadable')
-
-
-def _parse_json(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode('utf-8'))
-    except (ValueError, RecursionError):
-        raise _Malformed from None
-
-
-def _index_text(data: bytes) -> bytes:
-    """The JSON in the members of an index. Raises _Malformed, also for what would take much memory or time to parse."""
-    parts = re.findall(_INDEX_MEMBER, data)
-    text = b''.join(parts)
-    if _index_members(parts) != data:
-        raise _Malformed
-    if text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6 or re.search(rb'\d{65}', text):
-        raise _Malformed
-    return text
 
 
 _NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
@@ -1596,15 +1576,14 @@ def _link_or_copy(source: str, target: str) -> None:
             shutil.copyfileobj(original, copy, _BLOCK)
 
 
-def _symlink(
-        target: _Path, path: _Path,
-        remedy: str = "set 'home' to a place on another disk") -> None:
+def _symlink(target: _Path, path: _Path) -> None:
     try:
         os.symlink(target, path, target_is_directory=os.path.isabs(target))  # only Windows heeds the flag
     except OSError as e:
         if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        raise Error(f'this disk cannot hold links: {e.strerror}', remedy) from None
+        raise Error(f'this disk cannot hold links: {e.strerror}',
+                    "set 'home' to a place on another disk; 'etc register --copy' needs no links") from None
 
 
 class _Sink:
@@ -1684,12 +1663,6 @@ _HEADER_SIZE = 512  # bytes of a ustar header
 _SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
 _KIND_AT = 156
 _PAX_LIMIT = 32768  # bytes of a pax header
-_KINDS_AND_MODES = {
-    (_FILE, _PLAIN),
-    (_FILE, _EXECUTABLE),
-    (_LINK, _PLAIN),
-    (_DIRECTORY, _EXECUTABLE),
-}
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
 
@@ -1744,9 +1717,9 @@ class _SegmentReader(_Stream):
         super().__init__(self.payloads(blocks, notes))
         self.path = path
         self.sink = sink
-        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
-        # before the next header is read.
-        self.ready: List[Tuple[str, bool, Any]] = []
+        # What writes the files that are in the last block as a whole. It takes a tenth less time to write them all at
+        # once than each before the next header is read.
+        self.ready: List[Callable[[], None]] = []
         self.source = ''  # of the last block
         self.digests = bytearray()  # of all blocks
         self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
@@ -1761,8 +1734,8 @@ class _SegmentReader(_Stream):
             self.source = block.source
             self.digests += block.digest
             yield block.payload
-            for name, is_executable, data in self.ready:
-                self.sink.write_file(name, is_executable, [data])
+            for write in self.ready:
+                write()
             self.ready = []
             note = json.dumps([self.path, block.length, block.digest.hex()])
             notes.write(note.encode() + b'\n')
@@ -1773,22 +1746,22 @@ class _SegmentReader(_Stream):
         files = size = 0
         has_directory = False
         for header in iter(partial(self.read, _HEADER_SIZE), b''):
-            name, kind, mode, length, link, _ = self.parse(header)
-            self.check_place(name)
-            if kind == _DIRECTORY:
+            entry = self.parse(header)
+            self.check_place(entry.name)
+            if entry.kind == _DIRECTORY:
                 has_directory = True
-                path = self.sink.path(name[:-1])
-                if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
+                path = self.sink.path(entry.name[:-1])
+                if entry.name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
                     os.mkdir(path)
                 continue
             files += 1
-            size += length
+            size += entry.size
             if promised and size > promised.size:
                 raise self.error('size')
-            if kind == _LINK:
-                self.sink.add_link(name, link)
+            if entry.link:
+                self.sink.add_link(entry.name, entry.link)
             else:
-                self.write_file(name, mode == _EXECUTABLE, length)
+                self.write_file(entry)
         segment = _Segment(self.path, 0, 0, files, size, _digest(self.digests))
         if not has_directory or promised and segment != promised._replace(offset=0, length=0):
             raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
@@ -1809,17 +1782,13 @@ class _SegmentReader(_Stream):
             size = int(digits, 8)
             if kind == _FILE and mode == _PLAIN and size >= 0:  # the most frequent case, made fast
                 if header == _ustar(bare, kind, mode, size) and bare[-1:] != b'/':
-                    return _Entry(bare.decode('ascii'), kind, mode, size, '')
-            link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
+                    return _Entry(bare.decode('ascii'), size)
             name = pax.get(b'path', bare).decode('utf-8')
+            link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
             size = int(pax.get(b'size', size))
-            entry = _Entry(name, kind, mode, size, link)
-            if (
-                    (kind, mode) in _KINDS_AND_MODES
-                    and (size == 0 or size > 0 and kind == _FILE)
-                    and bool(link) == (kind == _LINK)
-                    and name.endswith('/') == (kind == _DIRECTORY)
-                    and header == _tar_header(entry)):
+            is_executable = name.endswith('/') or mode == _EXECUTABLE and not link
+            entry = _Entry(name, size, is_executable, link)
+            if (size == 0 or size > 0 and kind == _FILE) and header == _tar_header(entry):
                 return entry
         except ValueError:
             pass
@@ -1839,8 +1808,9 @@ class _SegmentReader(_Stream):
             raise self.error('order')
         self.last = order
 
-    def write_file(self, name: str, is_executable: bool, size: int) -> None:
+    def write_file(self, entry: _Entry) -> None:
         """Write the file whose header came last, or link what is known to have its bytes."""
+        name, size, is_executable, _, _ = entry
         stop = self.at + size
         padding = -size % 512
         if stop > len(self.data):
@@ -1850,7 +1820,7 @@ class _SegmentReader(_Stream):
                 _link_or_copy(_join(self.source, name), self.sink.path(name))
             else:
                 data = memoryview(self.data) if size > 4096 else self.data  # views copy nothing, but take time to make
-                self.ready.append((name, is_executable, data[self.at:stop]))
+                self.ready.append(partial(self.sink.write_file, name, is_executable, [data[self.at:stop]]))
             self.at = stop
         # It ends in the block in which the file does, if that does not end too early.
         if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
@@ -1890,7 +1860,7 @@ def _replay(
         if file.readline() != head.encode() + b'\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
-        with closing(_process(job, _Survey(root, paths).listing(), bytes)) as blocks:
+        with closing(_process(job, _Survey(root, paths).listing(paths), bytes)) as blocks:
             for (path, length, digest), block in zip(notes, blocks):
                 if (block.path, block.digest.hex()) != (path, digest):
                     break
@@ -1951,8 +1921,6 @@ def _end_digests(first: bytes, last: bytes) -> List[bytes]:
 # ---------------------------------------------------------------------------------------
 
 _TAR_HEADERS = 4 << 20  # bytes of names, pax records and sparse maps that may stand before one entry
-_TAR_PAX = (b'x', b'g', b'X')  # pax headers: POSIX's for one entry, POSIX's for all that follow, Solaris's
-_TAR_LABEL = b'V'  # GNU tar's name of the volume
 _SPARSE_ZEROS = 1 << 30  # bytes that a sparse file may have beyond 1,024 times those that are stored
 
 
@@ -1960,32 +1928,27 @@ class _TarStream(_Stream):
     """The bytes of a tar as tarfile reads them."""
 
     position = 0
-    limit: Optional[int] = None  # a position that the headers of one entry may not pass
+    limit = sys.maxsize  # a position that the headers of one entry may not pass
     kept = 0  # bytes of global headers, which tarfile keeps to the end, so that all others may take less
 
     def tell(self) -> int:
         return self.position
 
     def seek(self, position: int) -> None:
-        if position < self.position:
-            raise EOFError('it contains a backward seek')
-        while self.position < position:
+        while self.position != position:
             self.read(min(position - self.position, _BLOCK))
 
     def peek(self, size: int) -> bytes:
         """The next bytes, which stay to be read."""
-        if size < 0 or self.limit is not None and self.position + size > self.limit:
-            raise EOFError(f'the headers of one entry take more than {_TAR_HEADERS} bytes')
-        is_here = self.at + size <= len(self.data)
-        data: bytes = super().read(size)
-        if is_here:
-            self.at -= size
-        else:
-            self.data = data + self.data[self.at:]
+        if not 0 <= size <= self.limit - self.position:
+            raise EOFError(f'it seeks backward, or the headers of one entry take more than {_TAR_HEADERS} bytes')
+        while self.at + size > len(self.data):
+            more = next(self.chunks, b'')
+            if not more:
+                raise EOFError('it ends too early')
+            self.data = self.data[self.at:] + more
             self.at = 0
-        if len(data) < size:
-            raise EOFError('it ends too early')
-        return data
+        return bytes(self.data[self.at:self.at + size])
 
     def read(self, size: int) -> bytes:
         data = self.peek(size)
@@ -1996,7 +1959,7 @@ class _TarStream(_Stream):
     def finish(self) -> None:
         """Read what follows the end of the tar, which may only be padding."""
         for chunk in itertools.chain([self.data[self.at:]], self.chunks):
-            if chunk.count(0) != len(chunk):
+            if chunk.strip(b'\0'):
                 raise Corrupt('the archive is damaged or not a .tgz: another archive follows its end',
                               'pack the files of both as one')
 
@@ -2009,11 +1972,10 @@ def _strict(stream: _TarStream) -> Any:
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
-            is_outermost = stream.limit is None  # otherwise it is the header that an extended one belongs to
-            if is_outermost:
-                stream.limit = stream.position + _TAR_HEADERS - stream.kept
+            outer = stream.limit  # of the extended header that this one belongs to
+            stream.limit = min(outer, stream.position + _TAR_HEADERS - stream.kept)
             try:
-                if header[_KIND_AT:_KIND_AT + 1] in _TAR_PAX:
+                if header[_KIND_AT] in b'xgX':  # pax: POSIX's for one entry, for all that follow, Solaris's
                     size = cls.frombuf(header, tar.encoding, tar.errors).size
                     stream.kept += size * header.startswith(b'g', _KIND_AT)
                     # Up to Python 3.12, tarfile ignores a malformed record and all that follow it.
@@ -2024,8 +1986,7 @@ def _strict(stream: _TarStream) -> Any:
                     raise tarfile.ReadError(str(e)) from None
                 raise  # what tells tarfile of the end
             finally:
-                if is_outermost:
-                    stream.limit = None
+                stream.limit = outer
 
     return Strict
 
@@ -2066,13 +2027,14 @@ def _extract_member(
         sink: _Sink) -> None:
     """Write an entry. Of a file's mode only the owner's x bit is kept, as on push."""
     name = _plain_name(member.name)
-    if not name and member.isdir() or member.type == _TAR_LABEL:
-        return
-    if name.split('/')[0] == _RECEIPT or re.match(_LITTER, name) and not member.isdir():
+    if (
+            not name and member.isdir()
+            or member.type == b'V'  # GNU tar's name of the volume
+            or name.split('/')[0] == _RECEIPT
+            or re.match(_LITTER, name) and not member.isdir()):
         return
     path = sink.path(name)
-    for slash in re.finditer('/', name + '/' * member.isdir()):
-        os.makedirs(sink.path(name[:slash.start()]), exist_ok=True)
+    os.makedirs(path if member.isdir() else os.path.dirname(path), exist_ok=True)
     if member.issym():
         sink.add_link(name, member.linkname)
     elif member.islnk():
@@ -2080,7 +2042,7 @@ def _extract_member(
         target = sink.path(original)
         if original in sink.links:
             sink.add_link(name, sink.links[original])
-        elif os.path.isfile(target) and not os.path.lexists(path):
+        elif os.path.isfile(target):
             _link_or_copy(target, path)
         else:
             raise Corrupt(f"the archive holds the hard link '{name}' to '{member.linkname}', which is not in it")
@@ -2091,11 +2053,9 @@ def _extract_member(
         source = tar.extractfile(member)
         pieces = iter(partial(source.read, _BLOCK), b'')
         sink.write_file(name, bool(member.mode & 0o100), pieces)
-    elif member.isdev():
-        raise Corrupt(f"the archive holds '{name}', a device or pipe", 'do not trust it')
     elif not member.isdir():
-        kind = ascii(member.type.decode('latin-1'))
-        raise Corrupt(f"the archive holds '{name}' of the unknown type {kind}", "pack it with tar's default options")
+        raise Corrupt(f"the archive holds '{name}', which is no file, link or directory ({member.type!r})",
+                      "pack it with tar's default options")
 
 
 # ---------------------------------------------------------------------------------------
@@ -4339,7 +4299,7 @@ class _Place:
             same = dict(_digests(receipt.here()).items() & wanted.items() - linked.items())
             linked.update(same)
             with suppress(InvalidDataset, OSError):  # as where it is being removed
-                listing = _Survey(self.root / name, same).listing() if same else ()
+                listing = _Survey(self.root / name, same).listing(same) if same else ()
                 for entry in itertools.chain.from_iterable(entries for _, entries in listing):
                     job.add(0)
                     target = _join(self.new, entry.name)
@@ -4498,15 +4458,7 @@ class _Archive:
         self.label = f"'{obj.name}' in {remote.url}"
         self.segments: Sequence[_Segment] = ()
         with self.labelled():
-            offset = _find_index(tail, obj.size)
-            if offset is not None:
-                index = self.read(offset, obj.size)
-                self.segments = _parse_index(index, offset) or ()
-                return
-            length = min(obj.size, _FIELD_OFFSET)
-            block = _member(b'et', bytes(4))
-            if self.read(0, length) == block[:_FIELD_OFFSET]:
-                raise Corrupt('the archive is damaged: its index is missing')
+            self.segments = _read_index(obj.size, self.read)
 
     @contextmanager
     def labelled(self) -> Iterator[None]:
@@ -5185,13 +5137,13 @@ def register(
                 _check_room(place.work, survey.size)
                 place.new.mkdir()
                 blocks = _process(
-                    job, survey.listing(), bytes, is_all=True)
+                    job, survey.listing(survey.segments), bytes, is_all=True)
                 with closing(blocks):
                     segments = _extract(blocks, {}, place.new)
                 paths = frozenset(survey.segments)
                 receipt = _Receipt(place.name, segments, paths, root.as_uri())
             else:
-                _symlink(root, place.new, "'etc register --copy' installs a copy")
+                _symlink(root, place.new)
             place.commit(force, receipt)
         _say(f"{'copied' if copy else 'registered'} '{place.name}': {root}")
         with suppress(InvalidDataset, OSError):  # which a push will tell
