@@ -1583,7 +1583,7 @@ def _symlink(target: _Path, path: _Path) -> None:
         if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
         raise Error(f'this disk cannot hold links: {e.strerror}',
-                    "set 'home' to a place on another disk; 'etc register --copy' needs no links") from None
+                    "set 'home' to a place on another disk, or register with --copy") from None
 
 
 class _Sink:

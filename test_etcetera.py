@@ -6411,7 +6411,7 @@ class Disks(Scaled, Shell, Case):
         no_links = 'this disk cannot hold links: Operation not permitted; '
         for words, said in (
                 ('pull X', no_links + "set 'home' to a place on another disk"), ('pull Y', 'pulled Y'),
-                ('register ds', no_links + "'etc register --copy'"),
+                ('register ds', no_links + "set 'home' to a place on another disk, or register with --copy"),
                 ('verify Y', 'a disk that does not keep executable bits')):
             with self.subTest(words):
                 self.assertIn(said, self.spawn(words).communicate()[1].decode())
