@@ -2073,7 +2073,7 @@ def _extract_member(
 # is asked once; one that answers gets all tries.
 # ---------------------------------------------------------------------------------------
 
-_TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken
+_TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken, and of Retry-After at most
 _READ_TIMEOUT = 20.0  # the same for the first try of a request that only reads
 _NEAR_TIMEOUT = 2.0  # the same for a metadata service
 _LAST_TIMEOUT = 1.0  # the same for what is tidied up after an interruption
@@ -2086,7 +2086,6 @@ _SLICE = 1 << 17  # bytes that are sent or received at once
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
 _OVERLOAD = (429, 503)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
-_RETRY_AFTER = 60.0  # seconds that a server may ask for before the next try
 _PORT = '(?:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))'  # to 65535
 _SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::{_PORT})?'
 
@@ -2103,7 +2102,7 @@ class _Request(NamedTuple):
     tries: int = _TRIES + _MORE_TRIES  # at most
     is_near: bool = False  # whether it goes to a metadata service: soon, and through no proxy
     is_vital: bool = False  # whether an interruption waits for the answer, if not for long
-    condition: Dict[str, str] = {}  # for remotes: headers; they are cleared if the store turns out to know none
+    condition: _Texts = {}  # for remotes: headers; they are cleared if the store turns out to know none
     keys: Any = None  # with which it is signed
 
     def digest(self, digest: Any) -> Any:
@@ -2129,26 +2128,19 @@ class _Reply(NamedTuple):
                 return answer
         return {}
 
-    def xml(self, name: str) -> List[Dict[str, str]]:
+    def xml(self, name: str) -> List[_Texts]:
         """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow."""
         from xml.etree import ElementTree
         body = self.body.strip()  # S3 sends spaces to keep a connection open while it works
-        if b'<!' in body.replace(b'<![CDATA[', b''):
-            return []
+        has_entities = b'<!' in body.replace(b'<![CDATA[', b'')
         try:
-            root = ElementTree.fromstring(body)
+            root = ElementTree.fromstring(b'' if has_entities else body)
         except (ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
             return []
         for element in root.iter():
             element.tag = element.tag.rpartition('}')[2]
-        return [{item.tag: item.text or '' for item in element} for element in root.iter(name)]
-
-    def requested_delay(self) -> float:
-        """The seconds for which the server asks to be left alone; not positive if it does not (RFC 9110, 10.2.3)."""
-        text = self.headers.get('Retry-After') or ''
-        if text.isdecimal():
-            return float(text)
-        return self.time('Retry-After') - (self.time('Date') or time.time())
+        return [{item.tag: item.text or '' for item in element}
+                for element in root.iter(name)]
 
     def time(self, name: str) -> float:
         """Unix time of the date in a header; 0 if there is none."""
@@ -2211,22 +2203,23 @@ class _Http:
             request = prepare()
             site = _site(request.url)
             job = _Job() if request.is_vital else self.job
-            longest = _NEAR_TIMEOUT if request.is_near else _RETRY_AFTER
-            if self.job.is_ended:
-                longest = _LAST_TIMEOUT
-            is_first_read = not failures and request.method in ('GET', 'HEAD')
-            patience = min(longest, _READ_TIMEOUT if is_first_read else _TIMEOUT)
+            patience = longest = min(_TIMEOUT, (
+                _LAST_TIMEOUT if self.job.is_ended
+                else _NEAR_TIMEOUT if request.is_near else _TIMEOUT))
+            if not failures and request.method in ('GET', 'HEAD'):
+                patience = min(longest, _READ_TIMEOUT)
             successes = self.successes
             tries = min(request.tries, _TRIES + _MORE_TRIES * bool(successes))
             failures += 1
-            delay = 0.0
+            asked = 0.0  # seconds, by the server
             try:
                 reply = self.exchange(request, job, patience)
             except (OSError, UnicodeError, http.client.HTTPException) as e:
-                error = _unreachable_error(site, e)
+                problem = f"cannot reach {site}: {getattr(e, 'strerror', None) or e}"
+                if getattr(e, 'errno', 0) in _FULL:
+                    raise Error(f'cannot keep a download: {e}', 'set $TMPDIR to a directory with more room') from None
                 if failures >= tries:
-                    raise error from None
-                problem = error.message
+                    raise RemoteError(problem, 'check the network, the URL, the proxy settings and ca_bundle') from None
             else:
                 if reply.status in _OVERLOAD:
                     self.most = max(1.0, len(self.busy) / 2)
@@ -2240,10 +2233,11 @@ class _Http:
                 if verdict == 'at once':
                     continue
                 problem = f'{site} answers {reply.status}'
-                delay = max(0.0, min(reply.requested_delay(), longest))
+                with suppress(TypeError, ValueError):
+                    asked = float(reply.headers['Retry-After'])
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
-            delay += random.uniform(0.75, 1) * min(8.0, 0.25 * 2 ** failures)
-            job.sleep(delay)
+            pause = random.uniform(0.75, 1) * min(8, 0.25 * 2 ** failures)
+            job.sleep(pause + min(asked, longest))
 
     def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again if the server has closed the connection that was kept."""
@@ -2284,27 +2278,26 @@ class _Http:
                 connection.close()  # so that send() connects it anew
             return connection
         scheme, _, host = site.partition('://')
-        address, proxy = (host, None) if is_near else _find_proxy(scheme, host)
-        if scheme == 'https':
-            self.tls = self.tls or _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(address, context=self.tls)
-            if proxy is not None:
-                connection.set_tunnel(host, headers=proxy)
-                proxy = None
+        proxy, headers = ('', {}) if is_near else _find_proxy(scheme, host)
+        if scheme == 'http':
+            connection = http.client.HTTPConnection(proxy or host)
         else:
-            connection = http.client.HTTPConnection(address)
-        connection.proxy = proxy  # the headers for one that takes plain requests
+            if not self.tls:
+                self.tls = _tls(self.ca_bundle)
+            connection = http.client.HTTPSConnection(proxy or host, context=self.tls)
+            if proxy:
+                connection.set_tunnel(host, headers=headers)
+                proxy, headers = '', {}
+        connection.base = proxy and site  # a plain request to a proxy names the whole URL
+        connection.headers = headers
         return connection
 
     def send(self, connection: Any, request: _Request, job: _Job, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import socket
         parts = urlsplit(request.url)
-        target = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-        headers = {'Accept-Encoding': 'identity', **request.headers}
-        if connection.proxy is not None:
-            target = f'{_site(request.url)}{target}'
-            headers.update(connection.proxy)
+        target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
+        headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
         if request.body:  # otherwise http.client knows where to say 0
             headers['Content-Length'] = str(sum(map(len, request.body)))
         for name, value in headers.items():
@@ -2366,27 +2359,14 @@ class _Http:
         return data
 
 
-def _unreachable_error(site: str, e: Exception) -> RemoteError:
-    """The error after the last try. What no other try can mend is raised at once."""
-    reason = getattr(e, 'strerror', None) or e
-    if 'CERTIFICATE_VERIFY_FAILED' in str(e):
-        reason = getattr(e, 'verify_message', 'by the CAs that are known here')  # from Python 3.7 on
-        raise RemoteError(f'{site} presented a certificate that is not trusted ({reason})',
-                          "if a private CA signed it, set 'ca_bundle' to the file with its certificate") from None
-    if getattr(e, 'errno', 0) in _FULL:
-        raise Error(f'cannot keep a download: {reason}', 'set $TMPDIR to a directory with more room') from None
-    return RemoteError(f'cannot reach {site}: {reason}', 'check the network, the proxy settings and the URL')
-
-
-def _find_proxy(scheme: str, host: str) -> Tuple[str, Optional[Dict[str, str]]]:
-    """The address of the proxy for a host, and the headers that it wants to see; of the host, and None without one."""
+def _find_proxy(scheme: str, host: str) -> Tuple[str, _Texts]:
+    """The address of the proxy for a host, or '', and the headers that it wants to see."""
     import urllib.request
-    url = urllib.request.getproxies().get(scheme, '').strip()
+    proxies = urllib.request.getproxies()
+    url = proxies.get(scheme, '').strip()
     if not url or urllib.request.proxy_bypass(host):
-        return host, None
-    # Up to Python 3.9 all in Windows' registry are called https://: https://bugs.python.org/issue42627
-    kind = 'https?' if os.name == 'nt' else 'http'
-    match = re.match(rf'(?ai)(?:{kind}://|(?![^/?#@]*://))(?:(.*)@)?'
+        return '', {}
+    match = re.match(r'(?ai)(?:http://|(?![^/?#@]*://))(?:(.*)@)?'
                      rf'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])(?::({_PORT}))?(?:[/?#].*)?\Z', url)
     if not match:
         raise ConfigError(f'{scheme}_proxy is not of the form http://[user:password@]host[:port], and etcetera speaks '
@@ -2402,7 +2382,8 @@ def _find_proxy(scheme: str, host: str) -> Tuple[str, Optional[Dict[str, str]]]:
 def _tls(ca_bundle: Optional[str]) -> Any:
     try:
         import ssl
-        context = ssl.create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
+        context = ssl.create_default_context(
+            cafile=ca_bundle and _expanduser(ca_bundle))
     except ImportError:
         raise ConfigError('this Python has no ssl module, so it cannot use https://',
                           'use another Python, or a url that needs none') from None
@@ -2482,10 +2463,9 @@ class _Renewed:
             if time.time() > self.next:
                 try:
                     value, expires = self.fetch()
-                    if value is None and self.value is not None:
+                    if self.value and not value:
                         raise RemoteError('the credentials have expired, and new ones cannot be had', 'try again')
-                    self.value = value
-                    self.expires = expires
+                    self.value, self.expires = value, expires
                     self.next = expires - 120
                 except Error as e:
                     if time.time() > self.expires:
@@ -2949,7 +2929,7 @@ class _GoogleCredentials(_Renewed):
             if 'type' not in self.info:
                 raise ConfigError(f'{self.path} holds no Google credentials', _GOOGLE_REMEDY)
 
-    def fetch(self) -> Tuple[Optional[Dict[str, str]], float]:
+    def fetch(self) -> Tuple[Optional[_Texts], float]:
         try:
             answer = self.ask() if self.info else self.from_metadata()
             if answer is None:
