@@ -3192,7 +3192,8 @@ class _HttpStore(_Remote):
     judge = staticmethod(_judge)  # for _Http.request()
 
     def error(self, reply: _Reply) -> RemoteError:
-        raise NotImplementedError
+        return RemoteError(f'{self.url} answers {reply.status}',
+                           'check the url, and whether everyone can read it without a login', reply.status)
 
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
@@ -3205,7 +3206,7 @@ class _HttpStore(_Remote):
 
     def address(self, name: str) -> str:
         """Where an object is, as prepare() takes it."""
-        raise NotImplementedError
+        return '/' + quote(self.key(name), '/~')
 
     def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
         """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
@@ -3429,10 +3430,6 @@ class _FileRemote(_Remote):
     def path(self, name: str) -> str:
         return os.path.join(self.root, self.key(name))
 
-    def hidden_path(self, name: str) -> str:
-        """A new path for a file that is not, or no longer, to be seen; sweep() knows its form."""
-        return os.path.join(self.root, f'.{name}.tgz.{os.urandom(8).hex()}')
-
     def list(self) -> List[_Object]:
         try:
             files = os.listdir(self.root)
@@ -3459,7 +3456,7 @@ class _FileRemote(_Remote):
         raise self.replaced_error(obj)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        new = self.hidden_path(name)
+        new = f"{self.path('.' + name)}.{os.urandom(8).hex()}"  # sweep() knows the form
         try:
             self.make_directory(self.root)
             self.sweep()
@@ -3501,7 +3498,7 @@ class _FileRemote(_Remote):
             os.unlink(new)
             return
         # The name is taken, or there are no hard links here: then whoever makes this file may go on.
-        claim = os.path.join(self.root, f'.{name}.tgz.claim')
+        claim = f"{self.path('.' + name)}.claim"
         open(claim, 'x').close()
         try:
             if os.path.lexists(path):
@@ -3512,7 +3509,7 @@ class _FileRemote(_Remote):
 
     def remove(self, obj: _Object) -> None:
         """As above. Only a file that nobody else can replace is sure to be this version, so it is set aside first."""
-        aside = self.hidden_path(obj.name)
+        aside = f"{self.path('.' + obj.name)}.{os.urandom(8).hex()}"
         with suppress(FileNotFoundError):  # another purge was faster
             if self.is_current(obj):
                 os.rename(self.path(obj.name), aside)
@@ -3607,9 +3604,6 @@ class _S3Remote(_BucketStore):
             'x-amz-storage-class': config.storage_class,
             'x-amz-server-side-encryption': config.sse or config.sse_kms_key_id and 'aws:kms',
             'x-amz-server-side-encryption-aws-kms-key-id': config.sse_kms_key_id}
-
-    def address(self, name: str) -> str:
-        return '/' + quote(self.key(name), '/~')
 
     def prepare(self, request: _Request) -> _Request:
         found = {**self.headers, **request.headers, **request.condition}
@@ -3767,6 +3761,7 @@ class _GsRemote(_BucketStore):
         ('400 .*uniform bucket-level access',
          "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
         ('429|503', _WAIT),
+        ('2|308', 'check the endpoint_url, and whether a proxy or login page answers in its place; then push again'),
         ('', 'check the bucket in the url'))
     next_page = 'pageToken'
     credentials: Any = None
@@ -3823,11 +3818,12 @@ class _GsRemote(_BucketStore):
         md5 = _md5()
         size = 0
 
-        def parts() -> Iterator[Tuple[int, bytes]]:
+        def parts() -> Iterator[Tuple[int, Any, Any]]:
             nonlocal size
             for part in self.split(chunks, _GS_PART):
-                yield size, part
+                start = size
                 size += len(part)
+                yield start, part, size if len(part) < _GS_PART else '*'
                 if md5:
                     md5.update(part)
 
@@ -3867,51 +3863,42 @@ class _GsRemote(_BucketStore):
             raise self.protocol_error()
         return session
 
-    def send_part(self, session: str, item: Tuple[int, bytes]) -> Dict[str, Any]:
-        """Send what the server still lacks of a part until it has all; return what it says after the last one."""
-        start, part = item
+    def send_part(self, session: str, item: Tuple[int, Any, Any]) -> _Row:
+        """Send what the server still lacks of a part until it has all; return what it says after the last one.
+
+        item: where the part begins, the part, and the size of all, or '*' if it is not the last one.
+        """
+        start, part, total = item
         stop = start + len(part)
-        is_last = len(part) < _GS_PART
-        at = start  # up to where it has arrived, as far as is known
-        is_known = True
+        at = start  # up to where it has arrived; -1 while that is not known
 
         def prepare() -> _Request:
-            nonlocal is_known
-            body = []
-            span = '*'
-            if is_known and at < stop:
-                body.append(memoryview(part)[at - start:])
-                span = f'{at}-{stop - 1}'
-            is_known = False
-            headers = {'Content-Range': f"bytes {span}/{stop if is_last else '*'}"}
-            return _Request(
-                'PUT', session, headers, body, keys=session)
+            nonlocal at
+            rest = memoryview(part)[at - start:] if at >= start else b''
+            span = f'{at}-{stop - 1}' if rest else '*'
+            at = -1
+            headers = {'Content-Range': f'bytes {span}/{total}'}
+            return _Request('PUT', session, headers, [rest], keys=session)
 
         def judge(reply: _Reply) -> str:
-            nonlocal at, is_known
+            nonlocal at
             if reply.status != 308:
                 return _judge(reply)
-            is_known = True
             told = reply.headers.get('Range') or ''
             received = re.match(r'bytes=0-(\d{1,19})\Z', told)
             at = int(received.group(1)) + 1 if received else 0
-            return 'later' if at == before else 'final'
+            return 'final' if at > start else 'later'
 
-        while at < stop or is_last:
-            before = at
-            reply = self.http.request(prepare, judge)
-            if reply.status == 412:
-                raise _NameTaken  # perhaps by ourselves, if an answer was lost
-            if reply.status < 300:
-                if not is_last:
-                    raise self.protocol_error()
-                return reply.json()
-            if reply.status != 308:
-                raise self.error(reply)
-            if not before < at <= stop:
-                raise RemoteError(f'{self.url} takes no more of the upload',
-                                  'check the endpoint_url, and push again')
-        return {}
+        reply = self.http.request(prepare, judge)
+        if reply.status == 412:
+            raise _NameTaken  # perhaps by ourselves, if an answer was lost
+        if reply.status < 300 and total != '*':
+            return reply.json()
+        if reply.status != 308 or not start < at <= stop:
+            raise self.error(reply)
+        if at == stop and total == '*':
+            return {}
+        return self.send_part(session, (at, memoryview(part)[at - start:], total))
 
     def remove(self, obj: _Object, url: str = '') -> None:
         """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete"""
@@ -3937,11 +3924,11 @@ class _WebRemote(_HttpStore):
         self.prefix = unquote(self.base)
         self.http = _Http(job, config.ca_bundle)
         self.downloads: Dict[_Object, Any] = {}  # files, for objects of a server that knows no ranges
+        self.files = ExitStack()  # which closes them
 
     def close(self) -> None:
         self.http.close()
-        for file in self.downloads.values():
-            file.close()
+        self.files.close()
 
     def address(self, name: str) -> str:
         return f'{self.base}{name}.tgz'
@@ -3959,10 +3946,6 @@ class _WebRemote(_HttpStore):
                     raise RemoteError(f'{self.url} redirects to a place without encryption', 'check the url')
                 url = target
         raise self.error(reply)
-
-    def error(self, reply: _Reply) -> RemoteError:
-        return RemoteError(f'{self.url} answers {reply.status}',
-                           'check the url, and whether everyone can read it without a login', reply.status)
 
     def list(self) -> List[_Object]:
         """The archives in the directory to which its index page links."""
@@ -4000,7 +3983,7 @@ class _WebRemote(_HttpStore):
                 if e.status != 200:  # not because it answers with the whole object
                     raise
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
-            file = tempfile.TemporaryFile()
+            file = self.files.enter_context(tempfile.TemporaryFile())
             reply = self.ask('GET', self.address(obj.name),
                              headers=_UNCHANGED, into=file, limit=obj.size)
             if file.tell() != obj.size or self.version(reply) != obj.version:

@@ -3132,7 +3132,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                     self.assertIn('pushed' if stored else 'does not answer as such', err)
                     self.assertEqual(len(self.server.objects), int(stored))
         self.server.fault = lambda h: '/*' in h.headers.get('Content-Range', '') and h.answer(200, b'{}')
-        self.fails_with('does not answer as such', 'push Y')
+        self.fails_with('answers 200: {}; check the endpoint_url, and whether', 'push Y')
 
     def test_lists_that_are_not_understood(self):
         """They must not pass for an empty bucket, either."""
@@ -3193,7 +3193,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         skip_pauses(self)
         self.register(self.large(17 * UNIT))
         for what, place, answer, problem in (
-                ('it takes nothing', 'bytes', lambda h: h.answer(308), 'takes no more'),  # to some servers a redirect
+                ('it takes nothing', 'bytes', lambda h: h.answer(308), 'answers 308: '),  # to some servers a redirect
                 ('it refuses a part', '%d-' % etc._GS_PART, lambda h: h.error(403, 'no'), 'answers 403: no;')):
             with self.subTest(what):
                 self.server.fault = lambda h: place in (h.headers.get('Content-Range') or '') and answer(h)
