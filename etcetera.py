@@ -3292,9 +3292,8 @@ class _BucketStore(_HttpStore):
 
     def error(self, reply: _Reply) -> RemoteError:
         keys = reply.request.keys
-        verb = 'LIST' if 'delimiter=' in reply.request.url else reply.request.method
         status = _status(reply)
-        text = f"{reply.status} {'account' if keys else 'nobody'} {verb} {status}"
+        text = f"{reply.status} {'account' if keys else 'nobody'} {status}"
         remedy = next(
             remedy for pattern, remedy in self.remedies
             if re.match('(?is)' + pattern, text))
@@ -3302,9 +3301,9 @@ class _BucketStore(_HttpStore):
         remedy = remedy.format(source=source, store=self)
         return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
 
-    def protocol_error(self, status: int = 0) -> RemoteError:
+    def protocol_error(self) -> RemoteError:
         return RemoteError(f'{self.url} does not answer as such a store does',
-                           'check the endpoint_url, and whether a proxy or login page answers in its place', status)
+                           'check the endpoint_url, and whether a proxy or login page answers in its place', 200)
 
     def list(self) -> List[_Object]:
         query = {'prefix': self.prefix, 'delimiter': '/'}
@@ -3438,9 +3437,13 @@ class _FileRemote(_Remote):
         names = filter(None, map(self.name_of, files))
         return list(filter(None, map(self.stat, names)))
 
-    def stat(self, name: str) -> Optional[_Object]:
+    def stat(self, name: str, file: Union[str, int] = '') -> Optional[_Object]:
+        """As above; or the object in this file, which may be open. None if it is no regular one."""
         with suppress(FileNotFoundError):
-            return _file_object(name, self.path(name))
+            status = os.stat(self.path(name) if file == '' else file)
+            if stat.S_ISREG(status.st_mode):
+                version = f'{status.st_mtime_ns}-{status.st_size}-{status.st_ino}'
+                return _Object(name, status.st_size, version, status.st_mtime)
         return None
 
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
@@ -3449,7 +3452,7 @@ class _FileRemote(_Remote):
             with open(self.path(obj.name), 'rb') as file:
                 file.seek(start)
                 data = file.read(stop - start)
-                found = _file_object(obj.name, file.fileno())
+                found = self.stat(obj.name, file.fileno())
             if found == obj and len(data) == stop - start:
                 self.job.add(len(data))
                 return data
@@ -3513,7 +3516,7 @@ class _FileRemote(_Remote):
         with suppress(FileNotFoundError):  # another purge was faster
             if self.is_current(obj):
                 os.rename(self.path(obj.name), aside)
-                if _file_object(obj.name, aside) != obj:
+                if self.stat(obj.name, aside) != obj:
                     with suppress(FileExistsError):  # a still newer one has come
                         self.place(aside, obj.name, exclusive=True)
                     raise self.replaced_error(obj)
@@ -3529,16 +3532,6 @@ class _FileRemote(_Remote):
                         os.unlink(item.path)
 
 
-def _file_object(name: str, file: Union[str, int]) -> Optional[_Object]:
-    """The object in a file, which may be open; None if it is no regular one."""
-    status = os.stat(file)
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    version = f'{status.st_mtime_ns}-{status.st_size}-{status.st_ino}'
-    return _Object(
-        name, status.st_size, version, status.st_mtime)
-
-
 # s3:// ---------------------------------------------------------------------------------
 
 # How stores answer that know no conditions. OpenStack Swift has another ETag inside for what came in parts, so it never
@@ -3551,7 +3544,6 @@ _S3_IN_HOST = r"""(?x)
     (?! https?://( [\d.]+ | \[.*\] )[:/\s] )  # an address has no subdomains
     ( http:.*\s[a-z0-9.-]+ | .*\s[a-z0-9-]+ )\Z  # with TLS, a dot would not match the certificate
 """
-_S3_ALLOW = 'the credentials, which come from {source}, need %s here'
 
 
 class _S3Remote(_BucketStore):
@@ -3562,7 +3554,7 @@ class _S3Remote(_BucketStore):
          "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of "
          "a container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or "
          "'aws sso login'"),
-        (f'.* DELETE .*({_PROTECTED})', _ASK_WHO_PROTECTS),
+        (f'.*({_PROTECTED})', _ASK_WHO_PROTECTS),
         ('.* RequestTimeTooSkewed:', "set this machine's clock"),
         ('.* (InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken):',
          'check or renew the credentials, which come from {source}, and check the region'),
@@ -3575,10 +3567,9 @@ class _S3Remote(_BucketStore):
          "set 'addressing_style = virtual' below 's3 =' of the profile '{store.aws.name}' in ~/.aws/config"),
         ('.* NoSuchUpload:', 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again'),
         ('.* InvalidObjectState:', 'it was moved to an archive class; restore it there first'),
-        ('40[13] account LIST', _S3_ALLOW % 's3:ListBucket'),
-        ('40[13] account GET', _S3_ALLOW % 's3:GetObject, and s3:ListBucket to tell what is missing'),
-        ('40[13] account DELETE', _S3_ALLOW % 's3:DeleteObject'),
-        ('40[13] account|.* AccessDenied:', _S3_ALLOW % 's3:PutObject'),
+        ('40[13] account|.* AccessDenied:',
+         'the credentials, which come from {source}, need s3:GetObject and s3:ListBucket to read (and to tell what is '
+         'missing), s3:PutObject to push, s3:DeleteObject to purge'),
         ('429|503', _WAIT),
         ('', 'check the bucket in the url, the endpoint_url and the region'))
     next_page = 'continuation-token'
@@ -3718,7 +3709,7 @@ class _S3Remote(_BucketStore):
             reply = self.ask('PUT', url, body=[part])
             etag = reply.headers.get('ETag')
         if not etag:
-            raise self.protocol_error(200)
+            raise self.protocol_error()
         return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>'
 
     def finish(
@@ -3814,7 +3805,19 @@ class _GsRemote(_BucketStore):
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
-        session = self.begin_upload(name, exclusive)
+        query = {'uploadType': 'resumable', 'name': self.key(name)}
+        if exclusive:
+            query['ifGenerationMatch'] = '0'
+        if self.is_public:
+            query['predefinedAcl'] = 'publicRead'
+        headers = {'X-Upload-Content-Type': 'application/gzip'}
+        url = self.resource(api='/upload', **query)
+        reply = self.ask('POST', url, 412, headers=headers)
+        if reply.status == 412:
+            raise _NameTaken
+        session: str = reply.headers.get('Location') or ''  # whoever has it needs no credentials
+        if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
+            raise self.protocol_error()
         md5 = _md5()
         size = 0
 
@@ -3845,23 +3848,6 @@ class _GsRemote(_BucketStore):
             self.ask('DELETE', url, 404)
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
-
-    def begin_upload(self, name: str, exclusive: bool) -> str:
-        """The address to which the parts of an upload go. Whoever has it needs no credentials."""
-        query = {'uploadType': 'resumable', 'name': self.key(name)}
-        if exclusive:
-            query['ifGenerationMatch'] = '0'
-        if self.is_public:
-            query['predefinedAcl'] = 'publicRead'
-        headers = {'X-Upload-Content-Type': 'application/gzip'}
-        url = self.resource(api='/upload', **query)
-        reply = self.ask('POST', url, 412, headers=headers)
-        if reply.status == 412:
-            raise _NameTaken
-        session: str = reply.headers.get('Location') or ''
-        if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
-            raise self.protocol_error()
-        return session
 
     def send_part(self, session: str, item: Tuple[int, Any, Any]) -> _Row:
         """Send what the server still lacks of a part until it has all; return what it says after the last one.
@@ -4002,13 +3988,8 @@ class _WebRemote(_HttpStore):
 @contextmanager
 def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
     """The remote that `url` names. What is said of the url says where it was set."""
-    kinds = {
-        'file': _FileRemote,
-        's3': _S3Remote,
-        'gs': _GsRemote,
-        'https': _WebRemote,
-        'http': _WebRemote,
-    }
+    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote,
+             'https': _WebRemote, 'http': _WebRemote}
     url = config.url
     try:
         if not url:

@@ -2321,7 +2321,8 @@ class S3Purge(PurgeSuite, S3Case):
     def test_refusals(self):
         for status, code, message, remedy in (
                 (403, 'AccessDenied', 'Access Denied',
-                 '; the credentials, which come from the settings, need s3:DeleteObject here'),
+                 '; the credentials, which come from the settings, need s3:GetObject and s3:ListBucket to read (and to '
+                 'tell what is missing), s3:PutObject to push, s3:DeleteObject to purge'),
                 (403, 'AccessDenied', 'Access Denied because object protected by object lock.', PROTECTED),
                 (400, 'InvalidRequest', 'Object is WORM protected and cannot be overwritten', PROTECTED),  # MinIO
                 (409, 'FileImmutable', 'The object you specified is immutable.', PROTECTED)):  # Alibaba
@@ -2961,12 +2962,12 @@ class S3Kinds(S3Case):
         self.etc('push X')
         read, style = ('GET', 'HEAD'), 'addressing_style = virtual'
         for words, methods, status, code, remedy in [
-                ('pull -f X', read, 403, 'AccessDenied', 'need s3:GetObject, and s3:ListBucket'),
-                ('push -f X', ['PUT'], 403, 'AccessDenied', 'need s3:PutObject'),
+                ('pull -f X', read, 403, 'AccessDenied', 'need s3:GetObject and s3:ListBucket to read'),
+                ('push -f X', ['PUT'], 403, 'AccessDenied', 's3:PutObject to push'),
                 ('push -f X', ['PUT'], 400, 'AccessControlListNotSupported',
                  "drop 'public: true', and let a bucket policy make the objects public")] + [
                 ('ls -r', read, status, code, remedy) for status, code, remedy in (
-                    (403, 'AccessDenied', 'come from the settings, need s3:ListBucket here'),
+                    (403, 'AccessDenied', 'come from the settings, need s3:GetObject and s3:ListBucket to'),
                     (404, 'NoSuchBucket', 'check the bucket'), (301, 'PermanentRedirect', "set 'region'"),
                     (400, 'InvalidToken', 'renew'), (404, '', 'check the bucket'), (400, '', 'the region'),
                     (403, 'InvalidAccessKeyId', 'come from the settings'),
