@@ -3133,7 +3133,7 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                     self.assertIn('pushed' if stored else 'does not answer as such', err)
                     self.assertEqual(len(self.server.objects), int(stored))
         self.server.fault = lambda h: '/*' in h.headers.get('Content-Range', '') and h.answer(200, b'{}')
-        self.fails_with('answers 200: {}; check the endpoint_url, and whether', 'push Y')
+        self.fails_with('answers 200: no explanation; check the endpoint_url', 'push Y')
 
     def test_lists_that_are_not_understood(self):
         """They must not pass for an empty bucket, either."""
