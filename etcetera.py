@@ -135,6 +135,7 @@ __all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull
            'UnknownPartition']
 
 _Path = Union[str, 'os.PathLike[str]']
+_MaybeText = Optional[str]
 _Names = Optional[Sequence[str]]
 _Row = Dict[str, Any]
 _Headers = Mapping[str, str]
@@ -174,18 +175,6 @@ def _printable(text: str) -> str:
         c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelled word, or ''."""
-    from difflib import get_close_matches
-    spellings = {item.lower(): item for item in known}
-    close = get_close_matches(word.lower(), spellings, 1)
-    return f"did you mean '{spellings[close[0]]}'?" if close else ''
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def _size(count: Optional[float]) -> str:
     """Bytes in powers of 1000."""
     if count is None:
@@ -195,12 +184,6 @@ def _size(count: Optional[float]) -> str:
         count /= 1000
         units.pop(0)
     return f'{count:.3g} {units[0]}'
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 99.5:
-        return f'{seconds:.2g} s'
-    return f'{seconds / 60:,.1f} min'
 
 
 _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
@@ -365,7 +348,7 @@ _YAML_SURPRISES = r"""(?xi)
         | [-+]? (?: 0x[0-9a-f_]+ | 0b[01_]+ | \.(?:inf|nan) | (?: \.?[0-9] | \._ ) [0-9_:.etz+ -]* ) ) \Z"""
 
 
-def _parse_yaml(line: str) -> Tuple[Optional[str], Any]:
+def _parse_yaml(line: str) -> Tuple[_MaybeText, Any]:
     """The key and the value in a line of a settings file; None if there is no key. Raises ConfigError."""
     if re.search(_YAML_FORBIDDEN, line):
         raise ConfigError('YAML does not allow one of these characters', 'remove it, or save the file as UTF-8')
@@ -398,26 +381,26 @@ class Config:
     Raises ConfigError for an unknown key or a value of the wrong type.
     """
 
-    url: Optional[str] = None
+    url: _MaybeText = None
     home: Path
     public: bool = False
-    aws_access_key_id: Optional[str] = None
-    aws_secret_access_key: Optional[str] = None
-    aws_session_token: Optional[str] = None
-    aws_profile: Optional[str] = None
-    region: Optional[str] = None
-    endpoint_url: Optional[str] = None
-    request_payer: Optional[str] = None
-    storage_class: Optional[str] = None
-    sse: Optional[str] = None
-    sse_kms_key_id: Optional[str] = None
-    google_credentials: Optional[str] = None
-    ca_bundle: Optional[str] = None
+    aws_access_key_id: _MaybeText = None
+    aws_secret_access_key: _MaybeText = None
+    aws_session_token: _MaybeText = None
+    aws_profile: _MaybeText = None
+    region: _MaybeText = None
+    endpoint_url: _MaybeText = None
+    request_payer: _MaybeText = None
+    storage_class: _MaybeText = None
+    sse: _MaybeText = None
+    sse_kms_key_id: _MaybeText = None
+    google_credentials: _MaybeText = None
+    ca_bundle: _MaybeText = None
     connections: int = 32
     compression_level: int = 6
     _url_source = ''  # for messages
 
-    def __init__(self, url: Optional[str] = None, home: Optional[_Path] = None, **settings: Any) -> None:
+    def __init__(self, url: _MaybeText = None, home: Optional[_Path] = None, **settings: Any) -> None:
         settings.update(url=url, home=home and os.fspath(home))
         for key, value in settings.items():
             _check_setting(key, value)
@@ -472,7 +455,7 @@ def _expand(path: _Path) -> Path:
 
 def _check_setting(key: str, value: Any) -> None:
     if key not in Config.__annotations__:
-        raise ConfigError(f"unknown setting '{key}'", _did_you_mean(key, Config.__annotations__))
+        raise ConfigError(f"unknown setting '{key}'", f"there are {', '.join(Config.__annotations__)}")
     choices, kind = _CHOICES.get(key, ([], 'text that can be printed; put it in quotes'))
     if choices:
         is_right = value in choices and type(value) is type(choices[0])  # True is no number of connections
@@ -1123,7 +1106,6 @@ _META_LIMIT = 16 << 20  # bytes of meta.json
 _README_LIMIT = 1 << 20  # bytes of README.md that are shown
 
 _NAME = '[A-Za-z0-9][A-Za-z0-9._-]{0,127}'
-_NAME_AND_DIGEST = f'({_NAME})(?:@(sha256:[0-9a-f]{{64}}))?'
 
 
 class _Receipt(NamedTuple):
@@ -1132,9 +1114,9 @@ class _Receipt(NamedTuple):
     name: str = ''
     segments: Sequence[_Segment] = ()  # of the whole dataset
     installed: FrozenSet[str] = frozenset()  # paths of the segments that are here
-    source: Optional[str] = None  # URL from which it was pulled or copied
+    source: _MaybeText = None  # URL from which it was pulled or copied
     version: str = ''  # of the object; '' if it was copied
-    when: Optional[str] = None  # UTC; set when it is written
+    when: _MaybeText = None  # UTC; set when it is written
 
     @property
     def digest(self) -> str:
@@ -1164,7 +1146,7 @@ class Dataset(Mapping[str, Path]):
     """
 
     @_system_errors()
-    def __init__(self, root: _Path, name: Optional[str] = None, receipt: _Receipt = _NO_RECEIPT) -> None:
+    def __init__(self, root: _Path, name: _MaybeText = None, receipt: _Receipt = _NO_RECEIPT) -> None:
         """receipt: only etcetera itself gives one."""
         self.root = Path(_check_path(root))  #: pathlib.Path of the dataset's directory
         self.location = self.root  #: the same, as in etcetera 0.0.x
@@ -1177,10 +1159,9 @@ class Dataset(Mapping[str, Path]):
     def __getitem__(self, partition: str) -> Path:
         if partition in self._partitions:
             return self.data / _to_os(partition)
-        if f'data/{partition}' in [segment.path for segment in self._segments]:
-            raise UnknownPartition(f"the partition '{partition}' of {self.name} is not installed",
-                                   f"'etc pull {self.name} -p {partition}' installs it, too")
-        raise _unknown_partition_error(partition, self.name, self._partitions)
+        shown = _masked(str(partition))
+        raise UnknownPartition(f"no partition '{shown}' in {self.name}, as it is here: {', '.join(self)}",
+                               f"'etc pull {self.name} -p {shown}' would add it, if there is one")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._partitions)
@@ -1201,7 +1182,7 @@ class Dataset(Mapping[str, Path]):
     @_system_errors()
     def digest(self) -> str:
         """'sha256:...' of all contents. If no receipt holds it, every file is read."""
-        return _dataset_digest(self._segments or _perform(None, self._read))
+        return _dataset_digest(_perform(None, self._read))
 
     def _read(self, job: _Job) -> Sequence[_Segment]:
         """The segments of all contents. If no receipt holds them, every file is read, but once."""
@@ -1219,11 +1200,6 @@ class Dataset(Mapping[str, Path]):
         return list(self)
 
 
-def _unknown_partition_error(partition: str, name: str, known: Sequence[str]) -> UnknownPartition:
-    return UnknownPartition(f"no partition '{_masked(str(partition))}' in {name}; it has: {', '.join(known)}",
-                            _did_you_mean(str(partition), known))
-
-
 def _validate(root: Path, label: str = '') -> List[str]:
     """The partitions of the dataset at `root`. Raises InvalidDataset, which calls the directory `label`."""
     label = label or str(root)
@@ -1233,13 +1209,13 @@ def _validate(root: Path, label: str = '') -> List[str]:
         partitions = [path[5:] for path, _ in _partitions(root)] if (root / 'data').is_dir() else []
         if not partitions:
             raise InvalidDataset("it needs a directory 'data' with a directory for each partition")
+        _read_meta(root)
     except InvalidDataset as e:
         raise InvalidDataset(f'{label} is no dataset: {e.message}', e.remedy) from None
-    _read_meta(root, label)
     return partitions
 
 
-def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
+def _read_meta(root: Path) -> Dict[str, Any]:
     path = root / 'meta.json'
     if not path.exists():
         return {}
@@ -1251,17 +1227,17 @@ def _read_meta(root: Path, label: str = '') -> Dict[str, Any]:
             return meta
         raise ValueError('it must hold a JSON object, {...}')
     except (ValueError, RecursionError) as e:
-        raise InvalidDataset(f'{label or root}{os.sep}meta.json is not JSON: {e}') from None
+        raise InvalidDataset(f'meta.json is not JSON: {e}') from None
 
 
-def _read_about(root: Path, label: str = '') -> _Row:
+def _read_about(root: Path) -> _Row:
     """What meta.json and the start of README.md hold."""
     path = root / 'README.md'
     readme = b''
     if path.is_file():
         with open(path, 'rb') as file:
             readme = file.read(_README_LIMIT)
-    return {'meta': _read_meta(root, label), 'readme': readme.decode('utf-8-sig', 'replace')}
+    return {'meta': _read_meta(root), 'readme': readme.decode('utf-8-sig', 'replace')}
 
 
 def _is_name(text: str) -> bool:
@@ -1269,9 +1245,9 @@ def _is_name(text: str) -> bool:
     return bool(re.fullmatch(_NAME, text))
 
 
-def _parse_name(text: str) -> Tuple[str, Optional[str]]:
+def _parse_name(text: str) -> Tuple[str, _MaybeText]:
     """Split NAME[@sha256:...]. Raises InvalidDataset."""
-    match = re.fullmatch(_NAME_AND_DIGEST, text)
+    match = re.fullmatch(f'({_NAME})(?:@(sha256:[0-9a-f]{{64}}))?', text)
     if not match:
         raise InvalidDataset(
             f"'{_masked(text)}' cannot be a dataset's name", "it takes at most 128 letters, digits, '.', '_' and '-', "
@@ -1288,7 +1264,6 @@ def _parse_name(text: str) -> Tuple[str, Optional[str]]:
 # library, or from where the system's own libraries and those of its package manager are.
 # ---------------------------------------------------------------------------------------
 
-_Z_RLE = 3  # zlib.Z_RLE, which Python 3.6 does not name
 _RUNS = -1  # a level that is fast, as only runs of a byte shrink; to zlib the default, to libdeflate its absolute value
 _GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 
@@ -1325,13 +1300,13 @@ def _deflate(data: bytes, level: int) -> bytes:
         library.libdeflate_free_compressor(state)
         if length:
             return room[_GZIP_HEADER_SIZE:length]
-    strategy = _Z_RLE if level == _RUNS else zlib.Z_DEFAULT_STRATEGY
+    strategy = 3 if level == _RUNS else 0  # Z_RLE, which Python 3.6 does not name, or the default
     deflate = zlib.compressobj(level, zlib.DEFLATED, 31, 8, strategy)
     return (deflate.compress(data) + deflate.flush())[_GZIP_HEADER_SIZE:]
 
 
 def _inflate(member: bytes) -> bytes:
-    """What a gzip member holds, of at most _BLOCK bytes; b'' if it is damaged, or anything else."""
+    """What a gzip member holds, but at most _BLOCK + 1 bytes; b'' if it is damaged, or anything else."""
     library = _libdeflate()
     if library:
         from ctypes import byref, c_size_t, c_void_p
@@ -1350,7 +1325,7 @@ def _inflate(member: bytes) -> bytes:
         if 'Error -4' in str(e):  # Z_MEM_ERROR
             raise MemoryError from None
         return b''
-    return payload if inflater.eof and not inflater.unused_data and len(payload) <= _BLOCK else b''
+    return payload if inflater.eof and not inflater.unused_data else b''
 
 
 # ---------------------------------------------------------------------------------------
@@ -3106,10 +3081,6 @@ class _Unconfirmed(RemoteError):
     """The answer to a write does not say, in the form that the API defines, that the object is there."""
 
 
-class _Unlisted(RemoteError):
-    """The server gives objects by name, but lists none."""
-
-
 class _Remote:
     """A place for archives. Raises RemoteError for whatever the storage refuses."""
 
@@ -3938,7 +3909,7 @@ class _WebRemote(_HttpStore):
         from html import unescape
         reply = self.ask('GET', self.base, 403, 404)
         if reply.status != 200:
-            raise _Unlisted(f'{self.url} shows no list of what it has ({reply.status})',
+            raise RemoteError(f'{self.url} shows no list of what it has ({reply.status})',
                             'pull works by name, or check the url', reply.status)
         page = reply.body.decode('utf-8', 'replace')
         names = set()
@@ -4100,9 +4071,8 @@ class _Place:
     def open(self) -> Dataset:
         """The dataset that is here, with its receipt. Raises NotFound."""
         if not _is_dataset(self.path):
-            names = _names(self.root)
-            raise NotFound(f"no local dataset '{self.name}'", _did_you_mean(self.name, names)
-                           or f"'etc pull {self.name}' would fetch it, 'etc register DIR {self.name}' add it")
+            raise NotFound(f"no local dataset '{self.name}'",
+                           f"'etc pull {self.name}' would fetch it, 'etc register DIR {self.name}' add it")
         if not self.path.exists():
             raise NotFound(f"the directory that '{self.name}' was registered for is gone ({os.readlink(self.path)})",
                            f"'etc purge {self.name}' forgets it")
@@ -4540,11 +4510,7 @@ def _existing(
     """The object that was found. Raises NotFound if none was."""
     if obj:
         return obj
-    remedy = 'check the name and the url'
-    with suppress(_Unlisted):
-        names = (other.name for other in remote.list())
-        remedy = _did_you_mean(name, names) or "'etc ls -r' lists what is there"
-    raise NotFound(f"no dataset '{name}' in {remote.url}", remedy)
+    raise NotFound(f"no dataset '{name}' in {remote.url}", "'etc ls -r' lists what is there")
 
 
 def _paths_of(
@@ -4556,7 +4522,7 @@ def _paths_of(
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
         if partition not in known:
-            raise _unknown_partition_error(partition, name, known)
+            raise UnknownPartition(f"no partition '{_masked(partition)}' in {name}; it has: {', '.join(known)}")
     return {'.', *map('data/{}'.format, partitions)}
 
 
@@ -4843,7 +4809,7 @@ def _read_root_files(archive: _Archive) -> _Row:
                 new = Path(work, 'new')
                 new.mkdir()
                 archive.fetch({'.'}, new.parent)
-                return _read_about(new, archive.label)
+                return _read_about(new)
     return {}
 
 
@@ -4981,7 +4947,7 @@ def _tally(
     """How much was done, how long it took, and how much was in its place already: the segments with these paths."""
     had = sum(
         segment.size for segment in segments if segment.path in reused)
-    done = f'{_amount(_total(*segments))} in {_duration(time.monotonic() - place.started)}'
+    done = f'{_amount(_total(*segments))} in {time.monotonic() - place.started:,.2f} s'
     return f'{done}; {_size(had)} were there already' if had else done
 
 
@@ -4989,7 +4955,7 @@ def _amount(counted: Optional[_Row]) -> str:
     """Of what _total() has counted, if it is known."""
     if not counted or counted['files'] is None:
         return '-'
-    return f"{_plural(counted['files'], 'file')}, {_size(counted['size'])}"
+    return f"{counted['files']:,} file{'s' * (counted['files'] != 1)}, {_size(counted['size'])}"
 
 
 def push(
@@ -5254,7 +5220,7 @@ def _meter(what: str) -> _Progress:
         seconds = time.monotonic() - begin
         line = f'{what}  {100 * done // total}%  {_size(done)} of {_size(total)}'
         if done and seconds > 2:  # enough to tell how long the rest will take
-            line += f'  {_duration((total - done) * seconds / done)} left  {_size(done / seconds)}/s'
+            line += f'  {(total - done) * seconds / done:,.0f} s left  {_size(done / seconds)}/s'
         columns = shutil.get_terminal_size().columns
         _console.show_progress(line[:columns - 1])
     return show
