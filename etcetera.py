@@ -4681,8 +4681,7 @@ def ls(
         patterns: _Names = None) -> List[str]:
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
 
-    patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all.
-    """
+    patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all."""
     _check_names(patterns or None)
     rows = _list(remote, config or Config.load(), patterns)
     return [row['name'] for row in rows]
@@ -4735,8 +4734,7 @@ def info(
     also root, source, when, partial; of a remote one archive_size (bytes) and when. Values that only a download would
     tell are None: in an archive that another tool made, and meta and readme if the top-level files are large.
     progress: as for verify(), if all files must be read, because nothing else knows a local dataset's digest.
-    Raises NotFound and other Errors.
-    """
+    Raises NotFound and other Errors."""
     place = _Place(name, config)
     return _perform(
         progress, lambda job: _look(job, place, remote, True)[0])
@@ -4776,11 +4774,8 @@ def _describe(
         receipt = _read_receipt(item)
         if receipt.name:
             segments, here = receipt.segments, receipt.here()
-        source = receipt.source
-        if item.is_symlink():
-            source = Path(os.path.realpath(item)).as_uri()
         row = dict(
-            root=str(item), source=source,
+            root=os.path.realpath(item), source=receipt.source,
             when=receipt.when, partial=receipt.is_partial)
     row.update(
         name=item.name, digest=None, files=None,
@@ -4825,8 +4820,7 @@ def diff(
     progress: as for info(), for each of these readings.
     Keys: equal; a, b ({'name', 'remote', 'digest'}); segments ({path: {'status', 'a', 'b'}}), with the path '.' for the
     root's files, a directory, or data/<partition>, the status 'same', 'differs', 'new' (not in `a`) or 'gone' (not in
-    `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors.
-    """
+    `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors."""
     remotes = (remote, remote) if isinstance(remote, bool) else remote
     places = _Place(a, config), _Place(b, config)
 
@@ -4865,8 +4859,7 @@ def dataset(
 
     name: NAME, or NAME@sha256:... to insist on these contents. partitions: those that must be there; None means all.
     progress: as for pull(). auto_pull: the name of `auto_install` in etcetera 0.0.x.
-    Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors.
-    """
+    Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors."""
     _check_names(partitions)
     place = _Place(name, config)
 
@@ -4898,8 +4891,7 @@ def pull(
     progress: is called with (done, total), bytes that are to be moved, in the thread that called pull(), ten times a
         second; what it raises ends the pull.
     Directories that are installed already, in whatever dataset, are not fetched again.
-    Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors.
-    """
+    Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors."""
     _check_names(partitions)
     place = _Place(name, config)
     return _perform(
@@ -4967,8 +4959,7 @@ def push(
     name: NAME, or NAME@sha256:... to insist on these contents.
     force: replace other contents of that name in the remote storage.
     progress: as for pull(), but of the bytes of the files whose part of the archive has been sent.
-    Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors.
-    """
+    Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors."""
     place = _Place(name, config)
 
     def work(job: _Job) -> str:
@@ -5022,8 +5013,7 @@ def register(
 
     copy: install a private read-only copy instead of a link. force: replace a local dataset of that name.
     progress: as for pull(), but of the bytes of the files that have been copied.
-    Raises InvalidDataset, Exists and other Errors.
-    """
+    Raises InvalidDataset, Exists and other Errors."""
     def work(job: _Job) -> Dataset:
         root = Path(os.path.realpath(_check_path(directory)))
         _validate(root)  # first, or a part of a URL might be taken for a name, and shown
@@ -5034,11 +5024,9 @@ def register(
         is_link = place.path.is_symlink()
         if installed in (root, *root.parents) and not (copy or is_link):
             raise InvalidDataset(f"{root} is what is installed as '{place.name}'", 'use --copy, or another directory')
-        if not force and _is_dataset(place.path):
-            if copy or installed != root:
-                raise place.taken_error()
-            _say(f"'{place.name}' is registered already")
-            return place.open()
+        is_same = installed == root and not copy
+        if _is_dataset(place.path) and not (force or is_same):
+            raise place.taken_error()
         receipt = _NO_RECEIPT
         with place.installing():
             if copy:  # as if it had been pushed and pulled
@@ -5054,7 +5042,7 @@ def register(
                 receipt = _Receipt(place.name, segments, paths, root.as_uri())
             else:
                 _symlink(root, place.new)
-            place.commit(force, receipt)
+            place.commit(force or is_same, receipt)
         _say(f"{'copied' if copy else 'registered'} '{place.name}': {root}")
         with suppress(InvalidDataset, OSError):  # which a push will tell
             if not copy:
@@ -5094,8 +5082,7 @@ def verify(
 
     Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... insists on. A registered or
     created dataset has nothing to be compared with.
-    progress: as for pull(), but of the bytes of the files that have been read.
-    """
+    progress: as for pull(), but of the bytes of the files that have been read."""
     place = _Place(name, config)
 
     def work(job: _Job) -> str:
@@ -5123,8 +5110,7 @@ def purge(
 
     name: NAME, or NAME@sha256:... to insist on these contents.
     remote: by keyword only, so that no call that was meant for the local store can reach what others share.
-    Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors.
-    """
+    Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors."""
     place = _Place(name, config)
 
     def work(job: _Job) -> None:
@@ -5237,7 +5223,7 @@ def _ls(
     shown = 4 if in_full else 1
     rows = [(
         row['name'], _amount(row), row['when'] or '-',
-        row['digest'] or row.get('source') or '-'
+        row['digest'] or row.get('root') or '-'
     )[:shown] for row in found]
     _output(found, json, rows)
     if not found:
@@ -5305,7 +5291,7 @@ def _purge(
         force: bool = False) -> None:
     if force or not remote:
         purge(name, config, remote=remote)
-    elif all(map(_is_terminal, [sys.stdin, sys.stderr])):
+    elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
         _purge_remote(_Place(name, config), _confirm_removal)
     else:
         _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
@@ -5492,8 +5478,7 @@ def _run(argv: Sequence[str]) -> int:
 def main(argv: _Names = None) -> int:
     """The command `etc`. Returns its exit status.
 
-    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C.
-    """
+    0; 1 for an error; 2 for wrong usage; 128 and the number of the signal that ended it, such as 130 for Ctrl-C."""
     import signal
     if '_ARGCOMPLETE' in os.environ:
         from importlib import import_module  # so that no type checker looks for it
