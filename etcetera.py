@@ -5193,22 +5193,19 @@ def _meter(what: str) -> _Progress:
     import shutil
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
-    begin = time.monotonic()
-    last = 0
+    begin = 0.0
 
     def show(done: int, total: int) -> None:
-        nonlocal begin, last
-        if done < last:  # the next piece begins
+        nonlocal begin
+        if not done:  # a piece of the work begins
             begin = time.monotonic()
-        last = done
-        if done == total:  # and the next line tells of the end
-            return
         seconds = time.monotonic() - begin
         line = f'{what}  {100 * done // total}%  {_size(done)} of {_size(total)}'
         if done and seconds > 2:  # enough to tell how long the rest will take
             line += f'  {(total - done) * seconds / done:,.0f} s left  {_size(done / seconds)}/s'
         columns = shutil.get_terminal_size().columns
-        _console.show_progress(line[:columns - 1])
+        if done < total:  # afterwards, a message tells of the end
+            _console.show_progress(line[:columns - 1])
     return show
 
 
@@ -5289,23 +5286,19 @@ def _text(word: str) -> str:
 def _purge(
         name: str, config: Config, remote: bool = False,
         force: bool = False) -> None:
-    if force or not remote:
-        purge(name, config, remote=remote)
-    elif _is_terminal(sys.stdin) and _is_terminal(sys.stderr):
-        _purge_remote(_Place(name, config), _confirm_removal)
+    def confirm(what: str) -> None:
+        if not (_is_terminal(sys.stdin) and _is_terminal(sys.stderr)):
+            _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
+        _console.write(f'etc: remove {what}? [y/N] ')
+        answer = sys.stdin.buffer.readline()  # of any encoding
+        if not re.match(rb'(?i)\s*y(es)?\s*\Z', answer):
+            raise Error(f'{what} stays')
+
+    if remote and not force:
+        _purge_remote(_Place(name, config), confirm)
     else:
-        _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
+        purge(name, config, remote=remote)
 
-
-def _confirm_removal(what: str) -> None:
-    """Raises Error unless the person at the terminal agrees."""
-    _console.write(f'etc: remove {what}? [y/N] ')
-    answer = sys.stdin.buffer.readline()  # of any encoding
-    if not re.match(rb'(?i)\s*y(es)?\s*\Z', answer):
-        raise Error(f'{what} stays')
-
-
-# The commands
 
 _FLAGS = '''
 [-f]            -f --force      replace a different dataset of that name; with purge -r: do not ask
@@ -5335,38 +5328,29 @@ _ARGUMENTS: Dict[str, Any] = {  # what argparse must know of flags with these va
 # lets it run once for each); what it does, and examples
 _COMMANDS: Dict[str, Any] = {
     'register': (register, 'DIR [NAME] [-f] [--copy]', """Give a directory a name
-
   etc register ./digits MNIST         it stays where it is
   etc register --copy ./digits MNIST  install a read-only copy of it"""),
     'push': (push, 'NAME... [-f]', """Share local datasets
-
   etc push -f MNIST                   replace a different dataset of that name"""),
     'ls': (_ls, '[PATTERN...] [-r] [-l] [--json]', """List datasets
-
   etc ls -r                           what is shared
   etc ls -l                           what is here, with files, size, when and digest
   etc ls -r 'MNIST*'                  whose names match, with *, ? and [...]"""),
     'pull': (pull, 'NAME... [-f] [-p PARTITION]', """Install remote datasets
-
   etc pull MNIST -p test              only one partition; the rest may follow later
   etc pull -f MNIST                   replace a different dataset of that name
   etc pull MNIST@sha256:...           insist on these contents"""),
     'info': (_info, 'NAME [-r] [--json]', """Show what is known of a dataset
-
   etc info -r MNIST                   of a remote one, without downloading its data"""),
     'diff': (_diff, 'A B [-r NAME] [--json]', """Show what of a dataset is the same, differs, is new or gone
-
   etc diff MNIST -r MNIST             what is here, and what is shared
   etc diff -r MNIST -r MNIST2         both are remote"""),
     'verify': (verify, 'NAME...', """Read all files again and compare them with the digest
-
   etc verify MNIST@sha256:...         with this digest"""),
     'create': (_create, 'NAME [PARTITION...] [-f]', """Make an empty dataset to fill
-
   etc create MNIST                    with the partitions train and test
   etc create MNIST train val test"""),
     'purge': (_purge, 'NAME... [-r] [-f]', """Remove local datasets, or with -r remote ones
-
   etc purge MNIST                     a registered directory itself is not touched
   etc purge -r MNIST                  from the remote storage, after a question
   etc purge -r MNIST@sha256:...       only if it has these contents"""),
@@ -5374,11 +5358,10 @@ _COMMANDS: Dict[str, Any] = {
 
 _NOTES = """\
 Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
-For help on a command, run 'etc pull -h'.
-('etc' is what pip installs; without it, write 'python3 etcetera.py' instead.)
+For help on a command, run 'etc pull -h'. ('etc' is what pip installs; 'python3 etcetera.py' is the same.)
 
-exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong usage;
-130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP"""
+exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong usage; 130 after Ctrl-C,
+143 after SIGTERM, 129 after SIGHUP"""
 
 
 def _parser(argv: Sequence[str] = ()) -> Any:
