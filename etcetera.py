@@ -761,6 +761,9 @@ class _Segment(NamedTuple):
         return segment
 
 
+_Segments = Sequence[_Segment]
+
+
 def _segment_of(name: str) -> str:
     """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
     match = re.match('data/[^/]+|[^/]+(?=/)', name)
@@ -1112,7 +1115,7 @@ class _Receipt(NamedTuple):
     """What is known of an installed directory."""
 
     name: str = ''
-    segments: Sequence[_Segment] = ()  # of the whole dataset
+    segments: _Segments = ()  # of the whole dataset
     installed: FrozenSet[str] = frozenset()  # paths of the segments that are here
     source: _MaybeText = None  # URL from which it was pulled or copied
     version: str = ''  # of the object; '' if it was copied
@@ -1154,7 +1157,7 @@ class Dataset(Mapping[str, Path]):
         self._partitions = _validate(self.root)
         self.name = name or self.root.resolve().name  #: str
         self._receipt = receipt
-        self._segments: Sequence[_Segment] = receipt.segments  # as soon as they are known
+        self._segments: _Segments = receipt.segments  # as soon as they are known
 
     def __getitem__(self, partition: str) -> Path:
         if partition in self._partitions:
@@ -1184,7 +1187,7 @@ class Dataset(Mapping[str, Path]):
         """'sha256:...' of all contents. If no receipt holds it, every file is read."""
         return _dataset_digest(_perform(None, self._read))
 
-    def _read(self, job: _Job) -> Sequence[_Segment]:
+    def _read(self, job: _Job) -> _Segments:
         """The segments of all contents. If no receipt holds them, every file is read, but once."""
         self._segments = self._segments or _digest_segments(job, self.root)
         return self._segments
@@ -1442,7 +1445,7 @@ def _choose_effort(level: int, payload: bytes) -> int:
     return level
 
 
-def _archive_end(level: int, segments: Sequence[_Segment]) -> bytes:
+def _archive_end(level: int, segments: _Segments) -> bytes:
     """What follows the blocks: the end of the tar, the index and the footer."""
     index = {
         'etcetera': 1,
@@ -1464,7 +1467,7 @@ def _parse_json(data: bytes) -> Any:
         raise _Malformed from None
 
 
-def _read_index(size: int, read: Callable[[int, int], bytes]) -> Sequence[_Segment]:
+def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
     """The segments of an archive of `size` bytes; () if it has no index of a known version. Raises Corrupt.
 
     read(start, stop): bytes of the archive.
@@ -4061,7 +4064,7 @@ class _Place:
         self.new = self.work / 'new'
         _abandoned(self.root)  # so that what had been set aside is back
 
-    def check(self, segments: Sequence[_Segment]) -> None:
+    def check(self, segments: _Segments) -> None:
         """Raises Corrupt if these are not the contents that the caller insists on. None means that nothing is known."""
         digest = _dataset_digest(segments) if segments else 'none, as another tool packed it'
         if self.pin not in (None, digest):
@@ -4370,7 +4373,7 @@ class _Archive:
         self.obj = obj
         self.tail = tail  # its last bytes
         self.label = f"'{obj.name}' in {remote.url}"
-        self.segments: Sequence[_Segment] = ()
+        self.segments: _Segments = ()
         with self.labelled():
             self.segments = _read_index(obj.size, self.read)
 
@@ -4514,7 +4517,7 @@ def _existing(
 
 
 def _paths_of(
-        name: str, segments: Sequence[_Segment],
+        name: str, segments: _Segments,
         partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None or not segments:  # if they are not known, all that is there
@@ -4705,7 +4708,7 @@ def _list(
 
     def work(job: _Job) -> List[_Row]:
         def describe(obj: _Object) -> _Row:
-            segments: Sequence[_Segment] = ()
+            segments: _Segments = ()
             try:
                 if in_full:
                     segments = _find(store, obj.name).segments
@@ -4741,9 +4744,8 @@ def info(
 
 
 def _look(
-        job: _Job, place: _Place,
-        remote: bool, in_full: bool
-) -> Tuple[_Row, Sequence[_Segment]]:
+        job: _Job, place: _Place, remote: bool,
+        in_full: bool) -> Tuple[_Row, _Segments]:
     """What info() tells, but meta and readme of a remote dataset only in full; and the segments."""
     if remote:
         with _open_remote(place.config, job) as store:
@@ -4763,7 +4765,7 @@ def _look(
 
 def _describe(
         item: Union[Path, _Object],
-        segments: Sequence[_Segment]) -> _Row:
+        segments: _Segments) -> _Row:
     """What info() and _list() tell of what is in a directory or an object. segments: if there is no receipt."""
     here = segments
     if isinstance(item, _Object):
@@ -4934,7 +4936,7 @@ def _pull(
 
 
 def _tally(
-        place: _Place, segments: Sequence[_Segment],
+        place: _Place, segments: _Segments,
         reused: Container[str] = ()) -> str:
     """How much was done, how long it took, and how much was in its place already: the segments with these paths."""
     had = sum(
