@@ -159,8 +159,7 @@ def _masked(text: str) -> str:
 
 def _existing_part(path: str) -> str:
     """The part of a path that exists, followed by `...` if there is more that may be a key."""
-    parents = map(str, Path(path).parents)
-    known = next(filter(os.path.lexists, [path, *parents]), '')
+    known = next(filter(os.path.lexists, [path, *map(str, Path(path).parents)]), '')
     return path if _is_harmless(path[len(known):]) else os.path.join(known, '...')
 
 
@@ -171,8 +170,7 @@ def _is_harmless(text: str) -> bool:
 
 def _printable(text: str) -> str:
     """The text on one line, without characters that could steer a terminal."""
-    return ''.join(
-        c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _size(count: Optional[float]) -> str:
@@ -418,15 +416,14 @@ class Config:
         named = path or os.environ.get('ETC_CONFIG')
         usual = map(_expanduser, ('~/.etc.yaml', '~/.etc.toml'))
         found = named or next(filter(os.path.exists, usual), '')
-        file = found and _expand(found)
-        values = _read_settings(Path(file)) if file else {}
+        values = _read_settings(_expand(found)) if found else {}
         for key in 'url', 'home':
             values[key] = os.environ.get(f'ETC_{key.upper()}') or values.get(key)
         given = {key: value for key, value in overrides.items() if value is not None}
         config = cls(**{**values, **given})
-        source = '$ETC_URL' if os.environ.get('ETC_URL') else str(file)
+        source = '$ETC_URL' if os.environ.get('ETC_URL') else str(found)
         config._url_source = '--url' if overrides.get('url') else source
-        _say(f"settings file: {file or 'none'}; url from {config._url_source or 'nowhere'}; {config}", _DEBUG)
+        _say(f"settings file: {found or 'none'}; url from {config._url_source or 'nowhere'}; {config}", _DEBUG)
         return config
 
     def __repr__(self) -> str:
@@ -456,11 +453,10 @@ def _expand(path: _Path) -> Path:
 def _check_setting(key: str, value: Any) -> None:
     if key not in Config.__annotations__:
         raise ConfigError(f"unknown setting '{key}'", f"there are {', '.join(Config.__annotations__)}")
-    choices, kind = _CHOICES.get(key, ([], 'text that can be printed; put it in quotes'))
-    if choices:
-        is_right = value in choices and type(value) is type(choices[0])  # True is no number of connections
-    else:
-        is_right = isinstance(value, str) and value.isprintable()
+    choices, kind = _CHOICES.get(key, ((), 'text that can be printed; put it in quotes'))
+    is_right = isinstance(value, str) and value.isprintable()
+    if choices:  # True is an int, but no number of connections
+        is_right = type(value) is type(choices[0]) and value in choices
     if value is not None and not is_right:
         raise ConfigError(f"'{key}' must be {kind}")
 
@@ -540,7 +536,6 @@ class _Job:
         self.wake()
         while self.progress and self.reported != total:
             self.sleep(_TICK / 100)
-        self.add(0)
 
     def wake(self) -> None:
         """Let the caller look at once."""
@@ -560,13 +555,6 @@ class _Job:
             time.sleep(min(_TICK, seconds))
             seconds -= _TICK
             self.add(0)
-
-    def report(self) -> None:
-        total = self.total
-        if total and self.progress:
-            done = self.moved * self.packed // self.produced
-            self.progress(min(done, total), total)
-        self.reported = total
 
     def interrupt(self) -> None:
         """Let what threads wait for fail at once."""
@@ -599,7 +587,11 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
             job.progress = None
             work()
         while not (results or errors):
-            job.report()
+            total = job.total
+            if progress and total:
+                done = job.moved * job.packed // job.produced
+                progress(min(done, total), total)
+            job.reported = total
             job.news.acquire(timeout=_TICK)
     except BaseException:
         job.is_ended = True
@@ -617,7 +609,9 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
 
 def _cores() -> int:
     """How many threads are worth having for computation. Each has a few MiB under way, so there is a bound."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    count = os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'):
+        count = len(os.sched_getaffinity(0))
     return min(count, 16)
 
 
@@ -660,7 +654,8 @@ def _ordered(
             del item
             try:
                 if len(threads) < count:
-                    thread = threading.Thread(target=_work, args=(tasks, function), daemon=True)
+                    work = partial(_work, tasks, function)
+                    thread = threading.Thread(target=work, daemon=True)
                     thread.start()
                     threads.append(thread)
             except (RuntimeError, MemoryError):
@@ -1106,7 +1101,7 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
 # ---------------------------------------------------------------------------------------
 
 _META_LIMIT = 16 << 20  # bytes of meta.json
-_README_LIMIT = 1 << 20  # bytes of README.md that are shown
+_README_LIMIT = 1 << 20  # characters of README.md that are shown
 
 _NAME = '[A-Za-z0-9][A-Za-z0-9._-]{0,127}'
 
@@ -1209,13 +1204,13 @@ def _validate(root: Path, label: str = '') -> List[str]:
     if not root.is_dir():
         raise InvalidDataset(f'no directory {_masked(label)}', 'check the path; an archive must be unpacked first')
     try:
-        partitions = [path[5:] for path, _ in _partitions(root)] if (root / 'data').is_dir() else []
+        partitions = _partitions(root) if (root / 'data').is_dir() else []
         if not partitions:
             raise InvalidDataset("it needs a directory 'data' with a directory for each partition")
         _read_meta(root)
     except InvalidDataset as e:
         raise InvalidDataset(f'{label} is no dataset: {e.message}', e.remedy) from None
-    return partitions
+    return [path[len('data/'):] for path, _ in partitions]
 
 
 def _read_meta(root: Path) -> Dict[str, Any]:
@@ -1236,11 +1231,11 @@ def _read_meta(root: Path) -> Dict[str, Any]:
 def _read_about(root: Path) -> _Row:
     """What meta.json and the start of README.md hold."""
     path = root / 'README.md'
-    readme = b''
+    readme = ''
     if path.is_file():
-        with open(path, 'rb') as file:
+        with open(path, encoding='utf-8-sig', errors='replace') as file:
             readme = file.read(_README_LIMIT)
-    return {'meta': _read_meta(root), 'readme': readme.decode('utf-8-sig', 'replace')}
+    return {'meta': _read_meta(root), 'readme': readme}
 
 
 def _is_name(text: str) -> bool:
@@ -1274,9 +1269,10 @@ _GZIP_HEADER_SIZE = 10  # bytes of a header without extra fields
 @lru_cache(maxsize=None)
 def _libdeflate() -> Any:
     """libdeflate, if it is there and to be used, else None."""
-    if os.environ.get('ETC_LIBDEFLATE') == '0' or sys.implementation.name != 'cpython':
-        return None  # ctypes of PyPy copies bytes one by one
-    with suppress(ImportError, OSError, AttributeError, StopIteration):
+    is_slow = sys.implementation.name != 'cpython'  # ctypes of PyPy copies bytes one by one
+    if is_slow or os.environ.get('ETC_LIBDEFLATE') == '0':
+        return None
+    with suppress(Exception):  # whatever keeps it from being loaded, zlib will do
         import ctypes
         tops = sys.base_prefix, '/opt/homebrew', '/usr/local', '/opt/local', '/usr'
         places = 'lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64'

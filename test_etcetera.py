@@ -6849,7 +6849,7 @@ class Secrets(Hush, S3Case):
                 handler.answer(status, (xml % told).encode(), location)
             with self.subTest(status):
                 self.server.fault = fault
-                self.everything('answers %d SignatureDoesNotMatch: no;' % status, 6)
+                self.everything("answers %d SignatureDoesNotMatch: no;|no dataset '" % status, 6)
         self.server.fault = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR) or True
         self.everything('cannot reach ' + self.server.url, 6)
         self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode())
@@ -6948,7 +6948,7 @@ class Places(Hush, S3Case):
         etc.push('X')  # or pull would not come to look at the home
         for words in ('ls', 'push X', 'pull X', 'create Y', 'register ds Y'):
             self.everywhere('ETC_HOME=HERE/file/%\nhome=HERE/file/% ETC_HOME='.replace('HERE', str(self.tmp)),
-                            words.split(), says=r'%s/file/\.\.\.' % self.tmp)
+                            words.split(), says=r"%s/file/\.\.\.|no local dataset 'X'" % self.tmp)
 
     def test_urls(self):
         """Passwords and signatures in URLs, and keys instead of URLs."""
