@@ -806,45 +806,6 @@ def _partitions(root: _Path) -> _Items:
     return partitions
 
 
-def _entries(
-        root: _Path, segment: str, tops: _Items,
-        surprises: Dict[str, List[str]]) -> Iterator[_Entry]:
-    """Everything at and below `tops`, a directory before its contents, and what may be shared by accident."""
-    followed = itertools.count(1)
-    top = os.path.join(os.path.realpath(root), '')
-
-    def visit(items: _Items, through_link: bool) -> Iterator[_Entry]:
-        for name, is_link in items:
-            if through_link and next(followed) > _MAX_FOLLOWED or name.count('/') >= _DEPTH:
-                raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
-                                     'remove links')
-            path = _join(root, name)
-            try:
-                status = os.stat(path)
-            except OSError as e:
-                if e.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise
-                raise InvalidDataset(f"'{name[:300]}' is a link to nothing, or back to itself, or vanished",
-                                     'repair or remove it, and try again') from None
-            link = _kept_link(root, name, segment) if is_link and name != 'data' else ''
-            if is_link and not os.path.realpath(path).startswith(top):
-                surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
-            if name.startswith(_ODD, name.rfind('/') + 1):
-                surprises['hidden or odd names'].append(name)
-            if link:
-                yield _Entry(name, link=link)
-            elif stat.S_ISREG(status.st_mode):
-                yield _Entry(name, status.st_size, bool(status.st_mode & 0o100), '', path)
-            elif stat.S_ISDIR(status.st_mode):
-                yield _Entry(name + '/', is_executable=True)
-                if segment != '.':
-                    yield from visit(_scan(root, name + '/'), through_link or is_link)
-            else:
-                raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
-
-    return visit(tops, False)
-
-
 def _kept_link(root: _Path, name: str, segment: str) -> str:
     """The shortest target of the link `name` if it can stay a link, or '' if it must be followed.
 
@@ -873,23 +834,27 @@ class _Survey:
 
     def __init__(self, root: _Path, only: Container[str] = ()) -> None:
         """only: the paths of the segments that are wanted; by default, all."""
+        self.root = root
+        self.top = os.path.join(os.path.realpath(root), '')
         self.kept: Dict[str, List[bytes]] = defaultdict(list)  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.surprises: Dict[str, List[str]] = defaultdict(list)  # names of what may be shared by accident
         tops: Dict[str, _Items] = {'.': []}
-        for item in _scan(root):
-            is_top = item[0] != 'data' and os.path.isdir(_join(root, item[0]))
-            if item[0] != _RECEIPT:
-                tops.setdefault(item[0] if is_top else '.', []).append(item)
+        for name, is_link in _scan(root):
+            is_top = name != 'data' and os.path.isdir(_join(root, name))
+            if name != _RECEIPT:
+                tops.setdefault(name if is_top else '.', []).append((name, is_link))
         tops.update((item[0], [item]) for item in _partitions(root))
         count = 0
         for path, items in tops.items():
             if only and path not in only:
                 continue
-            entries = _entries(root, path, items, self.surprises)
+            self.followed = 0  # entries that followed links have led to
+            entries = self.visit(path, items, False)
             files = size = 0
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
-                self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
+                rows = marshal.dumps(list(map(tuple, batch)))
+                self.kept[path].append(zlib.compress(rows, 1))
                 count += len(batch)
                 files += sum([not entry.name.endswith('/') for entry in batch])
                 size += sum([entry.size for entry in batch])
@@ -898,6 +863,38 @@ class _Survey:
         # Bytes that the archive will not exceed: headers with names and link targets that the system can hold take less
         # than 12 KiB, and blocks are at most as much longer as _LONGEST_BLOCK allows.
         self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
+
+    def visit(self, segment: str, items: _Items, through_link: bool) -> Iterator[_Entry]:
+        """Everything at and below the items, a directory before its contents."""
+        for name, is_link in items:
+            self.followed += through_link
+            if self.followed > _MAX_FOLLOWED or name.count('/') >= _DEPTH:
+                raise InvalidDataset(f"'{name[:300]}' is nested too deeply, or its links lead to too many files",
+                                     'remove links')
+            path = _join(self.root, name)
+            try:
+                status = os.stat(path)
+            except OSError as e:
+                if e.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                raise InvalidDataset(f"'{name[:300]}' is a link to nothing, or back to itself, or vanished",
+                                     'repair or remove it, and try again') from None
+            link = _kept_link(self.root, name, segment) if is_link and name != 'data' else ''
+            if is_link and not os.path.realpath(path).startswith(self.top):
+                self.surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
+            if name.startswith(_ODD, name.rfind('/') + 1):
+                self.surprises['hidden or odd names'].append(name)
+            if link:
+                yield _Entry(name, link=link)
+            elif stat.S_ISREG(status.st_mode):
+                yield _Entry(name, status.st_size, bool(status.st_mode & 0o100), '', path)
+            elif stat.S_ISDIR(status.st_mode):
+                yield _Entry(name + '/', is_executable=True)
+                if segment != '.':
+                    below = _scan(self.root, name + '/')
+                    yield from self.visit(segment, below, through_link or is_link)
+            else:
+                raise InvalidDataset(f"'{name}' is neither a file nor a directory", 'remove it')
 
     def warn(self, name: str) -> None:
         """Tell what may be shared by accident."""
@@ -965,31 +962,28 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
 _Piece = Tuple[bytes, _Entry, int, int]
 
 
-def _read_file(entry: _Entry, start: int, stop: int) -> bytes:
-    """Bytes of a file. Raises InvalidDataset if it has another size than when it was looked at."""
-    wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
-    file = os.open(entry.source, _READ)
-    try:
-        if start:
-            os.lseek(file, start, os.SEEK_SET)
-        data = more = os.read(file, wanted)
-        while more and len(data) < stop - start:
-            more = os.read(file, wanted - len(data))
-            data += more
-    finally:
-        os.close(file)
-    if len(data) != stop - start:
-        raise InvalidDataset(f"'{entry.name}' changed while it was read", 'try again when it is complete')
-    return data
-
-
 @_system_errors()
 def _read_pieces(pieces: Iterable[_Piece]) -> bytes:
+    """The bytes of a block. Raises InvalidDataset if a file has another size than when it was looked at."""
     parts = []
     for head, entry, start, stop in pieces:
         parts.append(head)
-        if start < stop:
-            parts += _read_file(entry, start, stop), _ZEROS[:(start - stop) % 512]
+        if start == stop:
+            continue
+        wanted = stop - start + (stop == entry.size)  # a byte more would show that the file has grown
+        file = os.open(entry.source, _READ)
+        try:
+            if start:
+                os.lseek(file, start, os.SEEK_SET)
+            data = more = os.read(file, wanted)
+            while more and len(data) < stop - start:
+                more = os.read(file, wanted - len(data))
+                data += more
+        finally:
+            os.close(file)
+        if len(data) != stop - start:
+            raise InvalidDataset(f"'{entry.name}' changed while it was read", 'try again when it is complete')
+        parts += data, _ZEROS[:-len(data) % 512]
     return b''.join(parts)
 
 
@@ -1088,10 +1082,7 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
     survey = _Survey(root)
     job.begin(survey.size)
     blocks = _hash(job, survey.listing(survey.segments))
-    return [
-        segment._replace(digest=_digest(blocks[path]))
-        for path, segment in survey.segments.items()
-    ]
+    return [segment._replace(digest=_digest(blocks[path])) for path, segment in survey.segments.items()]
 
 
 # ---------------------------------------------------------------------------------------
@@ -1401,58 +1392,43 @@ def _member(tag: bytes, data: bytes) -> bytes:
 
 
 def _index_members(parts: Iterable[bytes]) -> bytes:
-    return b''.join([
-        _member(b'ei', part) + _EMPTY
-        for part in parts
-    ])
+    return b''.join([_member(b'ei', part) + _EMPTY for part in parts])
 
 
 def _compress(level: int, payload: bytes) -> bytes:
-    """A block of the archive, from the bytes that it is to hold."""
-    level = _choose_effort(level, payload)
+    """A block of the archive, from the bytes that it is to hold, at the level that pays, judged by samples of them.
+
+    JPEG, Parquet, npz and the like do not shrink: they are stored. Small files of that kind do not shrink either, but
+    the padding between them does. The default level is to take at most 2 % more bytes than gzip's; zlib's level below
+    often achieves that, in two thirds of the time.
+    """
+    if level and len(payload) > 65536:
+        step = len(payload) // 4
+        starts = range(step // 2, len(payload), step)
+        samples = b''.join([payload[start:start + 2048] for start in starts])
+        best = len(_deflate(samples, level))
+        if best > 0.97 * len(samples):
+            level = 0
+        elif len(_deflate(samples, _RUNS)) < 1.06 * best:
+            level = _RUNS
+        elif level == Config.compression_level and not _libdeflate():
+            middle = payload[len(payload) // 2:][:32768]
+            most = 1.012 * len(_deflate(middle, level))
+            level -= len(_deflate(middle, level - 1)) < most
     body = _deflate(payload, level)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
     return _member(b'et', struct.pack('<I', _BLOCK_HEADER_SIZE + len(body))) + body
 
 
-def _choose_effort(level: int, payload: bytes) -> int:
-    """The level that pays for these bytes, judged by samples of them.
-
-    JPEG, Parquet, npz and the like do not shrink: they are stored. Small files of that kind do not shrink either, but
-    the padding between them does. The default level is to take at most 2 % more bytes than gzip's; zlib's level below
-    often achieves that, in two thirds of the time.
-    """
-    if not level or len(payload) <= 65536:
-        return level
-    step = len(payload) // 4
-    samples = b''.join([
-        payload[start:start + 2048]
-        for start in range(step // 2, len(payload), step)
-    ])
-    best = len(_deflate(samples, level))
-    if best > 0.97 * len(samples):
-        return 0
-    if len(_deflate(samples, _RUNS)) < 1.06 * best:
-        return _RUNS
-    if level == Config.compression_level and not _libdeflate():
-        middle = payload[len(payload) // 2:][:32768]
-        level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
-    return level
-
-
 def _archive_end(level: int, segments: _Segments) -> bytes:
     """What follows the blocks: the end of the tar, the index and the footer."""
-    index = {
-        'etcetera': 1,
-        'digest': _dataset_digest(segments),
-        'segments': [segment._asdict() for segment in segments],
-    }
+    rows = [segment._asdict() for segment in segments]
+    index = {'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': rows}
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     end = _compress(level, _ZEROS)
     offset = struct.pack('<Q', segments[-1].stop + len(end))
-    starts = range(0, len(text), _INDEX_STEP)
-    parts = [text[start:start + _INDEX_STEP] for start in starts]
+    parts = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
     return end + _index_members(parts) + _member(b'ef', offset) + _EMPTY
 
 
@@ -1476,12 +1452,12 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
             raise Corrupt('the archive is damaged: its index is missing')
         return ()
     offset = int.from_bytes(offset_bytes, 'little')
-    if not 0 < end - offset <= _INDEX_LIMIT:
-        raise Corrupt('the archive is damaged: its footer points nowhere')
-    data = read(offset, end)
-    parts = re.findall(_INDEX_MEMBER, data)
-    text = b''.join(parts)
     try:
+        if not 0 < end - offset <= _INDEX_LIMIT:
+            raise _Malformed
+        data = read(offset, end)
+        parts = re.findall(_INDEX_MEMBER, data)
+        text = b''.join(parts)
         if (
                 _index_members(parts) != data
                 or text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6  # which would take much memory to parse,
@@ -1553,9 +1529,9 @@ def _link_or_copy(source: str, target: str) -> None:
 def _symlink(target: _Path, path: _Path) -> None:
     try:
         os.symlink(target, path, target_is_directory=os.path.isabs(target))  # only Windows heeds the flag
+    except (FileExistsError, FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as e:
-        if e.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
         raise Error(f'this disk cannot hold links: {e.strerror}',
                     "set 'home' to a place on another disk, or register with --copy") from None
 
@@ -1565,16 +1541,14 @@ class _Sink:
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
-        self.links: Dict[str, str] = {}  # targets of links, which filling() makes
+        self.links: Dict[str, str] = {}  # targets of links, made at the end, so that nothing is written through one
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
-        if not _is_safe(name) or name.count('/') >= _DEPTH:
-            raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'", 'do not trust it')
-        try:
-            return self.root + _to_os(name)
-        except UnicodeError:
-            raise Corrupt(f"the archive holds the name '{name}', which is not valid UTF-8") from None
+        if not _is_safe(name) or not _is_utf8(name) or name.count('/') >= _DEPTH:
+            raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'",
+                          'do not trust it; if it only is not UTF-8, pack it anew')
+        return self.root + _to_os(name)
 
     def write_file(self, name: str, is_executable: bool, pieces: Iterable[Any], size: int = 0) -> None:
         """Create a file; with `size` it is so large at once, so that _replay() knows what is to come."""
@@ -1588,13 +1562,6 @@ class _Sink:
                     piece = piece[os.write(file, piece):]
         finally:
             os.close(file)
-
-    def add_link(self, name: str, target: str) -> None:
-        """Note a link, which is made at the end, so that nothing can be written through it."""
-        path = self.path(name)
-        if name in self.links:
-            raise FileExistsError(errno.EEXIST, name, path)
-        self.links[name] = target
 
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
@@ -1613,7 +1580,7 @@ class _Sink:
             if isinstance(e, FileExistsError):
                 raise Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)") from None
             if not os.path.isdir(self.root):
-                raise Error(f'{self.root} was removed while it was being filled', 'run the command again') from None
+                raise  # somebody has removed it
             raise Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it") from None
         root = os.path.join(os.path.realpath(self.root), '')
         for name, target in self.links.items():
@@ -1626,16 +1593,15 @@ class _Sink:
                 # By its text too, as the way back into the root from above it would lead elsewhere once that has its
                 # name.
                 meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-                is_relative = not os.path.isabs(target) and not (meant + '/').startswith('../')
-                is_sound = is_relative and os.path.join(os.path.realpath(path), '').startswith(root)
+                real = os.path.join(os.path.realpath(path), '')
+                is_sound = real.startswith(root) and not f'{meant}/'.startswith(('/', '../'))
             if not is_sound:
                 raise Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the "
                               'dataset or nowhere')
 
 
 _HEADER_SIZE = 512  # bytes of a ustar header
-_SIZE_FIELD = slice(124, 135)  # of a ustar header: the digits
-_KIND_AT = 156
+_KIND_AT = 156  # where the type flag is
 _PAX_LIMIT = 32768  # bytes of a pax header
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
@@ -1696,7 +1662,6 @@ class _SegmentReader(_Stream):
         self.ready: List[Callable[[], None]] = []
         self.source = ''  # of the last block
         self.digests = bytearray()  # of all blocks
-        self.last = 'data\0' if path.startswith('data/') else ''  # by what the last entry is sorted
 
     def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
         """The tar stream. Once all of a block has been taken, write what is ready, and note that it is written."""
@@ -1719,13 +1684,25 @@ class _SegmentReader(_Stream):
         """Write all of it, and return it as it was read. Raises Corrupt if it is not what was promised."""
         files = size = 0
         has_directory = False
+        last = 'data\0' if self.path.startswith('data/') else ''  # by what the last entry is sorted
         for header in iter(partial(self.read, _HEADER_SIZE), b''):
             entry = self.parse(header)
-            self.check_place(entry.name)
+            # The rules for which entries a segment holds, and in which order
+            name = entry.name
+            belongs = name.startswith(self.path + '/')
+            if self.path == '.':
+                belongs = name == 'data/' or '/' not in name and name != _RECEIPT
+            order = name.replace('/', '\0')  # as lists of their components would be
+            around = order[:order.rfind('\0', 0, -1) + 1]
+            if not belongs or not last.startswith(around):  # the last entry is the directory around it, or in it
+                raise self.error('place')
+            if order <= last:
+                raise self.error('order')
+            last = order
             if entry.kind == _DIRECTORY:
                 has_directory = True
-                path = self.sink.path(entry.name[:-1])
-                if entry.name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
+                path = self.sink.path(name[:-1])
+                if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
                     os.mkdir(path)
                 continue
             files += 1
@@ -1733,7 +1710,7 @@ class _SegmentReader(_Stream):
             if promised and size > promised.size:
                 raise self.error('size')
             if entry.link:
-                self.sink.add_link(entry.name, entry.link)
+                self.sink.links[name] = entry.link
             else:
                 self.write_file(entry)
         segment = _Segment(self.path, 0, 0, files, size, _digest(self.digests))
@@ -1746,7 +1723,7 @@ class _SegmentReader(_Stream):
         pax = {}
         try:
             if header[_KIND_AT] == _PAX[0]:
-                size = int(header[_SIZE_FIELD], 8)
+                size = int(header[124:135], 8)
                 if not 0 < size <= _PAX_LIMIT:
                     raise ValueError
                 header += self.read(size + -size % 512 + _HEADER_SIZE)
@@ -1767,20 +1744,6 @@ class _SegmentReader(_Stream):
         except ValueError:
             pass
         raise self.error('header')
-
-    def check_place(self, name: str) -> None:
-        """The rules for which entries a segment holds, and in which order."""
-        if self.path == '.':
-            belongs = name == 'data/' or '/' not in name and name != _RECEIPT
-        else:
-            belongs = name.startswith(self.path + '/')
-        order = name.replace('/', '\0')  # as lists of their components would be
-        around = order[:order.rfind('\0', 0, -1) + 1]
-        if not belongs or not self.last.startswith(around):  # the last entry is the directory around it, or in it
-            raise self.error('place')
-        if order <= self.last:
-            raise self.error('order')
-        self.last = order
 
     def write_file(self, entry: _Entry) -> None:
         """Write the file whose header came last, or link what is known to have its bytes."""
@@ -2010,12 +1973,12 @@ def _extract_member(
     path = sink.path(name)
     os.makedirs(path if member.isdir() else os.path.dirname(path), exist_ok=True)
     if member.issym():
-        sink.add_link(name, member.linkname)
+        sink.links[name] = member.linkname
     elif member.islnk():
         original = _plain_name(member.linkname)
         target = sink.path(original)
         if original in sink.links:
-            sink.add_link(name, sink.links[original])
+            sink.links[name] = sink.links[original]
         elif os.path.isfile(target):
             _link_or_copy(target, path)
         else:
