@@ -2660,7 +2660,8 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.fails_with("the storage is overloaded; try again later, or with 'connections: ", 'push X')
 
     def test_stores_that_take_few_requests_at_once(self):
-        stand_in(self, etc, '_backoff', lambda failures: 0.01)
+        sleep = etc._Job.sleep
+        stand_in(self, etc._Job, 'sleep', lambda job, seconds: sleep(job, min(seconds, 0.01)))
 
         class Narrow(S3Handler):
             def handle_one(self):
@@ -2732,7 +2733,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('none', {}, '', '', nothing), ('half', {}, AKID, '', odd_one),
                 ('line ends', {}, AKID + '\n', SECRET + '\r\n', ''), ('a line end inside', {}, AKID, 'hu\nsh', odd_one),
                 ('no such profile', {'aws_profile': 'nope'}, '', '',
-                 "the AWS profile 'nope' that aws_profile or $AWS_PROFILE names is not in"),
+                 "the AWS profile 'nope' is not in"),
                 ('wrong', dict(right, aws_secret_access_key='wrong' + SECRET[5:]), '', '', 'SignatureDoesNotMatch'),
                 ('a token', dict(right, aws_session_token='a/token+=='), '', '', '')):
             with self.subTest(what):
