@@ -4750,7 +4750,7 @@ def _describe(
     return row
 
 
-def _total(*segments: _Segment) -> Dict[str, int]:
+def _total(*segments: _Segment) -> _Row:
     return {
         'files': sum(segment.files for segment in segments),
         'size': sum(segment.size for segment in segments)}
@@ -4798,8 +4798,8 @@ def diff(
                 'digest': row['digest']}
             for segment in segments:
                 known[segment.path][side] = segment
-        for path in sorted(known):
-            one, other = map(known[path].get, 'ab')
+        for path, sides in sorted(known.items()):
+            one, other = map(sides.get, 'ab')
             status = (
                 'new' if not one else 'gone' if not other
                 else 'same' if one.digest == other.digest else 'differs')
@@ -4940,8 +4940,8 @@ def push(
             except _NameTaken:
                 if _is_stored(store, local):
                     return local.digest
-                raise Exists(f"another push of '{local.name}' to {store.url} is under way, or these credentials "
-                             'cannot read it to compare', 'try again later, or push it under another name') from None
+                raise Exists(f"'{local.name}' is being pushed, or these credentials cannot read it to compare",
+                             'try again later, or push it under another name') from None
         _say(f'pushed {local.name} to {store.url}: {_tally(place, segments, copies)}')
         return _dataset_digest(segments)
     return _perform(progress, work)
@@ -5049,12 +5049,11 @@ def verify(
     def work(job: _Job) -> str:
         receipt = place.open()._receipt
         found = _digest_segments(job, place.path)
-        promised = _digests(receipt.here() or found).items()
-        wrong = sorted(dict(promised ^ _digests(found).items()))
+        promised = receipt.here() or found
+        wrong = dict(_digests(promised).items() ^ _digests(found).items())
         if wrong:
-            raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(wrong)}",
-                          f"'etc pull -f {place.name}' repairs it, or what was copied, 'etc register -f --copy'; but a "
-                          'disk that does not keep executable bits cannot hold it')
+            raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(sorted(wrong))}",
+                          f"'etc pull -f {place.name}' repairs it, unless this disk keeps no executable bits")
         whole = receipt.segments or found
         place.check(whole)
         digest = _dataset_digest(whole)
@@ -5093,7 +5092,7 @@ def purge(
 
 def _purge_remote(
         place: _Place,
-        confirm: Callable[[str], Any] = bool) -> None:
+        confirm: Callable[..., Any] = bool) -> None:
     """Remove the version of a remote dataset that is there now, unless confirm(description of it) raises an Error."""
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
@@ -5289,32 +5288,26 @@ _ARGUMENTS: Dict[str, Any] = {  # what argparse must know of flags with these va
 # lets it run once for each); what it does, and examples
 _COMMANDS: Dict[str, Any] = {
     'register': (register, 'DIR [NAME] [-f] [--copy]', """Give a directory a name
-  etc register ./digits MNIST         it stays where it is
-  etc register --copy ./digits MNIST  install a read-only copy of it"""),
+  etc register ./digits MNIST         it stays where it is"""),
     'push': (push, 'NAME... [-f]', """Share local datasets
-  etc push -f MNIST                   replace a different dataset of that name"""),
+  etc push MNIST                      what others are to pull"""),
     'ls': (_ls, '[PATTERN...] [-r] [-l] [--json]', """List datasets
   etc ls -r                           what is shared
-  etc ls -l                           what is here, with files, size, when and digest
   etc ls -r 'MNIST*'                  whose names match, with *, ? and [...]"""),
     'pull': (pull, 'NAME... [-f] [-p PARTITION]', """Install remote datasets
   etc pull MNIST -p test              only one partition; the rest may follow later
-  etc pull -f MNIST                   replace a different dataset of that name
   etc pull MNIST@sha256:...           insist on these contents"""),
     'info': (_info, 'NAME [-r] [--json]', """Show what is known of a dataset
   etc info -r MNIST                   of a remote one, without downloading its data"""),
     'diff': (_diff, 'A B [-r NAME] [--json]', """Show what of a dataset is the same, differs, is new or gone
-  etc diff MNIST -r MNIST             what is here, and what is shared
-  etc diff -r MNIST -r MNIST2         both are remote"""),
+  etc diff MNIST -r MNIST             what is here, and what is shared"""),
     'verify': (verify, 'NAME...', """Read all files again and compare them with the digest
   etc verify MNIST@sha256:...         with this digest"""),
     'create': (_create, 'NAME [PARTITION...] [-f]', """Make an empty dataset to fill
-  etc create MNIST                    with the partitions train and test
-  etc create MNIST train val test"""),
+  etc create MNIST                    with the partitions train and test"""),
     'purge': (_purge, 'NAME... [-r] [-f]', """Remove local datasets, or with -r remote ones
   etc purge MNIST                     a registered directory itself is not touched
-  etc purge -r MNIST                  from the remote storage, after a question
-  etc purge -r MNIST@sha256:...       only if it has these contents"""),
+  etc purge -r MNIST                  from the remote storage, after a question"""),
 }
 
 _NOTES = """\

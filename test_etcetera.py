@@ -6408,7 +6408,7 @@ class Disks(Scaled, Shell, Case):
         for words, said in (
                 ('pull X', no_links), ('pull Y', 'pulled Y'),
                 ('register ds', no_links),
-                ('verify Y', 'a disk that does not keep executable bits')):
+                ('verify Y', 'unless this disk keeps no executable bits')):
             with self.subTest(words):
                 self.assertIn(said, self.spawn(words).communicate()[1].decode())
 
