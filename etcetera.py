@@ -2140,11 +2140,11 @@ class _Http:
             request = prepare()
             site = _site(request.url)
             job = _Job() if request.is_vital else self.job
-            patience = longest = min(_TIMEOUT, (
-                _LAST_TIMEOUT if self.job.is_ended
-                else _NEAR_TIMEOUT if request.is_near else _TIMEOUT))
-            if not failures and request.method in ('GET', 'HEAD'):
-                patience = min(longest, _READ_TIMEOUT)
+            longest = _NEAR_TIMEOUT if request.is_near else _TIMEOUT
+            if self.job.is_ended:
+                longest = _LAST_TIMEOUT
+            is_first_read = not failures and request.method in ('GET', 'HEAD')
+            patience = min(longest, _READ_TIMEOUT) if is_first_read else longest
             successes = self.successes
             tries = min(request.tries, _TRIES + _MORE_TRIES * bool(successes))
             failures += 1
@@ -2429,7 +2429,6 @@ class _Renewed:
 # ---------------------------------------------------------------------------------------
 
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
-_AWS_ROLE = ('role_arn', 'role_session_name', 'external_id', 'duration_seconds', 'web_identity_token')
 _AWS_TRANSIENT = (  # codes that mean 'try again later', whatever the status
     'RequestTimeout|InternalError|SlowDown|ServiceUnavailable|Throttling(Exception)?|RequestLimitExceeded|'
     'IDPCommunicationError|ConditionalRequestConflict|OperationAborted')
@@ -2614,41 +2613,40 @@ class _Aws(_Renewed):
                 'Environment': self.from_environment,
                 'EcsContainer': self.from_container,
                 'Ec2InstanceMetadata': self.from_instance}
-            source = values.get('source_profile', '')
-            if source and source not in users:
-                sources[''] = partial(self.from_profile, source, users + (name,))
-            find = sources.get(values.get('credential_source', ''))
-            keys = find and find()
+            profile = values.get('source_profile')
+            kind = values.get('credential_source')
+            keys = None
+            if kind in sources:
+                keys = sources[kind]()
+            elif profile and profile not in users:
+                keys = self.from_profile(profile, users + (name,))
             if not keys:
                 raise ConfigError(f'{where} needs, besides role_arn, either a source_profile that has credentials and '
                                   'does not lead back to it, or a credential_source of Environment, EcsContainer or '
                                   'Ec2InstanceMetadata, where there are some')
-            return self.from_sts(where, values, keys)
-        if not users and not self.config.aws_profile:
-            values = dict(values)
-            for key in 'web_identity_token_file', 'role_arn', 'role_session_name':
-                values[key] = self.setting(key)
-        path = values.get('web_identity_token_file')
+            return self.from_sts(where, values.get, keys)
+        find = values.get if users or self.config.aws_profile else self.setting
+        path = find('web_identity_token_file')
         if path:
             token = _read_secret(path, 'the file with a token that web_identity_token_file or '
                                        '$AWS_WEB_IDENTITY_TOKEN_FILE names')
-            values = {**values, 'web_identity_token': token}
-            return self.from_sts('web identity', values, None)
+            return self.from_sts('web identity', find, None, WebIdentityToken=token)
         if values.get('sso_account_id') or values.get('login_session'):
             return self.from_tools(name)
         if values.get('credential_process'):
             return self.from_process(values['credential_process'], f'the credential_process of {where}')
         return keys
 
-    def from_sts(self, source: str, values: _Texts, keys: _MaybeKeys) -> _AwsKeys:
+    def from_sts(
+            self, source: str, find: Callable[[str], Any],
+            keys: _MaybeKeys, **form: str) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-        form = {
-            'Action': 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity',
-            'Version': '2011-06-15',
-            'RoleSessionName': f'etcetera-{time.time():.0f}'}
-        for key in _AWS_ROLE:
-            if values.get(key):
-                form[key.title().replace('_', '')] = values[key]
+        form['Action'] = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
+        form['Version'] = '2011-06-15'
+        form['RoleSessionName'] = f'etcetera-{time.time():.0f}'
+        for key in 'role_arn', 'role_session_name', 'external_id', 'duration_seconds':
+            if find(key):
+                form[key.title().replace('_', '')] = find(key)
         request = _Request(
             'POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
             {'Content-Type': 'application/x-www-form-urlencoded'},
@@ -2873,17 +2871,17 @@ class _GoogleCredentials(_Renewed):
                 return None, 1e12
             token = answer['access_token']
             if not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
-                raise KeyError('access_token')
-            lifetime = float(answer.get('expires_in') or 3600)
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            defect = e if isinstance(e, KeyError) else 'a value'
+                raise ValueError
+            expires = time.time() + float(answer.get('expires_in') or 3600)
+        except (LookupError, TypeError, AttributeError, ValueError):
             raise ConfigError(f"the Google credentials {self.path if self.info else 'of this machine'} cannot be used: "
-                              f'{defect} is missing or wrong', _GOOGLE_REMEDY) from None
+                              'something in them, or in the answer to them, is missing or wrong',
+                              _GOOGLE_REMEDY) from None
         headers = {'Authorization': f'Bearer {token}'}
         project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
         if project:
             headers['x-goog-user-project'] = project
-        return headers, time.time() + lifetime
+        return headers, expires
 
     def ask(self) -> _Row:
         """What a token endpoint answers (RFC 6749, 4.1.4)."""
@@ -2949,16 +2947,14 @@ def _base64url(data: bytes) -> str:
 
 
 def _rsa_sign(pem: str, message: bytes) -> bytes:
-    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). The key is in PKCS#8 (RFC 5208) or PKCS#1."""
+    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). The key is in PKCS#8 (RFC 5208) or PKCS#1.
+
+    Raises ValueError or IndexError if it is not.
+    """
     from base64 import b64decode
-    try:
-        key = b64decode(re.sub('-----.*?-----', '', pem))
-        # In both forms, the modulus and the private exponent are the first two of more than 64 bits.
-        modulus, exponent, *_ = (
-            number for number in _der_integers(key)
-            if number >> 64)
-    except (ValueError, IndexError):
-        raise KeyError('private_key') from None
+    key = b64decode(re.sub('-----.*?-----', '', pem))
+    # In both forms, the modulus and the private exponent are the first two of more than 64 bits.
+    modulus, exponent, *_ = (number for number in _der_integers(key) if number >> 64)
     size = (modulus.bit_length() + 7) // 8
     prefix = bytes.fromhex('003031300d060960864801650304020105000420')
     hashed = prefix + _sha256(message).digest()

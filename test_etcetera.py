@@ -3306,8 +3306,8 @@ class GoogleCredentials(GoogleCase):
         self.tokens.respond = lambda h, form: self.asked.append(h) or {'access_token': 'ya29.token', 'expires_in': 100}
         self.share(small(self.tmp / 'ds'))
         self.assertGreater(len(self.asked), 1)
-        for token, problem in (('never right', 'permissions'), ('two\nlines', "'access_token' is missing"),
-                               (['list'], 'a value is missing or wrong'), ('', "'access_token' is missing")):
+        for token, problem in (('never right', 'permissions'), ('two\nlines', "missing or wrong"),
+                               (['list'], 'missing or wrong'), ('', "missing or wrong")):
             with self.subTest(token):
                 self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
                 self.fails_with(problem, 'ls -r')
@@ -3338,7 +3338,7 @@ class GoogleCredentials(GoogleCase):
                 self.use(dict(info, private_key=openssl(*form, '-in', 'key.pem')))
                 self.works()
         self.use(dict(info, private_key='garbage'))
-        self.fails_with('private_key', 'ls -r')
+        self.fails_with('cannot be used: something in them', 'ls -r')
 
     def library(self, load):
         """Let Google's library be installed, with this load_credentials_from_file(); or not, if that is None."""
@@ -3411,10 +3411,9 @@ class GoogleCredentials(GoogleCase):
         for info, problem in (
                 ([], 'holds no Google credentials;'), ({}, 'holds no Google credentials;'),
                 ('x', 'holds no Google credentials;'),
-                ({'type': 'authorized_user'}, "cannot be used: 'client_id' is missing or wrong"),
-                ({'type': 'service_account'}, "cannot be used: 'client_email' is missing or wrong"),
-                ({'type': 'service_account', 'client_email': 5, 'private_key': 5},
-                 'cannot be used: a value is missing or wrong'),
+                ({'type': 'authorized_user'}, 'cannot be used: something in them'),
+                ({'type': 'service_account'}, 'cannot be used: something in them'),
+                ({'type': 'service_account', 'client_email': 5, 'private_key': 5}, 'cannot be used: something in them'),
                 ({'type': '\x1b[31m'}, 'type')):
             with self.subTest(info):
                 self.use(info)
@@ -7081,11 +7080,11 @@ class GoogleSecrets(Hush, GoogleCase):
         unused = 'key.json cannot be used: '
         cases = [(user, nope), (dict(user, refresh_token=['hush']), nope),
                  (dict(user, token_uri='nonsense'), 'a URL from the settings, the credentials or a server'),
-                 (dict(account, private_key='hush'), unused + "'private_key'"),
+                 (dict(account, private_key='hush'), unused),
                  (dict(account, private_key=['hush']), unused),
-                 (dict(account, private_key=pem), unused + "'private_key'"),
+                 (dict(account, private_key=pem), unused),
                  (['hush'], none), ({'private_key': 'hush'}, none),
-                 ({'type': 'service_account', 'private_key': 'hush'}, unused + "'client_email'"),
+                 ({'type': 'service_account', 'private_key': 'hush'}, unused),
                  (dict(others, type='external_account'), '.'), (dict(others, type='odd'), '.')]
         for secret in ('hush\nX: y', 'hush\u20ac', 'hu/sh@hush#hush?hush'):
             url = 'http://user:%s@127.0.0.1:1/x?key=%s' % (secret, secret)
@@ -7103,11 +7102,11 @@ class GoogleSecrets(Hush, GoogleCase):
     def test_answers(self):
         self.use(self.user(client_secret='hush', refresh_token='hush'))
         good = {'access_token': 'ya29.token', 'expires_in': 3600}
-        for answer, problem in ((dict(good, access_token='hu\nsh hush'), "cannot be used: 'access_token'"),
-                                (dict(good, access_token='hush\u20ac'), "cannot be used: 'access_token'"),
-                                (dict(good, access_token=['hush']), 'cannot be used: a value'),
+        for answer, problem in ((dict(good, access_token='hu\nsh hush'), "cannot be used: "),
+                                (dict(good, access_token='hush\u20ac'), "cannot be used: "),
+                                (dict(good, access_token=['hush']), 'cannot be used: '),
                                 (dict(good, expires_in='soon'), 'cannot be used: '), (['hush'], 'cannot be used: '),
-                                ({'hush': 1}, "cannot be used: 'access_token'"), ('no', 'gives no access token: 400: no;')):
+                                ({'hush': 1}, "cannot be used: "), ('no', 'gives no access token: 400: no;')):
             with self.subTest(answer):
                 self.tokens.respond = lambda handler, form: answer
                 self.everything(problem, 6)
