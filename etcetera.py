@@ -2219,8 +2219,7 @@ class _Http:
         if scheme == 'http':
             connection = http.client.HTTPConnection(proxy or host)
         else:
-            if not self.tls:
-                self.tls = _tls(self.ca_bundle)
+            self.tls = self.tls or _tls(self.ca_bundle)
             connection = http.client.HTTPSConnection(proxy or host, context=self.tls)
             if proxy:
                 connection.set_tunnel(host, headers=headers)
@@ -2338,16 +2337,9 @@ def _site(url: str) -> str:
         parts = urlsplit(url)
         if re.match(_SITE + r'(?:[/?][!-~]*)?\Z', url):
             return f'{parts.scheme}://{parts.netloc}'
-    raise RemoteError('a URL from the settings, the credentials or a server does not have the form '
-                      'https://host[:port][/path]; a user or password cannot be in it')
-
-
-def _check_endpoint(url: str) -> str:
-    """The address, which can be followed by a path."""
-    if url and not re.match(_SITE + r'(?:/[^?#\s]*)?\Z', url):
-        raise ConfigError('the endpoint_url must look like https://host[:port]', 'check it where it is set: in the '
-                          'settings, the AWS profile or a variable such as $AWS_ENDPOINT_URL')
-    return url.rstrip('/')
+    raise RemoteError('a URL from the settings, the AWS profile, a variable such as $AWS_ENDPOINT_URL, the credentials '
+                      'or a server does not have the form https://host[:port][/path]',
+                      'check them; a user or password cannot be in it')
 
 
 def _base64(data: bytes) -> str:
@@ -2499,16 +2491,12 @@ class _Aws(_Renewed):
                 for key, text in items.items():
                     for inner, value in re.findall(r'(?m)^(\w+)\s*=\s*(\S+)', text):
                         section[f'{key}.{inner}'] = value
+        if self.name != 'default' and self.name not in sections:
+            shown = f"'{self.name}' " * _is_harmless(self.name)
+            raise ConfigError(f'the AWS profile {shown}that aws_profile or $AWS_PROFILE names is not in ~/.aws/config '
+                              'or ~/.aws/credentials', 'check both')
         self.sections = sections
-        self.values = self.profile(self.name)
-
-    def profile(self, name: str) -> _Texts:
-        """The settings of a profile."""
-        if name != 'default' and name not in self.sections:
-            shown = f"'{name}' " * _is_harmless(name)
-            raise ConfigError(f'the AWS profile {shown}is not in ~/.aws/config or ~/.aws/credentials',
-                              'check both, and what names it: aws_profile, $AWS_PROFILE or a source_profile')
-        return self.sections[name]
+        self.values = sections[self.name]
 
     def setting(self, key: str) -> str:
         """What the environment says, else the profile; or ''."""
@@ -2522,18 +2510,16 @@ class _Aws(_Renewed):
         if self.flag('ignore_configured_endpoint_urls'):
             return ''
         services = self.sections[f"services {self.values.get('services')}"]
-        return _check_endpoint(
+        return (
             _env(f'AWS_ENDPOINT_URL_{service.upper()}', 'AWS_ENDPOINT_URL')
             or services.get(f'{service}.endpoint_url')
-            or self.values.get('endpoint_url', ''))
+            or self.values.get('endpoint_url', '')).rstrip('/')
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
         partition = region.rsplit('-', 2)[0]
         if self.flag('use_fips_endpoint') and (service, partition) != ('sts', 'us-gov'):
             service += '-fips'
-        if self.flag('use_dualstack_endpoint') and service != 'sts':
-            service += '.dualstack'
         return f"https://{service}.{region}.{_AWS_SUFFIXES.get(partition, 'amazonaws.com')}"
 
     def judge(self, reply: _Reply) -> str:
@@ -2558,12 +2544,12 @@ class _Aws(_Renewed):
         if not keys:
             return request
         _site(request.url)  # as urlsplit() is strict with addresses
-        scheme, netloc, path, query, _ = urlsplit(request.url)
+        _, netloc, path, query, _ = urlsplit(request.url)
         digest = request.digest(_sha256()).hex()
         stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
         headers = {
             **request.headers,
-            'host': re.sub(':443$' if scheme == 'https' else ':80$', '', netloc),
+            'host': re.sub(':(80|443)$', '', netloc),
             'x-amz-date': stamp,
             'x-amz-content-sha256': digest}
         if keys.token:
@@ -2603,7 +2589,7 @@ class _Aws(_Renewed):
         https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
         """
         where = f"the AWS profile '{name}'"
-        values = self.profile(name)
+        values = self.sections[name]
         keys = _aws_static(values, where)
         is_role = 'role_arn' in values and 'web_identity_token_file' not in values
         if is_role and not (users and keys):
@@ -2708,16 +2694,18 @@ class _Aws(_Renewed):
         """
         if self.flag('ec2_metadata_disabled'):
             return None
-        site = _check_endpoint(self.setting('ec2_metadata_service_endpoint') or 'http://169.254.169.254')
+        site = self.setting('ec2_metadata_service_endpoint').rstrip('/') or 'http://169.254.169.254'
         headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
         request = _Request('PUT', f'{site}/latest/api/token', headers, tries=1)
-        token = _word(_ask_metadata(self.http, request))
-        if not token:
+        reply = _ask_metadata(self.http, request)
+        token = reply.body.decode('latin-1').strip()
+        if reply.status != 200 or not re.match(r'[!-~]+\Z', token):
             return None
         url = f'{site}/latest/meta-data/iam/security-credentials/'
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
-        role = _word(_ask_metadata(self.http, request))
-        answer = _ask_metadata(self.http, request._replace(url=f'{url}{role}')).json()
+        role = quote(_ask_metadata(self.http, request).body.strip())
+        request = request._replace(url=f'{url}{role}')
+        answer = _ask_metadata(self.http, request).json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
@@ -2764,12 +2752,6 @@ def _ask_metadata(http: _Http, request: _Request) -> _Reply:
     raise RemoteError(f'{_site(request.url)} answers {reply.status}', 'try again later', reply.status)
 
 
-def _word(reply: _Reply) -> str:
-    """What is answered, if that can be a token or name; else ''."""
-    text = reply.body.decode('latin-1').strip()
-    return text if reply.status == 200 and re.match(r'[!-~]+\Z', text) else ''
-
-
 @contextmanager
 def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]]:
     """For code that gets credentials from a library, with import_module(): skipped if that is not installed."""
@@ -2779,8 +2761,7 @@ def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]
     except ImportError:
         pass
     except Exception as e:  # they let out AttributeErrors and the like, too
-        reason = _printable(str(e) or type(e).__name__)
-        raise ConfigError(f'{source} cannot be used: {reason}', remedy) from None
+        raise ConfigError(f'{source} cannot be used: {_printable(repr(e))}', remedy) from None
 
 
 def _output_of(job: _Job, command: str, source: str, remedy: str, **variables: str) -> bytes:
@@ -3509,9 +3490,7 @@ class _S3Remote(_BucketStore):
         self.aws = _Aws(config, job)
         self.http = self.aws.http
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
-        self.endpoint = (
-            _check_endpoint(config.endpoint_url or '')
-            or self.aws.endpoint('s3'))
+        self.endpoint = (config.endpoint_url or '').rstrip('/') or self.aws.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
         self.can_copy = not re.match(_S3_NO_COPIES, f'{self.endpoint} {self.prefix}')
         style = self.aws.values.get('s3.addressing_style')
@@ -3690,7 +3669,7 @@ class _GsRemote(_BucketStore):
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
         endpoint = config.endpoint_url or _env('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
-        self.endpoint = _check_endpoint(endpoint if '://' in endpoint else f'http://{endpoint}')
+        self.endpoint = (endpoint if '://' in endpoint else f'http://{endpoint}').rstrip('/')
         self.is_public = config.public
         self.http = _Http(job, config.ca_bundle)
         if not self.endpoint.startswith('http://'):

@@ -2749,10 +2749,10 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.server.stop()
         skip_pauses(self)
         self.fails_with('cannot reach http://127.0.0.1', 'ls -r')
-        for bad in ('h:1', 'ftp://h', 'http://user:pw@h', 'http://h/?q'):
+        for bad in 'h:1', 'ftp://h', 'http://user:pw@h':
             with self.subTest(bad):
                 self.settings['endpoint_url'] = bad
-                self.fails_with('the endpoint_url must look like https://host[:port];', 'ls -r')
+                self.fails_with('does not have the form https://host[:port][/path];', 'ls -r')
 
 
 class AnyHost(S3Handler):
@@ -4312,11 +4312,11 @@ class AwsCredentialsOracle(AwsCredentials):
             rules = botocore.endpoint_provider.EndpointProvider(
                 loader.load_service_model(service, 'endpoint-rule-set-1'), loader.load_data('partitions'))
             self.profile(DEV if service == 'sts' else '[default]\n' + static('STATIC'), BASE)
-            for region, fips, dual in itertools.product(regions, (False, True), (False, True)):
-                if service == 'sts' and (dual or 'global' in region):
+            for region, fips in itertools.product(regions, (False, True)):
+                if service == 'sts' and 'global' in region:
                     continue
-                os.environ.update(AWS_USE_FIPS_ENDPOINT=str(fips), AWS_USE_DUALSTACK_ENDPOINT=str(dual))
-                place = {'Region': region, 'Bucket': bucket, 'UseFIPS': fips, 'UseDualStack': dual}
+                os.environ.update(AWS_USE_FIPS_ENDPOINT=str(fips))
+                place = {'Region': region, 'Bucket': bucket, 'UseFIPS': fips}
                 with self.subTest(service, **place), contextlib.suppress(botocore.exceptions.EndpointProviderError):
                     theirs = rules.resolve_endpoint(**place).url
                     with self.assertRaises(Reached) as caught:
@@ -4430,8 +4430,7 @@ class AwsLife(AwsCase):
         self.refused(needs % 'default', role + 'source_profile = default')
         self.refused(needs % 'default', role + 'source_profile = base\ncredential_source = Environment' + base)
         self.refused(needs % 'a', role + 'source_profile = a\n[profile a]\nsource_profile = default\n' + ROLE + 'x')
-        self.refused("the AWS profile 'nope' is not in ~/.aws/config or ~/.aws/credentials; check both, and what "
-                     'names it', role + 'source_profile = nope')
+        self.refused(needs % 'default', role + 'source_profile = nope')
         self.refused(needs % 'default', role + 'source_profile = a\n[profile a]\n')
 
     def test_roles_by_a_wrong_clock(self):
@@ -6967,9 +6966,9 @@ class Places(Hush, S3Case):
                            ('STORAGE_EMULATOR_HOST', ' ETC_URL=gs://bucket'),
                            ('AWS_EC2_METADATA_SERVICE_ENDPOINT', self.KEYLESS + ' AWS_EC2_METADATA_DISABLED=')):
             self.everywhere('NAME=http://user:%@127.0.0.1:1\nNAME=http://127.0.0.1:1/?sig=%'.replace(
-                'NAME', name), more=more, says='the endpoint_url must look like')
+                'NAME', name), more=more, says='does not have the form|cannot reach|no credentials were found')
         for name, more in ('endpoint_url', ''), ('AWS_ENDPOINT_URL', ''):
-            self.everywhere(name + '=%', more=more, says='the endpoint_url must look like')
+            self.everywhere(name + '=%', more=more, says='does not have the form')
         self.everywhere(r"""
             AWS_CONTAINER_CREDENTIALS_FULL_URI=http://user:%@127.0.0.1:1/
             AWS_CONTAINER_CREDENTIALS_FULL_URI=https://user:%@127.0.0.1:1/
