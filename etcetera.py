@@ -130,9 +130,9 @@ from typing import (
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
-__all__ = ['Config', 'Dataset', 'create', 'dataset', 'diff', 'info', 'ls', 'pull', 'purge', 'push', 'register',
-           'verify', 'Error', 'ConfigError', 'InvalidDataset', 'NotFound', 'Exists', 'Corrupt', 'RemoteError',
-           'UnknownPartition']
+__all__ = (
+    'Config Dataset create dataset diff info ls pull purge push register verify Error ConfigError InvalidDataset '
+    'NotFound Exists Corrupt RemoteError UnknownPartition').split()
 
 _Path = Union[str, 'os.PathLike[str]']
 _MaybeText = Optional[str]
@@ -177,11 +177,11 @@ def _size(count: Optional[float]) -> str:
     """Bytes in powers of 1000."""
     if count is None:
         return '-'
-    units = 'B kB MB GB TB PB'.split()
-    while count >= 999.5 and len(units) > 1:
+    for unit in 'B kB MB GB TB PB EB'.split():
+        if count < 999.5:
+            return f'{count:.3g} {unit}'
         count /= 1000
-        units.pop(0)
-    return f'{count:.3g} {units[0]}'
+    return f'{count:.3g} ZB'
 
 
 _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
@@ -461,7 +461,7 @@ def _check_setting(key: str, value: Any) -> None:
         raise ConfigError(f"'{key}' must be {kind}")
 
 
-def _read_settings(path: Path) -> Dict[str, Any]:
+def _read_settings(path: Path) -> _Row:
     """The settings in a file. Raises ConfigError, which names the file and the line."""
     try:
         text = path.read_bytes().decode('utf-8-sig', 'surrogateescape')
@@ -472,7 +472,7 @@ def _read_settings(path: Path) -> Dict[str, Any]:
         # A flat TOML file differs from YAML only in its equals signs; 0.0.x called one key by another name.
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
-    settings: Dict[str, Any] = {}
+    settings: _Row = {}
     lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
     for number, line in enumerate(lines, 1):
         try:
@@ -523,7 +523,6 @@ class _Job:
         self.progress = progress
         self.lock = threading.Lock()
         self.news = threading.Lock()  # held while there are none for the caller
-        self.news.acquire()
         self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
         self.begin(0)
 
@@ -531,8 +530,8 @@ class _Job:
         """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
         self.moved = 0  # bytes that have been read, sent or received
         self.total = total  # bytes that progress is to reach
-        self.packed = 1  # bytes of files that a push has packed so far
-        self.produced = 1  # bytes of its archive that this made; progress is the share of them that was sent
+        self.packed = 1  # bytes of files that a push has packed
+        self.produced = 1  # bytes of the archive that this made; progress is the share of them that was sent
         self.wake()
         while self.progress and self.reported != total:
             self.sleep(_TICK / 100)
@@ -1116,7 +1115,6 @@ class _Receipt(NamedTuple):
         return len(self.installed) < len(self.segments)
 
     def here(self) -> List[_Segment]:
-        """The segments that are installed."""
         return [segment for segment in self.segments if segment.path in self.installed]
 
 
@@ -1204,7 +1202,7 @@ def _validate(root: Path, label: str = '') -> List[str]:
     return [path[len('data/'):] for path, _ in partitions]
 
 
-def _read_meta(root: Path) -> Dict[str, Any]:
+def _read_meta(root: Path) -> _Row:
     path = root / 'meta.json'
     if not path.exists():
         return {}
