@@ -4699,21 +4699,18 @@ def _describe(
         item: Union[Path, _Object],
         segments: _Segments) -> _Row:
     """What info() and _list() tell of what is in a directory or an object. segments: if there is no receipt."""
+    row: _Row = dict.fromkeys('digest files size partitions meta readme'.split())
+    row['name'] = item.name
     here = segments
     if isinstance(item, _Object):
-        when = _utc(item.modified) if item.modified else None
-        row: _Row = dict(
-            archive_size=item.size, when=when, meta=None, readme=None)
+        row['archive_size'] = item.size
+        row['when'] = _utc(item.modified) if item.modified else None
     else:
         receipt = _read_receipt(item)
         if receipt.name:
             segments, here = receipt.segments, receipt.here()
-        row = dict(
-            root=os.path.realpath(item), source=receipt.source,
-            when=receipt.when, partial=receipt.is_partial)
-    row.update(
-        name=item.name, digest=None, files=None,
-        size=None, partitions=None)
+        row.update(root=os.path.realpath(item), source=receipt.source)
+        row.update(when=receipt.when, partial=receipt.is_partial)
     if segments:
         row.update(_total(*here))
         row['digest'] = _dataset_digest(segments)
@@ -4906,10 +4903,9 @@ def push(
         with _open_remote(place.config, job) as store:
             if not force and _is_stored(store, local):
                 return local.digest
-            level = place.config.compression_level
             try:
                 segments, copies = _write_archive(
-                    store, local, not force, level)
+                    store, local, not force, place.config.compression_level)
             except _NameTaken:
                 if _is_stored(store, local):
                     return local.digest
@@ -5057,10 +5053,9 @@ def purge(
                 place.forget()
 
     if remote:
-        _purge_remote(place)
-    else:
-        _perform(None, work)
-        _say(f"purged '{place.name}'")
+        return _purge_remote(place)
+    _perform(None, work)
+    _say(f"purged '{place.name}'")
 
 
 def _purge_remote(
