@@ -4611,9 +4611,7 @@ def _write_archive(
 _MaybeConfig = Optional[Config]  # None means Config.load()
 
 
-def ls(
-        remote: bool = False, config: _MaybeConfig = None,
-        patterns: _Names = None) -> List[str]:
+def ls(remote: bool = False, config: _MaybeConfig = None, patterns: _Names = None) -> List[str]:
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
 
     patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all."""
@@ -4627,9 +4625,7 @@ def _check_names(names: _Names) -> None:
         raise ConfigError('partitions and patterns must be a list of one or more names')
 
 
-def _list(
-        remote: bool, config: Config, patterns: _Names,
-        in_full: bool = False) -> List[_Row]:
+def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False) -> List[_Row]:
     """As ls(); in full: with what `etc ls -l` shows."""
     def is_wanted(name: str) -> bool:
         from fnmatch import fnmatchcase
@@ -4652,17 +4648,13 @@ def _list(
             names = filter(is_wanted, _names(config.home))
             return [_describe(config.home / name, ()) for name in names]
         with _open_remote(config, job) as store:
-            found = sorted(
-                obj for obj in store.list() if is_wanted(obj.name))
+            found = sorted(obj for obj in store.list() if is_wanted(obj.name))
             rows = _ordered(job, config.connections, describe, found)
             return list(rows)
     return _perform(None, work)
 
 
-def info(
-        name: str, remote: bool = False,
-        config: _MaybeConfig = None,
-        progress: _Progress = None) -> _Row:
+def info(name: str, remote: bool = False, config: _MaybeConfig = None, progress: _Progress = None) -> _Row:
     """What is known of a dataset; of a remote one without downloading its data.
 
     Keys: name, digest, files, size (bytes), partitions ({name: {'files', 'size'}}), meta, readme; of a local dataset
@@ -4671,13 +4663,10 @@ def info(
     progress: as for verify(), if all files must be read, because nothing else knows a local dataset's digest.
     Raises NotFound and other Errors."""
     place = _Place(name, config)
-    return _perform(
-        progress, lambda job: _look(job, place, remote, True)[0])
+    return _perform(progress, lambda job: _look(job, place, remote, True)[0])
 
 
-def _look(
-        job: _Job, place: _Place, remote: bool,
-        in_full: bool) -> Tuple[_Row, _Segments]:
+def _look(job: _Job, place: _Place, remote: bool, in_full: bool) -> Tuple[_Row, _Segments]:
     """What info() tells, but meta and readme of a remote dataset only in full; and the segments."""
     if remote:
         with _open_remote(place.config, job) as store:
@@ -4695,9 +4684,7 @@ def _look(
     return row, segments
 
 
-def _describe(
-        item: Union[Path, _Object],
-        segments: _Segments) -> _Row:
+def _describe(item: Union[Path, _Object], segments: _Segments) -> _Row:
     """What info() and _list() tell of what is in a directory or an object. segments: if there is no receipt."""
     row: _Row = dict.fromkeys('digest files size partitions meta readme'.split())
     row['name'] = item.name
@@ -4740,10 +4727,8 @@ def _read_root_files(archive: _Archive) -> _Row:
 
 
 def diff(
-        a: str, b: str,
-        remote: Union[bool, Tuple[bool, bool]] = False,
-        config: _MaybeConfig = None,
-        progress: _Progress = None) -> _Row:
+        a: str, b: str, remote: Union[bool, Tuple[bool, bool]] = False,
+        config: _MaybeConfig = None, progress: _Progress = None) -> _Row:
     """How dataset `b` differs from dataset `a`, without downloading any data.
 
     a, b: NAME, or NAME@sha256:... to insist on these contents. Of a partial dataset, what is not installed counts, too.
@@ -4789,8 +4774,8 @@ def dataset(
     """The installed dataset `name`; with `auto_install`, it is pulled first if necessary.
 
     name: NAME, or NAME@sha256:... to insist on these contents. partitions: those that must be there; None means all.
-    progress: as for pull(). auto_pull: the name of `auto_install` in etcetera 0.0.x.
-    Raises NotFound, UnknownPartition, Corrupt if the digest is another one, and other Errors."""
+    progress: as for pull(). auto_pull: the name of `auto_install` in etcetera 0.0.x. Raises NotFound, UnknownPartition,
+    Corrupt if the digest is another one, and other Errors."""
     _check_names(partitions)
     place = _Place(name, config)
 
@@ -4825,13 +4810,10 @@ def pull(
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors."""
     _check_names(partitions)
     place = _Place(name, config)
-    return _perform(
-        progress, lambda job: _pull(job, place, force, partitions))
+    return _perform(progress, lambda job: _pull(job, place, force, partitions))
 
 
-def _pull(
-        job: _Job, place: _Place, force: bool,
-        partitions: _Names) -> Dataset:
+def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
     name = place.name
     with _open_remote(place.config, job) as store, place.lock(job):
         archive = _find(store, name)
@@ -4864,9 +4846,7 @@ def _pull(
         return place.open()
 
 
-def _tally(
-        place: _Place, segments: _Segments,
-        reused: Container[str] = ()) -> str:
+def _tally(place: _Place, segments: _Segments, reused: Container[str] = ()) -> str:
     """How much was done, how long it took, and how much was in its place already: the segments with these paths."""
     had = sum(
         segment.size for segment in segments if segment.path in reused)
@@ -4881,10 +4861,7 @@ def _amount(counted: Optional[_Row]) -> str:
     return f"{counted['files']:,} file{'s' * (counted['files'] != 1)}, {_size(counted['size'])}"
 
 
-def push(
-        name: str, force: bool = False,
-        config: _MaybeConfig = None,
-        progress: _Progress = None) -> str:
+def push(name: str, force: bool = False, config: _MaybeConfig = None, progress: _Progress = None) -> str:
     """Share a local dataset. Returns its digest.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -4964,8 +4941,7 @@ def register(
                 job.begin(survey.size)
                 _check_room(place.work, survey.size)
                 place.new.mkdir()
-                blocks = _process(
-                    job, survey.listing(survey.segments), bytes, is_all=True)
+                blocks = _process(job, survey.listing(survey.segments), bytes, is_all=True)
                 with closing(blocks):
                     segments = _extract(blocks, {}, place.new)
                 paths = frozenset(survey.segments)
@@ -4982,10 +4958,8 @@ def register(
 
 
 def create(
-        name: str,
-        partitions: Sequence[str] = ('train', 'test'),
-        force: bool = False,
-        config: _MaybeConfig = None) -> Dataset:
+        name: str, partitions: Sequence[str] = ('train', 'test'),
+        force: bool = False, config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
     _check_names(partitions or ())
     place = _Place(name, config)
@@ -5005,9 +4979,7 @@ def create(
     return _perform(None, work)
 
 
-def verify(
-        name: str, config: _MaybeConfig = None,
-        progress: _Progress = None) -> str:
+def verify(name: str, config: _MaybeConfig = None, progress: _Progress = None) -> str:
     """Read all files of a local dataset and return their digest.
 
     Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... insists on. A registered or
@@ -5032,9 +5004,7 @@ def verify(
     return _perform(progress, work)
 
 
-def purge(
-        name: str, config: _MaybeConfig = None, *,
-        remote: bool = False) -> None:
+def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> None:
     """Remove a local dataset, or, without asking, one in the remote storage. A registered directory is not touched.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -5058,9 +5028,7 @@ def purge(
     _say(f"purged '{place.name}'")
 
 
-def _purge_remote(
-        place: _Place,
-        confirm: Callable[..., Any] = bool) -> None:
+def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
     """Remove the version of a remote dataset that is there now, unless confirm(description of it) raises an Error."""
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
@@ -5094,15 +5062,12 @@ def _print(*lines: str) -> None:
         print(escaped.decode(encoding), flush=True)
 
 
-def _output(
-        found: object, as_json: bool,
-        rows: Sequence[Sequence[str]]) -> None:
+def _output(found: object, as_json: bool, rows: Sequence[Sequence[str]]) -> None:
     """Print what was found: as JSON, or in columns."""
     if as_json:
         text = json.dumps(found, indent=1)
         return _print(*text.splitlines())
-    widths = [
-        max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = map(str.ljust, row, widths)
         _print('  '.join(cells).rstrip())
@@ -5188,9 +5153,7 @@ def _diff(
         a: str, b: str, json: bool = False,
         **options: Any) -> Any:
     """Whether they are the same."""
-    remotes = (
-        isinstance(a, _RemoteName),
-        isinstance(b, _RemoteName))
+    remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
     found = diff(a, b, remotes, **options)
     _output(found, json, [
         (row['status'], _amount(row['a']), _amount(row['b']), path)
@@ -5365,9 +5328,7 @@ def _run(argv: Sequence[str]) -> int:
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
     config = Config.load(path, url=url, home=home)
     status = 0
-    runs = [words]
-    if places == ['NAME...']:
-        runs = [[word] for word in words]
+    runs = [[word] for word in words] if places == ['NAME...'] else [words]
     for each in runs:
         if name not in ('ls', 'create', 'purge'):
             what = ' '.join([name, *each])
