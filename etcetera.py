@@ -2982,10 +2982,11 @@ _UNCHANGED = {'Cache-Control': 'no-transform'}  # the header that asks for an ob
 _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 416)  # answers to GET of a range that say that there is no such object or range
 _UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
-_PROTECTED = r'object.?lock|worm protected|is immutable|retention policy|active \S+ hold'  # in the text of an error
 _TO_WRITE = 'to push or purge, set a url that begins with s3://, gs:// or file://'
-_ASK_WHO_PROTECTS = 'a rule of the bucket protects it; ask whoever made the rule'
-_WAIT = "the storage is overloaded; try again later, or with 'connections: 1'"
+_REMEDIES = (  # by patterns for what _BucketStore.error() puts together
+    ('.*(object.?lock|worm protected|is immutable|retention policy|active \\S+ hold)',
+     'a rule of the bucket protects it; ask whoever made the rule'),
+    ('429|503', "the storage is overloaded; try again later, or with 'connections: 1'"))
 
 
 class _Object(NamedTuple):
@@ -3021,7 +3022,7 @@ class _Unconfirmed(RemoteError):
 class _Remote:
     """A place for archives. Raises RemoteError for whatever the storage refuses."""
 
-    has_exclusive_write = False  # whether write() alone tells if a name is taken, even where find() may not look
+    has_exclusive_write = True  # whether write() alone tells if a name is taken, even where find() may not look
     can_copy = False  # whether write() takes ranges of other objects
     prefix = ''  # of keys
 
@@ -3184,7 +3185,7 @@ class _HttpStore(_Remote):
 class _BucketStore(_HttpStore):
     """What remotes share whose url names a bucket and a prefix."""
 
-    remedies: Sequence[Tuple[str, str]] = ()  # by patterns for what error() puts together; in braces is what it knows
+    remedies: Sequence[Tuple[str, str]] = ()  # more of them; in braces is what error() knows
     next_page = ''  # the part of a query that asks for another page of the listing
 
     def __init__(self, config: Config, job: _Job) -> None:
@@ -3203,7 +3204,7 @@ class _BucketStore(_HttpStore):
         status = _status(reply)
         text = f"{reply.status} {'account' if keys else 'nobody'} {status}"
         remedy = next(
-            remedy for pattern, remedy in self.remedies
+            remedy for pattern, remedy in (*_REMEDIES, *self.remedies)
             if re.match('(?is)' + pattern, text))
         source = getattr(keys, 'source', 'nowhere')
         remedy = remedy.format(source=source, store=self)
@@ -3244,8 +3245,8 @@ class _BucketStore(_HttpStore):
             is_archived = 'InvalidObjectState' in e.message
             if not is_archived and e.status not in _UNSUPPORTED:
                 raise
-        objects = {obj.name: obj for obj in self.list()}
-        return objects.get(name)
+        named = (obj for obj in self.list() if obj.name == name)
+        return next(named, None)
 
     def remove(self, obj: _Object, url: str = '') -> None:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
@@ -3318,8 +3319,6 @@ _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are 
 
 class _FileRemote(_Remote):
     """file:///path: a shared directory."""
-
-    has_exclusive_write = True
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)
@@ -3462,7 +3461,6 @@ class _S3Remote(_BucketStore):
          "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of "
          "a container or this machine; set aws_access_key_id and aws_secret_access_key, or run 'aws configure' or "
          "'aws sso login'"),
-        (f'.*({_PROTECTED})', _ASK_WHO_PROTECTS),
         ('.* RequestTimeTooSkewed:', "set this machine's clock"),
         ('.* (InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken):',
          'check or renew the credentials, which come from {source}, and check the region'),
@@ -3478,7 +3476,6 @@ class _S3Remote(_BucketStore):
         ('40[13] account|.* AccessDenied:',
          'the credentials, which come from {source}, need s3:GetObject and s3:ListBucket to read (and to tell what is '
          'missing), s3:PutObject to push, s3:DeleteObject to purge'),
-        ('429|503', _WAIT),
         ('', 'check the bucket in the url, the endpoint_url and the region'))
     next_page = 'continuation-token'
     must_check = False  # whether the bucket has been found to want MD5 sums
@@ -3521,8 +3518,7 @@ class _S3Remote(_BucketStore):
         return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
-        """As above. Another try may help after a refusal that tells of another region, clock or key, or no conditions.
-        """
+        """As above. Another try may help after a refusal that tells of a region, clock or key, or no conditions."""
         request = reply.request
         if reply.status < 300 and request.method == 'GET':  # of others, errors may come with status 200
             return 'final'
@@ -3537,7 +3533,7 @@ class _S3Remote(_BucketStore):
             request.condition.clear()
         elif code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(request.keys)
-        elif is_elsewhere and reply.status in (301, 307, 400, 403):
+        elif is_elsewhere and reply.status >= 300:
             self.region = region
         else:
             return self.aws.judge(reply)
@@ -3651,18 +3647,15 @@ class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
     remedies = (  # see error()
-        (f'403 .*({_PROTECTED})', _ASK_WHO_PROTECTS),
         ('40[13] account', "check this account's permissions"),
         ('40[13] nobody', "no credentials were found: run 'gcloud auth application-default login', or set "
                           'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file'),
         ('400 .*uniform bucket-level access',
          "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
-        ('429|503', _WAIT),
         ('2|308', 'check the endpoint_url, and whether a proxy or login page answers in its place; then push again'),
         ('', 'check the bucket in the url'))
     next_page = 'pageToken'
     credentials: Any = None
-    has_exclusive_write = True
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__(config, job)

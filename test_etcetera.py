@@ -2733,7 +2733,7 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('none', {}, '', '', nothing), ('half', {}, AKID, '', odd_one),
                 ('line ends', {}, AKID + '\n', SECRET + '\r\n', ''), ('a line end inside', {}, AKID, 'hu\nsh', odd_one),
                 ('no such profile', {'aws_profile': 'nope'}, '', '',
-                 "the AWS profile 'nope' is not in"),
+                 "the AWS profile 'nope' that aws_profile or $AWS_PROFILE names is not in"),
                 ('wrong', dict(right, aws_secret_access_key='wrong' + SECRET[5:]), '', '', 'SignatureDoesNotMatch'),
                 ('a token', dict(right, aws_session_token='a/token+=='), '', '', '')):
             with self.subTest(what):
@@ -2842,7 +2842,7 @@ class S3Kinds(S3Case):
                                                 '    addressing_style = %s\n' % style})
                 self.settings['endpoint_url'] = 'http://%s:%s' % (endpoint, port)
                 self.url = 's3://%s/some/prefix' % bucket
-                for words in ('push -f X', 'pull -f X', 'ls -r'):
+                for words in ('push -f X', 'pull -f X', 'ls -r')[::2 if bucket == 'My_Bucket' else 1]:
                     out, err = self.etc(words, status=int(bucket == 'My_Bucket'))
                     self.assertIn('404 NoSuchBucket' if bucket == 'My_Bucket' else 'X', out + err)
                 self.assertEqual(set(self.hosts()), {host})
@@ -2982,8 +2982,8 @@ class S3Kinds(S3Case):
                 self.assertIn(remedy, err)
                 self.assertIn('answers %d%s;' % (status, ' %s: why' % code if code else ': no explanation'), err)
         self.server.fault = None
-        for command in ('pull', 'push'):
-            self.fails_with('NoSuchBucket', command, 'X', url='s3://missing')
+        for words in ('ls -r', 'push X'):
+            self.fails_with('NoSuchBucket', words, url='s3://missing')
 
 
 class GsHandler(Handler):
