@@ -4694,9 +4694,7 @@ def _describe(item: Union[Path, _Object], segments: _Segments) -> _Row:
     if segments:
         row.update(_total(*here))
         row['digest'] = _dataset_digest(segments)
-        row['partitions'] = {
-            segment.partition: _total(segment)
-            for segment in here if segment.partition}
+        row['partitions'] = {segment.partition: _total(segment) for segment in here if segment.partition}
     return row
 
 
@@ -4741,9 +4739,7 @@ def diff(
             if not segments:
                 raise Error(f"'{place.name}' was packed by another tool, and has no index to compare",
                             f"run 'etc pull {place.name}', and compare what that installs")
-            found[side] = {
-                'name': place.name, 'remote': is_remote,
-                'digest': row['digest']}
+            found[side] = {'name': place.name, 'remote': is_remote, 'digest': row['digest']}
             for segment in segments:
                 known[segment.path][side] = segment
         for path, sides in sorted(known.items()):
@@ -5098,9 +5094,7 @@ def _meter(what: str) -> _Progress:
 # What commands do beyond a call of the API
 
 def _ls(
-        *patterns: str, config: Config,
-        remote: bool = False, long: bool = False,
-        json: bool = False) -> None:
+        *patterns: str, config: Config, remote: bool = False, long: bool = False, json: bool = False) -> None:
     in_full = long or json
     found = _list(remote, config, patterns or None, in_full)
     shown = 4 if in_full else 1
@@ -5124,9 +5118,7 @@ def _info(name: str, **options: Any) -> None:
         'digest': found['digest'] or '- (packed by another tool; pull it to learn more)',
         'size': f"{_amount(found)}{' (partly installed)' * bool(found.get('partial'))}",
         'archive': 'archive_size' in found and _size(found['archive_size']),
-        'root': found.get('root'),
-        'from': found.get('source'),
-        'when': found['when']}
+        'root': found.get('root'), 'from': found.get('source'), 'when': found['when']}
     for partition, counted in (found['partitions'] or {}).items():
         shown[f'data/{partition}'] = _amount(counted)
     if found['meta']:
@@ -5142,9 +5134,7 @@ class _RemoteName(str):
     """A name of `etc diff` that -r precedes."""
 
 
-def _diff(
-        a: str, b: str, json: bool = False,
-        **options: Any) -> Any:
+def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     """Whether they are the same."""
     remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
     found = diff(a, b, remotes, **options)
@@ -5154,9 +5144,7 @@ def _diff(
     return found['equal']
 
 
-def _create(
-        name: str, *partitions: str,
-        **options: Any) -> None:
+def _create(name: str, *partitions: str, **options: Any) -> None:
     if partitions:
         options['partitions'] = list(map(_text, partitions))
     create(name, **options)
@@ -5167,9 +5155,7 @@ def _text(word: str) -> str:
     return os.fsencode(word).decode('utf-8', 'surrogateescape')
 
 
-def _purge(
-        name: str, config: Config, remote: bool = False,
-        force: bool = False) -> None:
+def _purge(name: str, config: Config, remote: bool = False, force: bool = False) -> None:
     def confirm(what: str) -> None:
         if not (_is_terminal(sys.stdin) and _is_terminal(sys.stderr)):
             _fail('etc purge', "without a terminal to ask on, 'etc purge -r' needs -f")
@@ -5200,13 +5186,8 @@ _FLAGS = '''
 [-v]            -v --verbose    show more, with a traceback of an error'''
 _ARGUMENTS: Dict[str, Any] = {  # what argparse must know of flags with these values, or none
     '': {'action': 'store_true'},
-    'PARTITION': {
-        'metavar': 'PARTITION', 'action': 'append',
-        'dest': 'partitions', 'type': _text},
-    'NAME': {
-        'metavar': 'NAME', 'action': 'append',
-        'dest': 'words', 'nargs': 1, 'type': _RemoteName},
-}
+    'PARTITION': {'metavar': 'PARTITION', 'action': 'append', 'dest': 'partitions', 'type': _text},
+    'NAME': {'metavar': 'NAME', 'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName}}
 
 # What does it, with the words, `config` and the flags (False makes the exit status 1); its words and flags (NAME...
 # lets it run once for each); what it does, and examples
@@ -5282,15 +5263,6 @@ def _fail(prog: str, message: str) -> None:
     sys.exit(2)
 
 
-def _show(e: Error) -> int:
-    """Show an error that is being handled. Returns the exit status."""
-    if _console.level == _DEBUG:
-        import traceback
-        traceback.print_exc()
-    _console.show(e)
-    return 1
-
-
 def _run(argv: Sequence[str]) -> int:
     """Run one command, for each dataset that it names, and return the exit status. SystemExit after wrong usage."""
     parser = _parser(argv)
@@ -5319,18 +5291,22 @@ def _run(argv: Sequence[str]) -> int:
     if is_wrong or not least <= len(words) <= most:
         _fail(f'etc {name}', f'usage: etc {name} {usage}')
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
-    config = Config.load(path, url=url, home=home)
+    config: _MaybeConfig = None
     status = 0
     runs = [[word] for word in words] if places == ['NAME...'] else [words]
     for each in runs:
         if name not in ('ls', 'create', 'purge'):
-            what = ' '.join([name, *each])
-            options['progress'] = _meter(what)
+            options['progress'] = _meter(' '.join([name, *each]))
         try:
+            config = config or Config.load(path, url=url, home=home)
             if run(*each, config=config, **options) is False:
                 status = 1
         except Error as e:
-            status = _show(e)
+            if verbose:
+                import traceback
+                traceback.print_exc()
+            _console.show(e)
+            status = 1
     return status
 
 
@@ -5358,8 +5334,6 @@ def main(argv: _Names = None) -> int:
                     handled[number] = signal.signal(number, end)
         words = sys.argv[1:] if argv is None else argv
         return _run(words)
-    except Error as e:
-        return _show(e)
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
