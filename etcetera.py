@@ -3113,8 +3113,8 @@ class _HttpStore(_Remote):
             return reply
         raise self.error(reply)
 
-    def address(self, name: str) -> str:
-        """Where an object is, as prepare() takes it."""
+    def address(self, name: str, version: str = '') -> str:
+        """Where an object is, as prepare() takes it; only this version, if the address can say so."""
         return '/' + quote(self.key(name), '/~')
 
     def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
@@ -3248,12 +3248,12 @@ class _BucketStore(_HttpStore):
         named = (obj for obj in self.list() if obj.name == name)
         return next(named, None)
 
-    def remove(self, obj: _Object, url: str = '') -> None:
+    def remove(self, obj: _Object) -> None:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         condition = {}
         if obj.version.startswith('"'):
             condition['If-Match'] = obj.version
-        url = url or self.address(obj.name)
+        url = self.address(obj.name, obj.version)
         request = _Request('DELETE', url, condition=condition)
 
         def prepare() -> _Request:  # it looks first, as a lost answer may have been a yes
@@ -3273,7 +3273,6 @@ class _BucketStore(_HttpStore):
         Ranges are parts of their own, but for what the part before lacks; that is read.
         """
         part = bytearray()
-        longest = max(size, _LONG_PART)
         for chunk in chunks:
             ranges: List[_Range] = []
             if isinstance(chunk, _Range):
@@ -3282,7 +3281,7 @@ class _BucketStore(_HttpStore):
                 if stop - middle < _MIN_PART:
                     middle = stop
                 chunk = self.read(obj, start, middle)
-                count = (stop - middle) // longest + 1
+                count = (stop - middle) // max(size, _LONG_PART) + 1
                 step = (stop - middle) // count + 1
                 ranges = [
                     _Range(obj, at, min(at + step, stop))
@@ -3671,8 +3670,9 @@ class _GsRemote(_BucketStore):
         key = f"/{quote(self.key(archive), '~')}" if archive else ''
         return f'{api}/storage/v1/b/{self.bucket}/o{key}?{_query(query)}'
 
-    def address(self, name: str) -> str:
-        return self.resource(name, alt='media')
+    def address(self, name: str, version: str = '') -> str:
+        query = {'ifGenerationMatch': version} if version else {'alt': 'media'}
+        return self.resource(name, **query)
 
     def prepare(self, request: _Request) -> _Request:
         keys = self.credentials and self.credentials.get()
@@ -3743,7 +3743,7 @@ class _GsRemote(_BucketStore):
             raise _Unconfirmed(str(self.protocol_error()))
         found = answer.get('md5Hash')
         if md5 and found and found != _base64(md5.digest()):
-            url = self.resource(name, ifGenerationMatch=generation)
+            url = self.address(name, generation)
             self.ask('DELETE', url, 404)
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
@@ -3785,13 +3785,9 @@ class _GsRemote(_BucketStore):
             return {}
         return self.send_part(session, (at, memoryview(part)[at - start:], total))
 
-    def remove(self, obj: _Object, url: str = '') -> None:
-        """As above: https://cloud.google.com/storage/docs/json_api/v1/objects/delete"""
-        url = self.resource(obj.name, ifGenerationMatch=obj.version)
-        super().remove(obj, url)
-
 
 # http(s):// ----------------------------------------------------------------------------
+
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -3815,7 +3811,7 @@ class _WebRemote(_HttpStore):
         self.http.close()
         self.files.close()
 
-    def address(self, name: str) -> str:
+    def address(self, name: str, version: str = '') -> str:
         return f'{self.base}{name}.tgz'
 
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
@@ -3889,15 +3885,16 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
     """The remote that `url` names. What is said of the url says where it was set."""
     kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote,
              'https': _WebRemote, 'http': _WebRemote}
-    url = config.url
+    url = config.url or ''
     try:
-        if not url:
-            raise ConfigError('no url', "set where datasets are shared with a line such as 'url: s3://my-bucket' (or "
-                              'gs://, file://, https://) in ~/.etc.yaml, with $ETC_URL or with --url')
         kind = kinds.get(url.partition('://')[0])
         if not kind:
-            raise ConfigError(f"cannot use the url; it must start with {' or '.join(kind + '://' for kind in kinds)}",
-                              f"did you mean 'file://{url}'?" if url[0] == '/' else '')
+            starts = ' or '.join(f'{kind}://' for kind in kinds)
+            raise ConfigError(
+                f'cannot use the url; it must start with {starts}' if url else 'no url',
+                f"did you mean 'file://{url}'?" if url[:1] == '/' else
+                "set where datasets are shared with a line such as 'url: s3://my-bucket' in ~/.etc.yaml, with $ETC_URL "
+                'or with --url')
         with closing(kind(config, job)) as remote:
             yield remote
     except Error as e:

@@ -7292,7 +7292,8 @@ and '-', the first a letter or digit; after that, only @sha256: and 64 hexadecim
 'etc pull Flowers' would fetch it, 'etc register DIR Flowers' add it
         info mine              no local dataset 'mine'; 'etc pull mine' would fetch it, 'etc register DIR mine' add it
         --url bucket ls -r     cannot use the url (from --url); it must start with file:// or s3:// or gs:// or \
-https:// or http://
+https:// or http://; set where datasets are shared with a line such as 'url: s3://my-bucket' in ~/.etc.yaml, with \
+$ETC_URL or with --url
         --url /data ls -r      cannot use the url (from --url); it must start with file:// or s3:// or gs:// or \
 https:// or http://; did you mean 'file:///data'?
         --url file://x ls -r   the url (from --url) is no absolute path; write file:///path, with three slashes
