@@ -3030,6 +3030,10 @@ class _Remote:
         self.url = _masked(config.url or '')
         self.connections = config.connections
         self.job = job
+        self.set_up(config)
+
+    def set_up(self, config: Config) -> None:
+        """The rest of __init__(). Raises ConfigError if it cannot work with these settings."""
 
     def close(self) -> None:
         """Free all resources."""
@@ -3064,9 +3068,9 @@ class _Remote:
         raise NotImplementedError
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        """Store all chunks under this name, or nothing. Raises _Unconfirmed if the object may be there.
+        """Store all chunks, at most `limit` bytes, under this name, or nothing.
 
-        limit: bytes that the chunks will not exceed. exclusive: raise _NameTaken instead of replacing an object.
+        exclusive: raise _NameTaken instead of replacing an object. Raises _Unconfirmed if it may be there.
         """
         raise ConfigError(f'{self.url} can only be read', _TO_WRITE)
 
@@ -3107,8 +3111,7 @@ class _HttpStore(_Remote):
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
         request = _Request(method, url, **more)
-        reply = self.http.request(
-            lambda: self.prepare(request), self.judge)
+        reply = self.http.request(lambda: self.prepare(request), self.judge)
         if 200 <= reply.status < 300 or reply.status in accept:
             return reply
         raise self.error(reply)
@@ -3120,8 +3123,8 @@ class _HttpStore(_Remote):
     def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
         """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
 
-        start: if stop is 0, minus the number of bytes to read from the end (RFC 9110, 14.1.2).
-        known: the very version that it must be. The answer tells, as some stores ignore If-Match.
+        start: if stop is 0, minus the number of bytes to read from the end. known: the version that it must be; the
+        answer tells, as some stores ignore If-Match.
         """
         span = f'{start}-{stop - 1}' if stop else str(start)
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
@@ -3188,8 +3191,7 @@ class _BucketStore(_HttpStore):
     remedies: Sequence[Tuple[str, str]] = ()  # more of them; in braces is what error() knows
     next_page = ''  # the part of a query that asks for another page of the listing
 
-    def __init__(self, config: Config, job: _Job) -> None:
-        super().__init__(config, job)
+    def set_up(self, config: Config) -> None:
         match = re.match(
             r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/+(.*?))?/*\Z', config.url or '')
         if not match:
@@ -3235,10 +3237,7 @@ class _BucketStore(_HttpStore):
         raise NotImplementedError
 
     def stat(self, name: str) -> Optional[_Object]:
-        """As above. By a GET, which needs no other permission than reading.
-
-        What is empty, in an archive class, or where not all is told, can be listed.
-        """
+        """As above. A GET needs no other permission; what is empty, archived, or tells too little, can be listed."""
         try:
             return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
         except RemoteError as e:
@@ -3319,8 +3318,7 @@ _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are 
 class _FileRemote(_Remote):
     """file:///path: a shared directory."""
 
-    def __init__(self, config: Config, job: _Job) -> None:
-        super().__init__(config, job)
+    def set_up(self, config: Config) -> None:
         self.url = config.url or ''
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
         if not match:
@@ -3479,9 +3477,9 @@ class _S3Remote(_BucketStore):
     next_page = 'continuation-token'
     must_check = False  # whether the bucket has been found to want MD5 sums
 
-    def __init__(self, config: Config, job: _Job) -> None:
-        super().__init__(config, job)
-        self.aws = _Aws(config, job)
+    def set_up(self, config: Config) -> None:
+        super().set_up(config)
+        self.aws = _Aws(config, self.job)
         self.http = self.aws.http
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
         self.endpoint = (config.endpoint_url or '').rstrip('/') or self.aws.endpoint('s3')
@@ -3589,10 +3587,7 @@ class _S3Remote(_BucketStore):
             raise
 
     def send_part(self, url: str, query: str, item: Tuple[int, Any]) -> str:
-        """Send a part, or let the storage copy it from another object; return what the manifest says of it.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/API/API_UploadPartCopy.html
-        """
+        """Send a part, or let the storage copy it from another object; return what the manifest says of it."""
         from xml.sax.saxutils import escape
         number, part = item
         url = f'{url}?partNumber={number}&{query}'
@@ -3616,10 +3611,7 @@ class _S3Remote(_BucketStore):
     def finish(
             self, name: str, exclusive: bool, method: str,
             url: str, **more: Any) -> None:
-        """Make the request that lets the object appear: CompleteMultipartUpload or PutObject.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html
-        """
+        """Make the request that lets the object appear: CompleteMultipartUpload or PutObject."""
         if exclusive:
             more['condition'] = {'If-None-Match': '*'}
             if not self.has_exclusive_write and self.stat(name):
@@ -3656,12 +3648,12 @@ class _GsRemote(_BucketStore):
     next_page = 'pageToken'
     credentials: Any = None
 
-    def __init__(self, config: Config, job: _Job) -> None:
-        super().__init__(config, job)
+    def set_up(self, config: Config) -> None:
+        super().set_up(config)
         endpoint = config.endpoint_url or _env('STORAGE_EMULATOR_HOST') or 'https://storage.googleapis.com'
         self.endpoint = (endpoint if '://' in endpoint else f'http://{endpoint}').rstrip('/')
         self.is_public = config.public
-        self.http = _Http(job, config.ca_bundle)
+        self.http = _Http(self.job, config.ca_bundle)
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
@@ -3749,7 +3741,7 @@ class _GsRemote(_BucketStore):
                           'push again')
 
     def send_part(self, session: str, item: Tuple[int, Any, Any]) -> _Row:
-        """Send what the server still lacks of a part until it has all; return what it says after the last one.
+        """Send what the server lacks of a part until it has all; return what it says after the last one.
 
         item: where the part begins, the part, and the size of all, or '*' if it is not the last one.
         """
@@ -3794,8 +3786,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 class _WebRemote(_HttpStore):
     """http(s)://host/path: what a web server shows. It can only be read."""
 
-    def __init__(self, config: Config, job: _Job) -> None:
-        super().__init__(config, job)
+    def set_up(self, config: Config) -> None:
         self.url = (config.url or '').rstrip('/')
         # No @ anywhere, as a password may hold a slash.
         if not re.match(_SITE + r'(?:/[^?#@]*)?\Z', self.url):
@@ -3803,7 +3794,7 @@ class _WebRemote(_HttpStore):
                               'password in it, which etcetera never sends', 'write %40 for an @ in the path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
         self.prefix = unquote(self.base)
-        self.http = _Http(job, config.ca_bundle)
+        self.http = _Http(self.job, config.ca_bundle)
         self.downloads: Dict[_Object, Any] = {}  # files, for objects of a server that knows no ranges
         self.files = ExitStack()  # which closes them
 
