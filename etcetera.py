@@ -1232,16 +1232,6 @@ def _is_name(text: str) -> bool:
     return bool(re.fullmatch(_NAME, text))
 
 
-def _parse_name(text: str) -> Tuple[str, _MaybeText]:
-    """Split NAME[@sha256:...]. Raises InvalidDataset."""
-    match = re.fullmatch(f'({_NAME})(?:@(sha256:[0-9a-f]{{64}}))?', text)
-    if not match:
-        raise InvalidDataset(
-            f"'{_masked(text)}' cannot be a dataset's name", "it takes at most 128 letters, digits, '.', '_' and '-', "
-            'the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits')
-    return match.group(1), match.group(2)
-
-
 # ---------------------------------------------------------------------------------------
 # Deflate
 #
@@ -3966,10 +3956,15 @@ class _Place:
     """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
 
     def __init__(self, text: str, config: Optional[Config]) -> None:
-        """text: NAME, or NAME@sha256:..."""
+        """text: NAME, or NAME@sha256:... Raises InvalidDataset."""
         self.started = time.monotonic()
         self.config = config or Config.load()
-        self.name, self.pin = _parse_name(text)
+        match = re.fullmatch(f'({_NAME})(?:@(sha256:[0-9a-f]{{64}}))?', text)
+        if not match:
+            raise InvalidDataset(
+                f"'{_masked(text)}' cannot be a dataset's name", "it takes at most 128 letters, digits, '.', '_' and "
+                "'-', the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits")
+        self.name, self.pin = match.groups()
         self.root = self.config.home
         self.path = self.root / self.name
         self.inner = self.root / '.etcetera'
