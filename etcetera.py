@@ -3898,7 +3898,7 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #     ~/.etc/.etcetera/NAME@host@pid@random   what a process works on; the name tells whether it is alive
 #         new, journal                what is being filled; what of it is written
 #         earlier                     what an interrupted pull has left: all of its directory
-#         old                         a dataset that is being replaced; _put_back() does that if nothing took its place
+#         old                         a dataset that is being replaced; it goes back if nothing took its place
 #         gone                        a dataset that was replaced, for those who are still reading it
 #     ~/.etc/.etcetera/NAME@host@pid@random@0   the same, when the process has ended its work, but something is to stay
 #
@@ -3967,8 +3967,7 @@ class _Place:
         self.name, self.pin = match.groups()
         self.root = self.config.home
         self.path = self.root / self.name
-        self.inner = self.root / '.etcetera'
-        self.work = self.inner / f'{self.name}@{_host()}@{os.getpid()}@{_OURS}{os.urandom(4).hex()}'
+        self.work = self.root / f'.etcetera/{self.name}@{_host()}@{os.getpid()}@{_OURS}{os.urandom(4).hex()}'
         self.new = self.work / 'new'
         _abandoned(self.root)  # so that what had been set aside is back
 
@@ -3994,7 +3993,7 @@ class _Place:
     @contextmanager
     def lock(self, job: _Job) -> Iterator[None]:
         """Let one process at a time work on this dataset, if the system can. It only saves work."""
-        path = self.inner / 'locks' / self.name
+        path = self.root / '.etcetera/locks' / self.name
         with ExitStack() as stack:
             with suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
                 import fcntl
@@ -4044,7 +4043,7 @@ class _Place:
         """
         for work in _abandoned(self.root):
             is_same = work.name.startswith(self.name + '@')
-            keep: float = 0
+            keep = 0
             if os.path.lexists(work / 'gone'):
                 keep = _GRACE
             elif not is_same and _journals(work):
@@ -4083,8 +4082,8 @@ class _Place:
         if not other.name or receipt.digest != other.digest or receipt.installed - other.installed:
             raise self.taken_error()
 
-    def taken_error(self, remedy: str = 'choose another name, or -f (force) to replace it') -> Exists:
-        return Exists(f"another '{self.name}' is installed already", remedy)
+    def taken_error(self) -> Exists:
+        return Exists(f"another '{self.name}' is installed already", '-f (force) replaces it')
 
     def vacate(self, name: str) -> None:
         """Let the dataset have this name in `work`; or remove it, if it is part of a container image."""
@@ -4273,9 +4272,8 @@ def _remove(path: Path) -> None:
 class _Archive:
     """segments: empty if another tool made the archive, until it has been extracted; nothing is known of them then."""
 
-    def __init__(
-            self, remote: _Remote, obj: _Object,
-            tail: bytes) -> None:
+    def __init__(self, remote: _Remote,
+                 obj: _Object, tail: bytes) -> None:
         self.remote = remote
         self.job = remote.job
         self.obj = obj
@@ -4302,15 +4300,12 @@ class _Archive:
             return self.remote.read(self.obj, start, stop)
         return self.tail[skipped:][:stop - start]
 
-    def read_ahead(
-            self,
-            spans: Sequence[Sequence[int]],
-    ) -> Generator[bytes, None, None]:
+    def read_ahead(self, spans: Sequence[Sequence[int]]
+                   ) -> Generator[bytes, None, None]:
         """The bytes of some spans, in order, read over several connections at once.
 
-        Ranges begin short and grow while they come fast, so a fast link needs few connections. On a slow one, long
-        ranges would show little progress, and much would be lost when one breaks. What is under way or waits is
-        bounded.
+        Ranges begin short and grow while they come fast. On a slow link, long ones would show little progress, and
+        much would be lost when one breaks. What is under way or waits is bounded.
         """
         left = sum(stop - start for start, stop in spans)
         self.job.begin(left)
@@ -4336,8 +4331,9 @@ class _Archive:
                 length = min(max(length, 2 * len(data)), _MAX_RANGE)
             return data
 
-        chunks = _ordered(self.job, self.remote.connections, fetch, ranges(), lambda _: ahead < _AHEAD)
-        with closing(chunks):
+        with closing(_ordered(
+                self.job, self.remote.connections, fetch,
+                ranges(), lambda _: ahead < _AHEAD)) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data
@@ -4355,11 +4351,9 @@ class _Archive:
         receipt = local._receipt
         return (receipt.source, receipt.version) == (self.remote.url, self.obj.version) or None
 
-    def extract(
-            self, place: _Place,
-            wanted: Set[str]) -> Set[str]:
-        """Fill a place with the segments that have these paths, and return the paths of those that were here already.
-        """
+    def extract(self, place: _Place,
+                wanted: Set[str]) -> Set[str]:
+        """Fill a place with the segments that have these paths; return the paths of those that were here already."""
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
@@ -4375,9 +4369,7 @@ class _Archive:
         self.segments = self.segments or _digest_segments(self.job, place.new)
         return reused
 
-    def fetch(
-            self, paths: Set[str],
-            work: Path) -> None:
+    def fetch(self, paths: Set[str], work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         head = json.dumps([self.remote.url, self.obj.name, self.obj.version])
         promised = {segment.path: segment for segment in self.segments if segment.path in paths}
@@ -4404,29 +4396,22 @@ class _Archive:
         with self.labelled(), closing(blocks()) as found:
             _extract(found, promised, work / 'new', work / 'journal', head)
 
-    def receipt(self, installed: Set[str]) -> _Receipt:
-        """Of an installed dataset with the segments that have these paths; none means all."""
-        paths = frozenset(installed or _digests(self.segments))
-        return _Receipt(self.obj.name, self.segments, paths, self.remote.url, self.obj.version)
-
 
 def _find(remote: _Remote, name: str) -> _Archive:
     obj, tail = remote.find(name)
     return _Archive(remote, _existing(remote, name, obj), tail)
 
 
-def _existing(
-        remote: _Remote, name: str,
-        obj: Optional[_Object]) -> _Object:
+def _existing(remote: _Remote, name: str,
+              obj: Optional[_Object]) -> _Object:
     """The object that was found. Raises NotFound if none was."""
     if obj:
         return obj
     raise NotFound(f"no dataset '{name}' in {remote.url}", "'etc ls -r' lists what is there")
 
 
-def _paths_of(
-        name: str, segments: _Segments,
-        partitions: _Names) -> Set[str]:
+def _paths_of(name: str, segments: _Segments,
+              partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
     if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
@@ -4446,9 +4431,8 @@ _Source = Tuple[_Archive, _Segment]  # where a segment stands
 _Copies = Dict[str, _Source]  # segments that S3 copies, by path
 
 
-def _find_copies(
-        remote: _Remote, name: str, survey: _Survey
-) -> _Copies:
+def _find_copies(remote: _Remote, name: str,
+                 survey: _Survey) -> _Copies:
     """Segments that need not be sent.
 
     All their files are read, and must hash to what an index says; so must both ends of what is to be copied. If the
@@ -4464,8 +4448,8 @@ def _find_copies(
 
     def is_sound(source: _Source) -> bool:
         archive, segment = source
+        digests = read[segment.path]
         with suppress(Error):
-            digests = read[segment.path]
             return archive.read_ends(segment) == [digests[:32], digests[-32:]]
         return False
 
@@ -4495,9 +4479,9 @@ def _find_copies(
     return dict(itertools.compress(found.items(), sound))
 
 
-def _pack(
-        job: _Job, local: Dataset, survey: _Survey, copies: _Copies, level: int, segments: List[_Segment]
-) -> Generator[_Chunk, None, None]:
+def _pack(job: _Job, local: Dataset, survey: _Survey,
+          copies: _Copies, level: int, segments: List[_Segment]
+          ) -> Generator[_Chunk, None, None]:
     """The archive of a dataset, whose segments are appended to those that are given."""
     listing = survey.listing(survey.segments.keys() - copies.keys())
     with closing(_process(job, listing, partial(_compress, level))) as blocks:
@@ -4526,10 +4510,9 @@ def _pack(
     yield _archive_end(level, segments)
 
 
-def _write_archive(
-        remote: _Remote, local: Dataset,
-        exclusive: bool, level: int
-) -> Tuple[List[_Segment], _Copies]:
+def _write_archive(remote: _Remote, local: Dataset,
+                   exclusive: bool, level: int
+                   ) -> Tuple[List[_Segment], _Copies]:
     """Pack a dataset into the remote; return its segments, and those of them that were copied.
 
     exclusive: raise _NameTaken if there is an archive of that name already.
@@ -4798,7 +4781,7 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
             local = place.open()
             is_same = archive.is_same(local)
             if is_same is False:
-                raise place.taken_error(f"'etc pull -f {name}' replaces it")
+                raise place.taken_error()
             if is_same and (not receipt.name or wanted <= receipt.installed):
                 place.check(local._read(job))
                 _say(f"'{name}' is installed already; 'etc verify {name}' reads it again")
@@ -4809,7 +4792,8 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
         with place.installing():
             reused = archive.extract(place, wanted)
             place.check(archive.segments)
-            new = archive.receipt(wanted)
+            paths = frozenset(wanted or _digests(archive.segments))
+            new = _Receipt(name, archive.segments, paths, store.url, archive.obj.version)
             place.commit(replace, new)
         old = ''
         if receipt.name and receipt.digest != new.digest:

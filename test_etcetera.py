@@ -7273,7 +7273,7 @@ class Mistakes(Shell, Case):
 '.', '_' and '-', the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits
         push Other             another 'Other' is in SHARE already; push it under another name, or \
 'etc push -f Other' replaces it
-        pull Other             another 'Other' is installed already; 'etc pull -f Other' replaces it
+        pull Other             another 'Other' is installed already; -f (force) replaces it
         register MNIST ./digits  no directory HERE/MNIST; check the path; an archive must be unpacked first
         register ./digits/data as X  HERE/digits/data is no dataset: it needs a directory 'data' with a directory \
 for each partition
@@ -7282,7 +7282,7 @@ partition
         register digits.tgz    no directory HERE/digits.tgz; check the path; an archive must be unpacked first
         register ./my~data     'my~data' cannot be a dataset's name; it takes at most 128 letters, digits, '.', '_' \
 and '-', the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits
-        register ./my~data MNIST  another 'MNIST' is installed already; choose another name, or -f (force) to replace it
+        register ./my~data MNIST  another 'MNIST' is installed already; -f (force) replaces it
         push Flowers           no local dataset 'Flowers'; \
 'etc pull Flowers' would fetch it, 'etc register DIR Flowers' add it
         purge Flowers          no local dataset 'Flowers'; \
