@@ -4413,7 +4413,7 @@ def _existing(remote: _Remote, name: str,
 def _paths_of(name: str, segments: _Segments,
               partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
-    if partitions is None or not segments:  # if they are not known, all that is there
+    if not partitions or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
@@ -4574,14 +4574,10 @@ def ls(remote: bool = False, config: _MaybeConfig = None, patterns: _Names = Non
     """The names of the local datasets, or of those in the remote storage, sorted. Raises Error.
 
     patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all."""
-    _check_names(patterns or None)
+    if isinstance(patterns, str):
+        raise ConfigError("'patterns' must be a list")
     rows = _list(remote, config or Config.load(), patterns)
     return [row['name'] for row in rows]
-
-
-def _check_names(names: _Names) -> None:
-    if isinstance(names, str) or names is not None and not names:
-        raise ConfigError('partitions and patterns must be a list of one or more names')
 
 
 def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False) -> List[_Row]:
@@ -4621,8 +4617,7 @@ def info(name: str, remote: bool = False, config: _MaybeConfig = None, progress:
     tell are None: in an archive that another tool made, and meta and readme if the top-level files are large.
     progress: as for verify(), if all files must be read, because nothing else knows a local dataset's digest.
     Raises NotFound and other Errors."""
-    place = _Place(name, config)
-    return _perform(progress, lambda job: _look(job, place, remote, True)[0])
+    return _perform(progress, lambda job: _look(job, _Place(name, config), remote, True)[0])
 
 
 def _look(job: _Job, place: _Place, remote: bool, in_full: bool) -> Tuple[_Row, _Segments]:
@@ -4731,10 +4726,8 @@ def dataset(
     name: NAME, or NAME@sha256:... to insist on these contents. partitions: those that must be there; None means all.
     progress: as for pull(). auto_pull: the name of `auto_install` in etcetera 0.0.x. Raises NotFound, UnknownPartition,
     Corrupt if the digest is another one, and other Errors."""
-    _check_names(partitions)
-    place = _Place(name, config)
-
     def work(job: _Job) -> Dataset:
+        place = _Place(name, config)
         receipt = _read_receipt(place.path)
         missing = _paths_of(place.name, receipt.segments, partitions) - receipt.installed
         if (auto_install or auto_pull) and (missing or not _is_dataset(place.path)):
@@ -4763,9 +4756,7 @@ def pull(
         second; what it raises ends the pull.
     Directories that are installed already, in whatever dataset, are not fetched again.
     Raises NotFound, Exists, UnknownPartition, Corrupt, RemoteError and other Errors."""
-    _check_names(partitions)
-    place = _Place(name, config)
-    return _perform(progress, lambda job: _pull(job, place, force, partitions))
+    return _perform(progress, lambda job: _pull(job, _Place(name, config), force, partitions))
 
 
 def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
@@ -4824,9 +4815,8 @@ def push(name: str, force: bool = False, config: _MaybeConfig = None, progress: 
     force: replace other contents of that name in the remote storage.
     progress: as for pull(), but of the bytes of the files whose part of the archive has been sent.
     Raises NotFound, Exists, InvalidDataset, Corrupt, RemoteError and other Errors."""
-    place = _Place(name, config)
-
     def work(job: _Job) -> str:
+        place = _Place(name, config)
         local = place.open()
         if local._receipt.is_partial:
             raise InvalidDataset(f"'{local.name}' is only partly installed, so it cannot be pushed",
@@ -4917,7 +4907,8 @@ def create(
         name: str, partitions: Sequence[str] = ('train', 'test'),
         force: bool = False, config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
-    _check_names(partitions or ())
+    if not partitions or isinstance(partitions, str):
+        raise ConfigError("'partitions' must be a list of one or more names")
     place = _Place(name, config)
     for partition in partitions:
         if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
@@ -4941,9 +4932,8 @@ def verify(name: str, config: _MaybeConfig = None, progress: _Progress = None) -
     Raises Corrupt if they are not what was pulled or copied, or not what NAME@sha256:... insists on. A registered or
     created dataset has nothing to be compared with.
     progress: as for pull(), but of the bytes of the files that have been read."""
-    place = _Place(name, config)
-
     def work(job: _Job) -> str:
+        place = _Place(name, config)
         receipt = place.open()._receipt
         found = _digest_segments(job, place.path)
         promised = receipt.here() or found
@@ -4966,9 +4956,11 @@ def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> No
     name: NAME, or NAME@sha256:... to insist on these contents.
     remote: by keyword only, so that no call that was meant for the local store can reach what others share.
     Raises NotFound, Corrupt, RemoteError if it was replaced meanwhile, and other Errors."""
-    place = _Place(name, config)
+    if remote:
+        return _purge_remote(_Place(name, config))
 
     def work(job: _Job) -> None:
+        place = _Place(name, config)
         with place.lock(job):
             place.clear()
             if place.pin or not _is_dataset(place.path):
@@ -4977,11 +4969,8 @@ def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> No
             with place.installing():
                 place.vacate('new')
                 place.forget()
-
-    if remote:
-        return _purge_remote(place)
+        _say(f"purged '{place.name}'")
     _perform(None, work)
-    _say(f"purged '{place.name}'")
 
 
 def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
