@@ -732,7 +732,7 @@ class _Segment(NamedTuple):
     digest: str = ''  # sha256:...
 
     @property
-    def partition(self) -> Optional[str]:
+    def partition(self) -> _MaybeText:
         """The name of the partition; None if it is another segment."""
         return self.path[5:] if self.path.startswith('data/') else None
 
@@ -1529,7 +1529,7 @@ class _Sink:
 
     def __init__(self, root: _Path) -> None:
         self.root = os.path.join(os.fspath(root), '')
-        self.links: Dict[str, str] = {}  # targets of links, made at the end, so that nothing is written through one
+        self.links: _Texts = {}  # targets of links, made at the end, so that nothing is written through one
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
@@ -2088,7 +2088,7 @@ class _Http:
     successes = 0
     tls: Any = None
 
-    def __init__(self, job: _Job, ca_bundle: Optional[str] = None) -> None:
+    def __init__(self, job: _Job, ca_bundle: _MaybeText = None) -> None:
         self.job = job
         self.ca_bundle = ca_bundle
         self.idle: Dict[str, Any] = defaultdict(list)  # connections that are kept, by site
@@ -2303,7 +2303,7 @@ def _find_proxy(scheme: str, host: str) -> Tuple[str, _Texts]:
     return f'{address}:{port or 80}', headers
 
 
-def _tls(ca_bundle: Optional[str]) -> Any:
+def _tls(ca_bundle: _MaybeText) -> Any:
     try:
         import ssl
         context = ssl.create_default_context(
@@ -3283,7 +3283,7 @@ class _BucketStore(_HttpStore):
         yield part
 
 
-def _version(etag: Optional[str], modified: float) -> str:
+def _version(etag: _MaybeText, modified: float) -> str:
     """The ETag, always in quotes, since some stores list it bare; otherwise the time of the last change."""
     if not etag or etag.startswith('W/'):  # a weak one says nothing of bytes (RFC 9110, 8.8.1)
         return f'{modified:.0f}'
@@ -4116,7 +4116,7 @@ class _Place:
 
         wanted: digests by path.
         """
-        linked: Dict[str, str] = {}
+        linked: _Texts = {}
         os.mkdir(self.new / 'data')
         for name in _names(self.root):
             receipt = _read_receipt(self.root / name)
@@ -4142,7 +4142,7 @@ class _Place:
         return sound
 
 
-def _digests(segments: Iterable[_Segment]) -> Dict[str, str]:
+def _digests(segments: Iterable[_Segment]) -> _Texts:
     """The digests of segments, by their paths."""
     return {segment.path: segment.digest for segment in segments}
 
