@@ -1987,7 +1987,7 @@ def _extract_member(
 # HTTP
 #
 # One client for all: connections that are kept alive, proxies, private CAs, time-outs, tries. It knows nothing of S3 or
-# Google, and follows no redirect: what to do then is for a remote to decide.
+# Google, and follows no redirect.
 #
 # What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
 # _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds,
@@ -2009,7 +2009,6 @@ _MORE_TRIES = 2  # once a request has succeeded
 _LAST_TRIES = 2  # of what is tidied up after an interruption or failure
 _SLICE = 1 << 17  # bytes that are sent or received at once
 _TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
-_OVERLOAD = (429, 503)
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _PORT = '(?:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))'  # to 65535
 _SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::{_PORT})?'
@@ -2057,9 +2056,10 @@ class _Reply(NamedTuple):
         """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow."""
         from xml.etree import ElementTree
         body = self.body.strip()  # S3 sends spaces to keep a connection open while it works
-        has_entities = b'<!' in body.replace(b'<![CDATA[', b'')
+        if b'<!' in body.replace(b'<![CDATA[', b''):
+            body = b''
         try:
-            root = ElementTree.fromstring(b'' if has_entities else body)
+            root = ElementTree.fromstring(body)
         except (ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
             return []
         for element in root.iter():
@@ -2091,7 +2091,7 @@ class _Http:
     def __init__(self, job: _Job, ca_bundle: _MaybeText = None) -> None:
         self.job = job
         self.ca_bundle = ca_bundle
-        self.idle: Dict[str, Any] = defaultdict(list)  # connections that are kept, by site
+        self.idle: Dict[Any, Any] = defaultdict(list)  # connections that are kept, by what connection() takes
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection, unless it was interrupted
         job.at_end.append(self.interrupt)
 
@@ -2116,7 +2116,9 @@ class _Http:
                 while True:
                     idle.pop().close()
 
-    def request(self, prepare: Callable[[], _Request], judge: Callable[[_Reply], str] = _judge) -> _Reply:
+    def request(
+            self, prepare: Callable[[], _Request],
+            judge: Callable[[_Reply], str] = _judge) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
@@ -2146,7 +2148,7 @@ class _Http:
                 if failures >= tries:
                     raise RemoteError(problem, 'check the network, the URL, the proxy settings and ca_bundle') from None
             else:
-                if reply.status in _OVERLOAD:
+                if reply.status in (429, 503):
                     self.most = max(1.0, len(self.busy) / 2)
                     failures -= successes < self.successes
                 else:
@@ -2161,10 +2163,12 @@ class _Http:
                 with suppress(TypeError, ValueError):
                     asked = float(reply.headers['Retry-After'])
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
-            pause = random.uniform(0.75, 1) * min(8, 0.25 * 2 ** failures)
+            pause = min(8, 0.25 * 2 ** failures)
+            pause *= random.uniform(0.75, 1)
             job.sleep(pause + min(asked, longest))
 
-    def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
+    def exchange(
+            self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again if the server has closed the connection that was kept."""
         import http.client
         while len(self.busy) >= self.most:
@@ -2191,14 +2195,14 @@ class _Http:
             if not is_reusable:
                 connection.close()
             connection.idle_since = time.monotonic()
-            self.idle[site].append(connection)
+            self.idle[site, request.is_near].append(connection)
         return self.exchange(request, job, patience)
 
     def connection(self, site: str, is_near: bool) -> Any:
         """A kept connection, or a new one, which send() connects."""
         import http.client
         with suppress(IndexError):
-            connection = self.idle[site].pop()
+            connection = self.idle[site, is_near].pop()
             if time.monotonic() - connection.idle_since > _IDLE:
                 connection.close()  # so that send() connects it anew
             return connection
@@ -2216,14 +2220,17 @@ class _Http:
         connection.headers = headers
         return connection
 
-    def send(self, connection: Any, request: _Request, job: _Job, patience: float) -> Any:
+    def send(
+            self, connection: Any, request: _Request,
+            job: _Job, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import socket
         parts = urlsplit(request.url)
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
         headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
         if request.body:  # otherwise http.client knows where to say 0
-            headers['Content-Length'] = str(sum(map(len, request.body)))
+            length = sum(map(len, request.body))
+            headers['Content-Length'] = str(length)
         for name, value in headers.items():
             if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
                 raise ConfigError(f'a header for {_site(request.url)}, such as a token or project, contains invalid '
@@ -2253,7 +2260,9 @@ class _Http:
             response.begin()
         return response
 
-    def receive(self, connection: Any, response: Any, request: _Request, job: _Job) -> bytes:
+    def receive(
+            self, connection: Any, response: Any,
+            request: _Request, job: _Job) -> bytes:
         """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
         import http.client
         import io
@@ -2276,14 +2285,15 @@ class _Http:
             if connection not in self.busy or not is_range or body.tell() < _SLICE:
                 raise
         body.truncate()
-        data = b'' if is_file else body.getvalue()
-        with suppress(zlib.error):  # a proxy may compress a page, although it was asked not to
-            gzip_or_zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)
-            return data if is_range else gzip_or_zlib.decompress(data, _REPLY_LIMIT)
-        return data
+        whole: bytes = b'' if is_file else body.getvalue()
+        if not is_range:
+            with suppress(zlib.error):  # a proxy may compress a page, although it was asked not to
+                whole = zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(whole, _REPLY_LIMIT)
+        return whole
 
 
-def _find_proxy(scheme: str, host: str) -> Tuple[str, _Texts]:
+def _find_proxy(
+        scheme: str, host: str) -> Tuple[str, _Texts]:
     """The address of the proxy for a host, or '', and the headers that it wants to see."""
     import urllib.request
     proxies = urllib.request.getproxies()
@@ -2306,14 +2316,11 @@ def _find_proxy(scheme: str, host: str) -> Tuple[str, _Texts]:
 def _tls(ca_bundle: _MaybeText) -> Any:
     try:
         import ssl
-        context = ssl.create_default_context(
-            cafile=ca_bundle and _expanduser(ca_bundle))
-    except ImportError:
-        raise ConfigError('this Python has no ssl module, so it cannot use https://',
-                          'use another Python, or a url that needs none') from None
-    except OSError as e:
-        raise ConfigError(f'cannot use the CA bundle: {e.strerror or e}',
-                          'check ca_bundle and $AWS_CA_BUNDLE') from None
+        path = ca_bundle and _expanduser(ca_bundle)
+        context = ssl.create_default_context(cafile=path)
+    except (ImportError, OSError) as e:
+        raise ConfigError(f'https:// cannot be used: {e}',
+                          'check ca_bundle and $AWS_CA_BUNDLE, or use a Python with the module ssl') from None
     if ca_bundle:  # many private CAs leave out extensions that Python 3.13 and later demand
         context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return context
@@ -2337,7 +2344,8 @@ def _base64(data: bytes) -> str:
 
 def _query(query: _Headers) -> str:
     """Sorted, and quoted to the last but A-Z a-z 0-9 - . _ ~, as signatures want it."""
-    return urlencode(sorted(query.items()), safe='~', quote_via=quote)
+    pairs = sorted(query.items())
+    return urlencode(pairs, safe='~', quote_via=quote)
 
 
 def _iso_time(text: str) -> float:
@@ -2345,7 +2353,8 @@ def _iso_time(text: str) -> float:
     from datetime import datetime
     zone = re.sub(r'\A[.\d]+|[:UTCZ]', '', text[19:]) or '+0000'
     try:
-        return datetime.strptime(text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
+        return datetime.strptime(
+            text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
     except ValueError:
         return 0.0
 
@@ -2354,7 +2363,8 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
     """A unix time as text; '' beyond the year 9999. time.gmtime() ends in 2038 on some 32-bit systems."""
     from datetime import datetime, timedelta
     try:
-        return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).strftime(form)
+        moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
+        return moment.strftime(form)
     except OverflowError:
         return ''
 
@@ -2362,6 +2372,7 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
 class _Renewed:
     """Something that must be fetched anew before it expires. Threads share it."""
 
+    fetch: Callable[[], Tuple[Any, float]]  # gives it, or None if there is none, and until when it can be used
     value: Any = None
     expires = 0.0
     next = 0.0  # when to fetch it anew
@@ -2369,10 +2380,6 @@ class _Renewed:
     def __init__(self) -> None:
         import threading
         self.lock = threading.Lock()
-
-    def fetch(self) -> Tuple[Any, float]:
-        """The thing, or None if there is none, and the unix time at which it expires."""
-        raise NotImplementedError
 
     def get(self) -> Any:
         """What is there serves until it expires, if it cannot be renewed; nor does it ever become None."""
@@ -2403,9 +2410,8 @@ class _Renewed:
 #
 # Finds credentials in the order of the AWS SDKs, and signs requests:
 # https://docs.aws.amazon.com/sdkref/latest/guide/standardized-credentials.html
-#
-# Who has had credentials never becomes anonymous: where new ones cannot be had, old ones serve until they expire (see
-# _Renewed), and then that is an error. Only where nothing answers at first is there no metadata service.
+# Who has had some never becomes anonymous: old ones serve until they expire (see _Renewed), and then that is an error.
+# Only where nothing answers at first is there no metadata service.
 # ---------------------------------------------------------------------------------------
 
 _AWS_KEYS = ('aws_access_key_id', 'aws_secret_access_key', 'aws_session_token')
@@ -2432,10 +2438,7 @@ _MaybeKeys = Optional[_AwsKeys]
 
 
 class _Aws(_Renewed):
-    """What AWS's tools go by: keys, and the settings of a profile and of the environment, which precedes.
-
-    get() gives the _AwsKeys to sign requests with; None means unsigned requests.
-    """
+    """What AWS's tools go by: settings of the environment, else of a profile; get() gives _AwsKeys, or None."""
 
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__()
@@ -2443,7 +2446,8 @@ class _Aws(_Renewed):
         self.skew = 0.0  # seconds by which the services' clock is ahead of ours
         self.name = config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default'
         self.read_files()
-        self.http = _Http(job, config.ca_bundle or self.setting('ca_bundle'))
+        ca_bundle = config.ca_bundle or self.setting('ca_bundle')
+        self.http = _Http(job, ca_bundle)
         self.region = (
             config.region
             or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
@@ -2452,10 +2456,7 @@ class _Aws(_Renewed):
             raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
 
     def read_files(self) -> None:
-        """Read ~/.aws/config and ~/.aws/credentials, which precedes.
-
-        Profiles are sections by their names. A setting among the indented lines below another one is OUTER.INNER.
-        """
+        """Read ~/.aws/config and ~/.aws/credentials, which precedes. Indented settings are called OUTER.INNER."""
         import configparser
         sections: Dict[str, _Texts] = defaultdict(dict)
         for file, variable in (
@@ -2522,9 +2523,8 @@ class _Aws(_Renewed):
         return 'later' if re.fullmatch(_AWS_TRANSIENT, code) else _judge(reply)
 
     def sign(self, request: _Request, place: str) -> _Request:
-        """The request with AWS Signature Version 4, by the clock as it is known now; as it is if it has no keys.
+        """The request, its query as _query() gives it, with a signature for region/service; as it is without keys.
 
-        request: its query is sorted, and encoded by _query(). place: region/service.
         https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
         """
         import hmac
@@ -2550,7 +2550,8 @@ class _Aws(_Renewed):
         text = f'AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{_sha256(canonical.encode()).hexdigest()}'
         key = f'AWS4{keys.secret_key}'.encode()
         for part in scope.split('/') + [text]:
-            key = hmac.new(key, part.encode(), 'sha256').digest()
+            key = hmac.new(
+                key, part.encode(), 'sha256').digest()
         headers['Authorization'] = (f'AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={signed}, '
                                     f'Signature={key.hex()}')
         return request._replace(headers=headers)
@@ -2561,16 +2562,21 @@ class _Aws(_Renewed):
         keys = _aws_static(vars(self.config), 'the settings')
         if not keys and not self.config.aws_profile:  # which precedes the environment
             keys = self.from_environment()
-        keys = keys or self.from_profile(self.name) or self.from_container() or self.from_instance()
+        keys = (
+            keys or self.from_profile(self.name)
+            or self.from_container() or self.from_instance())
         if not keys:
             return None, 1e12
         # Some services give out the same keys until shortly before they expire, and our clock may be wrong.
         return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> _MaybeKeys:
-        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
+        values = {key: _env(key.upper()) for key in _AWS_KEYS}
+        return _aws_static(values, 'the environment')
 
-    def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> _MaybeKeys:
+    def from_profile(
+            self, name: str,
+            users: Tuple[str, ...] = ()) -> _MaybeKeys:
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
 
         users: the profiles whose roles are assumed with the keys of this one.
@@ -2620,7 +2626,8 @@ class _Aws(_Renewed):
         form['RoleSessionName'] = f'etcetera-{time.time():.0f}'
         for key in 'role_arn', 'role_session_name', 'external_id', 'duration_seconds':
             if find(key):
-                form[key.title().replace('_', '')] = find(key)
+                parameter = key.title().replace('_', '')
+                form[parameter] = find(key)
         request = _Request(
             'POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
             {'Content-Type': 'application/x-www-form-urlencoded'},
@@ -2644,16 +2651,18 @@ class _Aws(_Renewed):
             provider.cache = import_module('botocore.utils').JSONFileCache(_expanduser('~/.aws/cli/cache'))
             found = session.get_credentials()
             if found:  # otherwise it may be too old
-                keys = _aws_keys(dict(zip(_AWS_KEYS, found.get_frozen_credentials())), source)
+                values = zip(_AWS_KEYS, found.get_frozen_credentials())
+                keys = _aws_keys(dict(values), source)
                 return keys._replace(expires=time.time() + 600)
         command = f'aws configure export-credentials --profile "{name}" --format process'
         return self.from_process(command, f'the command aws for {source}', remedy)
 
-    def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
+    def from_process(
+            self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
         output = _output_of(self.http.job, command, source, remedy)
         answer = _Reply(200, {}, output).json()
-        return _aws_keys(answer if answer.get('Version') == 1 else {}, source)
+        return _aws_keys(answer, source)
 
     def from_container(self) -> _MaybeKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
@@ -2669,17 +2678,16 @@ class _Aws(_Renewed):
         token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         if path:
             token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names')
-        reply = _ask_metadata(self.http, _Request('GET', url, {'Authorization': token} if token else {}))
+        headers = {'Authorization': token} if token else {}
+        request = _Request('GET', url, headers)
+        reply = _ask_metadata(self.http, request)
         source = "the container's credentials service"
         if reply.status == 200:
             return _aws_keys(reply.json(), source)
         raise RemoteError(f'{source} answers {_status(reply)}', 'check what it may do', reply.status)
 
     def from_instance(self) -> _MaybeKeys:
-        """Instance metadata, version 2:
-
-        https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html
-        """
+        """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html"""
         if self.flag('ec2_metadata_disabled'):
             return None
         site = self.setting('ec2_metadata_service_endpoint').rstrip('/') or 'http://169.254.169.254'
@@ -2691,7 +2699,8 @@ class _Aws(_Renewed):
             return None
         url = f'{site}/latest/meta-data/iam/security-credentials/'
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
-        role = quote(_ask_metadata(self.http, request).body.strip())
+        reply = _ask_metadata(self.http, request)
+        role = quote(reply.body.strip())
         request = request._replace(url=f'{url}{role}')
         answer = _ask_metadata(self.http, request).json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
@@ -2699,32 +2708,34 @@ class _Aws(_Renewed):
 
 def _env(*names: str) -> str:
     """The first of these variables that is set, or ''."""
-    return next(filter(None, map(os.environ.get, names)), '')
+    values = map(os.environ.get, names)
+    return next(filter(None, values), '')
 
 
-def _aws_static(values: Mapping[str, Any], source: str) -> _MaybeKeys:
+def _aws_static(values: _Row, source: str) -> _MaybeKeys:
     """The keys that are among these values, if there are any."""
-    return _aws_keys(values, source) if any(map(values.get, _AWS_KEYS[:2])) else None
+    is_there = any(map(values.get, _AWS_KEYS[:2]))
+    return _aws_keys(values, source) if is_there else None
 
 
-def _aws_keys(values: Mapping[str, Any], source: str) -> _AwsKeys:
+def _aws_keys(values: _Row, source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {
-        re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
+        re.sub('aws_|session|_', '', key.lower()):
+        str(value or '').strip()
         for key, value in values.items()}
-    parts = [plain.get(name, '') for name in ('accesskeyid', 'secretaccesskey', 'token')]
+    names = 'accesskeyid', 'secretaccesskey', 'token'
+    parts = [plain.get(name, '') for name in names]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
     expiration = plain.get('expiration')
-    return _AwsKeys._make([*parts, _iso_time(expiration) if expiration else 1e12, source])
+    expires = _iso_time(expiration) if expiration else 1e12
+    return _AwsKeys._make([*parts, expires, source])
 
 
 def _ask_metadata(http: _Http, request: _Request) -> _Reply:
-    """What a metadata service answers; nothing if there is none. Raises RemoteError if one that is there fails.
-
-    request: has one try if there may be none, as on most machines, where nobody wants to wait for it.
-    """
+    """What a metadata service answers. A request for one that may not be there has one try, and then no answer."""
     request = request._replace(is_near=True)
     try:
         reply = http.request(lambda: request)
@@ -2741,7 +2752,9 @@ def _ask_metadata(http: _Http, request: _Request) -> _Reply:
 
 
 @contextmanager
-def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]]:
+def _optional_library(
+        source: str, remedy: str
+) -> Iterator[Callable[[str], Any]]:
     """For code that gets credentials from a library, with import_module(): skipped if that is not installed."""
     from importlib import import_module  # so that no type checker looks for the library
     try:
@@ -2752,21 +2765,25 @@ def _optional_library(source: str, remedy: str) -> Iterator[Callable[[str], Any]
         raise ConfigError(f'{source} cannot be used: {_printable(repr(e))}', remedy) from None
 
 
-def _output_of(job: _Job, command: str, source: str, remedy: str, **variables: str) -> bytes:
+def _output_of(
+        job: _Job, command: str, source: str,
+        remedy: str, **variables: str) -> bytes:
     """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
     import shlex
     from subprocess import PIPE, Popen
     try:
         arguments = command if os.name == 'nt' else shlex.split(command)
-        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, **variables})
+        process = Popen(
+            arguments, stdout=PIPE, stderr=PIPE,
+            env={**os.environ, **variables})
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
         job.at_end.append(process.kill)
         output, errors = process.communicate()
     if process.returncode:
-        reason = _printable(errors.decode('utf-8', 'replace').strip())[-300:] or 'no explanation'
-        raise ConfigError(f'{source} fails ({process.returncode}): {reason}', remedy)
+        said = errors.decode('utf-8', 'replace').strip()
+        raise ConfigError(f'{source} fails ({process.returncode}): {_printable(said)[-300:]}', remedy)
     return output
 
 
@@ -2799,7 +2816,9 @@ def _status(reply: _Reply) -> str:
     inner = answer.get('error')
     if isinstance(inner, dict):
         answer = inner
-    text = error['Message'] or answer.get('message') or answer.get('error_description') or inner or 'no explanation'
+    text = (
+        error['Message'] or answer.get('message')
+        or answer.get('error_description') or inner or 'no explanation')
     return f"{reply.status}{' ' * bool(error['Code'])}{error['Code']}: {_printable(str(text))[:300]}"
 
 
@@ -2841,8 +2860,8 @@ class _GoogleCredentials(_Renewed):
             token = answer['access_token']
             if not re.match(r'[ -~]+\Z', token):  # RFC 6750, 2.1
                 raise ValueError
-            expires = time.time() + float(answer.get('expires_in') or 3600)
-        except (LookupError, TypeError, AttributeError, ValueError):
+            lifetime = float(answer.get('expires_in') or 3600)
+        except (KeyError, TypeError, AttributeError, ValueError):
             raise ConfigError(f"the Google credentials {self.path if self.info else 'of this machine'} cannot be used: "
                               'something in them, or in the answer to them, is missing or wrong',
                               _GOOGLE_REMEDY) from None
@@ -2850,7 +2869,7 @@ class _GoogleCredentials(_Renewed):
         project = _env('GOOGLE_CLOUD_QUOTA_PROJECT') or self.info.get('quota_project_id')
         if project:
             headers['x-goog-user-project'] = project
-        return headers, expires
+        return headers, time.time() + lifetime
 
     def ask(self) -> _Row:
         """What a token endpoint answers (RFC 6749, 4.1.4)."""
@@ -2861,12 +2880,14 @@ class _GoogleCredentials(_Renewed):
                 'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
                 'assertion': _assertion(info, url)}
         elif info['type'] == 'authorized_user':  # with the refresh token of a person (RFC 6749, 6)
-            form = {key: info[key] for key in ('client_id', 'client_secret', 'refresh_token')}
+            names = 'client_id', 'client_secret', 'refresh_token'
+            form = {name: info[name] for name in names}
             form['grant_type'] = 'refresh_token'
         else:
             return self.from_tools()
         headers = {'Content-Type': 'application/x-www-form-urlencoded'}
-        request = _Request('POST', url, headers, [urlencode(form).encode()])
+        body = [urlencode(form).encode()]
+        request = _Request('POST', url, headers, body)
         reply = self.http.request(lambda: request)
         if reply.status == 200:
             return reply.json()
@@ -2879,7 +2900,8 @@ class _GoogleCredentials(_Renewed):
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
         url = f"http://{host}/{path}?scopes={quote(_GOOGLE_SCOPE, '')}"
-        reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
+        request = _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1)
+        reply = _ask_metadata(self.http, request)
         is_google = reply.headers.get('Metadata-Flavor') == 'Google'
         return reply.json() if is_google and reply.status == 200 else None
 
@@ -2898,14 +2920,19 @@ class _GoogleCredentials(_Renewed):
         program = which('gcloud') or 'gcloud'  # on Windows, gcloud.cmd
         output = _output_of(self.http.job, f'"{program}" auth application-default print-access-token',
                             f'gcloud for {source}', remedy, GOOGLE_APPLICATION_CREDENTIALS=self.path)
-        return {'access_token': output.decode('ascii', 'replace').strip(), 'expires_in': 600}
+        token = output.decode('ascii', 'replace').strip()
+        return {'access_token': token, 'expires_in': 600}
 
 
-def _assertion(info: Dict[str, Any], url: str) -> str:
+def _assertion(info: _Row, url: str) -> str:
     """What a service account signs for a token endpoint (RFC 7523; https://google.aip.dev/auth/4112)."""
     now = int(time.time())
-    head = {'alg': 'RS256', 'typ': 'JWT', 'kid': info.get('private_key_id', '')}
-    claims = {'iss': info['client_email'], 'scope': _GOOGLE_SCOPE, 'aud': url, 'iat': now, 'exp': now + 3600}
+    head = {
+        'alg': 'RS256', 'typ': 'JWT',
+        'kid': info.get('private_key_id', '')}
+    claims = {
+        'iss': info['client_email'], 'scope': _GOOGLE_SCOPE,
+        'aud': url, 'iat': now, 'exp': now + 3600}
     text = f'{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(claims).encode())}'
     return f"{text}.{_base64url(_rsa_sign(info['private_key'], text.encode()))}"
 
@@ -2916,14 +2943,12 @@ def _base64url(data: bytes) -> str:
 
 
 def _rsa_sign(pem: str, message: bytes) -> bytes:
-    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). The key is in PKCS#8 (RFC 5208) or PKCS#1.
-
-    Raises ValueError or IndexError if it is not.
-    """
+    """RSASSA-PKCS1-v1_5 with SHA-256 (RFC 8017, 8.2.1). Raises ValueError unless the key is in PKCS#8 or PKCS#1."""
     from base64 import b64decode
     key = b64decode(re.sub('-----.*?-----', '', pem))
     # In both forms, the modulus and the private exponent are the first two of more than 64 bits.
-    modulus, exponent, *_ = (number for number in _der_integers(key) if number >> 64)
+    modulus, exponent, *_ = (
+        number for number in _der_integers(key) if number >> 64)
     size = (modulus.bit_length() + 7) // 8
     prefix = bytes.fromhex('003031300d060960864801650304020105000420')
     hashed = prefix + _sha256(message).digest()
@@ -2933,10 +2958,9 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
 
 
 def _der_integers(data: bytes) -> Iterator[int]:
-    """The integers in DER (X.690), those in sequences and octet strings too, in order. Raises IndexError."""
+    """The integers in DER (X.690), those in sequences and octet strings too, in order. Raises ValueError."""
     while data:
-        tag = data[0]
-        length = data[1]
+        tag, length = data[:2]
         start = 2
         if length & 0x80:  # the long form: the number of bytes of the length
             start += length & 0x7f
