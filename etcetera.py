@@ -206,9 +206,9 @@ class _Console:
             self.progress = line
             self.write(f'\r\033[J{line}\r')  # erases the line, and below it what a narrow terminal has folded
 
-    def show(self, message: object) -> None:
+    def show(self, message: str) -> None:
         self.show_progress('')
-        text = _printable(str(message)).replace("'etc ", f"'{self.program} ")
+        text = _printable(message).replace("'etc ", f"'{self.program} ")
         self.write(f'etc: {text}\n')
 
 
@@ -218,8 +218,8 @@ _console = _Console()
 def _say(message: str, level: int = _INFO) -> None:
     """Show a message, or log it where a program uses etcetera as a library."""
     if _console.level is None:
-        import logging
-        logging.getLogger('etcetera').log(level, '%s', message)
+        from logging import getLogger
+        getLogger('etcetera').log(level, '%s', message)
     elif level >= _console.level:
         _console.show(message)
 
@@ -282,7 +282,7 @@ class _Malformed(Exception):
     """The data that was read is malformed. Not a ValueError, since that may be a bug in etcetera."""
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
 @contextmanager
@@ -332,11 +332,11 @@ _YAML_FORBIDDEN = (  # what YAML forbids, and U+2028 and U+2029, which YAML 1.1 
     '[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
 # What JSON has, too, means the same in YAML, but for surrogates.
 _YAML_LINE = r"""(?x)
-    (?: (["']?) (?P<key> [A-Za-z_][A-Za-z0-9_-]* ) \1 [ ]* :
-        (?: [ ]+ (?: (?P<json> "(?: [^"\\] | \\["\\/bfnrt] | \\u (?! [dD][89a-fA-F] ) [0-9a-fA-F]{4} )*"
-                             | true | false | null | 0 | [1-9][0-9]{0,8} )
-                   | '(?P<quoted> (?: [^'] | '' )* )'
-                   | (?P<plain> [^ \t#].*? ) ) )? )?
+    (?: (["']?) ( [A-Za-z_][A-Za-z0-9_-]* ) \1 [ ]* :
+        (?: [ ]+ (?: ( "(?: [^"\\] | \\["\\/bfnrt] | \\u (?! [dD][89a-fA-F] ) [0-9a-fA-F]{4} )*"
+                     | true | false | null | 0 | [1-9][0-9]{0,8} )
+                   | '( (?: [^'] | '' )* )'
+                   | ( [^ \t#].*? ) ) )? )?
     [ ]* (?: (?<! [^ ] ) [#] .* )? \Z"""
 # Plain values that YAML 1.1 may not read as text, or not as all of it: syntax, words, and whatever looks like a number
 # or a time: https://yaml.org/type/{bool,int,null,float,timestamp}.html
@@ -353,7 +353,7 @@ def _parse_yaml(line: str) -> Tuple[_MaybeText, Any]:
     match = re.match(_YAML_LINE, line)
     if not match:
         raise ConfigError("not of the form 'key: value' (lists, nesting and indentation are not supported)")
-    key, value, quoted, as_json = match.group('key', 'plain', 'quoted', 'json')
+    _, key, as_json, quoted, value = match.groups()
     if value and re.match(_YAML_SURPRISES, value):
         raise ConfigError('this YAML syntax is not supported', 'put the value in double quotes, with \\\\ for each '
                           'backslash, or write true, false or a plain number')
@@ -1199,7 +1199,7 @@ def _validate(root: Path, label: str = '') -> List[str]:
         _read_meta(root)
     except InvalidDataset as e:
         raise InvalidDataset(f'{label} is no dataset: {e.message}', e.remedy) from None
-    return [path[len('data/'):] for path, _ in partitions]
+    return [path[5:] for path, _ in partitions]  # without 'data/'
 
 
 def _read_meta(root: Path) -> _Row:
@@ -1209,7 +1209,7 @@ def _read_meta(root: Path) -> _Row:
     try:
         if not path.is_file() or path.stat().st_size > _META_LIMIT:
             raise ValueError(f'it is not a file of at most {_META_LIMIT} bytes')
-        meta = json.loads(path.read_bytes().decode('utf-8-sig'))
+        meta = json.loads(path.read_text('utf-8-sig'))
         if isinstance(meta, dict):
             return meta
         raise ValueError('it must hold a JSON object, {...}')
@@ -5285,7 +5285,7 @@ def _run(argv: Sequence[str]) -> int:
             if verbose:
                 import traceback
                 traceback.print_exc()
-            _console.show(e)
+            _console.show(str(e))
             status = 1
     return status
 
