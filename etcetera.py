@@ -2997,10 +2997,12 @@ _MISSING = (404, 410)
 _NO_RANGE = (404, 410, 416)  # answers to GET of a range that say that there is no such object or range
 _UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
 _TO_WRITE = 'to push or purge, set a url that begins with s3://, gs:// or file://'
+_WHO_ANSWERS = 'check the endpoint_url, and whether a proxy or login page answers in its place'
 _REMEDIES = (  # by patterns for what _BucketStore.error() puts together
     ('.*(object.?lock|worm protected|is immutable|retention policy|active \\S+ hold)',
      'a rule of the bucket protects it; ask whoever made the rule'),
-    ('429|503', "the storage is overloaded; try again later, or with 'connections: 1'"))
+    ('429|503', "the storage is overloaded; try again later, or with 'connections: 1'"),
+    (r'2.. \w+ ...:|308', _WHO_ANSWERS))
 
 
 class _Object(NamedTuple):
@@ -3226,10 +3228,6 @@ class _BucketStore(_HttpStore):
         remedy = remedy.format(source=source, store=self)
         return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
 
-    def protocol_error(self) -> RemoteError:
-        return RemoteError(f'{self.url} does not answer as such a store does',
-                           'check the endpoint_url, and whether a proxy or login page answers in its place', 200)
-
     def list(self) -> List[_Object]:
         query = {'prefix': self.prefix, 'delimiter': '/'}
         pages: Dict[str, List[_Object]] = {}
@@ -3238,7 +3236,7 @@ class _BucketStore(_HttpStore):
             try:
                 pages[token], token = self.list_page(query)
             except (KeyError, TypeError, ValueError, OverflowError):
-                raise self.protocol_error() from None
+                raise RemoteError(f'{self.url} does not answer as such a store does', _WHO_ANSWERS) from None
             query[self.next_page] = token
         if token:
             raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
@@ -3582,7 +3580,7 @@ class _S3Remote(_BucketStore):
                          headers=self.object_headers, is_vital=True)
         upload = _xml_items(reply, '*').get('UploadId')  # some stores have another name for what it is in
         if not upload:
-            raise self.protocol_error()
+            raise self.error(reply)
         query = _query({'uploadId': upload})
         connections = min(self.connections, -(-_IN_FLIGHT // size))
         parts = itertools.chain([first], filter(None, parts))
@@ -3619,7 +3617,7 @@ class _S3Remote(_BucketStore):
             reply = self.ask('PUT', url, body=[part])
             etag = reply.headers.get('ETag')
         if not etag:
-            raise self.protocol_error()
+            raise self.error(reply)
         return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>'
 
     def finish(
@@ -3634,16 +3632,15 @@ class _S3Remote(_BucketStore):
             method, url, 404, 409, 412, **more)
         if exclusive and reply.status in (409, 412):
             raise _NameTaken  # perhaps by ourselves, if the first answer was lost
+        error = self.error(reply)
         code = _aws_error(reply)['Code']
-        if code == 'NoSuchUpload':  # likewise
-            raise _Unconfirmed(str(self.error(reply)))
-        if code or reply.status >= 300:
-            raise self.error(reply)
+        if code != 'NoSuchUpload' and (code or reply.status >= 300):
+            raise error
         found: Any = _xml_items(reply, 'CompleteMultipartUploadResult')
         if method == 'PUT' and not reply.body.strip():
             found = reply.headers
         if reply.status != 200 or not found.get('ETag'):
-            raise _Unconfirmed(str(self.protocol_error()))
+            raise _Unconfirmed(str(error))
 
 
 # gs:// ---------------------------------------------------------------------------------
@@ -3657,7 +3654,6 @@ class _GsRemote(_BucketStore):
                           'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file'),
         ('400 .*uniform bucket-level access',
          "drop 'public: true', which cannot work here, and let allUsers read by the bucket's IAM policy"),
-        ('2|308', 'check the endpoint_url, and whether a proxy or login page answers in its place; then push again'),
         ('', 'check the bucket in the url'))
     next_page = 'pageToken'
     credentials: Any = None
@@ -3722,7 +3718,7 @@ class _GsRemote(_BucketStore):
             raise _NameTaken
         session: str = reply.headers.get('Location') or ''  # whoever has it needs no credentials
         if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
-            raise self.protocol_error()
+            raise self.error(reply)
         md5 = _md5()
         size = 0
 
@@ -3737,16 +3733,17 @@ class _GsRemote(_BucketStore):
 
         try:
             send = partial(self.send_part, session)
-            *_, answer = _ordered(self.job, 1, send, parts())  # one is sent while the next one is packed
+            *_, reply = _ordered(self.job, 1, send, parts())  # one is sent while the next one is packed
         except BaseException:
             abort = _Request('DELETE', session, tries=1, is_vital=True)
             with suppress(RemoteError):
                 self.http.request(lambda: abort)
             raise
+        answer = reply.json()
         generation = str(answer.get('generation', ''))
         told = answer.get('name'), str(answer.get('size'))
         if not generation or told != (self.key(name), str(size)):
-            raise _Unconfirmed(str(self.protocol_error()))
+            raise _Unconfirmed(str(self.error(reply)))
         found = answer.get('md5Hash')
         if md5 and found and found != _base64(md5.digest()):
             url = self.address(name, generation)
@@ -3754,8 +3751,8 @@ class _GsRemote(_BucketStore):
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
                           'push again')
 
-    def send_part(self, session: str, item: Tuple[int, Any, Any]) -> _Row:
-        """Send what the server lacks of a part until it has all; return what it says after the last one.
+    def send_part(self, session: str, item: Tuple[int, Any, Any]) -> _Reply:
+        """Send what the server lacks of a part until it has all; return what it says then.
 
         item: where the part begins, the part, and the size of all, or '*' if it is not the last one.
         """
@@ -3784,11 +3781,11 @@ class _GsRemote(_BucketStore):
         if reply.status == 412:
             raise _NameTaken  # perhaps by ourselves, if an answer was lost
         if reply.status < 300 and total != '*':
-            return reply.json()
+            return reply
         if reply.status != 308 or not start < at <= stop:
             raise self.error(reply)
         if at == stop and total == '*':
-            return {}
+            return reply
         return self.send_part(session, (at, memoryview(part)[at - start:], total))
 
 
