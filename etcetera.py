@@ -5052,7 +5052,7 @@ def _meter(what: str) -> _Progress:
     import shutil
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
-    begin = 0.0
+    begin = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal begin
