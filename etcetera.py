@@ -1533,9 +1533,8 @@ class _Sink:
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
-        if not _is_safe(name) or not _is_utf8(name) or name.count('/') >= _DEPTH:
-            raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'",
-                          'do not trust it; if it only is not UTF-8, pack it anew')
+        if not _is_safe(name) or name.count('/') >= _DEPTH:
+            raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'", 'do not trust it')
         return self.root + _to_os(name)
 
     def write_file(self, name: str, is_executable: bool, pieces: Iterable[Any], size: int = 0) -> None:
@@ -1630,6 +1629,11 @@ class _Stream:
 
     def read(self, size: int) -> Any:
         """The next bytes, or fewer at the end; a slice of a chunk if they are in one."""
+        stop = self.at + size
+        if stop <= len(self.data):
+            part = self.data[self.at:stop]
+            self.at = stop
+            return part
         parts = list(self.pieces(size))
         return parts[0] if len(parts) == 1 else b''.join(parts)
 
@@ -1645,9 +1649,9 @@ class _SegmentReader(_Stream):
         super().__init__(self.payloads(blocks, notes))
         self.path = path
         self.sink = sink
-        # What writes the files that are in the last block as a whole. It takes a tenth less time to write them all at
-        # once than each before the next header is read.
-        self.ready: List[Callable[[], None]] = []
+        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
+        # before the next header is read.
+        self.ready: List[Tuple[str, bool, Any]] = []
         self.source = ''  # of the last block
         self.digests = bytearray()  # of all blocks
 
@@ -1661,8 +1665,8 @@ class _SegmentReader(_Stream):
             self.source = block.source
             self.digests += block.digest
             yield block.payload
-            for write in self.ready:
-                write()
+            for name, is_executable, data in self.ready:
+                self.sink.write_file(name, is_executable, [data])
             self.ready = []
             note = json.dumps([self.path, block.length, block.digest.hex()])
             notes.write(note.encode() + b'\n')
@@ -1674,33 +1678,43 @@ class _SegmentReader(_Stream):
         has_directory = False
         last = 'data\0' if self.path.startswith('data/') else ''  # by what the last entry is sorted
         for header in iter(partial(self.read, _HEADER_SIZE), b''):
-            entry = self.parse(header)
-            # The rules for which entries a segment holds, and in which order
-            name = entry.name
+            name, length, is_executable, link, _ = self.parse(header)
+            # Which entries a segment holds, and in which order
             belongs = name.startswith(self.path + '/')
             if self.path == '.':
                 belongs = name == 'data/' or '/' not in name and name != _RECEIPT
             order = name.replace('/', '\0')  # as lists of their components would be
-            around = order[:order.rfind('\0', 0, -1) + 1]
-            if not belongs or not last.startswith(around):  # the last entry is the directory around it, or in it
+            around = order[:order.rfind('\0', 0, -1) + 1]  # the last entry is this directory, or in it
+            if not (belongs and last.startswith(around) and last < order):
                 raise self.error('place')
-            if order <= last:
-                raise self.error('order')
             last = order
-            if entry.kind == _DIRECTORY:
+            if name.endswith('/'):
                 has_directory = True
                 path = self.sink.path(name[:-1])
                 if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
                     os.mkdir(path)
                 continue
             files += 1
-            size += entry.size
+            size += length
             if promised and size > promised.size:
                 raise self.error('size')
-            if entry.link:
-                self.sink.links[name] = entry.link
+            stop = self.at + length
+            padding = -length % 512
+            if link:
+                self.sink.links[name] = link
+            elif stop > len(self.data):
+                self.sink.write_file(name, is_executable, self.pieces(length), length)
             else:
-                self.write_file(entry)
+                if self.source:
+                    _link_or_copy(_join(self.source, name), self.sink.path(name))
+                else:
+                    data = memoryview(self.data) if length > 4096 else self.data  # views copy nothing, but take time
+                    self.ready.append((name, is_executable, data[self.at:stop]))
+                self.at = stop
+            # It ends in the block in which the file does, if that does not end too early.
+            if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
+                raise self.error('padding')
+            self.at += padding
         segment = _Segment(self.path, 0, 0, files, size, _digest(self.digests))
         if not has_directory or promised and segment != promised._replace(offset=0, length=0):
             raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
@@ -1732,25 +1746,6 @@ class _SegmentReader(_Stream):
         except ValueError:
             pass
         raise self.error('header')
-
-    def write_file(self, entry: _Entry) -> None:
-        """Write the file whose header came last, or link what is known to have its bytes."""
-        name, size, is_executable, _, _ = entry
-        stop = self.at + size
-        padding = -size % 512
-        if stop > len(self.data):
-            self.sink.write_file(name, is_executable, self.pieces(size), size)
-        else:
-            if self.source:
-                _link_or_copy(_join(self.source, name), self.sink.path(name))
-            else:
-                data = memoryview(self.data) if size > 4096 else self.data  # views copy nothing, but take time to make
-                self.ready.append(partial(self.sink.write_file, name, is_executable, [data[self.at:stop]]))
-            self.at = stop
-        # It ends in the block in which the file does, if that does not end too early.
-        if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
-            raise self.error('padding')
-        self.at += padding
 
     def error(self, rule: str) -> Error:
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
