@@ -278,10 +278,6 @@ class _NoRoom(Error):
     """There is too little room on a disk; nothing was written."""
 
 
-class _Malformed(Exception):
-    """The data that was read is malformed. Not a ValueError, since that may be a bug in etcetera."""
-
-
 _FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
@@ -693,7 +689,7 @@ _BATCH = 1000  # entries that _survey() packs at once
 _MANY_FILES = 32  # in a block, above which one thread may read them faster than several
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
-_FILE, _DIRECTORY, _LINK, _PAX = b'0', b'5', b'2', b'x'  # type flags of tar
+_FILE, _DIRECTORY, _LINK = b'0', b'5', b'2'  # type flags of tar
 _PLAIN, _EXECUTABLE = b'0000644', b'0000755'  # modes, as in tar
 
 _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
@@ -743,15 +739,14 @@ class _Segment(NamedTuple):
 
     @classmethod
     def from_json(cls, row: Any) -> '_Segment':
-        """From what indexes and receipts hold. Raises _Malformed, KeyError or TypeError."""
+        """From what indexes and receipts hold. Raises ValueError, KeyError or TypeError."""
         segment = cls(*[row[key] for key in cls._fields])
-        types = [str, int, int, int, int, str]
         if (
-                [type(field) for field in segment] != types
+                [type(field) for field in segment] != [str, int, int, int, int, str]
                 or not _is_utf8(segment.path)
                 or min(segment[1:5]) < 0
                 or not re.match(r'sha256:[0-9a-f]{64}\Z', segment.digest)):
-            raise _Malformed
+            raise ValueError
         return segment
 
 
@@ -806,10 +801,7 @@ def _partitions(root: _Path) -> _Items:
 
 
 def _kept_link(root: _Path, name: str, segment: str) -> str:
-    """The shortest target of the link `name` if it can stay a link, or '' if it must be followed.
-
-    It stays one if it is relative, so that copies of the dataset agree, and leads to a file of the same segment.
-    """
+    """The shortest target of a link that is relative and leads to a file of its segment; '' if it must be followed."""
     path = _join(root, name)
     target = os.fsencode(os.readlink(path)).decode('utf-8', 'replace').replace(os.sep, '/')
     base = '/' + posixpath.dirname(name)
@@ -824,17 +816,16 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
 
 
 class _Survey:
-    """What is known of a dataset, or only of some segments, before its files are read.
+    """What is known of a dataset, or of some segments, before its files are read. InvalidDataset if it is none.
 
-    Raises InvalidDataset for what cannot be packed. The entries are kept, so that they need not be looked at twice;
-    compressed, as there may be millions: names and paths have much in common, so some ten bytes remain of each. marshal
-    never reads what others have written.
+    The entries are kept, so that they need not be looked at twice; compressed, as there may be millions: some ten bytes
+    remain of each. marshal never reads what others have written.
     """
 
     def __init__(self, root: _Path, only: Container[str] = ()) -> None:
         """only: the paths of the segments that are wanted; by default, all."""
-        self.root = root
-        self.top = os.path.join(os.path.realpath(root), '')
+        self.root = os.path.realpath(root)
+        self.size = 0  # bytes of all files
         self.kept: Dict[str, List[bytes]] = defaultdict(list)  # batches of entries, by the path of their segment
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.surprises: Dict[str, List[str]] = defaultdict(list)  # names of what may be shared by accident
@@ -858,7 +849,7 @@ class _Survey:
                 files += sum([not entry.name.endswith('/') for entry in batch])
                 size += sum([entry.size for entry in batch])
             self.segments[path] = _Segment(path, files=files, size=size)
-        self.size = sum(segment.size for segment in self.segments.values())  # bytes of all files
+            self.size += size
         # Bytes that the archive will not exceed: headers with names and link targets that the system can hold take less
         # than 12 KiB, and blocks are at most as much longer as _LONGEST_BLOCK allows.
         self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
@@ -873,13 +864,10 @@ class _Survey:
             path = _join(self.root, name)
             try:
                 status = os.stat(path)
-            except OSError as e:
-                if e.errno not in (errno.ENOENT, errno.ELOOP):
-                    raise
-                raise InvalidDataset(f"'{name[:300]}' is a link to nothing, or back to itself, or vanished",
-                                     'repair or remove it, and try again') from None
+            except OSError as e:  # a link to nothing or back to itself, or what has vanished
+                raise InvalidDataset(f"'{name[:300]}' leads nowhere: {e.strerror}", 'repair or remove it') from None
             link = _kept_link(self.root, name, segment) if is_link and name != 'data' else ''
-            if is_link and not os.path.realpath(path).startswith(self.top):
+            if is_link and not os.path.realpath(path).startswith(self.root + os.sep):
                 self.surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
             if name.startswith(_ODD, name.rfind('/') + 1):
                 self.surprises['hidden or odd names'].append(name)
@@ -927,8 +915,7 @@ def _ustar(
 def _tar_header(entry: _Entry) -> bytes:
     """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
 
-    It is byte for byte what tarfile.PAX_FORMAT writes from Python 3.9 on. tarfile itself will not do, as up to 3.8 it
-    fills devmajor and devminor otherwise.
+    It is what tarfile.PAX_FORMAT writes from Python 3.9 on; up to 3.8, tarfile fills devmajor and devminor otherwise.
     """
     size = entry.size
     mode = _EXECUTABLE if entry.is_executable else _PLAIN
@@ -943,18 +930,17 @@ def _tar_header(entry: _Entry) -> bytes:
     if size >= 8 ** 11:
         pax += _pax_record(b'size', b'%d' % size)
         size = 0
-    header = _ustar(texts[0], entry.kind, mode, size, texts[1])
-    if not pax:
-        return header
-    before = _ustar(b'././@PaxHeader', _PAX, _NO_ONE, len(pax), mtime=b'00000000000')
-    return before + pax + bytes(-len(pax) % 512) + header
+    if pax:
+        before = _ustar(b'././@PaxHeader', b'x', _NO_ONE, len(pax), mtime=b'00000000000')
+        pax = before + pax + bytes(-len(pax) % 512)
+    return pax + _ustar(texts[0], entry.kind, mode, size, texts[1])
 
 
 def _pax_record(key: bytes, value: bytes) -> bytes:
     """`length key=value`, whose length counts itself (POSIX pax, "Extended Header")."""
     record = b' %s=%s\n' % (key, value)
-    length = next(n for n in itertools.count(len(record)) if n == len(record) + len(str(n)))
-    return b'%d%s' % (length, record)
+    length = len(record)
+    return b'%d%s' % (length + len(str(length + len(str(length)))), record)
 
 
 # Of a block: bytes of headers; then bytes of a file, from where, to where, and zeros up to a multiple of 512
@@ -1420,18 +1406,8 @@ def _archive_end(level: int, segments: _Segments) -> bytes:
     return end + _index_members(parts) + _member(b'ef', offset) + _EMPTY
 
 
-def _parse_json(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode('utf-8'))
-    except (ValueError, RecursionError):
-        raise _Malformed from None
-
-
 def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
-    """The segments of an archive of `size` bytes; () if it has no index of a known version. Raises Corrupt.
-
-    read(start, stop): bytes of the archive.
-    """
+    """The segments of an archive, from its size and what reads it; () if it has no index that we know. Or Corrupt."""
     end = max(0, size - _FOOTER_SIZE)
     footer = read(end, size)
     offset_bytes = footer[_FIELD_OFFSET:_FIELD_OFFSET + 8]
@@ -1442,7 +1418,7 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
     offset = int.from_bytes(offset_bytes, 'little')
     try:
         if not 0 < end - offset <= _INDEX_LIMIT:
-            raise _Malformed
+            raise ValueError
         data = read(offset, end)
         parts = re.findall(_INDEX_MEMBER, data)
         text = b''.join(parts)
@@ -1450,8 +1426,8 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
                 _index_members(parts) != data
                 or text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6  # which would take much memory to parse,
                 or re.search(rb'\d{65}', text)):  # or time
-            raise _Malformed
-        index = _parse_json(text)
+            raise ValueError
+        index = json.loads(text.decode('utf-8'))
         if index['etcetera'] != 1:
             return ()
         segments = list(map(_Segment.from_json, index['segments']))
@@ -1466,7 +1442,7 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
                 and stops == sorted(set(stops))
                 and stops[-1] <= offset):
             return segments
-    except (_Malformed, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         pass
     raise Corrupt('the archive is damaged: its index is unreadable')
 
@@ -1528,7 +1504,7 @@ class _Sink:
     """Writes the entries of an archive below `root`: nothing elsewhere, nothing twice, nothing through a link."""
 
     def __init__(self, root: _Path) -> None:
-        self.root = os.path.join(os.fspath(root), '')
+        self.root = os.path.join(os.path.realpath(root), '')
         self.links: _Texts = {}  # targets of links, made at the end, so that nothing is written through one
 
     def path(self, name: str) -> str:
@@ -1552,9 +1528,9 @@ class _Sink:
 
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
-        """Explain what the system refuses meanwhile, and make the links at the end.
+        """Explain what the system refuses meanwhile, and make the links at the end. Raises Corrupt.
 
-        Raises Corrupt if one leads out of the dataset or, if `confined`, is not as a push would have it.
+        They may not lead out of the dataset; if `confined`, they must be as a push would have them.
         """
         try:
             yield
@@ -1569,7 +1545,6 @@ class _Sink:
             if not os.path.isdir(self.root):
                 raise  # somebody has removed it
             raise Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it") from None
-        root = os.path.join(os.path.realpath(self.root), '')
         for name, target in self.links.items():
             path = self.path(name)
             is_sound = os.path.exists(path)  # first, as realpath() may follow chains of links for ever
@@ -1581,15 +1556,13 @@ class _Sink:
                 # name.
                 meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
                 real = os.path.join(os.path.realpath(path), '')
-                is_sound = real.startswith(root) and not f'{meant}/'.startswith(('/', '../'))
+                is_sound = real.startswith(self.root) and not f'{meant}/'.startswith(('/', '../'))
             if not is_sound:
                 raise Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the "
                               'dataset or nowhere')
 
 
-_HEADER_SIZE = 512  # bytes of a ustar header
-_KIND_AT = 156  # where the type flag is
-_PAX_LIMIT = 32768  # bytes of a pax header
+_KIND_AT = 156  # where the type flag is in a ustar header, which takes 512 bytes
 _USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
 
 
@@ -1639,10 +1612,7 @@ class _Stream:
 
 
 class _SegmentReader(_Stream):
-    """Writes one segment into a sink, and refuses whatever is not canonical.
-
-    So what is installed hashes, file by file, to the digest that the index promises.
-    """
+    """Writes one segment into a sink, and refuses whatever is not canonical, so that the digest holds for each file."""
 
     def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         """notes: the journal."""
@@ -1677,7 +1647,7 @@ class _SegmentReader(_Stream):
         files = size = 0
         has_directory = False
         last = 'data\0' if self.path.startswith('data/') else ''  # by what the last entry is sorted
-        for header in iter(partial(self.read, _HEADER_SIZE), b''):
+        for header in iter(partial(self.read, 512), b''):
             name, length, is_executable, link, _ = self.parse(header)
             # Which entries a segment holds, and in which order
             belongs = name.startswith(self.path + '/')
@@ -1724,13 +1694,13 @@ class _SegmentReader(_Stream):
         """The next entry. Raises Corrupt if another header would be written for it."""
         pax = {}
         try:
-            if header[_KIND_AT] == _PAX[0]:
+            if header[_KIND_AT] == ord('x'):
                 size = int(header[124:135], 8)
-                if not 0 < size <= _PAX_LIMIT:
+                if not 0 < size <= 32768:
                     raise ValueError
-                header += self.read(size + -size % 512 + _HEADER_SIZE)
-                pax = dict(_pax_records(header[_HEADER_SIZE:-_HEADER_SIZE]))
-            raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-_HEADER_SIZE:])
+                header += self.read(size + -size % 512 + 512)
+                pax = dict(_pax_records(header[512:-512]))
+            raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-512:])
             bare = raw_name.rstrip(b'\0')
             size = int(digits, 8)
             if kind == _FILE and mode == _PLAIN and size >= 0:  # the most frequent case, made fast
@@ -1756,9 +1726,8 @@ def _extract(
         journal: Optional[Path] = None, head: str = '') -> List[_Segment]:
     """Write complete segments below `root`, and return them as they were read.
 
-    promised: what an index says of a segment, by its path. journal: a new file that notes which blocks have been
-    written, so that _replay() can continue. Its first line is `head`, which identifies the object; each later one
-    describes a block: the path of its segment, its length in the archive, its digest.
+    promised: what an index says of a segment, by its path. journal: a new file of lines, for _replay(): `head`, which
+    identifies the object; then of each block that has been written its segment, length in the archive, and digest.
     """
     sink = _Sink(root)
     groups = itertools.groupby(blocks, operator.attrgetter('path'))
@@ -1772,8 +1741,7 @@ def _replay(
         paths: Container[str]) -> Iterator[_Block]:
     """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
 
-    Everything is read, hashed and compared with the journal. It stops at the first block that differs, as after a power
-    cut.
+    All are read, hashed and compared with the journal. It ends at the first that differs, as after a power cut.
     """
     root = work / 'new'
     with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
@@ -1942,9 +1910,7 @@ def _plain_name(name: str) -> str:
     return '/'.join(part for part in name.split('/') if part not in ('', '.'))
 
 
-def _extract_member(
-        tar: Any, member: Any,
-        sink: _Sink) -> None:
+def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     """Write an entry. Of a file's mode only the owner's x bit is kept, as on push."""
     name = _plain_name(member.name)
     if (
@@ -4174,10 +4140,10 @@ def _is_dataset(path: Path) -> bool:
 def _read_receipt(directory: Path) -> _Receipt:
     """The receipt of what is installed; an empty one if there is none that can be believed."""
     path = directory / _RECEIPT
-    with suppress(OSError, _Malformed, TypeError, KeyError):
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
         if directory.is_symlink() or path.is_symlink():
             return _NO_RECEIPT
-        row = _parse_json(path.read_bytes())
+        row = json.loads(path.read_bytes().decode('utf-8'))
         segments = list(map(_Segment.from_json, row['segments']))
         *texts, installed = [row[key] for key in ('source', 'version', 'when', 'installed')]
         ''.join(texts + installed)  # TypeError if they are no texts
