@@ -124,9 +124,24 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
-    Any, Callable, Container, Dict, FrozenSet, Generator, Iterable,
-    Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
-    Tuple, TypeVar, Union)
+    Any,
+    Callable,
+    Container,
+    Dict,
+    FrozenSet,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    TypeVar,
+    Union,
+)
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
@@ -2947,7 +2962,7 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 60 << 20  # bytes that may be sent at once
-_AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 3 << 20  # bytes that one request reads at most
 _FAST_RANGE = 0.5  # seconds that a range may take if the next one is to be twice as long
@@ -3885,11 +3900,8 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #     ~/.etc/.etcetera/NAME@host@pid@random@0   the same, when the process has ended its work, but something is to stay
 #
 # The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
-# the name that it holds, and never through a link.
-#
-# If two pulls of a dataset race, the second waits for the lock of the first, and then finds it installed. Where locks
-# do nothing, both fill a directory of their own; one rename wins, and the other pull, in _Place.commit(), accepts what
-# is there if it has the same digest. So locks only save work; no promise rests on them.
+# the name that it holds, and never through a link. Locks only save work, as they do nothing on some disks: then both
+# of two pulls fill a directory of their own, one rename wins, and the other accepts what is there if it is the same.
 #
 # If a pull is killed, the next one takes its directory over, reads, hashes and compares what its journal lists
 # (_replay() in Archives), links that, and fetches the rest. It begins anew with archives of other tools, and for a day
@@ -3992,10 +4004,7 @@ class _Place:
 
     @contextmanager
     def installing(self) -> Iterator[None]:
-        """Let `new` be filled, which vanishes at the end if commit() did not give it the dataset's name.
-
-        If the network, Ctrl-C or a lack of room interrupts it, it is kept for the next one.
-        """
+        """Let `new` be filled for commit(). If the network, Ctrl-C or a lack of room interrupts that, it is kept."""
         self.work.mkdir(parents=True)
         try:
             self.clear()
@@ -4019,10 +4028,7 @@ class _Place:
         _remove(self.work / 'earlier')
 
     def sweep(self) -> None:
-        """Remove what was abandoned, but for what pulls of other datasets may resume, and what may still be read.
-
-        What a pull of this dataset left becomes `earlier`.
-        """
+        """Remove what was abandoned, but for what may be resumed or read; `earlier` is what pulls of this one left."""
         for work in _abandoned(self.root):
             is_same = work.name.startswith(self.name + '@')
             keep = 0
@@ -4042,11 +4048,11 @@ class _Place:
 
     # Putting a dataset in place
 
-    def commit(self, replace: bool, receipt: _Receipt = _NO_RECEIPT) -> None:
+    def commit(self, replace: bool,
+               receipt: _Receipt = _NO_RECEIPT) -> None:
         """Give `new` the dataset's name. Raises Exists if other contents have that, and may not be replaced."""
         if receipt.name:
             _write_receipt(self.new, receipt)
-            _flush(self.work)
         self.forget()
         while replace or not os.path.lexists(self.path):
             with suppress(FileNotFoundError):
@@ -4061,7 +4067,8 @@ class _Place:
             finally:
                 _put_back(self.work)
         other = _read_receipt(self.path)
-        if not other.name or receipt.digest != other.digest or receipt.installed - other.installed:
+        is_same = other.name and receipt.digest == other.digest
+        if not is_same or receipt.installed - other.installed:
             raise self.taken_error()
 
     def taken_error(self) -> Exists:
@@ -4076,7 +4083,6 @@ class _Place:
                 raise
             # An image's directories cannot be renamed. So first of all this one stops counting as a dataset.
             _write_receipt(self.work, _Receipt(self.name, source=''))
-            _flush(self.work)
             os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
             self.clear()
             if os.path.lexists(self.path):
@@ -4093,11 +4099,9 @@ class _Place:
 
     # What is here already
 
-    def reuse(self, job: _Job, wanted: Mapping[str, str]) -> Set[str]:
-        """Link what installed datasets have of some segments; return the paths of those whose files hash as wanted.
-
-        wanted: digests by path.
-        """
+    def reuse(self, job: _Job,
+              wanted: _Texts) -> Set[str]:
+        """Link what installed datasets have of segments with these digests, by path; return the paths of the sound."""
         linked: _Texts = {}
         os.mkdir(self.new / 'data')
         for name in _names(self.root):
@@ -4124,7 +4128,7 @@ class _Place:
         return sound
 
 
-def _digests(segments: Iterable[_Segment]) -> _Texts:
+def _digests(segments: _Segments) -> _Texts:
     """The digests of segments, by their paths."""
     return {segment.path: segment.digest for segment in segments}
 
@@ -4154,12 +4158,14 @@ def _read_receipt(directory: Path) -> _Receipt:
 
 
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
+    """Write it, and let the disk hold all of the directory: before it gets its name, or is removed."""
     row = receipt._asdict()
     row.update(
         segments=[segment._asdict() for segment in receipt.segments],
         digest=receipt.digest, when=_utc(time.time()))
     text = json.dumps(row, indent=1, default=sorted)
     _Sink(directory).write_file(_RECEIPT, False, [text.encode()])
+    _flush(directory)
 
 
 def _journals(work: Path) -> List[Path]:
@@ -4194,7 +4200,7 @@ def _host() -> str:
 
 
 def _flush(directory: Path) -> None:
-    """Let the disk hold all of a directory before it gets its name, so that a power cut takes all or nothing."""
+    """Let the disk hold what is written there, so that a power cut takes all or nothing."""
     if not hasattr(os, 'sync'):
         return
     try:
@@ -4292,6 +4298,7 @@ class _Archive:
         left = sum(stop - start for start, stop in spans)
         self.job.begin(left)
         length = _MIN_RANGE  # of the next range
+        most = 12  # ranges at once, until one comes slowly: more connections would slow a fast link down
         ahead = 0  # bytes that are being read or wait to be yielded
 
         def ranges() -> Iterator[Sequence[int]]:
@@ -4306,25 +4313,21 @@ class _Archive:
                     yield start - step, start
 
         def fetch(span: Sequence[int]) -> bytes:
-            nonlocal length
+            nonlocal length, most
             begin = time.monotonic()
             data = self.read(*span)
             if time.monotonic() - begin < _FAST_RANGE:
                 length = min(max(length, 2 * len(data)), _MAX_RANGE)
+            else:
+                most = 2 * self.remote.connections
             return data
 
         with closing(_ordered(
                 self.job, self.remote.connections, fetch,
-                ranges(), lambda _: ahead < _AHEAD)) as chunks:
+                ranges(), lambda count: count < most and ahead < _AHEAD)) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data
-
-    def read_ends(self, segment: _Segment) -> List[bytes]:
-        """The digests of the first and the last block of a segment. Raises Corrupt."""
-        longest = min(segment.length, _LONGEST_BLOCK)
-        first = self.read(segment.offset, segment.offset + longest)
-        return _end_digests(first, self.read(segment.stop - longest, segment.stop))
 
     def is_same(self, local: Dataset) -> Optional[bool]:
         """Whether it holds a local dataset; None if only extracting it would tell."""
@@ -4361,13 +4364,15 @@ class _Archive:
             for block in _replay(self.job, work / 'earlier', head, promised):
                 segment = lacking[block.path]
                 lacking[block.path] = segment._replace(
-                    offset=segment.offset + block.length, length=segment.length - block.length,
+                    offset=segment.offset + block.length,
+                    length=segment.length - block.length,
                     size=segment.size - block.size)
                 yield block
             _check_room(work, sum(segment.size for segment in lacking.values()))
             _remove(work / 'earlier/journal')  # all of it is in place
-            # What has begun goes on first.
-            rest = sorted(lacking.values(), key=lambda segment: segment == promised[segment.path])
+            rest = sorted(  # what has begun goes on first
+                lacking.values(),
+                key=lambda segment: segment == promised[segment.path])
             spans = [[segment.offset, segment.stop] for segment in rest]
             for before, span in zip(spans, spans[1:]):
                 if before[1] == span[0]:  # one request may read both
@@ -4431,8 +4436,11 @@ def _find_copies(remote: _Remote, name: str,
     def is_sound(source: _Source) -> bool:
         archive, segment = source
         digests = read[segment.path]
+        longest = min(segment.length, _LONGEST_BLOCK)
         with suppress(Error):
-            return archive.read_ends(segment) == [digests[:32], digests[-32:]]
+            first = archive.read(segment.offset, segment.offset + longest)
+            last = archive.read(segment.stop - longest, segment.stop)
+            return _end_digests(first, last) == [digests[:32], digests[-32:]]
         return False
 
     if survey.size < _MIN_SHARED or not remote.can_copy:
@@ -4495,10 +4503,7 @@ def _pack(job: _Job, local: Dataset, survey: _Survey,
 def _write_archive(remote: _Remote, local: Dataset,
                    exclusive: bool, level: int
                    ) -> Tuple[List[_Segment], _Copies]:
-    """Pack a dataset into the remote; return its segments, and those of them that were copied.
-
-    exclusive: raise _NameTaken if there is an archive of that name already.
-    """
+    """Pack a dataset into the remote, as write() does; return its segments, and those of them that were copied."""
     name = local.name
     job = remote.job
     survey = _Survey(local.root)
