@@ -153,7 +153,6 @@ _Path = Union[str, 'os.PathLike[str]']
 _MaybeText = Optional[str]
 _Names = Optional[Sequence[str]]
 _Row = Dict[str, Any]
-_Headers = Mapping[str, str]
 _Texts = Dict[str, str]
 
 
@@ -1995,7 +1994,7 @@ class _Request(NamedTuple):
 
     method: str
     url: str  # percent-encoded, as it is sent
-    headers: _Headers = {}
+    headers: _Texts = {}
     body: Sequence[Any] = ()  # of bytes
     limit: int = _REPLY_LIMIT  # bytes that the answer may have
     into: Any = None  # a file for the body of an answer with status 200
@@ -2318,7 +2317,7 @@ def _base64(data: bytes) -> str:
     return b64encode(data).decode()
 
 
-def _query(query: _Headers) -> str:
+def _query(query: _Texts) -> str:
     """Sorted, and quoted to the last but A-Z a-z 0-9 - . _ ~, as signatures want it."""
     pairs = sorted(query.items())
     return urlencode(pairs, safe='~', quote_via=quote)
@@ -3220,7 +3219,7 @@ class _BucketStore(_HttpStore):
             obj for page in pages.values()
             for obj in page if obj.name]
 
-    def list_page(self, query: _Headers) -> _Page:
+    def list_page(self, query: _Texts) -> _Page:
         """What is no archive has no name there."""
         raise NotImplementedError
 
@@ -3524,7 +3523,7 @@ class _S3Remote(_BucketStore):
             return self.aws.judge(reply)
         return 'at once'
 
-    def list_page(self, query: _Headers) -> _Page:
+    def list_page(self, query: _Texts) -> _Page:
         """ListObjectsV2"""
         query = {'list-type': '2', 'encoding-type': 'url', **query}
         reply = self.ask('GET', f'/?{_query(query)}')
@@ -3665,7 +3664,7 @@ class _GsRemote(_BucketStore):
             return 'at once'
         return _judge(reply)
 
-    def list_page(self, query: _Headers) -> _Page:
+    def list_page(self, query: _Texts) -> _Page:
         fields = 'kind,items(name,size,generation,updated),nextPageToken'
         url = self.resource(fields=fields, **query)
         page = self.ask('GET', url).json()
