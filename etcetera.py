@@ -124,24 +124,8 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import (
-    Any,
-    Callable,
-    Container,
-    Dict,
-    FrozenSet,
-    Generator,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    TypeVar,
-    Union,
-)
+    Any, Callable, Container, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Sequence, Set, Tuple, TypeVar, Union)
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
