@@ -3334,10 +3334,15 @@ class _FileRemote(_Remote):
         raise self.replaced_error(obj)
 
     def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
-        new = f"{self.path('.' + name)}.{os.urandom(8).hex()}"  # sweep() knows the form
+        self.make_directory(self.root)
+        latest = time.time() - _FILE_REMNANTS
+        for item in os.scandir(self.root):
+            with suppress(OSError):
+                if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name):
+                    if item.stat().st_mtime < latest:
+                        os.unlink(item.path)
+        new = f"{self.path('.' + name)}.{os.urandom(8).hex()}"
         try:
-            self.make_directory(self.root)
-            self.sweep()
             with open(new, 'xb') as file:
                 for chunk in chunks:
                     file.write(chunk)  # type: ignore[arg-type]
@@ -3396,15 +3401,6 @@ class _FileRemote(_Remote):
                         self.place(aside, obj.name, exclusive=True)
                     raise self.replaced_error(obj)
                 os.unlink(aside)
-
-    def sweep(self) -> None:
-        """Remove what killed commands left behind."""
-        latest = time.time() - _FILE_REMNANTS
-        for item in os.scandir(self.root):
-            with suppress(OSError):
-                if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name):
-                    if item.stat().st_mtime < latest:
-                        os.unlink(item.path)
 
 
 # s3:// ---------------------------------------------------------------------------------
