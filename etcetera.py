@@ -2982,7 +2982,9 @@ class _Range(NamedTuple):
 
 
 _Chunk = Union[bytes, _Range]
-_Found = Tuple[Optional[_Object], bytes]  # an object, if there is one, and some bytes of it
+_Chunks = Iterable[_Chunk]
+_MaybeObject = Optional[_Object]
+_Found = Tuple[_MaybeObject, bytes]  # an object, if there is one, and some bytes of it
 _Page = Tuple[List[_Object], str]  # some objects, and the token of the next page, if there is one
 
 
@@ -3005,13 +3007,11 @@ class _Remote:
         self.url = _masked(config.url or '')
         self.connections = config.connections
         self.job = job
+        self.opened = ExitStack()  # what is closed at the end
         self.set_up(config)
 
     def set_up(self, config: Config) -> None:
         """The rest of __init__(). Raises ConfigError if it cannot work with these settings."""
-
-    def close(self) -> None:
-        """Free all resources."""
 
     def key(self, name: str) -> str:
         """What the object of this name is called in the storage."""
@@ -3026,7 +3026,7 @@ class _Remote:
         """All archives: each object NAME.tgz directly below the url, if a dataset can have that name."""
         raise NotImplementedError
 
-    def stat(self, name: str) -> Optional[_Object]:
+    def stat(self, name: str) -> _MaybeObject:
         """The object that has this name now; None if there is none."""
         raise NotImplementedError
 
@@ -3042,7 +3042,8 @@ class _Remote:
         """Bytes of this very version. Raises RemoteError if the object was replaced. Threads share it."""
         raise NotImplementedError
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: _Chunks,
+              limit: int, exclusive: bool) -> None:
         """Store all chunks, at most `limit` bytes, under this name, or nothing.
 
         exclusive: raise _NameTaken instead of replacing an object. Raises _Unconfirmed if it may be there.
@@ -3070,9 +3071,6 @@ class _HttpStore(_Remote):
 
     http: _Http
 
-    def close(self) -> None:
-        self.http.close()
-
     def prepare(self, request: _Request) -> _Request:
         """A request as it is sent now; its url may be relative to the bucket."""
         return request
@@ -3095,7 +3093,7 @@ class _HttpStore(_Remote):
         """Where an object is, as prepare() takes it; only this version, if the address can say so."""
         return '/' + quote(self.key(name), '/~')
 
-    def get(self, name: str, start: int, stop: int, known: Optional[_Object] = None) -> _Found:
+    def get(self, name: str, start: int, stop: int, known: _MaybeObject = None) -> _Found:
         """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
 
         start: if stop is 0, minus the number of bytes to read from the end. known: the version that it must be; the
@@ -3207,7 +3205,7 @@ class _BucketStore(_HttpStore):
         """What is no archive has no name there."""
         raise NotImplementedError
 
-    def stat(self, name: str) -> Optional[_Object]:
+    def stat(self, name: str) -> _MaybeObject:
         """As above. A GET needs no other permission; what is empty, archived, or tells too little, can be listed."""
         try:
             return self.get(name, 0, 2)[0]  # as s3rver takes 0-0 for all
@@ -3237,7 +3235,7 @@ class _BucketStore(_HttpStore):
                 prepare()
                 raise self.error(reply)
 
-    def split(self, chunks: Iterable[_Chunk], size: int) -> Iterator[Any]:
+    def split(self, chunks: _Chunks, size: int) -> Iterator[Any]:
         """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last is shorter or empty.
 
         Ranges are parts of their own, but for what the part before lacks; that is read.
@@ -3312,7 +3310,7 @@ class _FileRemote(_Remote):
         names = filter(None, map(self.name_of, files))
         return list(filter(None, map(self.stat, names)))
 
-    def stat(self, name: str, file: Union[str, int] = '') -> Optional[_Object]:
+    def stat(self, name: str, file: Union[str, int] = '') -> _MaybeObject:
         """As above; or the object in this file, which may be open. None if it is no regular one."""
         with suppress(FileNotFoundError):
             status = os.stat(self.path(name) if file == '' else file)
@@ -3333,7 +3331,8 @@ class _FileRemote(_Remote):
                 return data
         raise self.replaced_error(obj)
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: _Chunks,
+              limit: int, exclusive: bool) -> None:
         self.make_directory(self.root)
         latest = time.time() - _FILE_REMNANTS
         for item in os.scandir(self.root):
@@ -3448,6 +3447,7 @@ class _S3Remote(_BucketStore):
         super().set_up(config)
         self.aws = _Aws(config, self.job)
         self.http = self.aws.http
+        self.opened.callback(self.http.close)
         self.region = self.aws.region  # the bucket's, as soon as an answer has told it
         self.endpoint = (config.endpoint_url or '').rstrip('/') or self.aws.endpoint('s3')
         self.has_exclusive_write = not self.endpoint  # other stores may ignore If-None-Match
@@ -3519,7 +3519,8 @@ class _S3Remote(_BucketStore):
         is_last = page['IsTruncated'] != 'true'
         return objects, '' if is_last else page['NextContinuationToken']
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: _Chunks,
+              limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
         # Amazon takes many parts, others often only few.
         size = max(_MIN_PART, limit // (_FEW_PARTS if self.endpoint else _MAX_PARTS) + 1)  # bytes of a part
@@ -3619,6 +3620,7 @@ class _GsRemote(_BucketStore):
         self.endpoint = (endpoint if '://' in endpoint else f'http://{endpoint}').rstrip('/')
         self.is_public = config.public
         self.http = _Http(self.job, config.ca_bundle)
+        self.opened.callback(self.http.close)
         if not self.endpoint.startswith('http://'):
             self.credentials = _GoogleCredentials(config, self.http)
 
@@ -3659,7 +3661,8 @@ class _GsRemote(_BucketStore):
     def version(self, reply: _Reply) -> str:
         return reply.headers.get('x-goog-generation') or ''
 
-    def write(self, name: str, chunks: Iterable[_Chunk], limit: int, exclusive: bool) -> None:
+    def write(self, name: str, chunks: _Chunks,
+              limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
         query = {'uploadType': 'resumable', 'name': self.key(name)}
         if exclusive:
@@ -3761,12 +3764,8 @@ class _WebRemote(_HttpStore):
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
         self.prefix = unquote(self.base)
         self.http = _Http(self.job, config.ca_bundle)
+        self.opened.callback(self.http.close)
         self.downloads: Dict[_Object, Any] = {}  # files, for objects of a server that knows no ranges
-        self.files = ExitStack()  # which closes them
-
-    def close(self) -> None:
-        self.http.close()
-        self.files.close()
 
     def address(self, name: str, version: str = '') -> str:
         return f'{self.base}{name}.tgz'
@@ -3804,7 +3803,7 @@ class _WebRemote(_HttpStore):
         objects = _ordered(self.job, self.connections, self.stat, sorted(names))
         return [obj for obj in objects if obj]
 
-    def stat(self, name: str) -> Optional[_Object]:
+    def stat(self, name: str) -> _MaybeObject:
         """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
         with suppress(RemoteError):
             reply = self.ask('HEAD', self.address(name), *_MISSING)
@@ -3821,7 +3820,7 @@ class _WebRemote(_HttpStore):
                 if e.status != 200:  # not because it answers with the whole object
                     raise
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
-            file = self.files.enter_context(tempfile.TemporaryFile())
+            file = self.opened.enter_context(tempfile.TemporaryFile())
             reply = self.ask('GET', self.address(obj.name),
                              headers=_UNCHANGED, into=file, limit=obj.size)
             if file.tell() != obj.size or self.version(reply) != obj.version:
@@ -3852,7 +3851,8 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
                 f"did you mean 'file://{url}'?" if url[:1] == '/' else
                 "set where datasets are shared with a line such as 'url: s3://my-bucket' in ~/.etc.yaml, with $ETC_URL "
                 'or with --url')
-        with closing(kind(config, job)) as remote:
+        remote = kind(config, job)
+        with remote.opened:
             yield remote
     except Error as e:
         if config._url_source:
