@@ -1833,7 +1833,7 @@ class RemoteSuite:
             self.assertIn('installed already', self.etc('pull X', home=home)[1])
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
-        self.fails_with('pull -f', 'pull X', home='two')
+        self.fails_with('(force) replaces it', 'pull X', home='two')
         self.fails_with('; those contents are not there, or not any more', 'pull -f X@' + old, home='two')
         self.assertEqual(etc.dataset('X@' + old, config=two).digest, old)
         assert_pulls(self, root, 'X@' + new, force=True)
