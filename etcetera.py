@@ -3961,8 +3961,6 @@ class _Place:
                            f"'etc purge {self.name}' forgets it")
         return Dataset(self.path, self.name, _read_receipt(self.path))
 
-    # Work under way
-
     @contextmanager
     def lock(self, job: _Job) -> Iterator[None]:
         """Let one process at a time work on this dataset, if the system can. It only saves work."""
@@ -4020,12 +4018,9 @@ class _Place:
                     continue
                 claimed = self.work / work.name
                 os.rename(work, claimed)  # if its owner lives after all, it must not install it
-                if is_same:
-                    for journal in _journals(claimed)[:1]:
-                        os.rename(journal.parent, self.work / 'earlier')
+                if is_same and _journals(claimed):
+                    os.rename(_journals(claimed)[0].parent, self.work / 'earlier')
                 _remove(claimed)
-
-    # Putting a dataset in place
 
     def commit(self, replace: bool,
                receipt: _Receipt = _NO_RECEIPT) -> None:
@@ -4075,8 +4070,6 @@ class _Place:
                     _remove(self.path / item)
             if {_RECEIPT}.issuperset(os.listdir(self.path)):
                 _remove(self.path)
-
-    # What is here already
 
     def reuse(self, job: _Job,
               wanted: _Texts) -> Set[str]:
@@ -4321,9 +4314,9 @@ class _Archive:
         place.new.mkdir()
         reused: Set[str] = set()
         if self.segments:
-            lacking = _digests(self.segments)
-            directories = wanted - {'.'}  # as the files beside them are few, and hard to tell from others there
-            reused = place.reuse(self.job, {path: lacking[path] for path in directories})
+            # Not of the first, the files beside all directories, as they are few, and hard to tell from others there.
+            lacking = [segment for segment in self.segments[1:] if segment.path in wanted]
+            reused = place.reuse(self.job, _digests(lacking))
             self.fetch(wanted - reused, place.work)
         else:
             whole = self.read_ahead([(0, self.obj.size)])
