@@ -770,7 +770,7 @@ def _to_os(name: str) -> str:
 
 
 def _join(root: _Path, name: str) -> str:
-    return os.fspath(root) + os.sep + _to_os(name)
+    return f'{root}{os.sep}{_to_os(name)}'
 
 
 _Items = List[Tuple[str, bool]]  # names, sorted by code points, and whether they are links
@@ -944,6 +944,8 @@ def _pax_record(key: bytes, value: bytes) -> bytes:
 # Of a block: bytes of headers; then bytes of a file, from where, to where, and zeros up to a multiple of 512
 _Piece = Tuple[bytes, _Entry, int, int]
 
+_Plan = Tuple[str, List[_Piece], bytes]  # of a block: its segment, what it consists of, and its bytes, if read
+
 
 @_system_errors()
 def _read_pieces(pieces: Iterable[_Piece]) -> bytes:
@@ -970,8 +972,8 @@ def _read_pieces(pieces: Iterable[_Piece]) -> bytes:
     return b''.join(parts)
 
 
-def _plans(listing: _Listing) -> Iterator[Tuple[str, List[_Piece]]]:
-    """The tar stream of the segments, cut into blocks: the path of the segment, and what the block consists of."""
+def _plans(listing: _Listing) -> Iterator[_Plan]:
+    """The tar stream of the segments, cut into blocks."""
     for path, entries in listing:
         pieces: List[_Piece] = []
         room = _BLOCK
@@ -982,7 +984,7 @@ def _plans(listing: _Listing) -> Iterator[Tuple[str, List[_Piece]]]:
             while len(head) + size - start > room:
                 stop = start + max(0, room - len(head))
                 pieces.append((head[:room], entry, start, stop))
-                yield path, pieces
+                yield path, pieces, b''
                 head = head[room:]
                 start = stop
                 pieces = []
@@ -990,7 +992,7 @@ def _plans(listing: _Listing) -> Iterator[Tuple[str, List[_Piece]]]:
             pieces.append((head, entry, start, size))
             room -= len(head) + size - start
             room -= room % 512  # for the zeros
-        yield path, pieces
+        yield path, pieces, b''
 
 
 def _sha256(data: bytes = b'') -> Any:
@@ -1019,26 +1021,25 @@ def _process(
 
     is_all: whether reading is all of the job, and so counts as its progress.
     """
-    def process(item: Tuple[str, List[_Piece], bytes]) -> _Block:
-        path, pieces, payload = item
+    def process(plan: _Plan) -> _Block:
+        path, pieces, payload = plan
         payload = payload or _read_pieces(pieces)
         size = sum([stop - start for _, _, start, stop in pieces])
         job.add(size if is_all else 0)
         return _Block(path, work(payload), _sha256(payload).digest(), size)
 
-    def items() -> Iterator[Tuple[str, List[_Piece], bytes]]:
+    def plans() -> Iterator[_Plan]:
         is_fast = True
-        for path, pieces in _plans(listing):
+        for path, pieces, payload in _plans(listing):
             # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
             # is slow: then several threads overlap their waits.
-            payload = b''
             if is_fast and len(pieces) > _MANY_FILES:
                 begin = time.monotonic()
                 payload = _read_pieces(pieces)
                 is_fast = time.monotonic() - begin < 4e-5 * len(pieces)
             yield path, pieces, payload
 
-    return _ordered(job, _cores(), process, items())
+    return _ordered(job, _cores(), process, plans())
 
 
 def _digest(data: Any) -> str:
@@ -1460,32 +1461,37 @@ def _is_safe(name: str) -> bool:
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
-def _create_file(path: str, mode: int) -> int:
-    """Create a read-only file, with the x bit at once, as some disks have no chmod; a descriptor to write to it."""
+def _write_file(path: _Path, mode: int, pieces: Iterable[Any], size: int = 0) -> None:
+    """Create a read-only file, with the x bit at once, as some disks have no chmod; with `size`, so large at once."""
     try:
-        return os.open(path, _CREATE, mode)
-    except PermissionError:
-        pass
-    # Some network file systems do not open a new read-only file for writing.
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-    file = os.open(path, _CREATE, mode | 0o200)
-    with suppress(OSError):
-        os.chmod(path, mode)
-    return file
+        file = os.open(path, _CREATE, mode)
+    except PermissionError:  # some network file systems do not open a new read-only file for writing
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        file = os.open(path, _CREATE, mode | 0o200)
+        with suppress(OSError):
+            os.chmod(path, mode)
+    try:
+        if size:
+            with suppress(OSError):
+                os.ftruncate(file, size)
+        for piece in pieces:
+            while piece:
+                piece = piece[os.write(file, piece):]
+    finally:
+        os.close(file)
 
 
 def _link_or_copy(source: str, target: str) -> None:
     """Give a read-only file a second name. Make a read-only copy where hard links do not work, or would not be safe."""
-    import shutil
     mode = os.stat(source).st_mode & 0o777
     try:
         if mode & 0o222 or os.path.islink(source) or os.name == 'nt':
             raise OSError  # on Windows, a link can be removed only if the file is writable, and so would the other be
         os.link(source, target)
     except OSError:
-        with open(source, 'rb') as original, open(_create_file(target, mode & 0o555), 'wb') as copy:
-            shutil.copyfileobj(original, copy, _BLOCK)
+        with open(source, 'rb') as file:
+            _write_file(target, mode & 0o555, iter(partial(file.read, _BLOCK), b''))
 
 
 def _symlink(target: _Path, path: _Path) -> None:
@@ -1502,7 +1508,7 @@ class _Sink:
     """Writes the entries of an archive below `root`: nothing elsewhere, nothing twice, nothing through a link."""
 
     def __init__(self, root: _Path) -> None:
-        self.root = os.path.join(os.path.realpath(root), '')
+        self.root = f'{os.path.realpath(root)}{os.sep}'
         self.links: _Texts = {}  # targets of links, made at the end, so that nothing is written through one
 
     def path(self, name: str) -> str:
@@ -1510,19 +1516,6 @@ class _Sink:
         if not _is_safe(name) or name.count('/') >= _DEPTH:
             raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'", 'do not trust it')
         return self.root + _to_os(name)
-
-    def write_file(self, name: str, is_executable: bool, pieces: Iterable[Any], size: int = 0) -> None:
-        """Create a file; with `size` it is so large at once, so that _replay() knows what is to come."""
-        file = _create_file(self.path(name), 0o555 if is_executable else 0o444)
-        try:
-            if size:
-                with suppress(OSError):
-                    os.ftruncate(file, size)
-            for piece in pieces:
-                while piece:
-                    piece = piece[os.write(file, piece):]
-        finally:
-            os.close(file)
 
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
@@ -1553,7 +1546,7 @@ class _Sink:
                 # By its text too, as the way back into the root from above it would lead elsewhere once that has its
                 # name.
                 meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-                real = os.path.join(os.path.realpath(path), '')
+                real = f'{os.path.realpath(path)}{os.sep}'
                 is_sound = real.startswith(self.root) and not f'{meant}/'.startswith(('/', '../'))
             if not is_sound:
                 raise Corrupt(f"the archive holds the link '{name}' to '{target[:300]}', which leads out of the "
@@ -1619,7 +1612,7 @@ class _SegmentReader(_Stream):
         self.sink = sink
         # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
         # before the next header is read.
-        self.ready: List[Tuple[str, bool, Any]] = []
+        self.ready: List[Tuple[str, int, Any]] = []  # path, mode and contents
         self.source = ''  # of the last block
         self.digests = bytearray()  # of all blocks
 
@@ -1633,8 +1626,8 @@ class _SegmentReader(_Stream):
             self.source = block.source
             self.digests += block.digest
             yield block.payload
-            for name, is_executable, data in self.ready:
-                self.sink.write_file(name, is_executable, [data])
+            for path, mode, data in self.ready:
+                _write_file(path, mode, [data])
             self.ready = []
             note = json.dumps([self.path, block.length, block.digest.hex()])
             notes.write(note.encode() + b'\n')
@@ -1656,9 +1649,9 @@ class _SegmentReader(_Stream):
             if not (belongs and last.startswith(around) and last < order):
                 raise self.error('place')
             last = order
+            path = self.sink.path(name.rstrip('/'))
             if name.endswith('/'):
                 has_directory = True
-                path = self.sink.path(name[:-1])
                 if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
                     os.mkdir(path)
                 continue
@@ -1668,16 +1661,17 @@ class _SegmentReader(_Stream):
                 raise self.error('size')
             stop = self.at + length
             padding = -length % 512
+            mode = 0o555 if is_executable else 0o444
             if link:
                 self.sink.links[name] = link
             elif stop > len(self.data):
-                self.sink.write_file(name, is_executable, self.pieces(length), length)
+                _write_file(path, mode, self.pieces(length), length)
             else:
                 if self.source:
-                    _link_or_copy(_join(self.source, name), self.sink.path(name))
+                    _link_or_copy(_join(self.source, name), path)
                 else:
                     data = memoryview(self.data) if length > 4096 else self.data  # views copy nothing, but take time
-                    self.ready.append((name, is_executable, data[self.at:stop]))
+                    self.ready.append((path, mode, data[self.at:stop]))
                 self.at = stop
             # It ends in the block in which the file does, if that does not end too early.
             if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
@@ -1936,7 +1930,7 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
             raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
         source = tar.extractfile(member)
         pieces = iter(partial(source.read, _BLOCK), b'')
-        sink.write_file(name, bool(member.mode & 0o100), pieces)
+        _write_file(path, 0o555 if member.mode & 0o100 else 0o444, pieces)
     elif not member.isdir():
         raise Corrupt(f"the archive holds '{name}', which is no file, link or directory ({member.type!r})",
                       "pack it with tar's default options")
@@ -4136,7 +4130,7 @@ def _write_receipt(directory: Path, receipt: _Receipt) -> None:
         segments=[segment._asdict() for segment in receipt.segments],
         digest=receipt.digest, when=_utc(time.time()))
     text = json.dumps(row, indent=1, default=sorted)
-    _Sink(directory).write_file(_RECEIPT, False, [text.encode()])
+    _write_file(directory / _RECEIPT, 0o444, [text.encode()])
     _flush(directory)
 
 
