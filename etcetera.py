@@ -1961,7 +1961,7 @@ _TRIES = 5
 _MORE_TRIES = 2  # once a request has succeeded
 _LAST_TRIES = 2  # of what is tidied up after an interruption or failure
 _SLICE = 1 << 17  # bytes that are sent or received at once
-_TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses after which another try may help
+_TRANSIENT = 408, 429, 500, 502, 503, 504  # statuses after which another try may help
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _PORT = '(?:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))'  # to 65535
 _SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::{_PORT})?'
@@ -2000,7 +2000,7 @@ class _Reply(NamedTuple):
     def json(self) -> _Row:
         """The JSON object in the body; {} if there is none."""
         with suppress(ValueError, RecursionError):
-            answer = json.loads(self.body.decode('utf-8-sig'))
+            answer = json.loads(self.body)
             if isinstance(answer, dict):
                 return answer
         return {}
@@ -2044,7 +2044,7 @@ class _Http:
     def __init__(self, job: _Job, ca_bundle: _MaybeText = None) -> None:
         self.job = job
         self.ca_bundle = ca_bundle
-        self.idle: Dict[Any, Any] = defaultdict(list)  # connections that are kept, by what connection() takes
+        self.idle: Any = defaultdict(list)  # connections that are kept, by what connection() takes
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection, unless it was interrupted
         job.at_end.append(self.interrupt)
 
@@ -2076,8 +2076,8 @@ class _Http:
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
         """
-        import http.client
         import random
+        from http.client import HTTPException
         failures = 0
         while True:
             request = prepare()
@@ -2094,7 +2094,7 @@ class _Http:
             asked = 0.0  # seconds, by the server
             try:
                 reply = self.exchange(request, job, patience)
-            except (OSError, UnicodeError, http.client.HTTPException) as e:
+            except (OSError, UnicodeError, HTTPException) as e:
                 problem = f"cannot reach {site}: {getattr(e, 'strerror', None) or e}"
                 if getattr(e, 'errno', 0) in _FULL:
                     raise Error(f'cannot keep a download: {e}', 'set $TMPDIR to a directory with more room') from None
@@ -2123,7 +2123,7 @@ class _Http:
     def exchange(
             self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again if the server has closed the connection that was kept."""
-        import http.client
+        from http.client import HTTPException
         while len(self.busy) >= self.most:
             job.sleep(_TICK)
         site = _site(request.url)
@@ -2137,7 +2137,7 @@ class _Http:
                 body = self.receive(connection, response, request, job)
                 is_reusable = response.isclosed()
             return _Reply(response.status, response.headers, body, request)
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, HTTPException) as e:
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
             if connection not in self.busy:
                 raise _Ended from None
@@ -2153,7 +2153,7 @@ class _Http:
 
     def connection(self, site: str, is_near: bool) -> Any:
         """A kept connection, or a new one, which send() connects."""
-        import http.client
+        from http.client import HTTPConnection, HTTPSConnection
         with suppress(IndexError):
             connection = self.idle[site, is_near].pop()
             if time.monotonic() - connection.idle_since > _IDLE:
@@ -2162,10 +2162,10 @@ class _Http:
         scheme, _, host = site.partition('://')
         proxy, headers = ('', {}) if is_near else _find_proxy(scheme, host)
         if scheme == 'http':
-            connection = http.client.HTTPConnection(proxy or host)
+            connection = HTTPConnection(proxy or host)
         else:
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection = http.client.HTTPSConnection(proxy or host, context=self.tls)
+            connection = HTTPSConnection(proxy or host, context=self.tls)
             if proxy:
                 connection.set_tunnel(host, headers=headers)
                 proxy, headers = '', {}
@@ -2182,8 +2182,8 @@ class _Http:
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
         headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
         if request.body:  # otherwise http.client knows where to say 0
-            length = sum(map(len, request.body))
-            headers['Content-Length'] = str(length)
+            headers['Content-Length'] = str(
+                sum(map(len, request.body)))
         for name, value in headers.items():
             if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
                 raise ConfigError(f'a header for {_site(request.url)}, such as a token or project, contains invalid '
@@ -2217,8 +2217,8 @@ class _Http:
             self, connection: Any, response: Any,
             request: _Request, job: _Job) -> bytes:
         """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
-        import http.client
         import io
+        from http.client import HTTPException, IncompleteRead
         is_file = request.into and response.status == 200
         is_range = 'Content-Range' in response.headers
         size = min(response.length or 0, request.limit)  # at once, as allocators keep what a body leaves as it grows
@@ -2233,8 +2233,8 @@ class _Http:
                     raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
                                       'a proxy or the endpoint_url is at fault', response.status)
             if response.length:
-                raise http.client.IncompleteRead(b'', response.length)
-        except (OSError, http.client.HTTPException):
+                raise IncompleteRead(b'', response.length)
+        except (OSError, HTTPException):
             if connection not in self.busy or not is_range or body.tell() < _SLICE:
                 raise
         body.truncate()
@@ -2248,10 +2248,9 @@ class _Http:
 def _find_proxy(
         scheme: str, host: str) -> Tuple[str, _Texts]:
     """The address of the proxy for a host, or '', and the headers that it wants to see."""
-    import urllib.request
-    proxies = urllib.request.getproxies()
-    url = proxies.get(scheme, '').strip()
-    if not url or urllib.request.proxy_bypass(host):
+    from urllib.request import getproxies, proxy_bypass
+    url = getproxies().get(scheme, '').strip()
+    if not url or proxy_bypass(host):
         return '', {}
     match = re.match(r'(?ai)(?:http://|(?![^/?#@]*://))(?:(.*)@)?'
                      rf'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])(?::({_PORT}))?(?:[/?#].*)?\Z', url)
@@ -2574,9 +2573,8 @@ class _Aws(_Renewed):
             self, source: str, find: Callable[[str], Any],
             keys: _MaybeKeys, **form: str) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-        form['Action'] = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
-        form['Version'] = '2011-06-15'
-        form['RoleSessionName'] = f'etcetera-{time.time():.0f}'
+        action = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
+        form.update(Action=action, Version='2011-06-15', RoleSessionName='etcetera')
         for key in 'role_arn', 'role_session_name', 'external_id', 'duration_seconds':
             if find(key):
                 parameter = key.title().replace('_', '')
@@ -2631,9 +2629,8 @@ class _Aws(_Renewed):
         token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         if path:
             token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names')
-        headers = {'Authorization': token} if token else {}
-        request = _Request('GET', url, headers)
-        reply = _ask_metadata(self.http, request)
+        reply = _ask_metadata(self.http, _Request(
+            'GET', url, {'Authorization': token} if token else {}))
         source = "the container's credentials service"
         if reply.status == 200:
             return _aws_keys(reply.json(), source)
@@ -2644,9 +2641,9 @@ class _Aws(_Renewed):
         if self.flag('ec2_metadata_disabled'):
             return None
         site = self.setting('ec2_metadata_service_endpoint').rstrip('/') or 'http://169.254.169.254'
-        headers = {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}
-        request = _Request('PUT', f'{site}/latest/api/token', headers, tries=1)
-        reply = _ask_metadata(self.http, request)
+        reply = _ask_metadata(self.http, _Request(
+            'PUT', f'{site}/latest/api/token',
+            {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}, tries=1))
         token = reply.body.decode('latin-1').strip()
         if reply.status != 200 or not re.match(r'[!-~]+\Z', token):
             return None
@@ -2654,8 +2651,9 @@ class _Aws(_Renewed):
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
         reply = _ask_metadata(self.http, request)
         role = quote(reply.body.strip())
-        request = request._replace(url=f'{url}{role}')
-        answer = _ask_metadata(self.http, request).json()
+        reply = _ask_metadata(
+            self.http, request._replace(url=f'{url}{role}'))
+        answer = reply.json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
@@ -2682,8 +2680,7 @@ def _aws_keys(values: _Row, source: str) -> _AwsKeys:
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
-    expiration = plain.get('expiration')
-    expires = _iso_time(expiration) if expiration else 1e12
+    expires = _iso_time(plain.get('expiration', '')) or 1e12
     return _AwsKeys._make([*parts, expires, source])
 
 
@@ -2783,7 +2780,6 @@ def _status(reply: _Reply) -> str:
 # ---------------------------------------------------------------------------------------
 
 _GOOGLE_SCOPE = 'https://www.googleapis.com/auth/devstorage.full_control'  # read_write may not make objects public
-_GOOGLE_TOKEN_URL = 'https://oauth2.googleapis.com/token'
 _GOOGLE_REMEDY = "check the Google credentials, or run 'gcloud auth application-default login'"
 
 
@@ -2827,7 +2823,7 @@ class _GoogleCredentials(_Renewed):
     def ask(self) -> _Row:
         """What a token endpoint answers (RFC 6749, 4.1.4)."""
         info = self.info
-        url = info.get('token_uri') or _GOOGLE_TOKEN_URL
+        url = info.get('token_uri') or 'https://oauth2.googleapis.com/token'
         if info['type'] == 'service_account':
             form = {
                 'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
@@ -2853,8 +2849,8 @@ class _GoogleCredentials(_Renewed):
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
         url = f"http://{host}/{path}?scopes={quote(_GOOGLE_SCOPE, '')}"
-        request = _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1)
-        reply = _ask_metadata(self.http, request)
+        reply = _ask_metadata(self.http, _Request(
+            'GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
         is_google = reply.headers.get('Metadata-Flavor') == 'Google'
         return reply.json() if is_google and reply.status == 200 else None
 
