@@ -2011,22 +2011,20 @@ class _Reply(NamedTuple):
         body = self.body.strip()  # S3 sends spaces to keep a connection open while it works
         if b'<!' in body.replace(b'<![CDATA[', b''):
             body = b''
-        try:
+        with suppress(ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
             root = ElementTree.fromstring(body)
-        except (ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
-            return []
-        for element in root.iter():
-            element.tag = element.tag.rpartition('}')[2]
-        return [{item.tag: item.text or '' for item in element}
-                for element in root.iter(name)]
+            for element in root.iter():
+                element.tag = element.tag.rpartition('}')[2]
+            return [{item.tag: item.text or '' for item in element}
+                    for element in root.iter(name)]
+        return []
 
     def time(self, name: str) -> float:
         """Unix time of the date in a header; 0 if there is none."""
         from email.utils import parsedate_to_datetime
-        try:
+        with suppress(TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, before 1970
             return parsedate_to_datetime(self.headers.get(name)).timestamp()
-        except (TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, before 1970
-            return 0.0
+        return 0.0
 
 
 def _judge(reply: _Reply) -> str:
@@ -2304,21 +2302,19 @@ def _iso_time(text: str) -> float:
     """Unix time of an ISO 8601 time, which is UTC unless it has an offset; 0 if it is none."""
     from datetime import datetime
     zone = re.sub(r'\A[.\d]+|[:UTCZ]', '', text[19:]) or '+0000'
-    try:
+    with suppress(ValueError):
         return datetime.strptime(
             text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
-    except ValueError:
-        return 0.0
+    return 0.0
 
 
 def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
     """A unix time as text; '' beyond the year 9999. time.gmtime() ends in 2038 on some 32-bit systems."""
     from datetime import datetime, timedelta
-    try:
+    with suppress(OverflowError):
         moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
         return moment.strftime(form)
-    except OverflowError:
-        return ''
+    return ''
 
 
 class _Renewed:
@@ -2401,8 +2397,7 @@ class _Aws(_Renewed):
         ca_bundle = config.ca_bundle or self.setting('ca_bundle')
         self.http = _Http(job, ca_bundle)
         self.region = (
-            config.region
-            or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
+            config.region or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
             or self.values.get('region', 'us-east-1'))
         if not re.match(_AWS_REGION, self.region):
             raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
@@ -2488,10 +2483,8 @@ class _Aws(_Renewed):
         digest = request.digest(_sha256()).hex()
         stamp = _utc(time.time() + self.skew, '%Y%m%dT%H%M%SZ')
         headers = {
-            **request.headers,
-            'host': re.sub(':(80|443)$', '', netloc),
-            'x-amz-date': stamp,
-            'x-amz-content-sha256': digest}
+            **request.headers, 'x-amz-date': stamp, 'x-amz-content-sha256': digest,
+            'host': re.sub(':(80|443)$', '', netloc)}
         if keys.token:
             headers['x-amz-security-token'] = keys.token
         names = sorted(headers, key=str.lower)
@@ -2529,9 +2522,8 @@ class _Aws(_Renewed):
     def from_profile(
             self, name: str,
             users: Tuple[str, ...] = ()) -> _MaybeKeys:
-        """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys.
+        """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys; for roles of `users`.
 
-        users: the profiles whose roles are assumed with the keys of this one.
         https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
         """
         where = f"the AWS profile '{name}'"
@@ -2542,8 +2534,7 @@ class _Aws(_Renewed):
             if 'mfa_serial' in values:
                 return self.from_tools(name)
             sources = {
-                'Environment': self.from_environment,
-                'EcsContainer': self.from_container,
+                'Environment': self.from_environment, 'EcsContainer': self.from_container,
                 'Ec2InstanceMetadata': self.from_instance}
             profile = values.get('source_profile')
             kind = values.get('credential_source')
