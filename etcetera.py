@@ -2923,7 +2923,7 @@ def _der_integers(data: bytes) -> Iterator[int]:
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
-_LONG_PART = 64 << 20  # bytes of a part that are still moderate
+_LONG_PART = 64 << 20  # bytes that the storage copies at once, unless parts are longer
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 60 << 20  # bytes that may be sent at once
 _AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
@@ -3453,13 +3453,11 @@ class _S3Remote(_BucketStore):
         if md5:
             headers['Content-MD5'] = _base64(request.digest(md5))
         base = self.endpoint or self.aws.host('s3', self.region)
-        if self.is_bucket_in_host:
-            base = base.replace('//', f'//{self.bucket}.', 1)
-        else:
-            base += f'/{self.bucket}'
+        scheme, _, host = base.partition('//')
+        place = f'{self.bucket}.{host}' if self.is_bucket_in_host else f'{host}/{self.bucket}'
         request = request._replace(
-            url=f'{base}{request.url}', headers=headers,
-            keys=self.aws.get())
+            url=f'{scheme}//{place}{request.url}',
+            headers=headers, keys=self.aws.get())
         return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
@@ -3544,8 +3542,7 @@ class _S3Remote(_BucketStore):
             source, start, stop = part
             headers = {
                 'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
-                'x-amz-copy-source-range': f'bytes={start}-{stop - 1}',
-            }
+                'x-amz-copy-source-range': f'bytes={start}-{stop - 1}'}
             reply = self.ask('PUT', url, headers=headers)
             if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
                 raise self.replaced_error(source)
