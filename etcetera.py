@@ -4113,7 +4113,7 @@ def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     row.update(
         segments=[segment._asdict() for segment in receipt.segments],
         digest=receipt.digest, when=_utc(time.time()))
-    text = json.dumps(row, indent=1, default=sorted)
+    text = json.dumps(row, default=sorted)
     _write_file(directory / _RECEIPT, 0o444, [text.encode()])
     _flush(directory)
 
@@ -4217,9 +4217,8 @@ class _Archive:
         self.obj = obj
         self.tail = tail  # its last bytes
         self.label = f"'{obj.name}' in {remote.url}"
-        self.segments: _Segments = ()
         with self.labelled():
-            self.segments = _read_index(obj.size, self.read)
+            self.segments: _Segments = _read_index(obj.size, self.read)
 
     @contextmanager
     def labelled(self) -> Iterator[None]:
@@ -4306,7 +4305,7 @@ class _Archive:
 
     def fetch(self, paths: Set[str], work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
-        head = json.dumps([self.remote.url, self.obj.name, self.obj.version])
+        head = f'{self.label!r} {self.obj.version!r}'
         promised = {segment.path: segment for segment in self.segments if segment.path in paths}
 
         def blocks() -> Generator[_Block, None, None]:
@@ -4401,8 +4400,8 @@ def _find_copies(remote: _Remote, name: str,
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
-    looks = _ordered(remote.job, remote.connections, look, objects[-_MAX_SOURCES:])
-    held: List[_Source] = sum(looks, [])
+    in_parallel: Any = partial(_ordered, remote.job, remote.connections)
+    held: List[_Source] = sum(in_parallel(look, objects[-_MAX_SOURCES:]), [])
     paths = {segment.path for _, segment in held}
     read = _hash(remote.job, survey.listing(paths))
     found: _Copies = {}
@@ -4415,7 +4414,7 @@ def _find_copies(remote: _Remote, name: str,
                 found[segment.path] = archive, segment
     if len(survey.segments) == len(replaced) == len(replaced[0].segments):
         return {}
-    sound = _ordered(remote.job, remote.connections, is_sound, found.values())
+    sound = in_parallel(is_sound, found.values())
     return dict(itertools.compress(found.items(), sound))
 
 
