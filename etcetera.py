@@ -683,18 +683,12 @@ _MTIME = b'%011o' % 315532800  # 1980-01-01: older dates break zip tools and mak
 _ZEROS = bytes(1024)
 _DEPTH = 256  # levels of directories that a dataset may have
 _MAX_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
-_BATCH = 1000  # entries that _survey() packs at once
+_BATCH = 1000  # entries that _Survey packs at once
 _MANY_FILES = 32  # in a block, above which one thread may read them faster than several
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
-_FILE, _DIRECTORY, _LINK = b'0', b'5', b'2'  # type flags of tar
-_PLAIN, _EXECUTABLE = b'0000644', b'0000755'  # modes, as in tar
-
 _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
-
-# What file managers leave beside the partitions
-_LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'
-
+_LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'  # of file managers
 _ODD = ('.', '@', '__', 'lost+found')  # how names start that programs make, and that may be shared by accident
 
 
@@ -706,11 +700,6 @@ class _Entry(NamedTuple):
     is_executable: bool = False  # as directories are
     link: str = ''  # target of a link
     source: str = ''  # path of a file
-
-    @property
-    def kind(self) -> bytes:
-        return _DIRECTORY if self.name.endswith('/') else _LINK if self.link else _FILE
-
 
 _Listing = Iterable[Tuple[str, Iterable[_Entry]]]  # paths of segments, each with its entries, in the archive's order
 
@@ -862,8 +851,8 @@ class _Survey:
             path = _join(self.root, name)
             try:
                 status = os.stat(path)
-            except OSError as e:  # a link to nothing or back to itself, or what has vanished
-                raise InvalidDataset(f"'{name[:300]}' leads nowhere: {e.strerror}", 'repair or remove it') from None
+            except OSError as e:  # as for a link to nothing, or back to itself
+                raise InvalidDataset(f"'{name[:300]}' cannot be read: {e.strerror}", 'repair or remove it') from None
             link = _kept_link(self.root, name, segment) if is_link and name != 'data' else ''
             if is_link and not os.path.realpath(path).startswith(self.root + os.sep):
                 self.surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
@@ -916,7 +905,8 @@ def _tar_header(entry: _Entry) -> bytes:
     It is what tarfile.PAX_FORMAT writes from Python 3.9 on; up to 3.8, tarfile fills devmajor and devminor otherwise.
     """
     size = entry.size
-    mode = _EXECUTABLE if entry.is_executable else _PLAIN
+    mode = b'0000755' if entry.is_executable else b'0000644'
+    kind = b'5' if entry.name.endswith('/') else b'2' if entry.link else b'0'  # a directory, link or file
     pax = b''
     texts = []
     for key, text in ((b'path', entry.name), (b'linkpath', entry.link)):
@@ -931,7 +921,7 @@ def _tar_header(entry: _Entry) -> bytes:
     if pax:
         before = _ustar(b'././@PaxHeader', b'x', _NO_ONE, len(pax), mtime=b'00000000000')
         pax = before + pax + bytes(-len(pax) % 512)
-    return pax + _ustar(texts[0], entry.kind, mode, size, texts[1])
+    return pax + _ustar(texts[0], kind, mode, size, texts[1])
 
 
 def _pax_record(key: bytes, value: bytes) -> bytes:
@@ -1573,7 +1563,7 @@ def _pax_records(data: bytes) -> Iterator[Tuple[bytes, bytes]]:
 class _Stream:
     """Chunks of bytes as a file that is read once, from start to end."""
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[Any]) -> None:
         self.chunks = iter(chunks)
         self.data: Any = b''  # the last chunk that was taken
         self.at = 0  # up to where it has been read
@@ -1695,15 +1685,15 @@ class _SegmentReader(_Stream):
             raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-512:])
             bare = raw_name.rstrip(b'\0')
             size = int(digits, 8)
-            if kind == _FILE and mode == _PLAIN and size >= 0:  # the most frequent case, made fast
+            if kind == b'0' and mode == b'0000644' and size >= 0:  # the most frequent case, made fast
                 if header == _ustar(bare, kind, mode, size) and bare[-1:] != b'/':
                     return _Entry(bare.decode('ascii'), size)
             name = pax.get(b'path', bare).decode('utf-8')
             link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
             size = int(pax.get(b'size', size))
-            is_executable = name.endswith('/') or mode == _EXECUTABLE and not link
+            is_executable = name.endswith('/') or mode == b'0000755' and not link
             entry = _Entry(name, size, is_executable, link)
-            if (size == 0 or size > 0 and kind == _FILE) and header == _tar_header(entry):
+            if (size == 0 or size > 0 and kind == b'0') and header == _tar_header(entry):
                 return entry
         except ValueError:
             pass
@@ -1722,10 +1712,11 @@ def _extract(
     identifies the object; then of each block that has been written its segment, length in the archive, and digest.
     """
     sink = _Sink(root)
-    groups = itertools.groupby(blocks, operator.attrgetter('path'))
     with open(journal or os.devnull, 'wb', buffering=0) as notes, sink.filling(confined=True):
         notes.write(head.encode() + b'\n')
-        return [_SegmentReader(path, own, sink, notes).extract(promised.get(path)) for path, own in groups]
+        return [
+            _SegmentReader(path, own, sink, notes).extract(promised.get(path))
+            for path, own in itertools.groupby(blocks, operator.attrgetter('path'))]
 
 
 def _replay(
@@ -1768,8 +1759,7 @@ def _inflate_blocks(
         job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segment]) -> Iterator[_Block]:
     """The blocks in the bytes of some segments, or of what is left of these."""
     def members() -> Iterator[Tuple[str, Iterable[bytes]]]:
-        views: Iterable[Any] = map(memoryview, chunks)  # whose slices are no copies
-        stream = _Stream(views)
+        stream = _Stream(map(memoryview, chunks))  # whose slices are no copies
         for segment in segments:
             left = segment.length
             while left:
@@ -4063,9 +4053,9 @@ class _Place:
                 for entry in itertools.chain.from_iterable(entries for _, entries in listing):
                     job.add(0)
                     target = _join(self.new, entry.name)
-                    if entry.kind == _DIRECTORY:
+                    if entry.name.endswith('/'):
                         os.mkdir(target)
-                    elif entry.kind == _LINK:
+                    elif entry.link:
                         _symlink(_to_os(entry.link), target)
                     else:
                         _link_or_copy(entry.source, target)

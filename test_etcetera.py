@@ -1116,9 +1116,9 @@ class Format(Case):
     def test_what_cannot_be_packed(self):
         train = self.tmp / 'ds/data/train'
         for problem, make in (
-                ("'data/train/x' leads nowhere: No such file", lambda: write(train, {'x': ('->', 'gone')})),
-                ("'data/train/x' leads nowhere: Too many levels", lambda: write(train, {'x': ('->', 'y'), 'y': ('->', 'x')})),
-                ('data/train/up/.* leads nowhere: Too many levels', lambda: write(train, {'up': ('->', '../../..')})),
+                ("'data/train/x' cannot be read: No such file", lambda: write(train, {'x': ('->', 'gone')})),
+                ("'data/train/x' cannot be read: Too many levels", lambda: write(train, {'x': ('->', 'y'), 'y': ('->', 'x')})),
+                ('data/train/up/.* cannot be read: Too many levels', lambda: write(train, {'up': ('->', '../../..')})),
                 ("'data/train/pipe' is neither a file nor a directory", lambda: os.mkfifo(str(train / 'pipe'))),
                 (r'caf\\xe9.* is not valid UTF-8', lambda: os.mkdir(os.fsencode(str(train)) + b'/caf\xe9'))):
             with self.subTest(problem):
