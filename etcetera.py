@@ -3050,7 +3050,8 @@ class _HttpStore(_Remote):
 
     def error(self, reply: _Reply) -> RemoteError:
         return RemoteError(f'{self.url} answers {reply.status}',
-                           'check the url, and whether everyone can read it without a login', reply.status)
+                           "check the url, and whether everyone can read it without a login; 'ls -r' needs an index "
+                           'page', reply.status)
 
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
@@ -3755,11 +3756,7 @@ class _WebRemote(_HttpStore):
     def list(self) -> List[_Object]:
         """The archives in the directory to which its index page links."""
         from html import unescape
-        reply = self.ask('GET', self.base, 403, 404)
-        if reply.status != 200:
-            raise RemoteError(f'{self.url} shows no list of what it has ({reply.status})',
-                            'pull works by name, or check the url', reply.status)
-        page = reply.body.decode('utf-8', 'replace')
+        page = self.ask('GET', self.base).body.decode('utf-8', 'replace')
         names = set()
         links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
         for link in re.findall(links, page):

@@ -3566,7 +3566,7 @@ class Web(WebSuite, Case):
         for status in (403, 404):
             with self.subTest(status):
                 self.server.fault = lambda h: h.path.endswith('/') and h.answer(status)
-                self.fails_with('shows no list of what it has (%d); pull works by name' % status, 'ls -r')
+                self.fails_with('answers %d; check the url' % status, 'ls -r')
                 assert_pulls(self, 'ds', force=True)
 
     def test_redirects(self):
