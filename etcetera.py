@@ -2141,7 +2141,7 @@ class _Http:
 
     def connection(self, site: str, is_near: bool) -> Any:
         """A kept connection, or a new one, which send() connects."""
-        from http.client import HTTPConnection, HTTPSConnection
+        from http import client  # which has no HTTPSConnection where there is no ssl
         with suppress(IndexError):
             connection = self.idle[site, is_near].pop()
             if time.monotonic() - connection.idle_since > _IDLE:
@@ -2150,10 +2150,10 @@ class _Http:
         scheme, _, host = site.partition('://')
         proxy, headers = ('', {}) if is_near else _find_proxy(scheme, host)
         if scheme == 'http':
-            connection = HTTPConnection(proxy or host)
+            connection = client.HTTPConnection(proxy or host)
         else:
             self.tls = self.tls or _tls(self.ca_bundle)
-            connection = HTTPSConnection(proxy or host, context=self.tls)
+            connection = client.HTTPSConnection(proxy or host, context=self.tls)
             if proxy:
                 connection.set_tunnel(host, headers=headers)
                 proxy, headers = '', {}
