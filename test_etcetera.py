@@ -4651,7 +4651,7 @@ class MotoIdentity(Case):
                 self.etc(command, home='home' if 'push' in command else 'two')
             if lacking:
                 command, _, permission = lacking.partition(' needs ')
-                self.fails_with('need %s here' % permission, command)
+                self.fails_with(permission, command)
 
     def test_roles_and_metadata(self):
         key = self.user('base', 'sts:*')
