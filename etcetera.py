@@ -747,12 +747,6 @@ def _segment_of(name: str) -> str:
 
 
 # Names are text in UTF-8 everywhere but on disk, where the locale decides (Python 3.6 with LANG=C reads ASCII only).
-
-def _from_os(name: str) -> str:
-    """A file name as text. Raises UnicodeError if its bytes are not UTF-8."""
-    return os.fsencode(name).decode('utf-8')
-
-
 def _to_os(name: str) -> str:
     """A name as the system's functions take it. Raises UnicodeError if UTF-8 cannot encode it."""
     return os.fsdecode(name.encode('utf-8'))
@@ -770,7 +764,7 @@ def _scan(root: _Path, prefix: str = '') -> _Items:
     path = _join(root, prefix)
     with os.scandir(path) as items:
         try:
-            return sorted([(prefix + _from_os(item.name), item.is_symlink()) for item in items])
+            return sorted([(prefix + os.fsencode(item.name).decode('utf-8'), item.is_symlink()) for item in items])
         except UnicodeDecodeError as e:
             raise InvalidDataset(f'the name {os.path.join(os.fsencode(path), e.object)!r} is not valid UTF-8',
                                  'rename it') from None
@@ -803,14 +797,13 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
 
 
 class _Survey:
-    """What is known of a dataset, or of some segments, before its files are read. InvalidDataset if it is none.
+    """What is known of a dataset, or `only` of some segments, before its files are read. InvalidDataset if it is none.
 
     The entries are kept, so that they need not be looked at twice; compressed, as there may be millions: some ten bytes
     remain of each. marshal never reads what others have written.
     """
 
     def __init__(self, root: _Path, only: Container[str] = ()) -> None:
-        """only: the paths of the segments that are wanted; by default, all."""
         self.root = os.path.realpath(root)
         self.size = 0  # bytes of all files
         self.kept: Dict[str, List[bytes]] = defaultdict(list)  # batches of entries, by the path of their segment
@@ -904,36 +897,32 @@ def _tar_header(entry: _Entry) -> bytes:
 
     It is what tarfile.PAX_FORMAT writes from Python 3.9 on; up to 3.8, tarfile fills devmajor and devminor otherwise.
     """
-    size = entry.size
-    mode = b'0000755' if entry.is_executable else b'0000644'
     kind = b'5' if entry.name.endswith('/') else b'2' if entry.link else b'0'  # a directory, link or file
-    pax = b''
-    texts = []
+    mode = b'0000755' if entry.is_executable else b'0000644'
+    size = entry.size
+    texts, records = [], []
     for key, text in ((b'path', entry.name), (b'linkpath', entry.link)):
         raw = text.encode('utf-8')
         if not len(text) == len(raw) <= 100:
-            pax += _pax_record(key, raw)
+            records.append(b' %s=%s\n' % (key, raw))
             raw = text.encode('ascii', 'replace')[:100]
         texts.append(raw)
     if size >= 8 ** 11:
-        pax += _pax_record(b'size', b'%d' % size)
+        records.append(b' size=%d\n' % size)
         size = 0
-    if pax:
-        before = _ustar(b'././@PaxHeader', b'x', _NO_ONE, len(pax), mtime=b'00000000000')
-        pax = before + pax + bytes(-len(pax) % 512)
-    return pax + _ustar(texts[0], kind, mode, size, texts[1])
-
-
-def _pax_record(key: bytes, value: bytes) -> bytes:
-    """`length key=value`, whose length counts itself (POSIX pax, "Extended Header")."""
-    record = b' %s=%s\n' % (key, value)
-    length = len(record)
-    return b'%d%s' % (length + len(str(length + len(str(length)))), record)
+    header = _ustar(texts[0], kind, mode, size, texts[1])
+    if not records:
+        return header
+    pax = b''
+    for record in records:  # `length key=value`, whose length counts itself (POSIX pax, "Extended Header")
+        length = len(record)
+        pax += b'%d%s' % (length + len(str(length + len(str(length)))), record)
+    before = _ustar(b'././@PaxHeader', b'x', _NO_ONE, len(pax), mtime=b'00000000000')
+    return before + pax + bytes(-len(pax) % 512) + header
 
 
 # Of a block: bytes of headers; then bytes of a file, from where, to where, and zeros up to a multiple of 512
 _Piece = Tuple[bytes, _Entry, int, int]
-
 _Plan = Tuple[str, List[_Piece], bytes]  # of a block: its segment, what it consists of, and its bytes, if read
 
 
@@ -1519,8 +1508,7 @@ class _Sink:
                 if 0 < len(target) < 4096 and '\0' not in target and _is_utf8(target):
                     _symlink(_to_os(target), self.path(name))
         except (FileExistsError, FileNotFoundError, NotADirectoryError) as e:
-            path = str(e.filename2 or e.filename)
-            name = _from_os(path[len(self.root):])
+            name = str(e.filename2 or e.filename)[len(self.root):]
             if isinstance(e, FileExistsError):
                 raise Corrupt(f"the archive holds '{name}' twice (or names that this disk cannot tell apart)") from None
             if not os.path.isdir(self.root):
@@ -1834,11 +1822,18 @@ class _TarStream(_Stream):
                               'pack the files of both as one')
 
 
-def _strict(stream: _TarStream) -> Any:
-    """A TarInfo that lets no error of a header pass for the end of the archive."""
+def _extract_foreign(job: _Job, chunks: Iterable[bytes], root: Path) -> None:
+    """Write what a .tgz holds below `root`."""
+    import gzip
     import tarfile
+    plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
+    pieces = _ordered(job, 1, plain.read, itertools.repeat(_BLOCK))  # a thread inflates ahead
+    stream = _TarStream(itertools.takewhile(len, pieces))
+    sink = _Sink(root)
 
     class Strict(tarfile.TarInfo):
+        """It lets no error of a header pass for the end of the archive."""
+
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
@@ -1858,22 +1853,10 @@ def _strict(stream: _TarStream) -> Any:
             finally:
                 stream.limit = outer
 
-    return Strict
-
-
-def _extract_foreign(
-        job: _Job, chunks: Iterable[bytes], root: Path) -> None:
-    """Write what a .tgz holds below `root`."""
-    import gzip
-    import tarfile
-    plain = gzip.GzipFile(fileobj=_Stream(chunks))  # type: ignore[call-overload]
-    pieces = _ordered(job, 1, plain.read, itertools.repeat(_BLOCK))  # a thread inflates ahead
-    stream = _TarStream(itertools.takewhile(len, pieces))
-    sink = _Sink(root)
     with closing(pieces), sink.filling(confined=False):
         try:
             tar: Any = tarfile.open(  # type: ignore
-                fileobj=stream, mode='r:', encoding='utf-8', tarinfo=_strict(stream))
+                fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict)
             for member in iter(tar.next, None):
                 tar.members = []  # or they would pile up in memory
                 _extract_member(tar, member, sink)
