@@ -3013,7 +3013,7 @@ class _Remote:
         now = self.stat(obj.name)
         if now and now.version != obj.version:
             raise self.replaced_error(obj)
-        return now is not None
+        return bool(now)
 
     def replaced_error(self, obj: _Object) -> RemoteError:
         return RemoteError(f"'{obj.name}' in {self.url} was replaced meanwhile, or is changed on the way",
@@ -3144,14 +3144,14 @@ class _BucketStore(_HttpStore):
         query = {'prefix': self.prefix, 'delimiter': '/'}
         pages: Dict[str, List[_Object]] = {}
         token = ''
-        while token not in pages:
-            try:
+        try:
+            while token not in pages:
                 pages[token], token = self.list_page(query)
-            except (KeyError, TypeError, ValueError, OverflowError):
-                raise RemoteError(f'{self.url} does not answer as such a store does', _WHO_ANSWERS) from None
-            query[self.next_page] = token
-        if token:
-            raise RemoteError(f'{self.url} returned the same page of its listing twice', 'check the endpoint_url')
+                query[self.next_page] = token
+            if token:
+                raise ValueError  # the same page again
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise RemoteError(f'{self.url} does not answer as such a store does', _WHO_ANSWERS) from None
         return [
             obj for page in pages.values()
             for obj in page if obj.name]
