@@ -2942,10 +2942,6 @@ _Found = Tuple[_MaybeObject, bytes]  # an object, if there is one, and some byte
 _Page = Tuple[List[_Object], str]  # some objects, and the token of the next page, if there is one
 
 
-class _NameTaken(Exception):
-    """There is an object of that name, and it was not to be replaced."""
-
-
 class _Unconfirmed(RemoteError):
     """The answer to a write does not say, in the form that the API defines, that the object is there."""
 
@@ -3000,7 +2996,7 @@ class _Remote:
               limit: int, exclusive: bool) -> None:
         """Store all chunks, at most `limit` bytes, under this name, or nothing.
 
-        exclusive: raise _NameTaken instead of replacing an object. Raises _Unconfirmed if it may be there.
+        exclusive: raise FileExistsError instead of replacing an object. Raises _Unconfirmed if it may be there.
         """
         raise ConfigError(f'{self.url} can only be read', _TO_WRITE)
 
@@ -3305,8 +3301,6 @@ class _FileRemote(_Remote):
                 os.fsync(file.fileno())
             self.publish(new, 0o444)
             self.place(new, name, exclusive)
-        except FileExistsError:
-            raise _NameTaken from None
         finally:
             with suppress(OSError):
                 os.unlink(new)
@@ -3535,11 +3529,11 @@ class _S3Remote(_BucketStore):
         if exclusive:
             more['condition'] = {'If-None-Match': '*'}
             if not self.has_exclusive_write and self.stat(name):
-                raise _NameTaken
+                raise FileExistsError
         reply = self.ask(
             method, url, 404, 409, 412, **more)
         if exclusive and reply.status in (409, 412):
-            raise _NameTaken  # perhaps by ourselves, if the first answer was lost
+            raise FileExistsError  # perhaps by ourselves, if the first answer was lost
         error = self.error(reply)
         code = _aws_error(reply)['Code']
         if code != 'NoSuchUpload' and (code or reply.status >= 300):
@@ -3625,7 +3619,7 @@ class _GsRemote(_BucketStore):
         url = self.resource(api='/upload', **query)
         reply = self.ask('POST', url, 412, headers=headers)
         if reply.status == 412:
-            raise _NameTaken
+            raise FileExistsError
         session: str = reply.headers.get('Location') or ''  # whoever has it needs no credentials
         if not session.startswith('https://' if self.endpoint.startswith('https:') else 'http'):
             raise self.error(reply)
@@ -3689,7 +3683,7 @@ class _GsRemote(_BucketStore):
 
         reply = self.http.request(prepare, judge)
         if reply.status == 412:
-            raise _NameTaken  # perhaps by ourselves, if an answer was lost
+            raise FileExistsError  # perhaps by ourselves, if an answer was lost
         if reply.status < 300 and total != '*':
             return reply
         if reply.status != 308 or not start < at <= stop:
@@ -4452,7 +4446,7 @@ def _write_archive(remote: _Remote, local: Dataset,
         obj, tail = remote.find(name)
         if not obj or not tail.endswith(end[-_TAIL:]):
             if doubt:
-                raise _NameTaken if obj and exclusive else doubt
+                raise FileExistsError if obj and exclusive else doubt
             _say(f"'{name}' in {remote.url} was replaced meanwhile, or removed")
         elif obj.size != segments[-1].stop + len(end):
             _say(f'nothing is copied: {remote.url} does not do so rightly', _DEBUG)
@@ -4735,7 +4729,7 @@ def push(name: str, force: bool = False, config: _MaybeConfig = None, progress: 
             try:
                 segments, copies = _write_archive(
                     store, local, not force, place.config.compression_level)
-            except _NameTaken:
+            except FileExistsError:
                 if _is_stored(store, local):
                     return local.digest
                 raise Exists(f"'{local.name}' is being pushed, or these credentials cannot read it to compare",
