@@ -2179,7 +2179,7 @@ class FileRemote(Scaled, RemoteSuite, Case):
         with unprivileged(self.tmp):
             (share / 'X.tgz').chmod(0)
             file.chmod(0)
-            denied = 'Permission denied: %s' % file
+            denied = 'Permission denied: %s' % file.resolve()
             ask = 'Permission denied: %s; ask who owns it' % (share / 'X.tgz')
             for words, problem in (('push -f X', denied), ('pull X', ask), ('info -r X', ask),
                                    ('push X --url ' + home.as_uri(), denied)):  # below which the file lies
