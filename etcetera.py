@@ -4020,23 +4020,27 @@ class _Place:
         os.mkdir(self.new / 'data')
         for name in _names(self.root):
             receipt = _read_receipt(self.root / name)
-            same = dict(_digests(receipt.here()).items() & wanted.items() - linked.items())
+            same = dict(
+                _digests(receipt.here()).items()
+                & wanted.items() - linked.items())
             linked.update(same)
             with suppress(InvalidDataset, OSError):  # as where it is being removed
                 listing = _Survey(self.root / name, same).listing(same) if same else ()
-                for entry in itertools.chain.from_iterable(entries for _, entries in listing):
-                    job.add(0)
-                    target = _join(self.new, entry.name)
-                    if entry.name.endswith('/'):
-                        os.mkdir(target)
-                    elif entry.link:
-                        _symlink(_to_os(entry.link), target)
-                    else:
-                        _link_or_copy(entry.source, target)
+                for _, entries in listing:
+                    for entry in entries:
+                        job.add(0)
+                        target = _join(self.new, entry.name)
+                        if entry.name.endswith('/'):
+                            os.mkdir(target)
+                        elif entry.link:
+                            _symlink(_to_os(entry.link), target)
+                        else:
+                            _link_or_copy(entry.source, target)
         sound: Set[str] = set()
         with suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
-            sound.update(dict(_digests(found).items() & linked.items()))
+            sound.update(dict(
+                _digests(found).items() & linked.items()))
         for path in linked.keys() - sound:
             _remove(self.new / _to_os(path))
         return sound
@@ -4208,19 +4212,17 @@ class _Archive:
         Ranges begin short and grow while they come fast. On a slow link, long ones would show little progress, and
         much would be lost when one breaks. What is under way or waits is bounded.
         """
-        left = sum(stop - start for start, stop in spans)
-        self.job.begin(left)
+        total = sum(stop - start for start, stop in spans)
+        self.job.begin(total)
         length = _MIN_RANGE  # of the next range
         most = 12  # ranges at once, until one comes slowly: more connections would slow a fast link down
         ahead = 0  # bytes that are being read or wait to be yielded
 
         def ranges() -> Iterator[Sequence[int]]:
-            nonlocal left, ahead
+            nonlocal ahead
             for start, end in spans:
                 while start < end:
-                    fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
-                    step = min(length, fair, end - start)
-                    left -= step
+                    step = min(length, end - start)
                     ahead += step
                     start += step
                     yield start - step, start
@@ -4236,8 +4238,8 @@ class _Archive:
             return data
 
         with closing(_ordered(
-                self.job, self.remote.connections, fetch,
-                ranges(), lambda count: count < most and ahead < _AHEAD)) as chunks:
+                self.job, self.remote.connections, fetch, ranges(),
+                lambda count: count < most and ahead < _AHEAD)) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data
@@ -4245,9 +4247,11 @@ class _Archive:
     def is_same(self, local: Dataset) -> Optional[bool]:
         """Whether it holds a local dataset; None if only extracting it would tell."""
         if self.segments:
-            return _dataset_digest(self.segments) == _dataset_digest(local._read(self.job))
+            return _dataset_digest(self.segments) == _dataset_digest(
+                local._read(self.job))
         receipt = local._receipt
-        return (receipt.source, receipt.version) == (self.remote.url, self.obj.version) or None
+        return (receipt.source, receipt.version) == (
+            self.remote.url, self.obj.version) or None
 
     def extract(self, place: _Place,
                 wanted: Set[str]) -> Set[str]:
@@ -4256,7 +4260,8 @@ class _Archive:
         reused: Set[str] = set()
         if self.segments:
             # Not of the first, the files beside all directories, as they are few, and hard to tell from others there.
-            lacking = [segment for segment in self.segments[1:] if segment.path in wanted]
+            lacking = [segment for segment in self.segments[1:]
+                       if segment.path in wanted]
             reused = place.reuse(self.job, _digests(lacking))
             self.fetch(wanted - reused, place.work)
         else:
@@ -4264,13 +4269,15 @@ class _Archive:
             with self.labelled(), closing(whole) as chunks:
                 _extract_foreign(self.job, chunks, place.new)
         _validate(place.new, self.label)
-        self.segments = self.segments or _digest_segments(self.job, place.new)
+        self.segments = self.segments or _digest_segments(
+            self.job, place.new)
         return reused
 
     def fetch(self, paths: Set[str], work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
         head = f'{self.label!r} {self.obj.version!r}'
-        promised = {segment.path: segment for segment in self.segments if segment.path in paths}
+        promised = {segment.path: segment
+                    for segment in self.segments if segment.path in paths}
 
         def blocks() -> Generator[_Block, None, None]:
             lacking = dict(promised)
@@ -4333,17 +4340,17 @@ _Copies = Dict[str, _Source]  # segments that S3 copies, by path
 
 def _find_copies(remote: _Remote, name: str,
                  survey: _Survey) -> _Copies:
-    """Segments that need not be sent.
+    """Segments that need not be sent, as their files, which are read, and both ends of what is to be copied hash alike.
 
-    All their files are read, and must hash to what an index says; so must both ends of what is to be copied. If the
-    archive of that name is the same already, it may be damaged where nobody looks, so that nothing is copied.
+    If the archive of that name is the same already, nothing is copied, as it may be damaged where nobody looks.
     """
     def look(obj: _Object) -> List[_Source]:
         with suppress(Error):
             archive = _find(remote, obj.name)
             return [
                 (archive, segment) for segment in archive.segments
-                if segment._replace(offset=0, length=0, digest='') == survey.segments.get(segment.path)]
+                if segment._replace(offset=0, length=0, digest='')
+                == survey.segments.get(segment.path)]
         return []
 
     def is_sound(source: _Source) -> bool:
@@ -4365,7 +4372,8 @@ def _find_copies(remote: _Remote, name: str,
         return {}
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
     in_parallel: Any = partial(_ordered, remote.job, remote.connections)
-    held: List[_Source] = sum(in_parallel(look, objects[-_MAX_SOURCES:]), [])
+    held: List[_Source] = sum(
+        in_parallel(look, objects[-_MAX_SOURCES:]), [])
     paths = {segment.path for _, segment in held}
     read = _hash(remote.job, survey.listing(paths))
     found: _Copies = {}
@@ -4428,7 +4436,8 @@ def _write_archive(remote: _Remote, local: Dataset,
     while True:
         segments: List[_Segment] = []
         doubt: Optional[Error] = None
-        job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
+        job.begin(survey.size - sum(
+            segment.size for _, segment in copies.values()))
         try:
             with closing(_pack(job, local, survey, copies, level, segments)) as chunks:
                 remote.write(name, chunks, survey.limit, exclusive)
