@@ -3248,14 +3248,12 @@ class _FileRemote(_Remote):
         if os.name == 'nt':
             path = re.sub(r'\A/(?=\w:)', '', path)  # /C:/...
         self.root = _check_path(path)
+        self.prefix = os.path.join(self.root, '')  # so that keys are paths
         self.is_public = config.public
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.root, self.key(name))
 
     def list(self) -> List[_Object]:
         try:
-            files = os.listdir(self.root)
+            files = [item.path for item in os.scandir(self.root)]
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
         names = filter(None, map(self.name_of, files))
@@ -3264,7 +3262,7 @@ class _FileRemote(_Remote):
     def stat(self, name: str, file: Union[str, int] = '') -> _MaybeObject:
         """As above; or the object in this file, which may be open. None if it is no regular one."""
         with suppress(FileNotFoundError):
-            status = os.stat(self.path(name) if file == '' else file)
+            status = os.stat(self.key(name) if file == '' else file)
             if stat.S_ISREG(status.st_mode):
                 version = f'{status.st_mtime_ns}-{status.st_size}-{status.st_ino}'
                 return _Object(name, status.st_size, version, status.st_mtime)
@@ -3273,7 +3271,7 @@ class _FileRemote(_Remote):
     def read(self, obj: _Object, start: int, stop: int) -> bytes:
         """As above. A tool that writes into the file meanwhile changes its time."""
         with suppress(FileNotFoundError):
-            with open(self.path(obj.name), 'rb') as file:
+            with open(self.key(obj.name), 'rb') as file:
                 file.seek(start)
                 data = file.read(stop - start)
                 found = self.stat(obj.name, file.fileno())
@@ -3291,7 +3289,7 @@ class _FileRemote(_Remote):
                 if re.match(r'\..+\.tgz\.([0-9a-f]{16}|claim)\Z', item.name):
                     if item.stat().st_mtime < latest:
                         os.unlink(item.path)
-        new = f"{self.path('.' + name)}.{os.urandom(8).hex()}"
+        new = f"{self.key('.' + name)}.{os.urandom(8).hex()}"
         try:
             with open(new, 'xb') as file:
                 for chunk in chunks:
@@ -3320,7 +3318,7 @@ class _FileRemote(_Remote):
 
     def place(self, new: str, name: str, exclusive: bool) -> None:
         """Give a complete file its name. FileExistsError if it is taken and `exclusive`."""
-        path = self.path(name)
+        path = self.key(name)
         if not exclusive:
             os.replace(new, path)
             return
@@ -3329,7 +3327,7 @@ class _FileRemote(_Remote):
             os.unlink(new)
             return
         # The name is taken, or there are no hard links here: then whoever makes this file may go on.
-        claim = f"{self.path('.' + name)}.claim"
+        claim = f"{self.key('.' + name)}.claim"
         open(claim, 'x').close()
         try:
             if os.path.lexists(path):
@@ -3340,10 +3338,10 @@ class _FileRemote(_Remote):
 
     def remove(self, obj: _Object) -> None:
         """As above. Only a file that nobody else can replace is sure to be this version, so it is set aside first."""
-        aside = f"{self.path('.' + obj.name)}.{os.urandom(8).hex()}"
+        aside = f"{self.key('.' + obj.name)}.{os.urandom(8).hex()}"
         with suppress(FileNotFoundError):  # another purge was faster
             if self.is_current(obj):
-                os.rename(self.path(obj.name), aside)
+                os.rename(self.key(obj.name), aside)
                 if self.stat(obj.name, aside) != obj:
                     with suppress(FileExistsError):  # a still newer one has come
                         self.place(aside, obj.name, exclusive=True)
@@ -3551,7 +3549,7 @@ class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
 
     remedies = (  # see error()
-        ('40[13] account', "check this account's permissions"),
+        ('40[13] account', 'this account needs roles/storage.objectViewer here to read, or roles/storage.objectUser'),
         ('40[13] nobody', "no credentials were found: run 'gcloud auth application-default login', or set "
                           'google_credentials or $GOOGLE_APPLICATION_CREDENTIALS to a credentials file'),
         ('400 .*uniform bucket-level access',
