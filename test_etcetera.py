@@ -3305,7 +3305,7 @@ class GoogleCredentials(GoogleCase):
         self.tokens.respond = lambda h, form: self.asked.append(h) or {'access_token': 'ya29.token', 'expires_in': 100}
         self.share(small(self.tmp / 'ds'))
         self.assertGreater(len(self.asked), 1)
-        for token, problem in (('never right', 'permissions'), ('two\nlines', "missing or wrong"),
+        for token, problem in (('never right', 'roles/storage'), ('two\nlines', "missing or wrong"),
                                (['list'], 'missing or wrong'), ('', "missing or wrong")):
             with self.subTest(token):
                 self.tokens.respond = lambda h, form: {'access_token': token, 'expires_in': 3600}
