@@ -823,8 +823,7 @@ class _Survey:
             entries = self.visit(path, items, False)
             files = size = 0
             for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
-                rows = marshal.dumps(list(map(tuple, batch)))
-                self.kept[path].append(zlib.compress(rows, 1))
+                self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
                 count += len(batch)
                 files += sum([not entry.name.endswith('/') for entry in batch])
                 size += sum([entry.size for entry in batch])
@@ -881,12 +880,9 @@ _USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
 _NO_ONE = b'0000000'  # uid and gid
 
 
-def _ustar(
-        name: bytes, kind: bytes, mode: bytes, size: int,
-        link: bytes = b'', mtime: bytes = _MTIME) -> bytes:
+def _ustar(name: bytes, kind: bytes, mode: bytes, size: int, link: bytes = b'', mtime: bytes = _MTIME) -> bytes:
     """A ustar header of ASCII fields."""
-    header = _USTAR.pack(
-        name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
+    header = _USTAR.pack(name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
     # Adler-32 starts at 1 and adds bytes up modulo 65521 in its lower half (RFC 1950, 8.2), far quicker than sum().
     checksum = (zlib.adler32(header) & 0xffff) - 1
     return header[:148] + b'%06o\0' % checksum + header[155:]
@@ -993,9 +989,8 @@ class _Block(NamedTuple):
     source: str = ''  # the directory whose files it was read from, if they may be linked
 
 
-def _process(
-        job: _Job, listing: _Listing, work: Callable[[bytes], Any],
-        is_all: bool = False) -> Generator[_Block, None, None]:
+def _process(job: _Job, listing: _Listing, work: Callable[[bytes], Any],
+             is_all: bool = False) -> Generator[_Block, None, None]:
     """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order.
 
     is_all: whether reading is all of the job, and so counts as its progress.
@@ -1356,8 +1351,7 @@ def _compress(level: int, payload: bytes) -> bytes:
     """
     if level and len(payload) > 65536:
         step = len(payload) // 4
-        starts = range(step // 2, len(payload), step)
-        samples = b''.join([payload[start:start + 2048] for start in starts])
+        samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
         best = len(_deflate(samples, level))
         if best > 0.97 * len(samples):
             level = 0
@@ -1365,8 +1359,7 @@ def _compress(level: int, payload: bytes) -> bytes:
             level = _RUNS
         elif level == Config.compression_level and not _libdeflate():
             middle = payload[len(payload) // 2:][:32768]
-            most = 1.012 * len(_deflate(middle, level))
-            level -= len(_deflate(middle, level - 1)) < most
+            level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
     body = _deflate(payload, level)
     if level and len(body) > len(payload):
         body = _deflate(payload, 0)
@@ -1375,8 +1368,7 @@ def _compress(level: int, payload: bytes) -> bytes:
 
 def _archive_end(level: int, segments: _Segments) -> bytes:
     """What follows the blocks: the end of the tar, the index and the footer."""
-    rows = [segment._asdict() for segment in segments]
-    index = {'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': rows}
+    index = {'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': [each._asdict() for each in segments]}
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     end = _compress(level, _ZEROS)
     offset = struct.pack('<Q', segments[-1].stop + len(end))
@@ -1518,8 +1510,7 @@ class _Sink:
             path = self.path(name)
             is_sound = os.path.exists(path)  # first, as realpath() may follow chains of links for ever
             if is_sound and confined:
-                segment = _segment_of(name + '/' * os.path.isdir(path))
-                is_sound = target == _kept_link(self.root, name, segment)
+                is_sound = target == _kept_link(self.root, name, _segment_of(name + '/' * os.path.isdir(path)))
             elif is_sound:
                 # By its text too, as the way back into the root from above it would lead elsewhere once that has its
                 # name.
@@ -1691,25 +1682,21 @@ class _SegmentReader(_Stream):
         return Corrupt(f"the archive is damaged: '{self.path}' violates the format ({rule})")
 
 
-def _extract(
-        blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _Path,
-        journal: Optional[Path] = None, head: str = '') -> List[_Segment]:
+def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _Path,
+             journal: Optional[Path] = None, head: str = '') -> List[_Segment]:
     """Write complete segments below `root`, and return them as they were read.
 
     promised: what an index says of a segment, by its path. journal: a new file of lines, for _replay(): `head`, which
     identifies the object; then of each block that has been written its segment, length in the archive, and digest.
     """
     sink = _Sink(root)
+    groups = itertools.groupby(blocks, operator.attrgetter('path'))
     with open(journal or os.devnull, 'wb', buffering=0) as notes, sink.filling(confined=True):
         notes.write(head.encode() + b'\n')
-        return [
-            _SegmentReader(path, own, sink, notes).extract(promised.get(path))
-            for path, own in itertools.groupby(blocks, operator.attrgetter('path'))]
+        return [_SegmentReader(path, own, sink, notes).extract(promised.get(path)) for path, own in groups]
 
 
-def _replay(
-        job: _Job, work: Path, head: str,
-        paths: Container[str]) -> Iterator[_Block]:
+def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Iterator[_Block]:
     """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
 
     All are read, hashed and compared with the journal. It ends at the first that differs, as after a power cut.
@@ -1743,8 +1730,7 @@ def _inflate_block(item: Tuple[str, Iterable[bytes]]) -> _Block:
     return _Block(path, payload, _sha256(payload).digest(), length=len(member))
 
 
-def _inflate_blocks(
-        job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segment]) -> Iterator[_Block]:
+def _inflate_blocks(job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segment]) -> Iterator[_Block]:
     """The blocks in the bytes of some segments, or of what is left of these."""
     def members() -> Iterator[Tuple[str, Iterable[bytes]]]:
         stream = _Stream(map(memoryview, chunks))  # whose slices are no copies
@@ -1901,9 +1887,8 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
         stored = tar.offset - member.offset_data  # whatever a sparse map says
         if member.size > (stored << 10) + _SPARSE_ZEROS:
             raise Corrupt(f"the archive holds '{name}', which would expand to {member.size} bytes, nearly all zeros")
-        source = tar.extractfile(member)
-        pieces = iter(partial(source.read, _BLOCK), b'')
-        _write_file(path, 0o555 if member.mode & 0o100 else 0o444, pieces)
+        mode = 0o555 if member.mode & 0o100 else 0o444
+        _write_file(path, mode, iter(partial(tar.extractfile(member).read, _BLOCK), b''))
     elif not member.isdir():
         raise Corrupt(f"the archive holds '{name}', which is no file, link or directory ({member.type!r})",
                       "pack it with tar's default options")
