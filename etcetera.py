@@ -943,7 +943,7 @@ def _read_pieces(pieces: Iterable[_Piece]) -> bytes:
             os.close(file)
         if len(data) != stop - start:
             raise InvalidDataset(f"'{entry.name}' changed while it was read", 'try again when it is complete')
-        parts += data, _ZEROS[:-len(data) % 512]
+        parts += data, bytes(-len(data) % 512)
     return b''.join(parts)
 
 
