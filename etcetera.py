@@ -3241,8 +3241,9 @@ class _FileRemote(_Remote):
             files = [item.path for item in os.scandir(self.root)]
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
-        names = filter(None, map(self.name_of, files))
-        return list(filter(None, map(self.stat, names)))
+        names = map(self.name_of, files)
+        objects = map(self.stat, filter(None, names))
+        return [obj for obj in objects if obj]
 
     def stat(self, name: str, file: Union[str, int] = '') -> _MaybeObject:
         """As above; or the object in this file, which may be open. None if it is no regular one."""
@@ -3687,7 +3688,7 @@ class _WebRemote(_HttpStore):
     def set_up(self, config: Config) -> None:
         self.url = (config.url or '').rstrip('/')
         # No @ anywhere, as a password may hold a slash.
-        if not re.match(_SITE + r'(?:/[^?#@]*)?\Z', self.url):
+        if not re.match(rf'{_SITE}(?:/[^?#@]*)?\Z', self.url):
             raise ConfigError('the url is not of the form https://host or https://host/path, or it has a user or '
                               'password in it, which etcetera never sends', 'write %40 for an @ in the path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
