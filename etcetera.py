@@ -3343,10 +3343,8 @@ _S3_UNCONDITIONAL = r'\S+ (400|501) (|NotImplemented|InvalidArgument|InvalidRequ
 _S3_NO_COPIES = r'.*\.r2\.cloudflarestorage\.com|\S+ .*%'  # R2 wants equal parts; Ceph decodes a source's name twice
 # The bucket is part of the host's name or of the path, as with `aws`, which takes the path where no host can have that
 # name: https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
-_S3_IN_HOST = r"""(?x)
-    (?! https?://( [\d.]+ | \[.*\] )[:/\s] )  # an address has no subdomains
-    ( http:.*\s[a-z0-9.-]+ | .*\s[a-z0-9-]+ )\Z  # with TLS, a dot would not match the certificate
-"""
+# An address has no subdomains; with TLS, a dot would not match the certificate.
+_S3_IN_HOST = r'(?!https?://([\d.]+|\[.*\])[:/\s])(http:.*\s[a-z0-9.-]+|.*\s[a-z0-9-]+)\Z'
 
 
 class _S3Remote(_BucketStore):
