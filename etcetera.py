@@ -4018,14 +4018,13 @@ class _Place:
                             _symlink(_to_os(entry.link), target)
                         else:
                             _link_or_copy(entry.source, target)
-        sound: Set[str] = set()
+        found: _Segments = ()
         with suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
-            sound.update(dict(
-                _digests(found).items() & linked.items()))
-        for path in linked.keys() - sound:
+        sound = dict(_digests(found).items() & linked.items())
+        for path in linked.keys() - sound.keys():
             _remove(self.new / _to_os(path))
-        return sound
+        return set(sound)
 
 
 def _digests(segments: _Segments) -> _Texts:
@@ -4852,14 +4851,11 @@ def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> No
 
     def work(job: _Job) -> None:
         place = _Place(name, config)
-        with place.lock(job):
-            place.clear()
+        with place.lock(job), place.installing():
             if place.pin or not _is_dataset(place.path):
-                local = place.open()
-                place.check(local._read(job))
-            with place.installing():
-                place.vacate('new')
-                place.forget()
+                place.check(place.open()._read(job))
+            place.vacate('new')
+            place.forget()
         _say(f"purged '{place.name}'")
     _perform(None, work)
 
