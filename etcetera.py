@@ -2116,7 +2116,7 @@ class _Http:
                 connection.close()  # so that send() connects it anew
             return connection
         scheme, _, host = site.partition('://')
-        proxy, headers = ('', {}) if is_near else _find_proxy(scheme, host)
+        proxy, headers = _find_proxy(scheme, host, is_near)
         if scheme == 'http':
             connection = client.HTTPConnection(proxy or host)
         else:
@@ -2136,7 +2136,8 @@ class _Http:
         import socket
         parts = urlsplit(request.url)
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-        headers = {'Accept-Encoding': 'identity', **request.headers, **connection.headers}
+        headers = {
+            'Accept-Encoding': 'identity', **request.headers, **connection.headers}
         if request.body:  # otherwise http.client knows where to say 0
             headers['Content-Length'] = str(
                 sum(map(len, request.body)))
@@ -2202,11 +2203,12 @@ class _Http:
 
 
 def _find_proxy(
-        scheme: str, host: str) -> Tuple[str, _Texts]:
+        scheme: str, host: str,
+        is_near: bool) -> Tuple[str, _Texts]:
     """The address of the proxy for a host, or '', and the headers that it wants to see."""
     from urllib.request import getproxies, proxy_bypass
     url = getproxies().get(scheme, '').strip()
-    if not url or proxy_bypass(host):
+    if is_near or not url or proxy_bypass(host):
         return '', {}
     match = re.match(r'(?ai)(?:http://|(?![^/?#@]*://))(?:(.*)@)?'
                      rf'([^/?#@:\[\]\s]+|\[[0-9a-f:.]+\])(?::({_PORT}))?(?:[/?#].*)?\Z', url)
@@ -2350,7 +2352,9 @@ class _Aws(_Renewed):
         super().__init__()
         self.config = config
         self.skew = 0.0  # seconds by which the services' clock is ahead of ours
-        self.name = config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default'
+        self.name = (
+            config.aws_profile
+            or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default')
         self.read_files()
         ca_bundle = config.ca_bundle or self.setting('ca_bundle')
         self.http = _Http(job, ca_bundle)
@@ -2512,7 +2516,7 @@ class _Aws(_Renewed):
             token = _read_secret(path, 'the file with a token that web_identity_token_file or '
                                        '$AWS_WEB_IDENTITY_TOKEN_FILE names')
             return self.from_sts('web identity', find, None, WebIdentityToken=token)
-        if values.get('sso_account_id') or values.get('login_session'):
+        if 'sso_account_id' in values or values.get('login_session'):
             return self.from_tools(name)
         if values.get('credential_process'):
             return self.from_process(values['credential_process'], f'the credential_process of {where}')
@@ -2560,7 +2564,7 @@ class _Aws(_Renewed):
     def from_process(
             self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        output = _output_of(self.http.job, command, source, remedy)
+        output = _output_of(self.http, command, source, remedy)
         answer = _Reply(200, {}, output).json()
         return _aws_keys(answer, source)
 
@@ -2665,7 +2669,7 @@ def _optional_library(
 
 
 def _output_of(
-        job: _Job, command: str, source: str,
+        http: _Http, command: str, source: str,
         remedy: str, **variables: str) -> bytes:
     """What a program prints. It can ask at the terminal, as getpass does, which needs neither stdout nor stderr."""
     import shlex
@@ -2678,7 +2682,7 @@ def _output_of(
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
-        job.at_end.append(process.kill)
+        http.job.at_end.append(process.kill)
         output, errors = process.communicate()
     if process.returncode:
         said = errors.decode('utf-8', 'replace').strip()
@@ -2816,7 +2820,7 @@ class _GoogleCredentials(_Renewed):
             credentials.refresh(request)
             return {'access_token': credentials.token, 'expires_in': 600}
         program = which('gcloud') or 'gcloud'  # on Windows, gcloud.cmd
-        output = _output_of(self.http.job, f'"{program}" auth application-default print-access-token',
+        output = _output_of(self.http, f'"{program}" auth application-default print-access-token',
                             f'gcloud for {source}', remedy, GOOGLE_APPLICATION_CREDENTIALS=self.path)
         token = output.decode('ascii', 'replace').strip()
         return {'access_token': token, 'expires_in': 600}
