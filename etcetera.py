@@ -960,10 +960,8 @@ def _plans(listing: _Listing) -> Iterator[_Plan]:
                 stop = start + max(0, room - len(head))
                 pieces.append((head[:room], entry, start, stop))
                 yield path, pieces, b''
-                head = head[room:]
-                start = stop
-                pieces = []
-                room = _BLOCK
+                head, start = head[room:], stop
+                pieces, room = [], _BLOCK
             pieces.append((head, entry, start, size))
             room -= len(head) + size - start
             room -= room % 512  # for the zeros
@@ -1455,7 +1453,7 @@ def _write_file(path: _Path, mode: int, pieces: Iterable[Any], size: int = 0) ->
 
 def _link_or_copy(source: str, target: str) -> None:
     """Give a read-only file a second name. Make a read-only copy where hard links do not work, or would not be safe."""
-    mode = os.stat(source).st_mode & 0o777
+    mode = os.stat(source).st_mode
     try:
         if mode & 0o222 or os.path.islink(source) or os.name == 'nt':
             raise OSError  # on Windows, a link can be removed only if the file is writable, and so would the other be
@@ -1577,8 +1575,7 @@ class _SegmentReader(_Stream):
     def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
-        self.path = path
-        self.sink = sink
+        self.path, self.sink = path, sink
         # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
         # before the next header is read.
         self.ready: List[Tuple[str, int, Any]] = []  # path, mode and contents
@@ -1800,13 +1797,6 @@ class _TarStream(_Stream):
         self.position += size
         return data
 
-    def finish(self) -> None:
-        """Read what follows the end of the tar, which may only be padding."""
-        for chunk in itertools.chain([self.data[self.at:]], self.chunks):
-            if chunk.strip(b'\0'):
-                raise Corrupt('the archive is damaged or not a .tgz: another archive follows its end',
-                              'pack the files of both as one')
-
 
 def _extract_foreign(job: _Job, chunks: Iterable[bytes], root: Path) -> None:
     """Write what a .tgz holds below `root`."""
@@ -1841,12 +1831,14 @@ def _extract_foreign(job: _Job, chunks: Iterable[bytes], root: Path) -> None:
 
     with closing(pieces), sink.filling(confined=False):
         try:
-            tar: Any = tarfile.open(  # type: ignore
-                fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict)
+            tar: Any = tarfile.open(fileobj=stream, mode='r:', encoding='utf-8', tarinfo=Strict)  # type: ignore
             for member in iter(tar.next, None):
                 tar.members = []  # or they would pile up in memory
                 _extract_member(tar, member, sink)
-            stream.finish()
+            for chunk in itertools.chain([stream.data[stream.at:]], stream.chunks):  # which may only be padding
+                if chunk.strip(b'\0'):
+                    raise Corrupt('the archive is damaged or not a .tgz: another archive follows its end',
+                                  'pack the files of both as one')
         except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, LookupError, ArithmeticError,
                 RecursionError) as e:
             if getattr(e, 'errno', None) is not None:  # without a number, it is gzip's
