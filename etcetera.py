@@ -3848,7 +3848,8 @@ def _put_back(work: Path) -> None:
 class _Place:
     """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
 
-    def __init__(self, text: str, config: Optional[Config]) -> None:
+    def __init__(self, text: str,
+                 config: Optional[Config]) -> None:
         """text: NAME, or NAME@sha256:... Raises InvalidDataset."""
         self.started = time.monotonic()
         self.config = config or Config.load()
@@ -3985,11 +3986,12 @@ class _Place:
     def clear(self) -> None:
         """Remove a directory that no longer counts as a dataset; last its receipt, which says so."""
         if self.path.is_dir() and not _is_dataset(self.path):
-            for item in os.listdir(self.path):
-                if item != _RECEIPT:
-                    _remove(self.path / item)
-            if {_RECEIPT}.issuperset(os.listdir(self.path)):
-                _remove(self.path)
+            for item in sorted(self.path.iterdir(),
+                               key=lambda item: item.name == _RECEIPT):
+                _remove(item)
+                if os.path.lexists(item):
+                    return
+            os.rmdir(self.path)
 
     def reuse(self, job: _Job,
               wanted: _Texts) -> Set[str]:
