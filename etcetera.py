@@ -1889,16 +1889,14 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
 # ---------------------------------------------------------------------------------------
 # HTTP
 #
-# One client for all: connections that are kept alive, proxies, private CAs, time-outs, tries. It knows nothing of S3 or
-# Google, and follows no redirect.
+# One client for all: kept connections, proxies, private CAs, time-outs, tries. It follows no redirect.
 #
 # What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
 # _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds,
-# and for as long as Retry-After asks, up to a minute. Once a request has succeeded there are two tries more, 7 seconds
-# apart, as the server may be restarting. A kept connection that the server has closed meanwhile does not count as a
-# try, nor does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on
-# with a range where it broke, and with an upload to Google as long as it advances. Whether there is a metadata service
-# is asked once; one that answers gets all tries.
+# and as Retry-After asks, up to a minute. Once one has succeeded there are two tries more, 7 seconds apart: the server
+# may be restarting. A kept connection that was closed does not count as a try, nor does a refusal for overload while
+# other requests succeed: fewer are then made at once. Besides, remotes go on with a range where it broke, and with an
+# upload to Google as long as it advances. A metadata service is tried once; one that answers gets all tries.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken, and of Retry-After at most
@@ -1965,8 +1963,7 @@ class _Reply(NamedTuple):
             root = ElementTree.fromstring(body)
             for element in root.iter():
                 element.tag = element.tag.rpartition('}')[2]
-            return [{item.tag: item.text or '' for item in element}
-                    for element in root.iter(name)]
+            return [{item.tag: item.text or '' for item in element} for element in root.iter(name)]
         return []
 
     def time(self, name: str) -> float:
@@ -2017,9 +2014,7 @@ class _Http:
                 while True:
                     idle.pop().close()
 
-    def request(
-            self, prepare: Callable[[], _Request],
-            judge: Callable[[_Reply], str] = _judge) -> _Reply:
+    def request(self, prepare: Callable[[], _Request], judge: Callable[[_Reply], str] = _judge) -> _Reply:
         """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
 
         prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
@@ -2068,8 +2063,7 @@ class _Http:
             pause *= random.uniform(0.75, 1)
             job.sleep(pause + min(asked, longest))
 
-    def exchange(
-            self, request: _Request, job: _Job, patience: float) -> _Reply:
+    def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again if the server has closed the connection that was kept."""
         from http.client import HTTPException
         while len(self.busy) >= self.most:
@@ -2264,8 +2258,7 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
     """A unix time as text; '' beyond the year 9999. time.gmtime() ends in 2038 on some 32-bit systems."""
     from datetime import datetime, timedelta
     with suppress(OverflowError):
-        moment = datetime(1970, 1, 1) + timedelta(seconds=seconds)
-        return moment.strftime(form)
+        return (datetime(1970, 1, 1) + timedelta(seconds=seconds)).strftime(form)
     return ''
 
 
@@ -2470,12 +2463,9 @@ class _Aws(_Renewed):
         return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> _MaybeKeys:
-        values = {key: _env(key.upper()) for key in _AWS_KEYS}
-        return _aws_static(values, 'the environment')
+        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
-    def from_profile(
-            self, name: str,
-            users: Tuple[str, ...] = ()) -> _MaybeKeys:
+    def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> _MaybeKeys:
         """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys; for roles of `users`.
 
         https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
@@ -2515,8 +2505,7 @@ class _Aws(_Renewed):
         return keys
 
     def from_sts(
-            self, source: str, find: Callable[[str], Any],
-            keys: _MaybeKeys, **form: str) -> _AwsKeys:
+            self, source: str, find: Callable[[str], Any], keys: _MaybeKeys, **form: str) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
         action = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
         form.update(Action=action, Version='2011-06-15', RoleSessionName='etcetera')
@@ -2524,10 +2513,10 @@ class _Aws(_Renewed):
             if find(key):
                 parameter = key.title().replace('_', '')
                 form[parameter] = find(key)
+        data = urlencode(form).encode()
         request = _Request(
             'POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
-            {'Content-Type': 'application/x-www-form-urlencoded'},
-            [urlencode(form).encode()], keys=keys)
+            {'Content-Type': 'application/x-www-form-urlencoded'}, [data], keys=keys)
         reply = self.http.request(
             lambda: self.sign(request, f'{self.region}/sts'), self.judge)
         if reply.status == 200:
@@ -2548,17 +2537,14 @@ class _Aws(_Renewed):
             found = session.get_credentials()
             if found:  # otherwise it may be too old
                 values = zip(_AWS_KEYS, found.get_frozen_credentials())
-                keys = _aws_keys(dict(values), source)
-                return keys._replace(expires=time.time() + 600)
+                return _aws_keys(dict(values), source)._replace(expires=time.time() + 600)
         command = f'aws configure export-credentials --profile "{name}" --format process'
         return self.from_process(command, f'the command aws for {source}', remedy)
 
-    def from_process(
-            self, command: str, source: str, remedy: str = '') -> _AwsKeys:
+    def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
         output = _output_of(self.http, command, source, remedy)
-        answer = _Reply(200, {}, output).json()
-        return _aws_keys(answer, source)
+        return _aws_keys(_Reply(200, {}, output).json(), source)
 
     def from_container(self) -> _MaybeKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
@@ -2574,8 +2560,7 @@ class _Aws(_Renewed):
         token = _env('AWS_CONTAINER_AUTHORIZATION_TOKEN')
         if path:
             token = _read_secret(path, 'the file with a token that $AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE names')
-        reply = _ask_metadata(self.http, _Request(
-            'GET', url, {'Authorization': token} if token else {}))
+        reply = _ask_metadata(self.http, _Request('GET', url, {'Authorization': token} if token else {}))
         source = "the container's credentials service"
         if reply.status == 200:
             return _aws_keys(reply.json(), source)
@@ -2610,18 +2595,15 @@ def _env(*names: str) -> str:
 
 def _aws_static(values: _Row, source: str) -> _MaybeKeys:
     """The keys that are among these values, if there are any."""
-    is_there = any(map(values.get, _AWS_KEYS[:2]))
-    return _aws_keys(values, source) if is_there else None
+    return _aws_keys(values, source) if any(map(values.get, _AWS_KEYS[:2])) else None
 
 
 def _aws_keys(values: _Row, source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {
-        re.sub('aws_|session|_', '', key.lower()):
-        str(value or '').strip()
+        re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
         for key, value in values.items()}
-    names = 'accesskeyid', 'secretaccesskey', 'token'
-    parts = [plain.get(name, '') for name in names]
+    parts = [plain.get(name, '') for name in ('accesskeyid', 'secretaccesskey', 'token')]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
@@ -2668,9 +2650,7 @@ def _output_of(
     from subprocess import PIPE, Popen
     try:
         arguments = command if os.name == 'nt' else shlex.split(command)
-        process = Popen(
-            arguments, stdout=PIPE, stderr=PIPE,
-            env={**os.environ, **variables})
+        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, **variables})
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
@@ -2794,8 +2774,7 @@ class _GoogleCredentials(_Renewed):
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
         url = f"http://{host}/{path}?scopes={quote(_GOOGLE_SCOPE, '')}"
-        reply = _ask_metadata(self.http, _Request(
-            'GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
+        reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
         is_google = reply.headers.get('Metadata-Flavor') == 'Google'
         return reply.json() if is_google and reply.status == 200 else None
 
@@ -2847,8 +2826,7 @@ def _rsa_sign(pem: str, message: bytes) -> bytes:
     prefix = bytes.fromhex('003031300d060960864801650304020105000420')
     hashed = prefix + _sha256(message).digest()
     padded = b'\0\1' + hashed.rjust(size - 2, b'\xff')
-    signature = pow(int.from_bytes(padded, 'big'), exponent, modulus)
-    return signature.to_bytes(size, 'big')
+    return pow(int.from_bytes(padded, 'big'), exponent, modulus).to_bytes(size, 'big')
 
 
 def _der_integers(data: bytes) -> Iterator[int]:
