@@ -2041,7 +2041,7 @@ class _Http:
                 problem = f"cannot reach {site}: {getattr(e, 'strerror', None) or e}"
                 if getattr(e, 'errno', 0) in _FULL:
                     raise Error(f'cannot keep a download: {e}', 'set $TMPDIR to a directory with more room') from None
-                if failures >= tries:
+                if failures >= tries or 'CERTIFICATE' in problem:
                     raise RemoteError(problem, 'check the network, the URL, the proxy settings and ca_bundle') from None
             else:
                 if reply.status in (429, 503):
