@@ -730,7 +730,6 @@ class _Segment(NamedTuple):
         segment = cls(*[row[key] for key in cls._fields])
         if (
                 [type(field) for field in segment] != [str, int, int, int, int, str]
-                or not _is_utf8(segment.path)
                 or min(segment[1:5]) < 0
                 or not re.match(r'sha256:[0-9a-f]{64}\Z', segment.digest)):
             raise ValueError
@@ -1495,7 +1494,7 @@ class _Sink:
         try:
             yield
             for name, target in self.links.items():
-                if 0 < len(target) < 4096 and '\0' not in target and _is_utf8(target):
+                with suppress(ValueError):  # of NUL, or half a surrogate pair
                     _symlink(_to_os(target), self.path(name))
         except (FileExistsError, FileNotFoundError, NotADirectoryError) as e:
             name = str(e.filename2 or e.filename)[len(self.root):]
@@ -1595,8 +1594,7 @@ class _SegmentReader(_Stream):
             for path, mode, data in self.ready:
                 _write_file(path, mode, [data])
             self.ready = []
-            note = json.dumps([self.path, block.length, block.digest.hex()])
-            notes.write(note.encode() + b'\n')
+            print(json.dumps([self.path, block.length, block.digest.hex()]), file=notes)
             os.utime(self.sink.root + os.pardir)  # a sign of life, or this would soon count as abandoned
 
     def extract(self, promised: Optional[_Segment]) -> _Segment:
@@ -1688,8 +1686,8 @@ def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _
     """
     sink = _Sink(root)
     groups = itertools.groupby(blocks, operator.attrgetter('path'))
-    with open(journal or os.devnull, 'wb', buffering=0) as notes, sink.filling(confined=True):
-        notes.write(head.encode() + b'\n')
+    with open(journal or os.devnull, 'w', buffering=1) as notes, sink.filling(confined=True):
+        print(head, file=notes)
         return [_SegmentReader(path, own, sink, notes).extract(promised.get(path)) for path, own in groups]
 
 
@@ -1699,8 +1697,8 @@ def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Iterator
     All are read, hashed and compared with the journal. It ends at the first that differs, as after a power cut.
     """
     root = work / 'new'
-    with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal', 'rb') as file:
-        if file.readline() != head.encode() + b'\n':
+    with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal') as file:
+        if file.readline() != head + '\n':
             return
         notes = (note for note in map(json.loads, file) if note[0] in paths)
         with closing(_process(job, _Survey(root, paths).listing(paths), bytes)) as blocks:
