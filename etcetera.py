@@ -828,8 +828,7 @@ class _Survey:
                 size += sum([entry.size for entry in batch])
             self.segments[path] = _Segment(path, files=files, size=size)
             self.size += size
-        # Bytes that the archive will not exceed: headers with names and link targets that the system can hold take less
-        # than 12 KiB, and blocks are at most as much longer as _LONGEST_BLOCK allows.
+        # Bytes that the archive will not exceed: headers take less than 12 KiB, and blocks grow by less than 0.4 %.
         self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
 
     def visit(self, segment: str, items: _Items, through_link: bool) -> Iterator[_Entry]:
@@ -1002,8 +1001,7 @@ def _process(job: _Job, listing: _Listing, work: Callable[[bytes], Any],
     def plans() -> Iterator[_Plan]:
         is_fast = True
         for path, pieces, payload in _plans(listing):
-            # Threads that open many files mostly wait for each other, so one thread reads them here, unless the disk
-            # is slow: then several threads overlap their waits.
+            # Threads that open many files wait for each other, so one reads them here, unless the disk is slow.
             if is_fast and len(pieces) > _MANY_FILES:
                 begin = time.monotonic()
                 payload = _read_pieces(pieces)
@@ -1342,9 +1340,8 @@ def _index_members(parts: Iterable[bytes]) -> bytes:
 def _compress(level: int, payload: bytes) -> bytes:
     """A block of the archive, from the bytes that it is to hold, at the level that pays, judged by samples of them.
 
-    JPEG, Parquet, npz and the like do not shrink: they are stored. Small files of that kind do not shrink either, but
-    the padding between them does. The default level is to take at most 2 % more bytes than gzip's; zlib's level below
-    often achieves that, in two thirds of the time.
+    What does not shrink is stored, but for padding between small files. The default level is to take at most 2 % more
+    bytes than gzip's; zlib's level below often achieves that, in two thirds of the time.
     """
     if level and len(payload) > 65536:
         step = len(payload) // 4
@@ -1487,9 +1484,9 @@ class _Sink:
 
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
-        """Explain what the system refuses meanwhile, and make the links at the end. Raises Corrupt.
+        """Explain refusals of the system, and at the end make the links, which may not lead out of the dataset.
 
-        They may not lead out of the dataset; if `confined`, they must be as a push would have them.
+        confined: they must be as a push would have them.
         """
         try:
             yield
@@ -1509,8 +1506,7 @@ class _Sink:
             if is_sound and confined:
                 is_sound = target == _kept_link(self.root, name, _segment_of(name + '/' * os.path.isdir(path)))
             elif is_sound:
-                # By its text too, as the way back into the root from above it would lead elsewhere once that has its
-                # name.
+                # By its text, too, as a way back into the root from above it would lead elsewhere once that has moved.
                 meant = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
                 real = f'{os.path.realpath(path)}{os.sep}'
                 is_sound = real.startswith(self.root) and not f'{meant}/'.startswith(('/', '../'))
@@ -1575,8 +1571,7 @@ class _SegmentReader(_Stream):
         """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
         self.path, self.sink = path, sink
-        # Files that are in the last block as a whole. It takes a tenth less time to write them all at once than each
-        # before the next header is read.
+        # Files that the last block holds as a whole. To write them all at once takes a tenth less time.
         self.ready: List[Tuple[str, int, Any]] = []  # path, mode and contents
         self.source = ''  # of the last block
         self.digests = bytearray()  # of all blocks
@@ -1692,10 +1687,7 @@ def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _
 
 
 def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Iterator[_Block]:
-    """The first blocks of some segments, from an extraction to work/new that was interrupted, and work/journal.
-
-    All are read, hashed and compared with the journal. It ends at the first that differs, as after a power cut.
-    """
+    """The first blocks of some segments, from an interrupted extraction, as far as they hash to what its journal says."""
     root = work / 'new'
     with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal') as file:
         if file.readline() != head + '\n':
