@@ -3848,7 +3848,8 @@ class _Place:
         if not self.path.exists():
             raise NotFound(f"the directory that '{self.name}' was registered for is gone ({os.readlink(self.path)})",
                            f"'etc purge {self.name}' forgets it")
-        return Dataset(self.path, self.name, _read_receipt(self.path))
+        return Dataset(self.path, self.name,
+                       _read_receipt(self.path))
 
     @contextmanager
     def lock(self, job: _Job) -> Iterator[None]:
@@ -4014,9 +4015,11 @@ def _read_receipt(directory: Path) -> _Receipt:
             return _NO_RECEIPT
         row = json.loads(path.read_bytes().decode('utf-8'))
         segments = list(map(_Segment.from_json, row['segments']))
-        *texts, installed = [row[key] for key in ('source', 'version', 'when', 'installed')]
+        *texts, installed = [row[key] for key in (
+            'source', 'version', 'when', 'installed')]
         ''.join(texts + installed)  # TypeError if they are no texts
-        receipt = _Receipt(row['name'], segments, frozenset(installed), *texts)
+        receipt = _Receipt(row['name'], segments,
+                           frozenset(installed), *texts)
         if receipt.name == directory.name and receipt.digest == row['digest']:
             return receipt
     return _NO_RECEIPT
@@ -4025,9 +4028,9 @@ def _read_receipt(directory: Path) -> _Receipt:
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     """Write it, and let the disk hold all of the directory: before it gets its name, or is removed."""
     row = receipt._asdict()
-    row.update(
-        segments=[segment._asdict() for segment in receipt.segments],
-        digest=receipt.digest, when=_utc(time.time()))
+    row.update(digest=receipt.digest,
+               when=_utc(time.time()),
+               segments=[segment._asdict() for segment in receipt.segments])
     text = json.dumps(row, default=sorted)
     _write_file(directory / _RECEIPT, 0o444, [text.encode()])
     _flush(directory)
@@ -4133,7 +4136,7 @@ class _Archive:
         self.tail = tail  # its last bytes
         self.label = f"'{obj.name}' in {remote.url}"
         with self.labelled():
-            self.segments: _Segments = _read_index(obj.size, self.read)
+            self.segments = _read_index(obj.size, self.read)
 
     @contextmanager
     def labelled(self) -> Iterator[None]:
@@ -4341,7 +4344,8 @@ def _pack(job: _Job, local: Dataset, survey: _Survey,
           copies: _Copies, level: int, segments: List[_Segment]
           ) -> Generator[_Chunk, None, None]:
     """The archive of a dataset, whose segments are appended to those that are given."""
-    listing = survey.listing(survey.segments.keys() - copies.keys())
+    listing = survey.listing(
+        survey.segments.keys() - copies.keys())
     with closing(_process(job, listing, partial(_compress, level))) as blocks:
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
         for path, segment in survey.segments.items():
@@ -4357,8 +4361,8 @@ def _pack(job: _Job, local: Dataset, survey: _Survey,
                     job.produced += len(block.payload)
                     job.packed += block.size
                     yield block.payload
-                segment = segment._replace(
-                    length=job.produced - begin, digest=_digest(digests))
+                segment = segment._replace(length=job.produced - begin,
+                                           digest=_digest(digests))
             segments.append(segment._replace(offset=offset))
     digest = _dataset_digest(segments)
     expected = _dataset_digest(local._segments or segments)
