@@ -1687,7 +1687,7 @@ def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _
 
 
 def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Iterator[_Block]:
-    """The first blocks of some segments, from an interrupted extraction, as far as they hash to what its journal says."""
+    """The first blocks of some segments, from an interrupted extraction, as far as they hash as its journal says."""
     root = work / 'new'
     with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal') as file:
         if file.readline() != head + '\n':
