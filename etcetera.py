@@ -3769,7 +3769,6 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 # The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
 # the name that it holds, and never through a link. Locks only save work, as they do nothing on some disks: then both
 # of two pulls fill a directory of their own, one rename wins, and the other accepts what is there if it is the same.
-#
 # If a pull is killed, the next one takes its directory over, reads, hashes and compares what its journal lists
 # (_replay() in Archives), links that, and fetches the rest. It begins anew with archives of other tools, and for a day
 # where nobody can tell whether the other process is alive: on Windows, and if it ran on another machine.
@@ -4157,10 +4156,9 @@ class _Archive:
 
     def read_ahead(self, spans: Sequence[Sequence[int]]
                    ) -> Generator[bytes, None, None]:
-        """The bytes of some spans, in order, read over several connections at once.
+        """The bytes of some spans, in order, read over several connections at once. What is under way is bounded.
 
-        Ranges begin short and grow while they come fast. On a slow link, long ones would show little progress, and
-        much would be lost when one breaks. What is under way or waits is bounded.
+        Ranges grow while they come fast: long ones on a slow link would show little progress, and lose much at a break.
         """
         total = sum(stop - start for start, stop in spans)
         self.job.begin(total)
@@ -4279,8 +4277,6 @@ def _paths_of(name: str, segments: _Segments,
     return {'.', *map('data/{}'.format, partitions)}
 
 
-# Pushing
-
 _MIN_SHARED = 32 << 20  # bytes of a dataset above which it pays to look for what other archives share with it
 _MAX_SOURCES = 24  # archives that are looked at
 
@@ -4291,8 +4287,6 @@ _Copies = Dict[str, _Source]  # segments that S3 copies, by path
 def _find_copies(remote: _Remote, name: str,
                  survey: _Survey) -> _Copies:
     """Segments that need not be sent, as their files, which are read, and both ends of what is to be copied hash alike.
-
-    If the archive of that name is the same already, nothing is copied, as it may be damaged where nobody looks.
     """
     def look(obj: _Object) -> List[_Source]:
         with suppress(Error):
@@ -4335,7 +4329,7 @@ def _find_copies(remote: _Remote, name: str,
             if segment.length >= _MIN_PART:
                 found[segment.path] = archive, segment
     if len(survey.segments) == len(replaced) == len(replaced[0].segments):
-        return {}
+        return {}  # as what is the same already may be damaged where nobody looks
     sound = in_parallel(is_sound, found.values())
     return dict(itertools.compress(found.items(), sound))
 
