@@ -2845,7 +2845,7 @@ def _der_integers(data: bytes) -> Iterator[int]:
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
 _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
-_LONG_PART = 64 << 20  # bytes that the storage copies at once, unless parts are longer
+_LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 60 << 20  # bytes that may be sent at once
 _AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
@@ -2893,6 +2893,10 @@ _Page = Tuple[List[_Object], str]  # some objects, and the token of the next pag
 
 class _Unconfirmed(RemoteError):
     """The answer to a write does not say, in the form that the API defines, that the object is there."""
+
+
+class _WriteAgain(RemoteError):
+    """Nothing was written, and the remote knows now how to do it otherwise."""
 
 
 class _Remote:
@@ -2945,7 +2949,8 @@ class _Remote:
               limit: int, exclusive: bool) -> None:
         """Store all chunks, at most `limit` bytes, under this name, or nothing.
 
-        exclusive: raise FileExistsError instead of replacing an object. Raises _Unconfirmed if it may be there.
+        exclusive: raise FileExistsError instead of replacing an object. Raises _Unconfirmed if it may be there, and
+        _WriteAgain.
         """
         raise ConfigError(f'{self.url} can only be read', _TO_WRITE)
 
@@ -3096,7 +3101,7 @@ class _BucketStore(_HttpStore):
             if token:
                 raise ValueError  # the same page again
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise RemoteError(f'{self.url} does not answer as such a store does', _WHO_ANSWERS) from None
+            raise RemoteError(f'{self.url} does not list its objects in the form of its API', _WHO_ANSWERS) from None
         return [
             obj for page in pages.values()
             for obj in page if obj.name]
@@ -3337,6 +3342,7 @@ class _S3Remote(_BucketStore):
         ('', 'check the bucket in the url, the endpoint_url and the region'))
     next_page = 'continuation-token'
     must_check = False  # whether the bucket has been found to want MD5 sums
+    takes_few_parts = False  # the same
 
     def set_up(self, config: Config) -> None:
         super().set_up(config)
@@ -3415,8 +3421,9 @@ class _S3Remote(_BucketStore):
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
-        # Amazon takes many parts, others often only few.
-        size = max(_MIN_PART, limit // (_FEW_PARTS if self.endpoint else _MAX_PARTS) + 1)  # bytes of a part
+        # Amazon takes many parts, others often only few: so there are few while they are moderate.
+        is_few = self.takes_few_parts or self.endpoint and limit < _FEW_PARTS * _LONG_PART
+        size = max(_MIN_PART, limit // (_FEW_PARTS if is_few else _MAX_PARTS) + 1)  # bytes of a part
         url = self.address(name)
         parts = self.split(chunks, size)
         first = next(parts)
@@ -3433,6 +3440,7 @@ class _S3Remote(_BucketStore):
         query = _query({'uploadId': upload})
         connections = min(self.connections, -(-_IN_FLIGHT // size))
         parts = itertools.chain([first], filter(None, parts))
+        del first  # or memory would hold it to the end
         try:
             send = partial(self.send_part, url, query)
             rows = _ordered(self.job, connections, send, enumerate(parts, 1),
@@ -3441,7 +3449,8 @@ class _S3Remote(_BucketStore):
             headers = {'Content-Type': 'application/xml'}
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers=headers, body=[manifest.encode()])
-        except BaseException:  # abandoned parts are billed
+        except BaseException as e:  # abandoned parts are billed
+            self.takes_few_parts |= isinstance(e, _WriteAgain)
             with suppress(RemoteError):
                 self.ask('DELETE', f'{url}?{query}', 404,
                          tries=_LAST_TRIES, is_vital=True)
@@ -3462,7 +3471,12 @@ class _S3Remote(_BucketStore):
                 raise self.replaced_error(source)
             etag = _xml_items(reply, 'CopyPartResult').get('ETag')
         else:
-            reply = self.ask('PUT', url, body=[part])
+            try:
+                reply = self.ask('PUT', url, body=[part])
+            except RemoteError as e:
+                if self.takes_few_parts or number <= _FEW_PARTS or not 400 <= e.status < 500:
+                    raise
+                raise _WriteAgain(e.message) from e
             etag = reply.headers.get('ETag')
         if not etag:
             raise self.error(reply)
@@ -4386,6 +4400,8 @@ def _write_archive(remote: _Remote, local: Dataset,
         try:
             with closing(_pack(job, local, survey, copies, level, segments)) as chunks:
                 remote.write(name, chunks, survey.limit, exclusive)
+        except _WriteAgain:
+            continue
         except _Unconfirmed as e:
             doubt = e
         except RemoteError as e:
@@ -4621,6 +4637,10 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
             place.check(archive.segments)
         wanted = _paths_of(name, archive.segments, partitions)
         receipt = _read_receipt(place.path)
+
+        def receipt_of(paths: Iterable[str]) -> _Receipt:
+            return _Receipt(name, archive.segments, frozenset(paths), store.url, archive.obj.version)
+
         replace = force
         if not force and _is_dataset(place.path):
             local = place.open()
@@ -4629,6 +4649,10 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
                 raise place.taken_error()
             if is_same and (not receipt.name or wanted <= receipt.installed):
                 place.check(local._read(job))
+                is_old = (place.root / '.etcetera/receipts').exists()  # as 1.0 kept them elsewhere
+                if is_old and not receipt.name and not place.path.is_symlink():
+                    with suppress(OSError):  # as in a store that can only be read
+                        _write_receipt(place.path, receipt_of(_digests(archive.segments)))
                 _say(f"'{name}' is installed already; 'etc verify {name}' reads it again")
                 return local
             replace = bool(is_same)
@@ -4637,8 +4661,7 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
         with place.installing():
             reused = archive.extract(place, wanted)
             place.check(archive.segments)
-            paths = frozenset(wanted or _digests(archive.segments))
-            new = _Receipt(name, archive.segments, paths, store.url, archive.obj.version)
+            new = receipt_of(wanted or _digests(archive.segments))
             place.commit(replace, new)
         old = ''
         if receipt.name and receipt.digest != new.digest:
@@ -5114,6 +5137,8 @@ def _run(argv: Sequence[str]) -> int:
                 traceback.print_exc()
             _console.show(str(e))
             status = 1
+            if not config:
+                break
     return status
 
 

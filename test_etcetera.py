@@ -2563,13 +2563,13 @@ class S3Remote(Scaled, BucketSuite, S3Case):
     def test_lists_that_are_not_understood(self):
         page = b'<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken>' \
                b'</ListBucketResult>'
-        tokens = itertools.cycle((b'a', b'b', b'c'))
+        tokens, told = itertools.cycle((b'a', b'b', b'c')), 'does not list its objects in the form of its API'
         for what, body, problem in (
-                ('tokens that go round', lambda: page % next(tokens), 'as such a store'),
-                ('no such encoding', lambda: b'<?xml version="1.0" encoding="foo"?><ListBucketResult/>', 'as such a'),
-                ('no text encoding', lambda: b'<?xml version="1.0" encoding="hex"?><ListBucketResult/>', 'as such a'),
-                ('deep', lambda: b'<ListBucketResult>' + b'<a>' * 100000, 'as such a store does'),
-                ('nothing', lambda: b'', 'as such a store does'), ('a page', lambda: PORTAL, 'as such a store does')):
+                ('tokens that go round', lambda: page % next(tokens), told),
+                ('no such encoding', lambda: b'<?xml version="1.0" encoding="foo"?><ListBucketResult/>', told),
+                ('no text encoding', lambda: b'<?xml version="1.0" encoding="hex"?><ListBucketResult/>', told),
+                ('deep', lambda: b'<ListBucketResult>' + b'<a>' * 100000, told),
+                ('nothing', lambda: b'', told), ('a page', lambda: PORTAL, told)):
             with self.subTest(what):
                 self.server.log.clear()
                 self.server.fault = lambda handler: handler.answer(200, body())
@@ -2612,13 +2612,19 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.etc('pull X', home='two')
 
     def test_stores_that_take_few_parts(self):
+        """Parts grow while they are moderate, and beyond if the store refuses more of them."""
         stand_in(self, etc, '_FEW_PARTS', 4)
         self.register(self.large(30 * UNIT))
-        self.server.fault = lambda h: re.search(r'partNumber=([5-9]|1\d)', h.path) and h.error(
-            400, 'InvalidArgument', message='Part number must be between 1 and 4')
-        self.etc('push -f X')
-        self.assertEqual(self.server.uploads, {})
-        assert_pulls(self, 'ds', force=True)
+        for moderate, begun in ((64 * UNIT, 1), (5 * UNIT, 2)):
+            with self.subTest(moderate):
+                stand_in(self, etc, '_LONG_PART', moderate)
+                self.server.log.clear()
+                self.server.fault = lambda h: re.search(r'partNumber=([5-9]|1\d)', h.path) and h.error(
+                    400, 'InvalidArgument', message='Part number must be between 1 and 4')
+                self.etc('push -f X')
+                self.assertEqual(sum('uploads' in path for path in self.requests('POST')), begun)
+                self.assertEqual(self.server.uploads, {})
+                assert_pulls(self, 'ds', force=True)
 
     def test_conflicts(self):
         """Amazon says of both that one may try again."""
@@ -3146,11 +3152,11 @@ class GsRemote(Scaled, BucketSuite, GsCase):
             with self.subTest(body[:99]):
                 self.server.fault = lambda handler: handler.answer(200, body)
                 for words in ('ls -r', 'pull X'):
-                    self.fails_with('does not answer as such', words)
+                    self.fails_with('does not list its objects', words)
         tokens = itertools.cycle('abc')
         self.server.fault = lambda handler: handler.json(
             {'kind': 'storage#objects', 'nextPageToken': next(tokens)})
-        self.fails_with('as such a store', 'ls -r')
+        self.fails_with('does not list its objects', 'ls -r')
 
     def test_accounts_that_may_only_create(self):
         """The condition of the write decides where storage.objects.get is missing."""
@@ -6850,7 +6856,7 @@ class Secrets(Hush, S3Case):
         self.server.fault = lambda handler: handler.connection.shutdown(socket.SHUT_RDWR) or True
         self.everything('cannot reach ' + self.server.url, 6)
         self.server.fault = lambda handler: handler.answer(200, str(handler.headers).encode())
-        self.everything('does not answer (as such a store does|with the range that was asked for)', 5)
+        self.everything('does not (list its objects|answer with the range that was asked for)', 5)
 
 
 # what stands between the marks of a secret
@@ -7004,7 +7010,7 @@ class Places(Hush, S3Case):
             if is_bad or mark != '\n':
                 with self.subTest(template, mark=mark, scheme=scheme):
                     says = (scheme + '_proxy is not of the form http://' if is_bad else
-                            'does not answer as such|cannot reach https://')
+                            'does not list its objects|cannot reach https://')
                     value = template.replace('%', secret).replace('PROXY', proxy.url[len('http://'):])
                     self.told(['ls', '-r'], 1, says, {
                         'no_proxy': '', 'AWS_ENDPOINT_URL': scheme + '://storage.invalid', scheme + '_proxy': value})
