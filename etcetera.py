@@ -2683,7 +2683,9 @@ def _status(reply: _Reply) -> str:
         answer = inner
     text = (
         error['Message'] or answer.get('message')
-        or answer.get('error_description') or inner or 'no explanation')
+        or answer.get('error_description') or inner
+        or 'X-GUploader-UploadID' in reply.headers and reply.body.decode('utf-8', 'replace')  # Google, of an object
+        or 'no explanation')
     return f"{reply.status}{' ' * bool(error['Code'])}{error['Code']}: {_printable(str(text))[:300]}"
 
 

@@ -3165,6 +3165,12 @@ class GsRemote(Scaled, BucketSuite, GsCase):
         self.etc('push X')
         self.fails_with('cannot read it to compare', 'push X')
 
+    def test_errors_in_plain_text(self):
+        """As Google answers to a read of an object; in the text of anybody else may be what we sent."""
+        for headers, said in (({'X-GUploader-UploadID': 'x'}, 'a@b.example lacks access'), ({}, 'no explanation')):
+            self.server.fault = lambda h: 'alt=media' in h.path and h.answer(403, b'a@b.example lacks access', headers)
+            self.fails_with('answers 403: %s; ' % said, 'pull X')
+
     def test_emulator_host(self):
         del self.settings['endpoint_url']
         self.put('X.tgz', b'x')
