@@ -187,7 +187,6 @@ _DEBUG, _INFO, _WARNING = 10, 20, 30  # as in logging, which is slow to import
 
 class _Console:
     """What the command `etc` shows on stderr: messages, and below them at most one line of progress."""
-
     level: Optional[int] = None  # the least to show; None in a program that uses etcetera as a library
     program = 'etc'  # how it was called, for remedies
     progress = ''  # the line of progress that is shown
@@ -508,7 +507,6 @@ class _Ended(BaseException):
 
 class _Job:
     """What the threads of one call share."""
-
     is_ended = False
     reported = 0  # the total that was reported last
 
@@ -1052,7 +1050,6 @@ _NAME = '[A-Za-z0-9][A-Za-z0-9._-]{0,127}'
 
 class _Receipt(NamedTuple):
     """What is known of an installed directory."""
-
     name: str = ''
     segments: _Segments = ()  # of the whole dataset
     installed: FrozenSet[str] = frozenset()  # paths of the segments that are here
@@ -1907,7 +1904,6 @@ _SITE = rf'https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::{_PORT})?'
 
 class _Request(NamedTuple):
     """What a server is asked."""
-
     method: str
     url: str  # percent-encoded, as it is sent
     headers: _Texts = {}
@@ -1929,7 +1925,6 @@ class _Request(NamedTuple):
 
 class _Reply(NamedTuple):
     """What a server answers."""
-
     status: int
     headers: Any  # an email.message.Message, which finds names in any case
     body: bytes
@@ -1971,7 +1966,6 @@ def _judge(reply: _Reply) -> str:
 
 class _Http:
     """Makes requests. Threads share it."""
-
     most = 256.0  # requests that may be made at once
     successes = 0
     tls: Any = None
@@ -2254,7 +2248,6 @@ def _utc(seconds: float, form: str = '%Y-%m-%dT%H:%M:%SZ') -> str:
 
 class _Renewed:
     """Something that must be fetched anew before it expires. Threads share it."""
-
     fetch: Callable[[], Tuple[Any, float]]  # gives it, or None if there is none, and until when it can be used
     value: Any = None
     expires = 0.0
@@ -2871,7 +2864,6 @@ _REMEDIES = (  # by patterns for what _BucketStore.error() puts together
 
 class _Object(NamedTuple):
     """An archive in a remote."""
-
     name: str  # of the dataset
     size: int
     version: str  # opaque; another one after the object was replaced
@@ -2880,7 +2872,6 @@ class _Object(NamedTuple):
 
 class _Range(NamedTuple):
     """Bytes of an object that go into another one, too."""
-
     obj: _Object
     start: int
     stop: int
@@ -2903,10 +2894,12 @@ class _WriteAgain(RemoteError):
 
 class _Remote:
     """A place for archives. Raises RemoteError for whatever the storage refuses."""
-
     has_exclusive_write = True  # whether write() alone tells if a name is taken, even where find() may not look
     can_copy = False  # whether write() takes ranges of other objects
     prefix = ''  # of keys
+    list: Callable[[], List[_Object]]  # all NAME.tgz directly below the url, if a dataset can have that name
+    stat: Callable[[str], _MaybeObject]  # the object that has this name now; None if there is none
+    read: Callable[[_Object, int, int], bytes]  # of this very version, or RemoteError if it was replaced
 
     def __init__(self, config: Config, job: _Job) -> None:
         self.url = _masked(config.url or '')
@@ -2927,14 +2920,6 @@ class _Remote:
         name = key[len(self.prefix):-4]
         return name if key == self.key(name) and _is_name(name) else ''
 
-    def list(self) -> List[_Object]:
-        """All archives: each object NAME.tgz directly below the url, if a dataset can have that name."""
-        raise NotImplementedError
-
-    def stat(self, name: str) -> _MaybeObject:
-        """The object that has this name now; None if there is none."""
-        raise NotImplementedError
-
     def find(self, name: str) -> _Found:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
@@ -2942,10 +2927,6 @@ class _Remote:
             return None, b''
         start = max(0, obj.size - _TAIL)
         return obj, self.read(obj, start, obj.size)
-
-    def read(self, obj: _Object, start: int, stop: int) -> bytes:
-        """Bytes of this very version. Raises RemoteError if the object was replaced. Threads share it."""
-        raise NotImplementedError
 
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
@@ -2974,7 +2955,6 @@ class _Remote:
 
 class _HttpStore(_Remote):
     """What remotes over HTTP share."""
-
     http: _Http
 
     def prepare(self, request: _Request) -> _Request:
@@ -3067,9 +3047,9 @@ class _HttpStore(_Remote):
 
 class _BucketStore(_HttpStore):
     """What remotes share whose url names a bucket and a prefix."""
-
     remedies: Sequence[Tuple[str, str]] = ()  # more of them; in braces is what error() knows
     next_page = ''  # the part of a query that asks for another page of the listing
+    list_page: Callable[[_Texts], _Page]  # in which what is no archive has no name
 
     def set_up(self, config: Config) -> None:
         match = re.match(
@@ -3107,10 +3087,6 @@ class _BucketStore(_HttpStore):
         return [
             obj for page in pages.values()
             for obj in page if obj.name]
-
-    def list_page(self, query: _Texts) -> _Page:
-        """What is no archive has no name there."""
-        raise NotImplementedError
 
     def stat(self, name: str) -> _MaybeObject:
         """As above. A GET needs no other permission; what is empty, archived, or tells too little, can be listed."""
@@ -3320,7 +3296,6 @@ _S3_IN_HOST = r'(?!https?://([\d.]+|\[.*\])[:/\s])(http:.*\s[a-z0-9.-]+|.*\s[a-z
 
 class _S3Remote(_BucketStore):
     """s3://bucket[/prefix]: Amazon S3, or what speaks its protocol at `endpoint_url`."""
-
     remedies = (  # see error()
         ('40[013] nobody',
          "no credentials were found in the settings, the environment, the AWS profile '{store.aws.name}', or those of "
@@ -3511,7 +3486,6 @@ class _S3Remote(_BucketStore):
 
 class _GsRemote(_BucketStore):
     """gs://bucket[/prefix]: Google Cloud Storage, by its JSON API: https://cloud.google.com/storage/docs/json_api/v1"""
-
     remedies = (  # see error()
         ('40[13] account', 'this account needs roles/storage.objectViewer here to read, or roles/storage.objectUser'),
         ('40[13] nobody', "no credentials were found: run 'gcloud auth application-default login', or set "
