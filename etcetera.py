@@ -687,7 +687,7 @@ _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
 
 _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
 _LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'  # of file managers
-_ODD = ('.', '@', '__', 'lost+found')  # how names start that programs make, and that may be shared by accident
+_ODD = ('.', '@', '__', 'lost+found')  # how partitions start that programs make, and that may be shared by accident
 
 
 class _Entry(NamedTuple):
@@ -844,7 +844,7 @@ class _Survey:
             link = _kept_link(self.root, name, segment) if is_link and name != 'data' else ''
             if is_link and not os.path.realpath(path).startswith(self.root + os.sep):
                 self.surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
-            if name.startswith(_ODD, name.rfind('/') + 1):
+            if name.startswith(_ODD if name == segment else '.', name.rfind('/') + 1):
                 self.surprises['hidden or odd names'].append(name)
             if link:
                 yield _Entry(name, link=link)

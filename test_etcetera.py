@@ -179,6 +179,12 @@ def split(words):
     return [part for word in words for part in (word.split() or [word] if isinstance(word, str) else [word])]
 
 
+def use_libdeflate(value):
+    """Let it compress and inflate, or not, until the test ends."""
+    os.environ['ETC_LIBDEFLATE'] = value
+    etc._libdeflate.cache_clear()
+
+
 INTERRUPTED = b'etc: interrupted; the same command again: a pull goes on, a push begins anew\n'
 
 
@@ -192,6 +198,7 @@ class Case(unittest.TestCase):
         self.addCleanup(self.clean)
         saved = dict(os.environ)
         self.addCleanup(lambda: (os.environ.clear(), os.environ.update(saved)))
+        self.addCleanup(etc._libdeflate.cache_clear)
         for key in saved:
             if re.match('(?i)(ETC|AWS|GOOGLE|CLOUDSDK|STORAGE)_|.*_proxy$', key) and key != 'ETC_LIBDEFLATE':
                 del os.environ[key]
@@ -600,12 +607,6 @@ class S3Case(Case):
 # ---------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------
-
-def use_libdeflate(value):
-    """Let it compress and inflate, or not, from here on."""
-    os.environ['ETC_LIBDEFLATE'] = value
-    etc._libdeflate.cache_clear()
-
 
 def settings_of(config):
     return {key: value for key, value in vars(config).items() if not key.startswith('_')}
@@ -7404,7 +7405,7 @@ class People(Shell, Case):
     def test_what_is_shared_by_accident(self):
         write('.', {'out/x': 'x', 'ds/.env': 'x', 'ds/assets': ('->', '../out'), 'ds/data/train/.git/x': '',
                     'ds/data/@eaDir/x': '', 'ds/data/train/l': ('->', '../../../out/x'), 'ds/data/train/k': ('->', 'x'),
-                    'ds/data/train/x': 'x'})
+                    'ds/data/train/x': 'x', 'ds/data/train/__init__.py': ''})
         said = ("etc: all of 'X' is shared, also hidden or odd names (3, such as .env), links that lead out of it (2, "
                 'such as assets -> %s)\n' % Path('out').resolve())
         for command in ('register ds X', 'push X'):
