@@ -2315,7 +2315,6 @@ _MaybeKeys = Optional[_AwsKeys]
 
 class _Aws(_Renewed):
     """What AWS's tools go by: settings of the environment, else of a profile; get() gives _AwsKeys, or None."""
-
     def __init__(self, config: Config, job: _Job) -> None:
         super().__init__()
         self.config = config
@@ -2400,11 +2399,8 @@ class _Aws(_Renewed):
         return 'later' if re.fullmatch(_AWS_TRANSIENT, code) else _judge(reply)
 
     def sign(self, request: _Request, place: str) -> _Request:
-        """The request, its query as _query() gives it, with a signature for region/service; as it is without keys.
-
-        https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
-        """
-        import hmac
+        """The request, its query as _query() gives it, with a signature for region/service; as it is without keys."""
+        import hmac  # https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
         keys = request.keys
         if not keys:
             return request
@@ -2449,10 +2445,8 @@ class _Aws(_Renewed):
         return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
 
     def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> _MaybeKeys:
-        """The first of: a role, a web identity, SSO or `aws login`, a credential_process, keys; for roles of `users`.
-
-        https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
-        """
+        """The first of: a role, a web identity, SSO or `aws login`, credential_process, keys; for roles of `users`."""
+        # https://docs.aws.amazon.com/sdkref/latest/guide/feature-assume-role-credentials.html
         where = f"the AWS profile '{name}'"
         values = self.sections[name]
         keys = _aws_static(values, where)
@@ -2674,11 +2668,10 @@ def _status(reply: _Reply) -> str:
     inner = answer.get('error')
     if isinstance(inner, dict):
         answer = inner
-    text = (
-        error['Message'] or answer.get('message')
-        or answer.get('error_description') or inner
-        or 'X-GUploader-UploadID' in reply.headers and reply.body.decode('utf-8', 'replace')  # Google, of an object
-        or 'no explanation')
+    text = (error['Message'] or answer.get('message')
+            or answer.get('error_description') or inner
+            or 'X-GUploader-UploadID' in reply.headers and reply.body.decode('utf-8', 'replace')  # Google, of an object
+            or 'no explanation')
     return f"{reply.status}{' ' * bool(error['Code'])}{error['Code']}: {_printable(str(text))[:300]}"
 
 
@@ -2695,7 +2688,6 @@ _GOOGLE_REMEDY = "check the Google credentials, or run 'gcloud auth application-
 
 class _GoogleCredentials(_Renewed):
     """The headers that authorize requests; None if there are no credentials."""
-
     def __init__(self, config: Config, http: _Http) -> None:
         super().__init__()
         self.http = http
@@ -2930,11 +2922,7 @@ class _Remote:
 
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
-        """Store all chunks, at most `limit` bytes, under this name, or nothing.
-
-        exclusive: raise FileExistsError instead of replacing an object. Raises _Unconfirmed if it may be there, and
-        _WriteAgain.
-        """
+        """Store all chunks, at most `limit` bytes, or nothing; if `exclusive`, FileExistsError rather than replace."""
         raise ConfigError(f'{self.url} can only be read', _TO_WRITE)
 
     def remove(self, obj: _Object) -> None:
@@ -2981,12 +2969,8 @@ class _HttpStore(_Remote):
         return '/' + quote(self.key(name), '/~')
 
     def get(self, name: str, start: int, stop: int, known: _MaybeObject = None) -> _Found:
-        """The object of this name, and a range of it, or its start, if the connection broke; None if there is none.
-
-        start: if stop is 0, minus the number of bytes to read from the end. known: the version that it must be; the
-        answer tells, as some stores ignore If-Match.
-        """
-        span = f'{start}-{stop - 1}' if stop else str(start)
+        """The object, if there is one, and a range of it, or its start, if the connection broke; it must be `known`."""
+        span = f'{start}-{stop - 1}' if stop else str(start)  # the latter is -N, for the last N bytes
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
         reply = self.ask('GET', self.address(name), *_NO_RANGE,
                          headers=headers, limit=stop - start + 65536)
@@ -3119,13 +3103,10 @@ class _BucketStore(_HttpStore):
                 raise self.error(reply)
 
     def split(self, chunks: _Chunks, size: int) -> Iterator[Any]:
-        """Gather chunks to parts of exactly `size` bytes, as some stores want equal ones; the last is shorter or empty.
-
-        Ranges are parts of their own, but for what the part before lacks; that is read.
-        """
+        """Gather chunks to parts of just `size` bytes, as some stores want equal ones; the last is shorter or empty."""
         part = bytearray()
         for chunk in chunks:
-            ranges: List[_Range] = []
+            ranges: List[_Range] = []  # parts of their own, but for what the part before lacks; that is read
             if isinstance(chunk, _Range):
                 obj, start, stop = chunk
                 middle = start + -len(part) % size
@@ -3169,7 +3150,6 @@ _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are 
 
 class _FileRemote(_Remote):
     """file:///path: a shared directory."""
-
     def set_up(self, config: Config) -> None:
         self.url = config.url or ''
         match = re.match(r'file://(?:localhost)?(/.*)\Z', self.url)
@@ -3284,13 +3264,11 @@ class _FileRemote(_Remote):
 
 # s3:// ---------------------------------------------------------------------------------
 
-# How stores answer that know no conditions. OpenStack Swift has another ETag inside for what came in parts, so it never
-# deletes it under a condition.
+# How stores answer that know no conditions (DELETE: OpenStack Swift has another ETag inside for what came in parts)
 _S3_UNCONDITIONAL = r'\S+ (400|501) (|NotImplemented|InvalidArgument|InvalidRequest)\Z|DELETE 412 '
 _S3_NO_COPIES = r'.*\.r2\.cloudflarestorage\.com|\S+ .*%'  # R2 wants equal parts; Ceph decodes a source's name twice
-# The bucket is part of the host's name or of the path, as with `aws`, which takes the path where no host can have that
-# name: https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
-# An address has no subdomains; with TLS, a dot would not match the certificate.
+# As with `aws`, the bucket is part of the path where no host can have its name (an address has no subdomains; with TLS,
+# a dot does not match the certificate): https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
 _S3_IN_HOST = r'(?!https?://([\d.]+|\[.*\])[:/\s])(http:.*\s[a-z0-9.-]+|.*\s[a-z0-9-]+)\Z'
 
 
@@ -3592,11 +3570,8 @@ class _GsRemote(_BucketStore):
                           'push again')
 
     def send_part(self, session: str, item: Tuple[int, Any, Any]) -> _Reply:
-        """Send what the server lacks of a part until it has all; return what it says then.
-
-        item: where the part begins, the part, and the size of all, or '*' if it is not the last one.
-        """
-        start, part, total = item
+        """Send what the server lacks of a part until it has all; return what it says then."""
+        start, part, total = item  # where it begins, the part, and the size of all, or '*' if it is not the last one
         stop = start + len(part)
         at = start  # up to where it has arrived; -1 while that is not known
 
@@ -3636,11 +3611,9 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 class _WebRemote(_HttpStore):
     """http(s)://host/path: what a web server shows. It can only be read."""
-
     def set_up(self, config: Config) -> None:
         self.url = (config.url or '').rstrip('/')
-        # No @ anywhere, as a password may hold a slash.
-        if not re.match(rf'{_SITE}(?:/[^?#@]*)?\Z', self.url):
+        if not re.match(rf'{_SITE}(?:/[^?#@]*)?\Z', self.url):  # no @ anywhere, as a password may hold a slash
             raise ConfigError('the url is not of the form https://host or https://host/path, or it has a user or '
                               'password in it, which etcetera never sends', 'write %40 for an @ in the path')
         self.base = quote(self.url, safe="%/:[]~!$&'()*+,;=@") + '/'
