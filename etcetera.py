@@ -2320,8 +2320,7 @@ class _Aws(_Renewed):
         self.config = config
         self.skew = 0.0  # seconds by which the services' clock is ahead of ours
         self.name = (
-            config.aws_profile
-            or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default')
+            config.aws_profile or _env('AWS_PROFILE', 'AWS_DEFAULT_PROFILE') or 'default')
         self.read_files()
         ca_bundle = config.ca_bundle or self.setting('ca_bundle')
         self.http = _Http(job, ca_bundle)
@@ -2375,10 +2374,8 @@ class _Aws(_Renewed):
         if self.flag('ignore_configured_endpoint_urls'):
             return ''
         services = self.sections[f"services {self.values.get('services')}"]
-        return (
-            _env(f'AWS_ENDPOINT_URL_{service.upper()}', 'AWS_ENDPOINT_URL')
-            or services.get(f'{service}.endpoint_url')
-            or self.values.get('endpoint_url', '')).rstrip('/')
+        return (_env(f'AWS_ENDPOINT_URL_{service.upper()}', 'AWS_ENDPOINT_URL')
+                or services.get(f'{service}.endpoint_url') or self.values.get('endpoint_url', '')).rstrip('/')
 
     def host(self, service: str, region: str) -> str:
         """A service's own address: https://docs.aws.amazon.com/general/latest/gr/rande.html"""
@@ -2433,9 +2430,8 @@ class _Aws(_Renewed):
         keys = _aws_static(vars(self.config), 'the settings')
         if not keys and not self.config.aws_profile:  # which precedes the environment
             keys = self.from_environment()
-        keys = (
-            keys or self.from_profile(self.name)
-            or self.from_container() or self.from_instance())
+        keys = (keys or self.from_profile(self.name)
+                or self.from_container() or self.from_instance())
         if not keys:
             return None, 1e12
         # Some services give out the same keys until shortly before they expire, and our clock may be wrong.
@@ -2454,9 +2450,8 @@ class _Aws(_Renewed):
         if is_role and not (users and keys):
             if 'mfa_serial' in values:
                 return self.from_tools(name)
-            sources = {
-                'Environment': self.from_environment, 'EcsContainer': self.from_container,
-                'Ec2InstanceMetadata': self.from_instance}
+            sources = {'Environment': self.from_environment,
+                       'EcsContainer': self.from_container, 'Ec2InstanceMetadata': self.from_instance}
             profile = values.get('source_profile')
             kind = values.get('credential_source')
             keys = None
@@ -2481,8 +2476,7 @@ class _Aws(_Renewed):
             return self.from_process(values['credential_process'], f'the credential_process of {where}')
         return keys
 
-    def from_sts(
-            self, source: str, find: Callable[[str], Any], keys: _MaybeKeys, **form: str) -> _AwsKeys:
+    def from_sts(self, source: str, find: Callable[[str], Any], keys: _MaybeKeys, **form: str) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
         action = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
         form.update(Action=action, Version='2011-06-15', RoleSessionName='etcetera')
@@ -2491,11 +2485,9 @@ class _Aws(_Renewed):
                 parameter = key.title().replace('_', '')
                 form[parameter] = find(key)
         data = urlencode(form).encode()
-        request = _Request(
-            'POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
-            {'Content-Type': 'application/x-www-form-urlencoded'}, [data], keys=keys)
-        reply = self.http.request(
-            lambda: self.sign(request, f'{self.region}/sts'), self.judge)
+        request = _Request('POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
+                           {'Content-Type': 'application/x-www-form-urlencoded'}, [data], keys=keys)
+        reply = self.http.request(lambda: self.sign(request, f'{self.region}/sts'), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
         raise RemoteError(f'{source}: AWS STS answers {_status(reply)}',
@@ -2548,9 +2540,8 @@ class _Aws(_Renewed):
         if self.flag('ec2_metadata_disabled'):
             return None
         site = self.setting('ec2_metadata_service_endpoint').rstrip('/') or 'http://169.254.169.254'
-        reply = _ask_metadata(self.http, _Request(
-            'PUT', f'{site}/latest/api/token',
-            {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}, tries=1))
+        reply = _ask_metadata(self.http, _Request('PUT', f'{site}/latest/api/token',
+                                                  {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}, tries=1))
         token = reply.body.decode('latin-1').strip()
         if reply.status != 200 or not re.match(r'[!-~]+\Z', token):
             return None
@@ -2577,9 +2568,8 @@ def _aws_static(values: _Row, source: str) -> _MaybeKeys:
 
 def _aws_keys(values: _Row, source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
-    plain = {
-        re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
-        for key, value in values.items()}
+    plain = {re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
+             for key, value in values.items()}
     parts = [plain.get(name, '') for name in ('accesskeyid', 'secretaccesskey', 'token')]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
@@ -2727,9 +2717,8 @@ class _GoogleCredentials(_Renewed):
         info = self.info
         url = info.get('token_uri') or 'https://oauth2.googleapis.com/token'
         if info['type'] == 'service_account':
-            form = {
-                'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
-                'assertion': _assertion(info, url)}
+            form = {'grant_type': 'urn:ietf:params:oauth:grant-type:jwt-bearer',
+                    'assertion': _assertion(info, url)}
         elif info['type'] == 'authorized_user':  # with the refresh token of a person (RFC 6749, 6)
             names = 'client_id', 'client_secret', 'refresh_token'
             form = {name: info[name] for name in names}
@@ -2759,8 +2748,7 @@ class _GoogleCredentials(_Renewed):
         """For federation, impersonation and all other kinds: from google-auth, else from the command `gcloud`."""
         from shutil import which
         source = f"the Google credentials of type '{_printable(str(self.info['type']))}' in {self.path}"
-        remedy = ("install google-cloud-storage or the command gcloud, and run 'gcloud auth application-default "
-                  "login'")
+        remedy = "install google-cloud-storage or the command gcloud, and run 'gcloud auth application-default login'"
         with _optional_library(source, remedy) as import_module:
             request = import_module('google.auth.transport.requests').Request()
             load = import_module('google.auth').load_credentials_from_file
@@ -2777,12 +2765,10 @@ class _GoogleCredentials(_Renewed):
 def _assertion(info: _Row, url: str) -> str:
     """What a service account signs for a token endpoint (RFC 7523; https://google.aip.dev/auth/4112)."""
     now = int(time.time())
-    head = {
-        'alg': 'RS256', 'typ': 'JWT',
-        'kid': info.get('private_key_id', '')}
-    claims = {
-        'iss': info['client_email'], 'scope': _GOOGLE_SCOPE,
-        'aud': url, 'iat': now, 'exp': now + 3600}
+    head = {'alg': 'RS256', 'typ': 'JWT',
+            'kid': info.get('private_key_id', '')}
+    claims = {'iss': info['client_email'], 'scope': _GOOGLE_SCOPE,
+              'aud': url, 'iat': now, 'exp': now + 3600}
     text = f'{_base64url(json.dumps(head).encode())}.{_base64url(json.dumps(claims).encode())}'
     return f"{text}.{_base64url(_rsa_sign(info['private_key'], text.encode()))}"
 
@@ -3011,8 +2997,7 @@ class _HttpStore(_Remote):
         if not size or not version:
             raise RemoteError(f"{self.url} does not say how large '{name}' is, or of which version", 'check the url',
                               reply.status)
-        return _Object(name, int(size.group(1)), version,
-                       reply.time('Last-Modified'))
+        return _Object(name, int(size.group(1)), version, reply.time('Last-Modified'))
 
     def version(self, reply: _Reply) -> str:
         """The version of the object that an answer is of; '' if the answer does not say."""
@@ -3049,9 +3034,8 @@ class _BucketStore(_HttpStore):
         keys = reply.request.keys
         status = _status(reply)
         text = f"{reply.status} {'account' if keys else 'nobody'} {status}"
-        remedy = next(
-            remedy for pattern, remedy in (*_REMEDIES, *self.remedies)
-            if re.match('(?is)' + pattern, text))
+        remedy = next(remedy for pattern, remedy in (*_REMEDIES, *self.remedies)
+                      if re.match('(?is)' + pattern, text))
         source = getattr(keys, 'source', 'nowhere')
         remedy = remedy.format(source=source, store=self)
         return RemoteError(f'{self.url} answers {status}', remedy, reply.status)
@@ -3068,9 +3052,8 @@ class _BucketStore(_HttpStore):
                 raise ValueError  # the same page again
         except (KeyError, TypeError, ValueError, OverflowError):
             raise RemoteError(f'{self.url} does not list its objects in the form of its API', _WHO_ANSWERS) from None
-        return [
-            obj for page in pages.values()
-            for obj in page if obj.name]
+        return [obj for page in pages.values()
+                for obj in page if obj.name]
 
     def stat(self, name: str) -> _MaybeObject:
         """As above. A GET needs no other permission; what is empty, archived, or tells too little, can be listed."""
@@ -3115,9 +3098,8 @@ class _BucketStore(_HttpStore):
                 chunk = self.read(obj, start, middle)
                 count = (stop - middle) // max(size, _LONG_PART) + 1
                 step = (stop - middle) // count + 1
-                ranges = [
-                    _Range(obj, at, min(at + step, stop))
-                    for at in range(middle, stop, step)]
+                ranges = [_Range(obj, at, min(at + step, stop))
+                          for at in range(middle, stop, step)]
             part += chunk
             while len(part) >= size:
                 yield part[:size]
@@ -3284,8 +3266,7 @@ class _S3Remote(_BucketStore):
          'check or renew the credentials, which come from {source}, and check the region'),
         ('.* (PermanentRedirect|AuthorizationHeaderMalformed):',
          "set 'region' to the bucket's, and no endpoint_url for Amazon"),
-        ('.* AccessControlListNotSupported:',
-         "drop 'public: true', and let a bucket policy make the objects public"),
+        ('.* AccessControlListNotSupported:', "drop 'public: true', and let a bucket policy make the objects public"),
         # As Alibaba calls it, Tencent (https://www.tencentcloud.com/document/product/436/75050) and Huawei
         ('.* (SecondLevelDomainForbidden|PathStyleDomainForbidden|VirtualHostDomainRequired):',
          "set 'addressing_style = virtual' below 's3 =' of the profile '{store.aws.name}' in ~/.aws/config"),
@@ -3321,18 +3302,16 @@ class _S3Remote(_BucketStore):
 
     def prepare(self, request: _Request) -> _Request:
         found = {**self.headers, **request.headers, **request.condition}
-        headers = {
-            name: value
-            for name, value in found.items() if value}
+        headers = {name: value
+                   for name, value in found.items() if value}
         md5 = self.must_check and request.body and _md5()
         if md5:
             headers['Content-MD5'] = _base64(request.digest(md5))
         base = self.endpoint or self.aws.host('s3', self.region)
         scheme, _, host = base.partition('//')
         place = f'{self.bucket}.{host}' if self.is_bucket_in_host else f'{host}/{self.bucket}'
-        request = request._replace(
-            url=f'{scheme}//{place}{request.url}',
-            headers=headers, keys=self.aws.get())
+        request = request._replace(url=f'{scheme}//{place}{request.url}',
+                                   headers=headers, keys=self.aws.get())
         return self.aws.sign(request, f'{self.region}/s3')
 
     def judge(self, reply: _Reply) -> str:
@@ -3418,9 +3397,8 @@ class _S3Remote(_BucketStore):
         url = f'{url}?partNumber={number}&{query}'
         if isinstance(part, _Range):
             source, start, stop = part
-            headers = {
-                'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
-                'x-amz-copy-source-range': f'bytes={start}-{stop - 1}'}
+            headers = {'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
+                       'x-amz-copy-source-range': f'bytes={start}-{stop - 1}'}
             reply = self.ask('PUT', url, headers=headers)
             if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
                 raise self.replaced_error(source)
@@ -3437,9 +3415,7 @@ class _S3Remote(_BucketStore):
             raise self.error(reply)
         return f'<Part><PartNumber>{number}</PartNumber><ETag>{escape(etag)}</ETag></Part>'
 
-    def finish(
-            self, name: str, exclusive: bool, method: str,
-            url: str, **more: Any) -> None:
+    def finish(self, name: str, exclusive: bool, method: str, url: str, **more: Any) -> None:
         """Make the request that lets the object appear: CompleteMultipartUpload or PutObject."""
         if exclusive:
             more['condition'] = {'If-None-Match': '*'}
@@ -3512,10 +3488,9 @@ class _GsRemote(_BucketStore):
         page = self.ask('GET', url).json()
         if 'storage#object' not in page['kind']:  # and an 's', which an emulator leaves out
             raise ValueError
-        objects = [
-            _Object(self.name_of(item['name']), int(item['size']),
-                    str(item['generation']), _iso_time(item.get('updated', '')))
-            for item in page.get('items') or []]
+        objects = [_Object(self.name_of(item['name']), int(item['size']), str(item['generation']),
+                           _iso_time(item.get('updated', '')))
+                   for item in page.get('items') or []]
         return objects, '' + page.get('nextPageToken', '')  # a TypeError if that is no text
 
     def version(self, reply: _Reply) -> str:
@@ -3672,8 +3647,7 @@ class _WebRemote(_HttpStore):
                     raise
             _say(f"{self.url} supports no ranges, so all of '{obj.name}' is downloaded first")
             file = self.opened.enter_context(tempfile.TemporaryFile())
-            reply = self.ask('GET', self.address(obj.name),
-                             headers=_UNCHANGED, into=file, limit=obj.size)
+            reply = self.ask('GET', self.address(obj.name), headers=_UNCHANGED, into=file, limit=obj.size)
             if file.tell() != obj.size or self.version(reply) != obj.version:
                 raise self.replaced_error(obj)
             self.downloads[obj] = file
@@ -3690,8 +3664,7 @@ class _WebRemote(_HttpStore):
 @contextmanager
 def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
     """The remote that `url` names. What is said of the url says where it was set."""
-    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote,
-             'https': _WebRemote, 'http': _WebRemote}
+    kinds = {'file': _FileRemote, 's3': _S3Remote, 'gs': _GsRemote, 'https': _WebRemote, 'http': _WebRemote}
     url = config.url or ''
     try:
         kind = kinds.get(url.partition('://')[0])
