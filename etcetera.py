@@ -2826,9 +2826,11 @@ _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 3 << 20  # bytes that one request reads at most
 _FAST_RANGE = 0.5  # seconds that a range may take if the next one is to be twice as long
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
+_FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed from a directory
 
 _UNCHANGED = {'Cache-Control': 'no-transform'}  # the header that asks for an object as it is (RFC 9111, 5.2.1.6)
 _MISSING = (404, 410)
+_REDIRECTS = (301, 302, 303, 307, 308)
 _NO_RANGE = (404, 410, 416)  # answers to GET of a range that say that there is no such object or range
 _UNSUPPORTED = (200, 206, 405, 406, 416, 501)  # of answers to GET of a range from the end that tell nothing
 _TO_WRITE = 'to push or purge, set a url that begins with s3://, gs:// or file://'
@@ -3126,9 +3128,6 @@ def _md5() -> Any:
 
 
 # file:// -------------------------------------------------------------------------------
-
-_FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed
-
 
 class _FileRemote(_Remote):
     """file:///path: a shared directory."""
@@ -3580,9 +3579,6 @@ class _GsRemote(_BucketStore):
 
 
 # http(s):// ----------------------------------------------------------------------------
-
-_REDIRECTS = (301, 302, 303, 307, 308)
-
 
 class _WebRemote(_HttpStore):
     """http(s)://host/path: what a web server shows. It can only be read."""
