@@ -2386,14 +2386,13 @@ class _Aws(_Renewed):
 
     def judge(self, reply: _Reply) -> str:
         """For _Http.request(): errors are judged by their code, too. One may tell that our clock is wrong."""
-        code = _aws_error(reply)['Code']
         ahead = reply.time('Date') - time.time()
         is_news = 300 < abs(ahead - self.skew) < 1e9
         if is_news and reply.status in (400, 403):
             self.skew = ahead
             _say(f"this machine's clock is {abs(ahead) / 60:.0f} minutes off; using the server's", _WARNING)
             return 'at once'
-        return 'later' if re.fullmatch(_AWS_TRANSIENT, code) else _judge(reply)
+        return 'later' if re.fullmatch(_AWS_TRANSIENT, _aws_error(reply)['Code']) else _judge(reply)
 
     def sign(self, request: _Request, place: str) -> _Request:
         """The request, its query as _query() gives it, with a signature for region/service; as it is without keys."""
@@ -2512,8 +2511,7 @@ class _Aws(_Renewed):
 
     def from_process(self, command: str, source: str, remedy: str = '') -> _AwsKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-process-credentials.html"""
-        output = _output_of(self.http, command, source, remedy)
-        return _aws_keys(_Reply(200, {}, output).json(), source)
+        return _aws_keys(_Reply(200, {}, _output_of(self.http, command, source, remedy)).json(), source)
 
     def from_container(self) -> _MaybeKeys:
         """https://docs.aws.amazon.com/sdkref/latest/guide/feature-container-credentials.html"""
@@ -2549,9 +2547,8 @@ class _Aws(_Renewed):
         request = _Request('GET', url, {'X-aws-ec2-metadata-token': token})
         reply = _ask_metadata(self.http, request)
         role = quote(reply.body.strip())
-        reply = _ask_metadata(
-            self.http, request._replace(url=f'{url}{role}'))
-        answer = reply.json()
+        request = request._replace(url=f'{url}{role}')
+        answer = _ask_metadata(self.http, request).json()
         return _aws_keys(answer, f"the instance's role '{role}'") if 'AccessKeyId' in answer else None
 
 
@@ -2574,8 +2571,7 @@ def _aws_keys(values: _Row, source: str) -> _AwsKeys:
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
-    expires = _iso_time(plain.get('expiration', '')) or 1e12
-    return _AwsKeys._make([*parts, expires, source])
+    return _AwsKeys._make([*parts, _iso_time(plain.get('expiration', '')) or 1e12, source])
 
 
 def _ask_metadata(http: _Http, request: _Request) -> _Reply:
@@ -2602,9 +2598,8 @@ def _optional_library(
     """For code that gets credentials from a library, with import_module(): skipped if that is not installed."""
     from importlib import import_module  # so that no type checker looks for the library
     try:
-        yield import_module
-    except ImportError:
-        pass
+        with suppress(ImportError):
+            yield import_module
     except Exception as e:  # they let out AttributeErrors and the like, too
         raise ConfigError(f'{source} cannot be used: {_printable(repr(e))}', remedy) from None
 
@@ -2616,8 +2611,8 @@ def _output_of(
     import shlex
     from subprocess import PIPE, Popen
     try:
-        arguments = command if os.name == 'nt' else shlex.split(command)
-        process = Popen(arguments, stdout=PIPE, stderr=PIPE, env={**os.environ, **variables})
+        process = Popen(command if os.name == 'nt' else shlex.split(command), stdout=PIPE, stderr=PIPE,
+                        env={**os.environ, **variables})
     except (OSError, ValueError) as e:
         raise ConfigError(f"{source} cannot be run: {getattr(e, 'strerror', None) or e}", remedy) from None
     with process:
@@ -2640,10 +2635,8 @@ def _read_secret(path: str, what: str) -> str:
 
 def _xml_items(reply: _Reply, name: str) -> _Texts:
     """The texts in all XML elements of that name by their tags; {} if there is none."""
-    items = {}
-    for row in reply.xml(name):
-        items.update(row)
-    return items
+    return {key: text for row in reply.xml(name)
+            for key, text in row.items()}
 
 
 def _aws_error(reply: _Reply) -> _Texts:
@@ -2741,8 +2734,7 @@ class _GoogleCredentials(_Renewed):
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
         url = f"http://{host}/{path}?scopes={quote(_GOOGLE_SCOPE, '')}"
         reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
-        is_google = reply.headers.get('Metadata-Flavor') == 'Google'
-        return reply.json() if is_google and reply.status == 200 else None
+        return reply.json() if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200 else None
 
     def from_tools(self) -> _Row:
         """For federation, impersonation and all other kinds: from google-auth, else from the command `gcloud`."""
@@ -2905,8 +2897,7 @@ class _Remote:
         obj = self.stat(name)
         if not obj:
             return None, b''
-        start = max(0, obj.size - _TAIL)
-        return obj, self.read(obj, start, obj.size)
+        return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size)
 
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
@@ -2940,9 +2931,8 @@ class _HttpStore(_Remote):
     judge = staticmethod(_judge)  # for _Http.request()
 
     def error(self, reply: _Reply) -> RemoteError:
-        return RemoteError(f'{self.url} answers {reply.status}',
-                           "check the url, and whether everyone can read it without a login; 'ls -r' needs an index "
-                           'page', reply.status)
+        remedy = "check the url, and whether everyone can read it without a login; 'ls -r' needs an index page"
+        return RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
 
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
@@ -2960,11 +2950,9 @@ class _HttpStore(_Remote):
         """The object, if there is one, and a range of it, or its start, if the connection broke; it must be `known`."""
         span = f'{start}-{stop - 1}' if stop else str(start)  # the latter is -N, for the last N bytes
         headers = {'Range': f'bytes={span}', **_UNCHANGED}
-        reply = self.ask('GET', self.address(name), *_NO_RANGE,
-                         headers=headers, limit=stop - start + 65536)
-        if known:
-            version = self.version(reply)
-            if reply.status in _NO_RANGE or version not in (known.version, ''):
+        reply = self.ask('GET', self.address(name), *_NO_RANGE, headers=headers, limit=stop - start + 65536)
+        if known:  # the answer tells, as some stores ignore If-Match
+            if reply.status in _NO_RANGE or self.version(reply) not in (known.version, ''):
                 raise self.replaced_error(known)
         if reply.status in _MISSING:
             return None, b''
@@ -2974,8 +2962,7 @@ class _HttpStore(_Remote):
         start, stop, _ = slice(start, stop or None).indices(obj.size)
         expected = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
         told = reply.headers.get('Content-Range') or ''
-        length = stop - start
-        fits = min(length, _SLICE) <= len(reply.body) <= length  # see _Http.receive()
+        fits = min(stop - start, _SLICE) <= len(reply.body) <= stop - start  # see _Http.receive()
         if not re.match(expected, told) or not fits:
             raise RemoteError(f'{self.url} does not answer with the range that was asked for',
                               'a proxy or the endpoint_url is at fault', reply.status)
@@ -3065,14 +3052,12 @@ class _BucketStore(_HttpStore):
             is_archived = 'InvalidObjectState' in e.message
             if not is_archived and e.status not in _UNSUPPORTED:
                 raise
-        named = (obj for obj in self.list() if obj.name == name)
-        return next(named, None)
+        return next((obj for obj in self.list() if obj.name == name), None)
 
     def remove(self, obj: _Object) -> None:
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
-        condition = {}
-        if obj.version.startswith('"'):
-            condition['If-Match'] = obj.version
+        is_etag = obj.version.startswith('"')
+        condition = {'If-Match': obj.version} if is_etag else {}
         url = self.address(obj.name, obj.version)
         request = _Request('DELETE', url, condition=condition)
 
@@ -3146,12 +3131,10 @@ class _FileRemote(_Remote):
 
     def list(self) -> List[_Object]:
         try:
-            files = [item.path for item in os.scandir(self.root)]
+            names = [self.name_of(item.path) for item in os.scandir(self.root)]
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
-        names = map(self.name_of, files)
-        objects = map(self.stat, filter(None, names))
-        return [obj for obj in objects if obj]
+        return [obj for obj in map(self.stat, filter(None, names)) if obj]
 
     def stat(self, name: str, file: Union[str, int] = '') -> _MaybeObject:
         """As above; or the object in this file, which may be open. None if it is no regular one."""
@@ -3306,8 +3289,7 @@ class _S3Remote(_BucketStore):
         md5 = self.must_check and request.body and _md5()
         if md5:
             headers['Content-MD5'] = _base64(request.digest(md5))
-        base = self.endpoint or self.aws.host('s3', self.region)
-        scheme, _, host = base.partition('//')
+        scheme, _, host = (self.endpoint or self.aws.host('s3', self.region)).partition('//')
         place = f'{self.bucket}.{host}' if self.is_bucket_in_host else f'{host}/{self.bucket}'
         request = request._replace(url=f'{scheme}//{place}{request.url}',
                                    headers=headers, keys=self.aws.get())
@@ -3344,10 +3326,8 @@ class _S3Remote(_BucketStore):
         objects = []
         for item in reply.xml('Contents'):
             modified = _iso_time(item.get('LastModified', ''))
-            version = _version(item.get('ETag'), modified)
             name = self.name_of(decode(item['Key']))
-            objects.append(
-                _Object(name, int(item['Size']), version, modified))
+            objects.append(_Object(name, int(item['Size']), _version(item.get('ETag'), modified), modified))
         is_last = page['IsTruncated'] != 'true'
         return objects, '' if is_last else page['NextContinuationToken']
 
@@ -3361,9 +3341,8 @@ class _S3Remote(_BucketStore):
         parts = self.split(chunks, size)
         first = next(parts)
         if not isinstance(first, _Range) and len(first) < size:
-            self.finish(name, exclusive, 'PUT', url,
-                        headers=self.object_headers, body=[first])
-            return
+            return self.finish(name, exclusive, 'PUT', url,
+                               headers=self.object_headers, body=[first])
         # An interruption waits for the answer, or nobody would know which upload to abort.
         reply = self.ask('POST', f'{url}?uploads=',
                          headers=self.object_headers, is_vital=True)
@@ -3375,13 +3354,11 @@ class _S3Remote(_BucketStore):
         parts = itertools.chain([first], filter(None, parts))
         del first  # or memory would hold it to the end
         try:
-            send = partial(self.send_part, url, query)
-            rows = _ordered(self.job, connections, send, enumerate(parts, 1),
+            rows = _ordered(self.job, connections, partial(self.send_part, url, query), enumerate(parts, 1),
                             connections.__gt__)  # so that no more parts are in memory
-            manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>"
-            headers = {'Content-Type': 'application/xml'}
+            manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
-                        headers=headers, body=[manifest.encode()])
+                        headers={'Content-Type': 'application/xml'}, body=[manifest])
         except BaseException as e:  # abandoned parts are billed
             self.takes_few_parts |= isinstance(e, _WriteAgain)
             with suppress(RemoteError):
@@ -3424,15 +3401,14 @@ class _S3Remote(_BucketStore):
             method, url, 404, 409, 412, **more)
         if exclusive and reply.status in (409, 412):
             raise FileExistsError  # perhaps by ourselves, if the first answer was lost
-        error = self.error(reply)
         code = _aws_error(reply)['Code']
         if code != 'NoSuchUpload' and (code or reply.status >= 300):
-            raise error
+            raise self.error(reply)
         found: Any = _xml_items(reply, 'CompleteMultipartUploadResult')
         if method == 'PUT' and not reply.body.strip():
             found = reply.headers
         if reply.status != 200 or not found.get('ETag'):
-            raise _Unconfirmed(str(error))
+            raise _Unconfirmed(str(self.error(reply)))
 
 
 # gs:// ---------------------------------------------------------------------------------
@@ -3470,10 +3446,8 @@ class _GsRemote(_BucketStore):
 
     def prepare(self, request: _Request) -> _Request:
         keys = self.credentials and self.credentials.get()
-        # Without the first header it may gunzip an object.
-        headers = {'Accept-Encoding': 'gzip', **request.headers, **(keys or {})}
-        url = f'{self.endpoint}{request.url}'
-        return request._replace(url=url, headers=headers, keys=keys)
+        headers = {'Accept-Encoding': 'gzip', **request.headers, **(keys or {})}  # or it may gunzip an object
+        return request._replace(url=f'{self.endpoint}{request.url}', headers=headers, keys=keys)
 
     def judge(self, reply: _Reply) -> str:
         if reply.status == 401 and reply.request.keys:
@@ -3482,8 +3456,7 @@ class _GsRemote(_BucketStore):
         return _judge(reply)
 
     def list_page(self, query: _Texts) -> _Page:
-        fields = 'kind,items(name,size,generation,updated),nextPageToken'
-        url = self.resource(fields=fields, **query)
+        url = self.resource(fields='kind,items(name,size,generation,updated),nextPageToken', **query)
         page = self.ask('GET', url).json()
         if 'storage#object' not in page['kind']:  # and an 's', which an emulator leaves out
             raise ValueError
@@ -3504,8 +3477,7 @@ class _GsRemote(_BucketStore):
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'X-Upload-Content-Type': 'application/gzip'}
-        url = self.resource(api='/upload', **query)
-        reply = self.ask('POST', url, 412, headers=headers)
+        reply = self.ask('POST', self.resource(api='/upload', **query), 412, headers=headers)
         if reply.status == 412:
             raise FileExistsError
         session: str = reply.headers.get('Location') or ''  # whoever has it needs no credentials
@@ -3517,27 +3489,22 @@ class _GsRemote(_BucketStore):
         def parts() -> Iterator[Tuple[int, Any, Any]]:
             nonlocal size
             for part in self.split(chunks, _GS_PART):
-                start = size
                 size += len(part)
-                yield start, part, size if len(part) < _GS_PART else '*'
+                yield size - len(part), part, size if len(part) < _GS_PART else '*'
                 if md5:
                     md5.update(part)
 
         try:
-            send = partial(self.send_part, session)
-            *_, reply = _ordered(self.job, 1, send, parts())  # one is sent while the next one is packed
+            *_, reply = _ordered(self.job, 1, partial(self.send_part, session), parts())  # the next is packed meanwhile
         except BaseException:
-            abort = _Request('DELETE', session, tries=1, is_vital=True)
             with suppress(RemoteError):
-                self.http.request(lambda: abort)
+                self.http.request(lambda: _Request('DELETE', session, tries=1, is_vital=True))
             raise
         answer = reply.json()
         generation = str(answer.get('generation', ''))
-        told = answer.get('name'), str(answer.get('size'))
-        if not generation or told != (self.key(name), str(size)):
+        if not generation or (answer.get('name'), str(answer.get('size'))) != (self.key(name), str(size)):
             raise _Unconfirmed(str(self.error(reply)))
-        found = answer.get('md5Hash')
-        if md5 and found and found != _base64(md5.digest()):
+        if md5 and answer.get('md5Hash') not in (None, '', _base64(md5.digest())):
             url = self.address(name, generation)
             self.ask('DELETE', url, 404)
             raise Corrupt(f"'{name}' did not arrive in {self.url} as it was sent, so it was deleted there",
@@ -3554,8 +3521,7 @@ class _GsRemote(_BucketStore):
             rest = memoryview(part)[at - start:] if at >= start else b''
             span = f'{at}-{stop - 1}' if rest else '*'
             at = -1
-            headers = {'Content-Range': f'bytes {span}/{total}'}
-            return _Request('PUT', session, headers, [rest], keys=session)
+            return _Request('PUT', session, {'Content-Range': f'bytes {span}/{total}'}, [rest], keys=session)
 
         def judge(reply: _Reply) -> str:
             nonlocal at
@@ -3621,9 +3587,8 @@ class _WebRemote(_HttpStore):
                 address = unescape(link.strip('"\''))
                 target = unquote(urljoin(self.base, address))
                 names.add(self.name_of(target))
-        names.discard('')
-        objects = _ordered(self.job, self.connections, self.stat, sorted(names))
-        return [obj for obj in objects if obj]
+        found = _ordered(self.job, self.connections, self.stat, sorted(names - {''}))
+        return [obj for obj in found if obj]
 
     def stat(self, name: str) -> _MaybeObject:
         """As above. HEAD comes first, as a server without ranges answers GET with the whole object; some refuse it."""
