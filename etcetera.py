@@ -103,9 +103,7 @@ that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, sin
 extensions that it demands.
 """
 
-# Modules that are slow to import (ssl, http.client, urllib.request, xml, argparse, hashlib and the like) are imported
-# in the functions that need them, so that `import etcetera` and shell completion stay fast.
-
+# Modules that are slow to import (ssl, argparse and the like) wait in the functions that need them: completion is fast.
 import errno  # noqa: I001, as the names of typing would take a line each
 import itertools
 import json
@@ -129,9 +127,8 @@ from typing import (
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
-__all__ = (
-    'Config Dataset create dataset diff info ls pull purge push register verify Error ConfigError InvalidDataset '
-    'NotFound Exists Corrupt RemoteError UnknownPartition').split()
+__all__ = ('Config Dataset create dataset diff info ls pull purge push register verify Error ConfigError '
+           'InvalidDataset NotFound Exists Corrupt RemoteError UnknownPartition').split()
 
 _Path = Union[str, 'os.PathLike[str]']
 _MaybeText = Optional[str]
@@ -143,10 +140,9 @@ _Texts = Dict[str, str]
 # ---------------------------------------------------------------------------------------
 # Messages
 #
-# Output goes to stdout, messages go to stderr: through the console while the command `etc` runs, otherwise to the
-# logger `etcetera`. People paste keys in the wrong places, so what they set and type is shown with care: the value of a
-# setting or variable only if it is well-formed, otherwise its name; a URL without user, password and query; a path only
-# as far as it exists.
+# Output goes to stdout, messages to stderr: through the console while `etc` runs, otherwise to the logger `etcetera`.
+# People paste keys in the wrong places, so what they set and type is shown with care: a setting or variable only if it
+# is well-formed, otherwise its name; a URL without user, password and query; a path only as far as it exists.
 # ---------------------------------------------------------------------------------------
 
 def _masked(text: str) -> str:
@@ -233,10 +229,8 @@ class Error(Exception):
     str() is one line: the message and, after a semicolon, the remedy, if there is one.
     `status` is the HTTP status of the answer that caused it, or 0.
     """
-
     def __init__(self, message: str = '', remedy: str = '', status: int = 0) -> None:
-        self.message = message
-        self.remedy = remedy
+        self.message, self.remedy = message, remedy
         self.status = status
 
     def __str__(self) -> str:
@@ -246,30 +240,23 @@ class Error(Exception):
 class ConfigError(Error):
     """A setting, flag or argument is missing or wrong."""
 
-
 class InvalidDataset(Error):
     """A directory that is not a dataset, or a name that no dataset can have."""
-
 
 class NotFound(Error):
     """There is no dataset of that name."""
 
-
 class Exists(Error):
     """A dataset with other contents has that name already, and `force` was not given."""
-
 
 class Corrupt(Error):
     """The bytes are not those that were published."""
 
-
 class RemoteError(Error):
     """The storage could not be reached, or refused."""
 
-
 class UnknownPartition(Error, KeyError):
     """The dataset has no partition of that name."""
-
 
 class _NoRoom(Error):
     """There is too little room on a disk; nothing was written."""
@@ -311,15 +298,13 @@ def _check_path(path: _Path) -> str:
 # ---------------------------------------------------------------------------------------
 # Settings
 #
-# A settings file is a flat map in a subset of YAML. What is accepted has its YAML 1.1 meaning, as in PyYAML; everything
-# else is refused with its line number.
+# A settings file is a flat map in a subset of YAML 1.1. What is accepted means the same there; the rest is refused.
 # ---------------------------------------------------------------------------------------
 
 _CHOICES = {  # of the settings that are not text
     'public': ((False, True), 'true or false'),
     'connections': (range(1, 257), 'a whole number from 1 to 256'),
     'compression_level': (range(10), 'a whole number from 0 to 9')}
-
 _YAML_START = r'\A((?: *(?:#[^\r\n]*)?[\r\n])*)--- *(?=[\r\n]|\Z)'  # comments, and the mark that they may stand before
 _YAML_FORBIDDEN = (  # what YAML forbids, and U+2028 and U+2029, which YAML 1.1 takes for line ends
     '[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]')
@@ -328,11 +313,9 @@ _YAML_LINE = r"""(?x)
     (?: (["']?) ( [A-Za-z_][A-Za-z0-9_-]* ) \1 [ ]* :
         (?: [ ]+ (?: ( "(?: [^"\\] | \\["\\/bfnrt] | \\u (?! [dD][89a-fA-F] ) [0-9a-fA-F]{4} )*"
                      | true | false | null | 0 | [1-9][0-9]{0,8} )
-                   | '( (?: [^'] | '' )* )'
-                   | ( [^ \t#].*? ) ) )? )?
+                   | '( (?: [^'] | '' )* )' | ( [^ \t#].*? ) ) )? )?
     [ ]* (?: (?<! [^ ] ) [#] .* )? \Z"""
-# Plain values that YAML 1.1 may not read as text, or not as all of it: syntax, words, and whatever looks like a number
-# or a time: https://yaml.org/type/{bool,int,null,float,timestamp}.html
+# Plain values that YAML 1.1 may not read as they stand: https://yaml.org/type/{bool,int,null,float,timestamp}.html
 _YAML_SURPRISES = r"""(?xi)
     [-?:,[\]{}&*!|>%@`"'<=] | .* (?: :[ ] | :\Z | \t )
     | (?: ~ | true | false | yes | no | on | off | null
@@ -371,7 +354,6 @@ class Config:
     settings: any other key of the settings file, by its name there.
     Raises ConfigError for an unknown key or a value of the wrong type.
     """
-
     url: _MaybeText = None
     home: Path
     public: bool = False
@@ -488,16 +470,13 @@ def _read_settings(path: Path) -> _Row:
 #
 # Each call of the API is a job. Its work runs in a thread of its own, while the thread of the caller only waits and
 # reports progress. So a signal, which Python raises in the main thread, leaves no lock behind that other threads need:
-# it ends the job, whose threads then raise _Ended where they next count bytes, and whose sockets are shut down.
-#
-# Where the system grants few threads, fewer do the work; where it grants none, as while Python shuts down, the calling
-# thread does it.
+# it ends the job, whose threads then raise _Ended where they next count bytes, and whose sockets are shut down. Where
+# the system grants few threads, fewer do the work; where it grants none, as while Python shuts down, the caller's does.
 # ---------------------------------------------------------------------------------------
 
 _T = TypeVar('_T')
 _R = TypeVar('_R')
 _TICK = 0.1  # seconds between two looks at what happens meanwhile
-
 _Progress = Optional[Callable[[int, int], Any]]  # is told how many bytes are done, and of how many
 
 
@@ -522,16 +501,11 @@ class _Job:
         """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
         self.moved = 0  # bytes that have been read, sent or received
         self.total = total  # bytes that progress is to reach
-        self.packed = 1  # bytes of files that a push has packed
-        self.produced = 1  # bytes of the archive that this made; progress is the share of them that was sent
-        self.wake()
-        while self.progress and self.reported != total:
-            self.sleep(_TICK / 100)
-
-    def wake(self) -> None:
-        """Let the caller look at once."""
+        self.packed = self.produced = 1  # bytes that a push has packed, and made of them; progress is the share sent
         with suppress(RuntimeError):  # there are news already
             self.news.release()
+        while self.progress and self.reported != total:
+            self.sleep(_TICK / 100)
 
     def add(self, count: int) -> None:
         """Count bytes. Raises _Ended."""
@@ -554,10 +528,8 @@ class _Job:
 
 
 def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
-    """What function(job) returns. Its errors are raised here; those of the system become an Error.
-
-    progress: is called ten times a second, and at the end. What it raises ends the job, as a signal does.
-    """
+    """What function(job) returns. Its errors are raised here; those of the system become an Error."""
+    # progress() is called ten times a second, and at the end. What it raises ends the job, as a signal does.
     import threading
     job = _Job(progress)
     results: List[_R] = []
@@ -568,7 +540,8 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
             results.append(function(job))
         except BaseException as e:
             errors.append(e)
-        job.wake()
+        with suppress(RuntimeError):  # as above
+            job.news.release()
 
     thread = threading.Thread(target=work, daemon=True)
     try:
@@ -600,10 +573,9 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
 
 def _cores() -> int:
     """How many threads are worth having for computation. Each has a few MiB under way, so there is a bound."""
-    count = os.cpu_count() or 1
-    if hasattr(os, 'sched_getaffinity'):
-        count = len(os.sched_getaffinity(0))
-    return min(count, 16)
+    with suppress(AttributeError):  # not all systems have it
+        return min(len(os.sched_getaffinity(0)), 16)
+    return min(os.cpu_count() or 1, 16)
 
 
 def _work(tasks: Any, function: Callable[[Any], Any]) -> None:
@@ -617,15 +589,11 @@ def _work(tasks: Any, function: Callable[[Any], Any]) -> None:
         del future, item  # or memory would hold them until the next ones come
 
 
-def _ordered(
-        job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
-        has_room: Optional[Callable[[int], bool]] = None) -> Generator[_R, None, None]:
-    """Yield function(item) for every item, in order, by up to `count` threads. Close it where it may be left earlier.
-
-    has_room: whether another item may be begun while so many are under way or wait to be yielded; by default, each
-        thread has one under way and one waiting. What is done is yielded early, except for what keeps the threads busy
-        while the caller uses it.
-    """
+def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
+             has_room: Optional[Callable[[int], bool]] = None) -> Generator[_R, None, None]:
+    """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
+    # has_room() says whether another item may be begun while so many are under way or wait to be yielded; by default,
+    # two for each thread. What is done is yielded early, but for what keeps the threads busy while the caller uses it.
     import queue
     import threading
     from concurrent.futures import Future
@@ -1044,7 +1012,6 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
 
 _META_LIMIT = 16 << 20  # bytes of meta.json
 _README_LIMIT = 1 << 20  # characters of README.md that are shown
-
 _NAME = '[A-Za-z0-9][A-Za-z0-9._-]{0,127}'
 
 
@@ -1082,7 +1049,6 @@ class Dataset(Mapping[str, Path]):
     directory again.
     Raises InvalidDataset if `root` is not a dataset.
     """
-
     @_system_errors()
     def __init__(self, root: _Path, name: _MaybeText = None, receipt: _Receipt = _NO_RECEIPT) -> None:
         """receipt: only etcetera itself gives one."""
@@ -1128,7 +1094,6 @@ class Dataset(Mapping[str, Path]):
         return self._segments
 
     # What etcetera 0.0.x offered, too
-
     def file(self, *parts: str) -> Path:
         """The path of something in the dataset's directory."""
         return self.root.joinpath(*parts)
@@ -1170,12 +1135,11 @@ def _read_meta(root: Path) -> _Row:
 
 def _read_about(root: Path) -> _Row:
     """What meta.json and the start of README.md hold."""
-    path = root / 'README.md'
-    readme = ''
-    if path.is_file():
-        with open(path, encoding='utf-8-sig', errors='replace') as file:
-            readme = file.read(_README_LIMIT)
-    return {'meta': _read_meta(root), 'readme': readme}
+    about = {'meta': _read_meta(root), 'readme': ''}
+    if (root / 'README.md').is_file():
+        with open(root / 'README.md', encoding='utf-8-sig', errors='replace') as file:
+            about['readme'] = file.read(_README_LIMIT)
+    return about
 
 
 def _is_name(text: str) -> bool:
@@ -1188,8 +1152,8 @@ def _is_name(text: str) -> bool:
 #
 # gzip (RFC 1951 and 1952) by this machine's libdeflate, which takes about half of zlib's time, and fewer bytes; by
 # Python's zlib if there is none, or if $ETC_LIBDEFLATE is 0. Each reads what the other writes, and what libdeflate
-# cannot read, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path: from beside the standard
-# library, or from where the system's own libraries and those of its package manager are.
+# cannot read, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path, from beside the standard
+# library or among the system's libraries: some systems would look for a bare name in the current directory, too.
 # ---------------------------------------------------------------------------------------
 
 _RUNS = -1  # a level that is fast, as only runs of a byte shrink; to zlib the default, to libdeflate its absolute value
@@ -1206,9 +1170,8 @@ def _libdeflate() -> Any:
         import ctypes
         tops = sys.base_prefix, '/opt/homebrew', '/usr/local', '/opt/local', '/usr'
         places = 'lib', f'lib/{os.uname().machine}-linux-gnu', 'lib64'
-        names = 'libdeflate.so.0', 'libdeflate.0.dylib'
-        # A bare name would also be looked for in the current directory on some systems.
-        paths = map('/'.join, itertools.product(tops, places, names))
+        paths = map('/'.join, itertools.product(
+            tops, places, ('libdeflate.so.0', 'libdeflate.0.dylib')))
         library = ctypes.CDLL(next(filter(os.path.exists, paths)))
         library.libdeflate_alloc_compressor.restype = ctypes.c_void_p
         library.libdeflate_gzip_compress.restype = ctypes.c_size_t
@@ -1876,24 +1839,20 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
 # ---------------------------------------------------------------------------------------
 # HTTP
 #
-# One client for all: kept connections, proxies, private CAs, time-outs, tries. It follows no redirect.
-#
-# What is retried: a request whose connection breaks or stays silent, and one that is answered with a status in
-# _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of about 0.4, 0.9, 1.8 and 3.5 seconds,
-# and as Retry-After asks, up to a minute. Once one has succeeded there are two tries more, 7 seconds apart: the server
-# may be restarting. A kept connection that was closed does not count as a try, nor does a refusal for overload while
-# other requests succeed: fewer are then made at once. Besides, remotes go on with a range where it broke, and with an
-# upload to Google as long as it advances. A metadata service is tried once; one that answers gets all tries.
+# One client for all, which follows no redirect. What is retried: a request whose connection breaks or stays silent, and
+# one that is answered with a status in _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of
+# about 0.4, 0.9, 1.8 and 3.5 seconds, and as Retry-After asks, up to a minute. Once one has succeeded there are two more
+# tries, 7 seconds apart: the server may be restarting. A kept connection that was closed does not count as a try, nor
+# does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on with a
+# range where it broke, and with an upload to Google as long as it advances. A metadata service that is silent gets one.
 # ---------------------------------------------------------------------------------------
 
 _TIMEOUT = 60.0  # seconds of silence after which a connection counts as broken, and of Retry-After at most
 _READ_TIMEOUT = 20.0  # the same for the first try of a request that only reads
-_NEAR_TIMEOUT = 2.0  # the same for a metadata service
-_LAST_TIMEOUT = 1.0  # the same for what is tidied up after an interruption
+_NEAR_TIMEOUT, _LAST_TIMEOUT = 2.0, 1.0  # for a metadata service; for what is tidied up after an interruption
 _CONNECT = 15.0  # seconds that connecting may take
 _IDLE = 60.0  # seconds after which a kept connection is not used again, as a NAT may have forgotten it
-_TRIES = 5
-_MORE_TRIES = 2  # once a request has succeeded
+_TRIES, _MORE_TRIES = 5, 2  # at first; and once a request has succeeded
 _LAST_TRIES = 2  # of what is tidied up after an interruption or failure
 _SLICE = 1 << 17  # bytes that are sent or received at once
 _TRANSIENT = 408, 429, 500, 502, 503, 504  # statuses after which another try may help
@@ -1941,11 +1900,10 @@ class _Reply(NamedTuple):
     def xml(self, name: str) -> List[_Texts]:
         """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow."""
         from xml.etree import ElementTree
-        body = self.body.strip()  # S3 sends spaces to keep a connection open while it works
-        if b'<!' in body.replace(b'<![CDATA[', b''):
-            body = b''
+        if b'<!' in self.body.replace(b'<![CDATA[', b''):
+            return []
         with suppress(ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
-            root = ElementTree.fromstring(body)
+            root = ElementTree.fromstring(self.body.strip())  # S3 sends spaces to keep a connection open meanwhile
             for element in root.iter():
                 element.tag = element.tag.rpartition('}')[2]
             return [{item.tag: item.text or '' for item in element} for element in root.iter(name)]
@@ -1999,10 +1957,8 @@ class _Http:
                     idle.pop().close()
 
     def request(self, prepare: Callable[[], _Request], judge: Callable[[_Reply], str] = _judge) -> _Reply:
-        """Make a request, retrying while that may help. Raises RemoteError if there is no answer.
-
-        prepare: gives the request anew for each try, signed. judge: says whether to try again, see _judge().
-        """
+        """Make a request, retrying while that may help. Raises RemoteError if there is no answer."""
+        # prepare() gives the request anew for each try, signed; judge() says whether to try again, see _judge().
         import random
         from http.client import HTTPException
         failures = 0
@@ -2095,22 +2051,18 @@ class _Http:
             if proxy:
                 connection.set_tunnel(host, headers=headers)
                 proxy, headers = '', {}
-        connection.base = proxy and site  # a plain request to a proxy names the whole URL
-        connection.headers = headers
+        connection.base, connection.headers = proxy and site, headers  # to a proxy, a plain request names the whole URL
         return connection
 
-    def send(
-            self, connection: Any, request: _Request,
-            job: _Job, patience: float) -> Any:
+    def send(self, connection: Any, request: _Request,
+             job: _Job, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import socket
         parts = urlsplit(request.url)
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
-        headers = {
-            'Accept-Encoding': 'identity', **request.headers, **connection.headers}
+        headers = {**request.headers, **connection.headers}
         if request.body:  # otherwise http.client knows where to say 0
-            headers['Content-Length'] = str(
-                sum(map(len, request.body)))
+            headers['Content-Length'] = f'{sum(map(len, request.body))}'
         for name, value in headers.items():
             if not re.match(r'[!-9;-~]+: [\t -~\x80-\xff]*\Z', f'{name}: {value}'):
                 raise ConfigError(f'a header for {_site(request.url)}, such as a token or project, contains invalid '
@@ -2140,9 +2092,8 @@ class _Http:
             response.begin()
         return response
 
-    def receive(
-            self, connection: Any, response: Any,
-            request: _Request, job: _Job) -> bytes:
+    def receive(self, connection: Any, response: Any,
+                request: _Request, job: _Job) -> bytes:
         """The body of a response; of a range, what has come if the connection breaks; or it goes to a file."""
         import io
         from http.client import HTTPException, IncompleteRead
@@ -2172,9 +2123,8 @@ class _Http:
         return whole
 
 
-def _find_proxy(
-        scheme: str, host: str,
-        is_near: bool) -> Tuple[str, _Texts]:
+def _find_proxy(scheme: str, host: str,
+                is_near: bool) -> Tuple[str, _Texts]:
     """The address of the proxy for a host, or '', and the headers that it wants to see."""
     from urllib.request import getproxies, proxy_bypass
     url = getproxies().get(scheme, '').strip()
@@ -2195,14 +2145,13 @@ def _find_proxy(
 
 def _tls(ca_bundle: _MaybeText) -> Any:
     try:
-        import ssl
-        path = ca_bundle and _expanduser(ca_bundle)
-        context = ssl.create_default_context(cafile=path)
+        from ssl import VERIFY_X509_STRICT, create_default_context
+        context = create_default_context(cafile=ca_bundle and _expanduser(ca_bundle))
     except (ImportError, OSError) as e:
         raise ConfigError(f'https:// cannot be used: {e}',
                           'check ca_bundle and $AWS_CA_BUNDLE, or use a Python with the module ssl') from None
     if ca_bundle:  # many private CAs leave out extensions that Python 3.13 and later demand
-        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        context.verify_flags &= ~VERIFY_X509_STRICT
     return context
 
 
@@ -2233,8 +2182,7 @@ def _iso_time(text: str) -> float:
     from datetime import datetime
     zone = re.sub(r'\A[.\d]+|[:UTCZ]', '', text[19:]) or '+0000'
     with suppress(ValueError):
-        return datetime.strptime(
-            text[:19] + zone, '%Y-%m-%dT%H:%M:%S%z').timestamp()
+        return datetime.strptime(f'{text[:19]}{zone}', '%Y-%m-%dT%H:%M:%S%z').timestamp()
     return 0.0
 
 
