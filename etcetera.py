@@ -1841,8 +1841,8 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
 #
 # One client for all, which follows no redirect. What is retried: a request whose connection breaks or stays silent, and
 # one that is answered with a status in _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of
-# about 0.4, 0.9, 1.8 and 3.5 seconds, and as Retry-After asks, up to a minute. Once one has succeeded there are two more
-# tries, 7 seconds apart: the server may be restarting. A kept connection that was closed does not count as a try, nor
+# about 0.4, 0.9, 1.8 and 3.5 seconds, and as Retry-After asks, up to a minute. Once one has succeeded there are two
+# more, 7 seconds apart: the server may be restarting. A kept connection that was closed does not count as a try, nor
 # does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on with a
 # range where it broke, and with an upload to Google as long as it advances. A metadata service that is silent gets one.
 # ---------------------------------------------------------------------------------------
