@@ -340,10 +340,6 @@ def _parse_yaml(line: str) -> Tuple[_MaybeText, Any]:
     return key, value
 
 
-def _is_utf8(text: str) -> bool:
-    """Whether UTF-8 can encode the text; it cannot encode half a surrogate pair."""
-    return not re.search('[\ud800-\udfff]', text)
-
 
 class Config:
     """Where datasets live and how to reach them. Every function takes one as `config=`.
@@ -4619,7 +4615,7 @@ def create(
         raise ConfigError("'partitions' must be a list of one or more names")
     place = _Place(name, config)
     for partition in partitions:
-        if not _is_safe(partition) or '/' in partition or not _is_utf8(partition):
+        if not _is_safe(partition) or re.search('[/\ud800-\udfff]', partition):  # UTF-8 cannot encode these halves
             raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
 
     def work(job: _Job) -> Dataset:
