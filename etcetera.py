@@ -260,9 +260,7 @@ class UnknownPartition(Error, KeyError):
 
 class _NoRoom(Error):
     """There is too little room on a disk; nothing was written."""
-
-
-_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    codes = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # which the system gives
 
 
 @contextmanager
@@ -276,7 +274,7 @@ def _system_errors() -> Iterator[None]:
             e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
             e.filename2 = None
             message += f': {e.filename}'
-        remedy = 'free some space' if e.errno in _FULL else ''
+        remedy = 'free some space' if e.errno in _NoRoom.codes else ''
         if isinstance(e, PermissionError):
             remedy = 'ask who owns it, or its directory, for access, or use another place'
         raise Error(message, remedy) from e
@@ -1975,7 +1973,7 @@ class _Http:
                 reply = self.exchange(request, job, patience)
             except (OSError, UnicodeError, HTTPException) as e:
                 problem = f"cannot reach {site}: {getattr(e, 'strerror', None) or e}"
-                if getattr(e, 'errno', 0) in _FULL:
+                if getattr(e, 'errno', 0) in _NoRoom.codes:
                     raise Error(f'cannot keep a download: {e}', 'set $TMPDIR to a directory with more room') from None
                 if failures >= tries or 'CERTIFICATE' in problem:
                     raise RemoteError(problem, 'check the network, the URL, the proxy settings and ca_bundle') from None
@@ -3920,7 +3918,7 @@ def _flush(directory: Path) -> None:
     file = os.open(directory, os.O_RDONLY)
     code = syncfs(file) and ctypes.get_errno()
     os.close(file)
-    if code in (errno.EIO, *_FULL):
+    if code in (errno.EIO, *_NoRoom.codes):
         raise OSError(code, os.strerror(code), directory)
 
 
