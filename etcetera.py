@@ -188,8 +188,7 @@ class _Console:
     progress = ''  # the line of progress that is shown
 
     def write(self, text: str) -> None:
-        # stderr may be closed, None, or something that a notebook made. It escapes what its encoding lacks.
-        with suppress(OSError, AttributeError, ValueError):
+        with suppress(OSError, AttributeError, ValueError):  # stderr may be closed, None, or made by a notebook
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -536,7 +535,6 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
             errors.append(e)
         with suppress(RuntimeError):  # as above
             job.news.release()
-
     thread = threading.Thread(target=work, daemon=True)
     try:
         try:
@@ -1907,7 +1905,7 @@ class _Reply(NamedTuple):
         """Unix time of the date in a header; 0 if there is none."""
         from email.utils import parsedate_to_datetime
         with suppress(TypeError, ValueError, IndexError, OverflowError, OSError):  # OSError: on Windows, before 1970
-            return parsedate_to_datetime(self.headers.get(name)).timestamp()
+            return parsedate_to_datetime(self.headers[name]).timestamp()
         return 0.0
 
 
@@ -1939,8 +1937,7 @@ class _Http:
             time.sleep(_LAST_TIMEOUT / 100)
         for connection in list(self.busy):
             self.busy.pop(connection, None)
-            # Not SSLSocket.shutdown(), after which a thread could go on sending without encryption.
-            with suppress(OSError, TypeError):
+            with suppress(OSError, TypeError):  # SSLSocket.shutdown() would let threads send on without encryption
                 socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -2002,10 +1999,9 @@ class _Http:
         from http.client import HTTPException
         while len(self.busy) >= self.most:
             job.sleep(_TICK)
-        site = _site(request.url)
-        connection = self.connection(site, request.is_near)
-        was_kept = connection.sock
-        is_reusable = False
+        place = _site(request.url), request.is_near
+        connection = self.connection(*place)
+        was_kept, is_reusable = connection.sock, False
         self.busy[connection] = request
         try:
             response = self.send(connection, request, job, patience)
@@ -2024,7 +2020,7 @@ class _Http:
             if not is_reusable:
                 connection.close()
             connection.idle_since = time.monotonic()
-            self.idle[site, request.is_near].append(connection)
+            self.idle[place].append(connection)
         return self.exchange(request, job, patience)
 
     def connection(self, site: str, is_near: bool) -> Any:
@@ -2072,8 +2068,7 @@ class _Http:
                 connection.sock.setsockopt(socket.IPPROTO_TCP, unsent, _SLICE)
         connection.sock.settimeout(patience)
         job.add(0)  # or before the socket was there
-        # A server may answer, and close the connection, before it has read the whole request.
-        with suppress(ConnectionError):
+        with suppress(ConnectionError):  # a server may answer, and close the connection, before it has read it all
             connection.request(request.method, target, headers=headers)
             for chunk in request.body:
                 for start in range(0, len(chunk), _SLICE):  # as the time-out of a socket applies to each
@@ -2192,8 +2187,7 @@ class _Renewed:
     """Something that must be fetched anew before it expires. Threads share it."""
     fetch: Callable[[], Tuple[Any, float]]  # gives it, or None if there is none, and until when it can be used
     value: Any = None
-    expires = 0.0
-    next = 0.0  # when to fetch it anew
+    expires = next = 0.0  # when it ends, and when to fetch it anew
 
     def __init__(self) -> None:
         import threading
