@@ -121,9 +121,8 @@ from collections import defaultdict, deque
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import (
-    Any, Callable, Container, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-    Sequence, Set, Tuple, TypeVar, Union)
+from typing import (Any, Callable, Container, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+                    Optional, Sequence, Set, Tuple, TypeVar, Union)
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urljoin, urlsplit
 
 __version__ = '1.1.0'
@@ -381,9 +380,8 @@ class Config:
         $ETC_URL and $ETC_HOME override the file, and `overrides` that are not None override both.
         Raises ConfigError, which names the file and the line.
         """
-        named = path or os.environ.get('ETC_CONFIG')
         usual = map(_expanduser, ('~/.etc.yaml', '~/.etc.toml'))
-        found = named or next(filter(os.path.exists, usual), '')
+        found = path or os.environ.get('ETC_CONFIG') or next(filter(os.path.exists, usual), '')
         values = _read_settings(_expand(found)) if found else {}
         for key in 'url', 'home':
             values[key] = os.environ.get(f'ETC_{key.upper()}') or values.get(key)
@@ -441,8 +439,7 @@ def _read_settings(path: Path) -> _Row:
         text = re.sub(r'(?m)^[ \t]*([\w-]+)[ \t]*=[ \t]*', r'\1: ', text)
         text = text.replace('aws_access_key_secret:', 'aws_secret_access_key:')
     settings: _Row = {}
-    lines = re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text))
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(re.split('\r\n|\n|\r', re.sub(_YAML_START, r'\1', text)), 1):
         try:
             key, value = _parse_yaml(line)
             if key in settings:
@@ -533,7 +530,7 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
             results.append(function(job))
         except BaseException as e:
             errors.append(e)
-        with suppress(RuntimeError):  # as above
+        with suppress(RuntimeError):  # there are news already
             job.news.release()
     thread = threading.Thread(target=work, daemon=True)
     try:
@@ -1179,8 +1176,7 @@ def _deflate(data: bytes, level: int) -> bytes:
         from ctypes import c_size_t, c_void_p
         room = bytes(len(data) + 4096)  # as nothing else knows this object yet, the library may write to it
         state = c_void_p(library.libdeflate_alloc_compressor(abs(level)))
-        length = state and library.libdeflate_gzip_compress(
-            state, data, c_size_t(len(data)), room, c_size_t(len(room)))
+        length = state and library.libdeflate_gzip_compress(state, data, c_size_t(len(data)), room, c_size_t(len(room)))
         library.libdeflate_free_compressor(state)
         if length:
             return room[_GZIP_HEADER_SIZE:length]
@@ -2004,8 +2000,7 @@ class _Http:
         was_kept, is_reusable = connection.sock, False
         self.busy[connection] = request
         try:
-            response = self.send(connection, request, job, patience)
-            with closing(response):  # or it would keep the socket open
+            with closing(self.send(connection, request, job, patience)) as response:  # or it keeps the socket open
                 body = self.receive(connection, response, request, job)
                 is_reusable = response.isclosed()
             return _Reply(response.status, response.headers, body, request)
