@@ -636,11 +636,14 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
 _BLOCK = 1 << 20  # bytes of a block
 _MTIME = b'%011o' % 315532800  # 1980-01-01: older dates break zip tools and make some tars warn
 _ZEROS = bytes(1024)
+_USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
+_NO_ONE = b'0000000'  # uid and gid
 _DEPTH = 256  # levels of directories that a dataset may have
 _MAX_FOLLOWED = 1000000  # entries that followed links may lead to, as links can multiply them without end
 _BATCH = 1000  # entries that _Survey packs at once
 _MANY_FILES = 32  # in a block, above which one thread may read them faster than several
 _READ = os.O_RDONLY | getattr(os, 'O_BINARY', 0)
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 _RECEIPT = '.etcetera.json'  # what is known of an installed directory, in that directory; no part of the dataset
 _LITTER = r'data/(?:\._[^/]*|\.DS_Store|\.directory|desktop\.ini|Thumbs\.db)\Z'  # of file managers
@@ -649,7 +652,6 @@ _ODD = ('.', '@', '__', 'lost+found')  # how partitions start that programs make
 
 class _Entry(NamedTuple):
     """What one tar header describes."""
-
     name: str  # in the archive; a directory's ends in a slash
     size: int = 0
     is_executable: bool = False  # as directories are
@@ -657,11 +659,14 @@ class _Entry(NamedTuple):
     source: str = ''  # path of a file
 
 _Listing = Iterable[Tuple[str, Iterable[_Entry]]]  # paths of segments, each with its entries, in the archive's order
+_Segments = Sequence['_Segment']
+_Items = List[Tuple[str, bool]]  # names, sorted by code points, and whether they are links
+_Piece = Tuple[bytes, _Entry, int, int]  # of a block: headers; then bytes of a file, from where, to where, and zeros
+_Plan = Tuple[str, List[_Piece], bytes]  # of a block: its segment, what it consists of, and its bytes, if read
 
 
 class _Segment(NamedTuple):
     """A part of an archive that can be fetched and verified by itself."""
-
     path: str  # '.', a top-level directory, or data/<partition>
     offset: int = 0  # of its first byte in the archive
     length: int = 0  # bytes in the archive
@@ -691,9 +696,6 @@ class _Segment(NamedTuple):
         return segment
 
 
-_Segments = Sequence[_Segment]
-
-
 def _segment_of(name: str) -> str:
     """The path of the segment that holds the entry `name`; of a top-level name '.', whatever it is."""
     match = re.match('data/[^/]+|[^/]+(?=/)', name)
@@ -708,9 +710,6 @@ def _to_os(name: str) -> str:
 
 def _join(root: _Path, name: str) -> str:
     return f'{root}{os.sep}{_to_os(name)}'
-
-
-_Items = List[Tuple[str, bool]]  # names, sorted by code points, and whether they are links
 
 
 def _scan(root: _Path, prefix: str = '') -> _Items:
@@ -829,10 +828,6 @@ class _Survey:
                 yield path, itertools.starmap(_Entry, rows)
 
 
-_USTAR = struct.Struct('100s8s8s8s12s12s8sc100s8s247x')
-_NO_ONE = b'0000000'  # uid and gid
-
-
 def _ustar(name: bytes, kind: bytes, mode: bytes, size: int, link: bytes = b'', mtime: bytes = _MTIME) -> bytes:
     """A ustar header of ASCII fields."""
     header = _USTAR.pack(name, mode, _NO_ONE, _NO_ONE, b'%011o' % size, mtime, b'        ', kind, link, b'ustar\x0000')
@@ -868,11 +863,6 @@ def _tar_header(entry: _Entry) -> bytes:
         pax += b'%d%s' % (length + len(str(length + len(str(length)))), record)
     before = _ustar(b'././@PaxHeader', b'x', _NO_ONE, len(pax), mtime=b'00000000000')
     return before + pax + bytes(-len(pax) % 512) + header
-
-
-# Of a block: bytes of headers; then bytes of a file, from where, to where, and zeros up to a multiple of 512
-_Piece = Tuple[bytes, _Entry, int, int]
-_Plan = Tuple[str, List[_Piece], bytes]  # of a block: its segment, what it consists of, and its bytes, if read
 
 
 @_system_errors()
@@ -931,7 +921,6 @@ def _sha256(data: bytes = b'') -> Any:
 
 class _Block(NamedTuple):
     """A block that was read, from files or from an archive."""
-
     path: str  # of its segment
     payload: Any  # its bytes, or what was made of them
     digest: bytes  # SHA-256 of its bytes
@@ -1274,6 +1263,10 @@ _LONGEST_BLOCK = _BLOCK + 4096  # bytes in the archive: stored, a block grows by
 _INDEX_MEMBER = re.escape(_GZIP) + rb'(?s:..)ei(?s:..)([^\0]*)' + re.escape(_EMPTY)  # JSON holds no zero byte
 _INDEX_STEP = 8000  # bytes of index a member: BusyBox's gunzip fails on much longer extra fields
 _INDEX_LIMIT = 16 << 20  # bytes of index: enough for some 80,000 partitions
+_KIND_AT = 156  # where the type flag is in a ustar header, which takes 512 bytes
+_USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
+_NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    r'[\\:<>"|?*\x00-\x1f]|[. ](?:/|\Z)|(?:\A|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:\.[^/]*)?(?:/|\Z)')
 
 
 def _member(tag: bytes, data: bytes) -> bytes:
@@ -1359,19 +1352,12 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
     raise Corrupt('the archive is damaged: its index is unreadable')
 
 
-_NOT_ON_WINDOWS = (  # https://learn.microsoft.com/windows/win32/fileio/naming-a-file
-    r'[\\:<>"|?*\x00-\x1f]|[. ](?:/|\Z)|(?:\A|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:\.[^/]*)?(?:/|\Z)')
-
-
 def _is_safe(name: str) -> bool:
     """Whether a name in an archive stays below the directory where it is unpacked, on this system."""
     padded = f'/{name}/'
     if '//' in padded or '/./' in padded or '/../' in padded or '\0' in name:
         return False
     return os.sep == '/' or not re.search(_NOT_ON_WINDOWS, name, re.I)
-
-
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
 
 
 def _write_file(path: _Path, mode: int, pieces: Iterable[Any], size: int = 0) -> None:
@@ -1419,7 +1405,6 @@ def _symlink(target: _Path, path: _Path) -> None:
 
 class _Sink:
     """Writes the entries of an archive below `root`: nothing elsewhere, nothing twice, nothing through a link."""
-
     def __init__(self, root: _Path) -> None:
         self.root = f'{os.path.realpath(root)}{os.sep}'
         self.links: _Texts = {}  # targets of links, made at the end, so that nothing is written through one
@@ -1463,10 +1448,6 @@ class _Sink:
                               'dataset or nowhere')
 
 
-_KIND_AT = 156  # where the type flag is in a ustar header, which takes 512 bytes
-_USTAR_FIELDS = struct.Struct('100s7s17x11s21xc100s255x')  # name, mode, size, type flag and link target
-
-
 def _pax_records(data: bytes) -> Iterator[Tuple[bytes, bytes]]:
     """The keys and values in a pax header (POSIX pax, "Extended Header"). Raises ValueError."""
     data = data.rstrip(b'\0')
@@ -1482,7 +1463,6 @@ def _pax_records(data: bytes) -> Iterator[Tuple[bytes, bytes]]:
 
 class _Stream:
     """Chunks of bytes as a file that is read once, from start to end."""
-
     def __init__(self, chunks: Iterable[Any]) -> None:
         self.chunks = iter(chunks)
         self.data: Any = b''  # the last chunk that was taken
@@ -1514,7 +1494,6 @@ class _Stream:
 
 class _SegmentReader(_Stream):
     """Writes one segment into a sink, and refuses whatever is not canonical, so that the digest holds for each file."""
-
     def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
@@ -1705,7 +1684,6 @@ _SPARSE_ZEROS = 1 << 30  # bytes that a sparse file may have beyond 1,024 times 
 
 class _TarStream(_Stream):
     """The bytes of a tar as tarfile reads them."""
-
     position = 0
     limit = sys.maxsize  # a position that the headers of one entry may not pass
     kept = 0  # bytes of global headers, which tarfile keeps to the end, so that all others may take less
@@ -1747,7 +1725,6 @@ def _extract_foreign(job: _Job, chunks: Iterable[bytes], root: Path) -> None:
 
     class Strict(tarfile.TarInfo):
         """It lets no error of a header pass for the end of the archive."""
-
         @classmethod
         def fromtarfile(cls, tar: Any) -> Any:
             header = stream.peek(512)
