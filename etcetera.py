@@ -750,16 +750,12 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
 
 
 class _Survey:
-    """What is known of a dataset, or `only` of some segments, before its files are read. InvalidDataset if it is none.
-
-    The entries are kept, so that they need not be looked at twice; compressed, as there may be millions: some ten bytes
-    remain of each. marshal never reads what others have written.
-    """
-
+    """What is known of a dataset, or `only` of some segments, before files are read. InvalidDataset if it is none."""
     def __init__(self, root: _Path, only: Container[str] = ()) -> None:
         self.root = os.path.realpath(root)
         self.size = 0  # bytes of all files
-        self.kept: Dict[str, List[bytes]] = defaultdict(list)  # batches of entries, by the path of their segment
+        # Batches of entries by segment; compressed, as there may be millions. marshal never reads what others wrote.
+        self.kept: Dict[str, List[bytes]] = defaultdict(list)
         self.segments: Dict[str, _Segment] = {}  # by path, with the number and bytes of their files
         self.surprises: Dict[str, List[str]] = defaultdict(list)  # names of what may be shared by accident
         tops: Dict[str, _Items] = {'.': []}
@@ -837,10 +833,7 @@ def _ustar(name: bytes, kind: bytes, mode: bytes, size: int, link: bytes = b'', 
 
 
 def _tar_header(entry: _Entry) -> bytes:
-    """The canonical header of an entry, with a pax header before it where ustar cannot hold a field.
-
-    It is what tarfile.PAX_FORMAT writes from Python 3.9 on; up to 3.8, tarfile fills devmajor and devminor otherwise.
-    """
+    """The canonical header of an entry, after a pax header if need be: what tarfile writes from Python 3.9 on."""
     kind = b'5' if entry.name.endswith('/') else b'2' if entry.link else b'0'  # a directory, link or file
     mode = b'0000755' if entry.is_executable else b'0000644'
     size = entry.size
@@ -931,15 +924,12 @@ class _Block(NamedTuple):
 
 def _process(job: _Job, listing: _Listing, work: Callable[[bytes], Any],
              is_all: bool = False) -> Generator[_Block, None, None]:
-    """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order.
-
-    is_all: whether reading is all of the job, and so counts as its progress.
-    """
+    """Read, hash and give to `work` every block, in parallel; yield them, with what it made of them, in order."""
     def process(plan: _Plan) -> _Block:
         path, pieces, payload = plan
         payload = payload or _read_pieces(pieces)
         size = sum([stop - start for _, _, start, stop in pieces])
-        job.add(size if is_all else 0)
+        job.add(size if is_all else 0)  # reading is the progress if it is all of the job
         return _Block(path, work(payload), _sha256(payload).digest(), size)
 
     def plans() -> Iterator[_Plan]:
@@ -1279,11 +1269,7 @@ def _index_members(parts: Iterable[bytes]) -> bytes:
 
 
 def _compress(level: int, payload: bytes) -> bytes:
-    """A block of the archive, from the bytes that it is to hold, at the level that pays, judged by samples of them.
-
-    What does not shrink is stored, but for padding between small files. The default level is to take at most 2 % more
-    bytes than gzip's; zlib's level below often achieves that, in two thirds of the time.
-    """
+    """A block of the archive, from the bytes that it is to hold, at the level that pays, judged by samples of them."""
     if level and len(payload) > 65536:
         step = len(payload) // 4
         samples = b''.join([payload[start:start + 2048] for start in range(step // 2, len(payload), step)])
@@ -1291,8 +1277,9 @@ def _compress(level: int, payload: bytes) -> bytes:
         if best > 0.97 * len(samples):
             level = 0
         elif len(_deflate(samples, _RUNS)) < 1.06 * best:
-            level = _RUNS
+            level = _RUNS  # as for small files that do not shrink, but for the padding between them
         elif level == Config.compression_level and not _libdeflate():
+            # It may take 2 % more bytes than gzip's. The level below often takes no more, in two thirds of the time.
             middle = payload[len(payload) // 2:][:32768]
             level -= len(_deflate(middle, level - 1)) < 1.012 * len(_deflate(middle, level))
     body = _deflate(payload, level)
@@ -1417,10 +1404,7 @@ class _Sink:
 
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
-        """Explain refusals of the system, and at the end make the links, which may not lead out of the dataset.
-
-        confined: they must be as a push would have them.
-        """
+        """Explain refusals; at the end make the links, which may not lead out; if confined, each as a push has it."""
         try:
             yield
             for name, target in self.links.items():
@@ -1495,7 +1479,6 @@ class _Stream:
 class _SegmentReader(_Stream):
     """Writes one segment into a sink, and refuses whatever is not canonical, so that the digest holds for each file."""
     def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
-        """notes: the journal."""
         super().__init__(self.payloads(blocks, notes))
         self.path, self.sink = path, sink
         # Files that the last block holds as a whole. To write them all at once takes a tenth less time.
@@ -1601,11 +1584,8 @@ class _SegmentReader(_Stream):
 
 def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _Path,
              journal: Optional[Path] = None, head: str = '') -> List[_Segment]:
-    """Write complete segments below `root`, and return them as they were read.
-
-    promised: what an index says of a segment, by its path. journal: a new file of lines, for _replay(): `head`, which
-    identifies the object; then of each block that has been written its segment, length in the archive, and digest.
-    """
+    """Write complete segments below `root`; return them as they were read. promised: what an index says, by path."""
+    # journal: a new file, for _replay(): `head`, which identifies the object, then a line of each block once written
     sink = _Sink(root)
     groups = itertools.groupby(blocks, operator.attrgetter('path'))
     with open(journal or os.devnull, 'w', buffering=1) as notes, sink.filling(confined=True):
