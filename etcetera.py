@@ -1308,14 +1308,11 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
             raise Corrupt('the archive is damaged: its index is missing')
         return ()
     offset = int.from_bytes(offset_bytes, 'little')
-    try:
-        if not 0 < end - offset <= _INDEX_LIMIT:
-            raise ValueError
-        data = read(offset, end)
+    with suppress(ValueError, RecursionError, KeyError, TypeError):
+        data = read(offset, end) if 0 < end - offset <= _INDEX_LIMIT else b''
         parts = re.findall(_INDEX_MEMBER, data)
         text = b''.join(parts)
-        if (
-                _index_members(parts) != data
+        if (_index_members(parts) != data
                 or text.count(b'[') + text.count(b'{') > _INDEX_LIMIT >> 6  # which would take much memory to parse,
                 or re.search(rb'\d{65}', text)):  # or time
             raise ValueError
@@ -1325,17 +1322,14 @@ def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
         segments = list(map(_Segment.from_json, index['segments']))
         paths = [segment.path for segment in segments]
         starts = [segment.offset for segment in segments]
-        stops = [0] + [segment.stop for segment in segments]
-        if (
-                index['digest'] == _dataset_digest(segments)
+        stops = [segment.stop for segment in segments]
+        if (index['digest'] == _dataset_digest(segments)
                 and paths == ['.', *sorted(set(paths[1:]), key=lambda path: (path.count('/'), path))]
                 and all(_is_safe(path) and path == _segment_of(path + '/x') for path in paths[1:])
-                and starts == stops[:-1]
-                and stops == sorted(set(stops))
+                and starts == [0, *stops[:-1]]
+                and stops == sorted(set(stops) - {0})
                 and stops[-1] <= offset):
             return segments
-    except (ValueError, RecursionError, KeyError, TypeError):
-        pass
     raise Corrupt('the archive is damaged: its index is unreadable')
 
 
