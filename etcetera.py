@@ -1481,12 +1481,10 @@ class _SegmentReader(_Stream):
         self.digests = bytearray()  # of all blocks
 
     def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
-        """The tar stream. Once all of a block has been taken, write what is ready, and note that it is written."""
-        length = _BLOCK
+        """The tar stream. Once all of a block has been taken, write what is ready, and note that in the journal."""
         for block in blocks:
-            if length != _BLOCK:  # only the last block may be shorter
+            if len(self.data) % _BLOCK:  # only the last block may be shorter
                 raise self.error('block length')
-            length = len(block.payload)
             self.source = block.source
             self.digests += block.digest
             yield block.payload
