@@ -688,8 +688,7 @@ class _Segment(NamedTuple):
     def from_json(cls, row: Any) -> '_Segment':
         """From what indexes and receipts hold. Raises ValueError, KeyError or TypeError."""
         segment = cls(*[row[key] for key in cls._fields])
-        if (
-                [type(field) for field in segment] != [str, int, int, int, int, str]
+        if ([type(field) for field in segment] != [str, int, int, int, int, str]
                 or min(segment[1:5]) < 0
                 or not re.match(r'sha256:[0-9a-f]{64}\Z', segment.digest)):
             raise ValueError
@@ -740,9 +739,7 @@ def _kept_link(root: _Path, name: str, segment: str) -> str:
     target = os.fsencode(os.readlink(path)).decode('utf-8', 'replace').replace(os.sep, '/')
     base = '/' + posixpath.dirname(name)
     meant = posixpath.normpath(posixpath.join(base, target))[1:]
-    if (
-            os.path.isabs(target)
-            or meant == _RECEIPT
+    if (os.path.isabs(target) or meant == _RECEIPT
             or segment not in (meant, _segment_of(meant))
             or os.path.realpath(_join(root, meant)) != os.path.realpath(path)):
         return ''
@@ -766,18 +763,16 @@ class _Survey:
         tops.update((item[0], [item]) for item in _partitions(root))
         count = 0
         for path, items in tops.items():
-            if only and path not in only:
-                continue
-            self.followed = 0  # entries that followed links have led to
-            entries = self.visit(path, items, False)
-            files = size = 0
-            for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
-                self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
-                count += len(batch)
-                files += sum([not entry.name.endswith('/') for entry in batch])
-                size += sum([entry.size for entry in batch])
-            self.segments[path] = _Segment(path, files=files, size=size)
-            self.size += size
+            if not only or path in only:
+                entries = self.visit(path, items, False)
+                self.followed = files = size = 0  # followed: entries that links have led to
+                for batch in iter(lambda: list(itertools.islice(entries, _BATCH)), []):  # noqa: B023
+                    self.kept[path].append(zlib.compress(marshal.dumps(list(map(tuple, batch))), 1))
+                    count += len(batch)
+                    files += sum([not entry.name.endswith('/') for entry in batch])
+                    size += sum([entry.size for entry in batch])
+                self.segments[path] = _Segment(path, files=files, size=size)
+                self.size += size
         # Bytes that the archive will not exceed: headers take less than 12 KiB, and blocks grow by less than 0.4 %.
         self.limit = int(1.004 * (self.size + 12288 * (count + 100)))
 
@@ -890,8 +885,7 @@ def _plans(listing: _Listing) -> Iterator[_Plan]:
         room = _BLOCK
         for entry in entries:
             head = _tar_header(entry)
-            size = entry.size
-            start = 0
+            size, start = entry.size, 0
             while len(head) + size - start > room:
                 stop = start + max(0, room - len(head))
                 pieces.append((head[:room], entry, start, stop))
@@ -941,7 +935,6 @@ def _process(job: _Job, listing: _Listing, work: Callable[[bytes], Any],
                 payload = _read_pieces(pieces)
                 is_fast = time.monotonic() - begin < 4e-5 * len(pieces)
             yield path, pieces, payload
-
     return _ordered(job, _cores(), process, plans())
 
 
@@ -1293,9 +1286,9 @@ def _archive_end(level: int, segments: _Segments) -> bytes:
     index = {'etcetera': 1, 'digest': _dataset_digest(segments), 'segments': [each._asdict() for each in segments]}
     text = json.dumps(index, ensure_ascii=False, separators=(',', ':')).encode('utf-8')
     end = _compress(level, _ZEROS)
-    offset = struct.pack('<Q', segments[-1].stop + len(end))
+    offset = segments[-1].stop + len(end)
     parts = [text[start:start + _INDEX_STEP] for start in range(0, len(text), _INDEX_STEP)]
-    return end + _index_members(parts) + _member(b'ef', offset) + _EMPTY
+    return end + _index_members(parts) + _member(b'ef', struct.pack('<Q', offset)) + _EMPTY
 
 
 def _read_index(size: int, read: Callable[[int, int], bytes]) -> _Segments:
@@ -1463,9 +1456,8 @@ class _Stream:
         """The next bytes, or fewer at the end; a slice of a chunk if they are in one."""
         stop = self.at + size
         if stop <= len(self.data):
-            part = self.data[self.at:stop]
             self.at = stop
-            return part
+            return self.data[stop - size:stop]
         parts = list(self.pieces(size))
         return parts[0] if len(parts) == 1 else b''.join(parts)
 
@@ -1477,8 +1469,7 @@ class _SegmentReader(_Stream):
         self.path, self.sink = path, sink
         # Files that the last block holds as a whole. To write them all at once takes a tenth less time.
         self.ready: List[Tuple[str, int, Any]] = []  # path, mode and contents
-        self.source = ''  # of the last block
-        self.digests = bytearray()  # of all blocks
+        self.source, self.digests = '', bytearray()  # of the last block; of all blocks
 
     def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
         """The tar stream. Once all of a block has been taken, write what is ready, and note that in the journal."""
@@ -1559,8 +1550,8 @@ class _SegmentReader(_Stream):
             if kind == b'0' and mode == b'0000644' and size >= 0:  # the most frequent case, made fast
                 if header == _ustar(bare, kind, mode, size) and bare[-1:] != b'/':
                     return _Entry(bare.decode('ascii'), size)
-            name = pax.get(b'path', bare).decode('utf-8')
-            link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode('utf-8')
+            name = pax.get(b'path', bare).decode()
+            link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode()
             size = int(pax.get(b'size', size))
             is_executable = name.endswith('/') or mode == b'0000755' and not link
             entry = _Entry(name, size, is_executable, link)
@@ -1629,7 +1620,6 @@ def _inflate_blocks(job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segm
                     raise Corrupt('the archive is damaged: a block does not start or end where it should')
                 yield segment.path, [header, *stream.pieces(length - _BLOCK_HEADER_SIZE)]
                 left -= length
-
     return _ordered(job, _cores(), _inflate_block, members())
 
 
@@ -1743,8 +1733,7 @@ def _plain_name(name: str) -> str:
 def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
     """Write an entry. Of a file's mode only the owner's x bit is kept, as on push."""
     name = _plain_name(member.name)
-    if (
-            not name and member.isdir()
+    if (not name and member.isdir()
             or member.type == b'V'  # GNU tar's name of the volume
             or name.split('/')[0] == _RECEIPT
             or re.match(_LITTER, name) and not member.isdir()):
