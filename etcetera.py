@@ -489,8 +489,7 @@ class _Job:
 
     def begin(self, total: int) -> None:
         """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
-        self.moved = 0  # bytes that have been read, sent or received
-        self.total = total  # bytes that progress is to reach
+        self.moved, self.total = 0, total  # bytes that were read, sent or received; that progress is to reach
         self.packed = self.produced = 1  # bytes that a push has packed, and made of them; progress is the share sent
         with suppress(RuntimeError):  # there are news already
             self.news.release()
@@ -971,8 +970,7 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
 # A dataset is a directory with at least one partition. Its name is safe in any path and any key of any storage.
 # ---------------------------------------------------------------------------------------
 
-_META_LIMIT = 16 << 20  # bytes of meta.json
-_README_LIMIT = 1 << 20  # characters of README.md that are shown
+_META_LIMIT, _README_LIMIT = 16 << 20, 1 << 20  # bytes of meta.json; characters of README.md that are shown
 _NAME = '[A-Za-z0-9][A-Za-z0-9._-]{0,127}'
 
 
@@ -1855,8 +1853,7 @@ class _Http:
     tls: Any = None
 
     def __init__(self, job: _Job, ca_bundle: _MaybeText = None) -> None:
-        self.job = job
-        self.ca_bundle = ca_bundle
+        self.job, self.ca_bundle = job, ca_bundle
         self.idle: Any = defaultdict(list)  # connections that are kept, by what connection() takes
         self.busy: Dict[Any, _Request] = {}  # what is under way, by connection, unless it was interrupted
         job.at_end.append(self.interrupt)
