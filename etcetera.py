@@ -3170,14 +3170,14 @@ class _S3Remote(_BucketStore):
         code = error['Code']
         region = reply.headers.get('x-amz-bucket-region') or error['Region']
         is_unknown = re.match(_S3_UNCONDITIONAL, f'{request.method} {reply.status} {code}')
-        is_elsewhere = re.match(_AWS_REGION, region) and region != self.region
+        is_elsewhere = region != self.region and reply.status >= 300
         if 'content-md5' in error['Message'].lower() and 'Content-MD5' not in request.headers:
             self.must_check = True
         elif request.condition and is_unknown and not self.has_exclusive_write:
             request.condition.clear()
         elif code in ('ExpiredToken', 'TokenRefreshRequired'):
             self.aws.renew(request.keys)
-        elif is_elsewhere and reply.status >= 300:
+        elif is_elsewhere and re.match(_AWS_REGION, region):
             self.region = region
         else:
             return self.aws.judge(reply)
@@ -3337,13 +3337,13 @@ class _GsRemote(_BucketStore):
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
         """A resumable upload: https://cloud.google.com/storage/docs/performing-resumable-uploads"""
-        query = {'uploadType': 'resumable', 'name': self.key(name)}
+        query = {'name': self.key(name)}
         if exclusive:
             query['ifGenerationMatch'] = '0'
         if self.is_public:
             query['predefinedAcl'] = 'publicRead'
         headers = {'X-Upload-Content-Type': 'application/gzip'}
-        reply = self.ask('POST', self.resource(api='/upload', **query), 412, headers=headers)
+        reply = self.ask('POST', self.resource(api='/upload', uploadType='resumable', **query), 412, headers=headers)
         if reply.status == 412:
             raise FileExistsError
         session: str = reply.headers.get('Location') or ''  # whoever has it needs no credentials
