@@ -4297,9 +4297,8 @@ def _read_root_files(archive: _Archive) -> _Row:
     return {}
 
 
-def diff(
-        a: str, b: str, remote: Union[bool, Tuple[bool, bool]] = False,
-        config: _MaybeConfig = None, progress: _Progress = None) -> _Row:
+def diff(a: str, b: str, remote: Union[bool, Tuple[bool, bool]] = False, config: _MaybeConfig = None,
+         progress: _Progress = None) -> _Row:
     """How dataset `b` differs from dataset `a`, without downloading any data.
 
     a, b: NAME, or NAME@sha256:... to insist on these contents. Of a partial dataset, what is not installed counts, too.
@@ -4335,11 +4334,10 @@ def diff(
     return _perform(progress, work)
 
 
-def dataset(
-        name: str, auto_install: bool = False,
-        partitions: _Names = None, config: _MaybeConfig = None,
-        progress: _Progress = None,
-        auto_pull: bool = False) -> Dataset:
+def dataset(name: str, auto_install: bool = False,
+            partitions: _Names = None, config: _MaybeConfig = None,
+            progress: _Progress = None,
+            auto_pull: bool = False) -> Dataset:
     """The installed dataset `name`; with `auto_install`, it is pulled first if necessary.
 
     name: NAME, or NAME@sha256:... to insist on these contents. partitions: those that must be there; None means all.
@@ -4363,10 +4361,9 @@ def dataset(
     return _perform(progress, work)
 
 
-def pull(
-        name: str, force: bool = False,
-        partitions: _Names = None, config: _MaybeConfig = None,
-        progress: _Progress = None) -> Dataset:
+def pull(name: str, force: bool = False,
+         partitions: _Names = None, config: _MaybeConfig = None,
+         progress: _Progress = None) -> Dataset:
     """Install a remote dataset, or some of its partitions, and return it; verified, or not at all.
 
     name: NAME, or NAME@sha256:... to insist on these contents.
@@ -4483,11 +4480,10 @@ def _is_stored(store: _Remote, local: Dataset) -> bool:
     return True
 
 
-def register(
-        directory: _Path, name: Optional[str] = None,
-        force: bool = False, copy: bool = False,
-        config: _MaybeConfig = None,
-        progress: _Progress = None) -> Dataset:
+def register(directory: _Path, name: _MaybeText = None,
+             force: bool = False, copy: bool = False,
+             config: _MaybeConfig = None,
+             progress: _Progress = None) -> Dataset:
     """Give a directory a dataset's name, by default its own. It stays where it is, and must not change any more.
 
     copy: install a private read-only copy instead of a link. force: replace a local dataset of that name.
@@ -4529,9 +4525,8 @@ def register(
     return _perform(progress, work)
 
 
-def create(
-        name: str, partitions: Sequence[str] = ('train', 'test'),
-        force: bool = False, config: _MaybeConfig = None) -> Dataset:
+def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool = False,
+           config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
     if not partitions or isinstance(partitions, str):
         raise ConfigError("'partitions' must be a list of one or more names")
@@ -4670,10 +4665,7 @@ def _meter(what: str) -> _Progress:
     return show
 
 
-# What commands do beyond a call of the API
-
-def _ls(
-        *patterns: str, config: Config, remote: bool = False, long: bool = False, json: bool = False) -> None:
+def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False, json: bool = False) -> None:
     in_full = long or json
     found = _list(remote, config, patterns or None, in_full)
     shown = 4 if in_full else 1
