@@ -4195,8 +4195,7 @@ def ls(remote: bool = False, config: _MaybeConfig = None, patterns: _Names = Non
     patterns: only names that match one of these, as in a shell: *, ?, [seq], [!seq]. None means all."""
     if isinstance(patterns, str):
         raise ConfigError("'patterns' must be a list")
-    rows = _list(remote, config or Config.load(), patterns)
-    return [row['name'] for row in rows]
+    return [row['name'] for row in _list(remote, config or Config.load(), patterns)]
 
 
 def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False) -> List[_Row]:
@@ -4219,8 +4218,7 @@ def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False)
             return _describe(obj, segments)
 
         if not remote:
-            names = filter(is_wanted, _names(config.home))
-            return [_describe(config.home / name, ()) for name in names]
+            return [_describe(config.home / name) for name in filter(is_wanted, _names(config.home))]
         with _open_remote(config, job) as store:
             found = sorted(obj for obj in store.list() if is_wanted(obj.name))
             rows = _ordered(job, config.connections, describe, found)
@@ -4246,31 +4244,27 @@ def _look(job: _Job, place: _Place, remote: bool, in_full: bool) -> Tuple[_Row, 
             archive = _find(store, place.name)
             segments = archive.segments
             row = _describe(archive.obj, segments)
-            if in_full:
-                row.update(_read_root_files(archive))
+            row.update(_read_root_files(archive) if in_full else {})
     else:
-        local = place.open()
-        segments = local._read(job)
+        segments = place.open()._read(job)
         row = _describe(place.path, segments)
         row.update(_read_about(place.path))
     place.check(segments)
     return row, segments
 
 
-def _describe(item: Union[Path, _Object], segments: _Segments) -> _Row:
+def _describe(item: Union[Path, _Object], segments: _Segments = ()) -> _Row:
     """What info() and _list() tell of what is in a directory or an object. segments: if there is no receipt."""
     row: _Row = dict.fromkeys('digest files size partitions meta readme'.split())
-    row['name'] = item.name
     here = segments
     if isinstance(item, _Object):
-        row['archive_size'] = item.size
-        row['when'] = _utc(item.modified) if item.modified else None
+        row.update(name=item.name, archive_size=item.size, when=_utc(item.modified) if item.modified else None)
     else:
         receipt = _read_receipt(item)
         if receipt.name:
             segments, here = receipt.segments, receipt.here()
-        row.update(root=os.path.realpath(item), source=receipt.source)
-        row.update(when=receipt.when, partial=receipt.is_partial)
+        row.update(name=item.name, root=os.path.realpath(item), source=receipt.source, when=receipt.when,
+                   partial=receipt.is_partial)
     if segments:
         row.update(_total(*here))
         row['digest'] = _dataset_digest(segments)
@@ -4279,9 +4273,7 @@ def _describe(item: Union[Path, _Object], segments: _Segments) -> _Row:
 
 
 def _total(*segments: _Segment) -> _Row:
-    return {
-        'files': sum(segment.files for segment in segments),
-        'size': sum(segment.size for segment in segments)}
+    return {key: sum(getattr(segment, key) for segment in segments) for key in ('files', 'size')}
 
 
 def _read_root_files(archive: _Archive) -> _Row:
@@ -4307,13 +4299,11 @@ def diff(a: str, b: str, remote: Union[bool, Tuple[bool, bool]] = False, config:
     Keys: equal; a, b ({'name', 'remote', 'digest'}); segments ({path: {'status', 'a', 'b'}}), with the path '.' for the
     root's files, a directory, or data/<partition>, the status 'same', 'differs', 'new' (not in `a`) or 'gone' (not in
     `b`), a and b {'files', 'size'} or None. Raises NotFound, Corrupt if a digest is another one, and other Errors."""
-    remotes = (remote, remote) if isinstance(remote, bool) else remote
-    places = _Place(a, config), _Place(b, config)
-
     def work(job: _Job) -> _Row:
+        remotes = (remote, remote) if isinstance(remote, bool) else remote
         found: _Row = {'segments': {}}
         known: Any = defaultdict(dict)  # segments by path and side
-        for side, place, is_remote in zip('ab', places, remotes):
+        for side, place, is_remote in zip('ab', (_Place(a, config), _Place(b, config)), remotes):
             row, segments = _look(job, place, is_remote, False)
             if not segments:
                 raise Error(f"'{place.name}' was packed by another tool, and has no index to compare",
@@ -4323,12 +4313,8 @@ def diff(a: str, b: str, remote: Union[bool, Tuple[bool, bool]] = False, config:
                 known[segment.path][side] = segment
         for path, sides in sorted(known.items()):
             one, other = map(sides.get, 'ab')
-            status = (
-                'new' if not one else 'gone' if not other
-                else 'same' if one.digest == other.digest else 'differs')
-            found['segments'][path] = {
-                'status': status, 'a': one and _total(one),
-                'b': other and _total(other)}
+            status = 'new' if not one else 'gone' if not other else 'same' if one.digest == other.digest else 'differs'
+            found['segments'][path] = {'status': status, 'a': one and _total(one), 'b': other and _total(other)}
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
     return _perform(progress, work)
@@ -4376,18 +4362,17 @@ def pull(name: str, force: bool = False,
 
 
 def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
-    name = place.name
     with _open_remote(place.config, job) as store, place.lock(job):
-        archive = _find(store, name)
+        archive = _find(store, place.name)
         if archive.segments:
             place.check(archive.segments)
-        wanted = _paths_of(name, archive.segments, partitions)
+        wanted = _paths_of(place.name, archive.segments, partitions)
         receipt = _read_receipt(place.path)
 
         def receipt_of(paths: Iterable[str]) -> _Receipt:
-            return _Receipt(name, archive.segments, frozenset(paths), store.url, archive.obj.version)
+            return _Receipt(place.name, archive.segments, frozenset(paths), store.url, archive.obj.version)
 
-        replace = force
+        is_same: Optional[bool] = False
         if not force and _is_dataset(place.path):
             local = place.open()
             is_same = archive.is_same(local)
@@ -4399,20 +4384,18 @@ def _pull(job: _Job, place: _Place, force: bool, partitions: _Names) -> Dataset:
                 if is_old and not receipt.name and not place.path.is_symlink():
                     with suppress(OSError):  # as in a store that can only be read
                         _write_receipt(place.path, receipt_of(_digests(archive.segments)))
-                _say(f"'{name}' is installed already; 'etc verify {name}' reads it again")
+                _say(f"'{place.name}' is installed already; 'etc verify {place.name}' reads it again")
                 return local
-            replace = bool(is_same)
         if receipt.digest == _dataset_digest(archive.segments):
             wanted |= receipt.installed
         with place.installing():
             reused = archive.extract(place, wanted)
             place.check(archive.segments)
             new = receipt_of(wanted or _digests(archive.segments))
-            place.commit(replace, new)
-        old = ''
-        if receipt.name and receipt.digest != new.digest:
-            old = f"; it replaces another one with {', '.join(sorted(receipt.installed))}"
-        _say(f'pulled {name} to {place.path}: {_tally(place, new.here(), reused)}{old}')
+            place.commit(force or bool(is_same), new)
+        is_other = receipt.name and receipt.digest != new.digest
+        old = f"; it replaces another one with {', '.join(sorted(receipt.installed))}" if is_other else ''
+        _say(f'pulled {place.name} to {place.path}: {_tally(place, new.here(), reused)}{old}')
         return place.open()
 
 
@@ -4465,10 +4448,9 @@ def push(name: str, force: bool = False, config: _MaybeConfig = None, progress: 
 def _is_stored(store: _Remote, local: Dataset) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name."""
     try:
-        obj, tail = store.find(local.name)
-        if not obj:
-            return False
-        archive = _Archive(store, obj, tail)
+        archive = _find(store, local.name)
+    except NotFound:
+        return False
     except RemoteError as e:
         if e.status != 403 or not store.has_exclusive_write:
             raise
@@ -4496,11 +4478,10 @@ def register(directory: _Path, name: _MaybeText = None,
         if place.pin:
             place.check(_digest_segments(job, root))
         installed = Path(os.path.realpath(place.path))
-        is_link = place.path.is_symlink()
-        if installed in (root, *root.parents) and not (copy or is_link):
+        if installed in (root, *root.parents) and not (copy or place.path.is_symlink()):
             raise InvalidDataset(f"{root} is what is installed as '{place.name}'", 'use --copy, or another directory')
-        is_same = installed == root and not copy
-        if _is_dataset(place.path) and not (force or is_same):
+        replace = force or installed == root and not copy
+        if _is_dataset(place.path) and not replace:
             raise place.taken_error()
         receipt = _NO_RECEIPT
         with place.installing():
@@ -4509,14 +4490,12 @@ def register(directory: _Path, name: _MaybeText = None,
                 job.begin(survey.size)
                 _check_room(place.work, survey.size)
                 place.new.mkdir()
-                blocks = _process(job, survey.listing(survey.segments), bytes, is_all=True)
-                with closing(blocks):
+                with closing(_process(job, survey.listing(survey.segments), bytes, is_all=True)) as blocks:
                     segments = _extract(blocks, {}, place.new)
-                paths = frozenset(survey.segments)
-                receipt = _Receipt(place.name, segments, paths, root.as_uri())
+                receipt = _Receipt(place.name, segments, frozenset(survey.segments), root.as_uri())
             else:
                 _symlink(root, place.new)
-            place.commit(force or is_same, receipt)
+            place.commit(replace, receipt)
         _say(f"{'copied' if copy else 'registered'} '{place.name}': {root}")
         with suppress(InvalidDataset, OSError):  # which a push will tell
             if not copy:
@@ -4528,18 +4507,16 @@ def register(directory: _Path, name: _MaybeText = None,
 def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool = False,
            config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
-    if not partitions or isinstance(partitions, str):
-        raise ConfigError("'partitions' must be a list of one or more names")
-    place = _Place(name, config)
-    for partition in partitions:
-        if not _is_safe(partition) or re.search('[/\ud800-\udfff]', partition):  # UTF-8 cannot encode these halves
-            raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
-
     def work(job: _Job) -> Dataset:
+        if not partitions or isinstance(partitions, str):
+            raise ConfigError("'partitions' must be a list of one or more names")
+        place = _Place(name, config)
+        for partition in partitions:
+            if not _is_safe(partition) or re.search('[/\ud800-\udfff]', partition):  # UTF-8 cannot encode these halves
+                raise InvalidDataset(f"'{_masked(partition)}' cannot be a partition's name", 'it becomes a directory')
         with place.installing():
             for partition in set(partitions):
-                path = _join(place.new, 'data/' + partition)
-                os.makedirs(path)
+                os.makedirs(_join(place.new, f'data/{partition}'))
             place.check(_digest_segments(job, place.new))
             place.commit(force)
         _say(f"created '{place.name}'; now fill {place.path / 'data'}")
@@ -4557,8 +4534,7 @@ def verify(name: str, config: _MaybeConfig = None, progress: _Progress = None) -
         place = _Place(name, config)
         receipt = place.open()._receipt
         found = _digest_segments(job, place.path)
-        promised = receipt.here() or found
-        wrong = dict(_digests(promised).items() ^ _digests(found).items())
+        wrong = dict(_digests(receipt.here() or found).items() ^ _digests(found).items())
         if wrong:
             raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(sorted(wrong))}",
                           f"'etc pull -f {place.name}' repairs it, unless this disk keeps no executable bits")
@@ -4598,13 +4574,13 @@ def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
             obj = store.stat(place.name)  # which finds damaged archives and archived ones, too
             obj = _existing(store, place.name, obj)
             if place.pin:
-                place.check(_find(store, place.name).segments)
+                archive = _find(store, place.name)
+                place.check(archive.segments)
             return obj, store.url
 
     def remove(job: _Job) -> None:
         with _open_remote(place.config, job) as store:
             store.remove(obj)
-
     obj, url = _perform(None, find)
     confirm(f"'{place.name}' ({_size(obj.size)}) in {url}")
     _perform(None, remove)
