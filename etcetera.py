@@ -4645,10 +4645,8 @@ def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False
     in_full = long or json
     found = _list(remote, config, patterns or None, in_full)
     shown = 4 if in_full else 1
-    rows = [(
-        row['name'], _amount(row), row['when'] or '-',
-        row['digest'] or row.get('root') or '-'
-    )[:shown] for row in found]
+    rows = [(row['name'], _amount(row), row['when'] or '-', row['digest'] or row.get('root') or '-')[:shown]
+            for row in found]
     _output(found, json, rows)
     if not found:
         where = 'in the remote storage' if remote else 'here'
@@ -4660,18 +4658,16 @@ def _ls(*patterns: str, config: Config, remote: bool = False, long: bool = False
 def _info(name: str, **options: Any) -> None:
     as_json = options.pop('json', False)
     found = info(name, **options)
-    shown = {
-        'name': found['name'],
-        'digest': found['digest'] or '- (packed by another tool; pull it to learn more)',
-        'size': f"{_amount(found)}{' (partly installed)' * bool(found.get('partial'))}",
-        'archive': 'archive_size' in found and _size(found['archive_size']),
-        'root': found.get('root'), 'from': found.get('source'), 'when': found['when']}
-    for partition, counted in (found['partitions'] or {}).items():
+    shown = {'name': found['name'],
+             'digest': found['digest'] or '- (packed by another tool; pull it to learn more)',
+             'size': f"{_amount(found)}{' (partly installed)' * bool(found.get('partial'))}",
+             'archive': 'archive_size' in found and _size(found['archive_size']),
+             'root': found.get('root'), 'from': found.get('source'), 'when': found['when']}
+    partitions = found['partitions'] or {}
+    for partition, counted in partitions.items():
         shown[f'data/{partition}'] = _amount(counted)
-    if found['meta']:
-        shown['meta'] = json.dumps(found['meta'], ensure_ascii=False)
-    rows = [row for row in shown.items() if row[1]]
-    _output(found, as_json, rows)
+    shown['meta'] = found['meta'] and json.dumps(found['meta'], ensure_ascii=False)
+    _output(found, as_json, [row for row in shown.items() if row[1]])
     if found['readme'] and not as_json:
         lines = found['readme'].splitlines()
         _print('', *map(str.expandtabs, lines))
@@ -4683,11 +4679,9 @@ class _RemoteName(str):
 
 def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     """Whether they are the same."""
-    remotes = isinstance(a, _RemoteName), isinstance(b, _RemoteName)
-    found = diff(a, b, remotes, **options)
-    _output(found, json, [
-        (row['status'], _amount(row['a']), _amount(row['b']), path)
-        for path, row in found['segments'].items()])
+    found = diff(a, b, (isinstance(a, _RemoteName), isinstance(b, _RemoteName)), **options)
+    rows = found['segments'].items()
+    _output(found, json, [(row['status'], _amount(row['a']), _amount(row['b']), path) for path, row in rows])
     return found['equal']
 
 
@@ -4710,7 +4704,6 @@ def _purge(name: str, config: Config, remote: bool = False, force: bool = False)
         answer = sys.stdin.buffer.readline()  # of any encoding
         if not re.match(rb'(?i)\s*y(es)?\s*\Z', answer):
             raise Error(f'{what} stays')
-
     if remote and not force:
         _purge_remote(_Place(name, config), confirm)
     else:
@@ -4736,8 +4729,7 @@ _ARGUMENTS: Dict[str, Any] = {  # what argparse must know of flags with these va
     'PARTITION': {'metavar': 'PARTITION', 'action': 'append', 'dest': 'partitions', 'type': _text},
     'NAME': {'metavar': 'NAME', 'action': 'append', 'dest': 'words', 'nargs': 1, 'type': _RemoteName}}
 
-# What does it, with the words, `config` and the flags (False makes the exit status 1); its words and flags (NAME...
-# lets it run once for each); what it does, and examples
+# What runs with the words, `config` and flags (False: exit status 1); usage (NAME...: runs once for each); help
 _COMMANDS: Dict[str, Any] = {
     'register': (register, 'DIR [NAME] [-f] [--copy]', """Give a directory a name
   etc register ./digits MNIST         it stays where it is"""),
@@ -4759,11 +4751,9 @@ _COMMANDS: Dict[str, Any] = {
   etc create MNIST                    with the partitions train and test"""),
     'purge': (_purge, 'NAME... [-r] [-f]', """Remove local datasets, or with -r remote ones
   etc purge MNIST                     a registered directory itself is not touched
-  etc purge -r MNIST                  from the remote storage, after a question"""),
-}
+  etc purge -r MNIST                  from the remote storage, after a question""")}
 
-_NOTES = """\
-Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
+_NOTES = """Set where datasets are shared with a line 'url: s3://my-bucket' in ~/.etc.yaml, or with $ETC_URL.
 For help on a command, run 'etc pull -h'. ('etc' is what pip installs; 'python3 etcetera.py' is the same.)
 
 exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong usage; 130 after Ctrl-C,
@@ -4772,36 +4762,28 @@ exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong u
 
 def _parser(argv: Sequence[str] = ()) -> Any:
     """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
-    import argparse
-    hidden = argparse.SUPPRESS
+    from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
     new_parser: Any = partial(
-        argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=hidden)
+        ArgumentParser, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
     parser = new_parser('etc', description='Share immutable datasets through cloud storage.', epilog=_NOTES)
     _add_flags(parser, '[--version] COMMAND')
-    commands = parser.add_subparsers(
-        prog='etc', parser_class=new_parser, dest='command', metavar='COMMAND')
-    for name in _COMMANDS.keys() & set(argv) or _COMMANDS:
+    commands = parser.add_subparsers(prog='etc', parser_class=new_parser, dest='command', metavar='COMMAND')
+    for name in _COMMANDS.keys() & argv or _COMMANDS:
         _, usage, text = _COMMANDS[name]
-        summary = text.split('\n')[0]
-        command = commands.add_parser(
-            name, description=text, help=summary)
+        command = commands.add_parser(name, description=text, help=text.split('\n')[0])
         command.add_argument(
-            'words', nargs='*', action='append', help=hidden)
+            'words', nargs='*', action='append', help=SUPPRESS)
         _add_flags(command, usage)
     return parser
 
 
-def _add_flags(parser: Any, usage: str) -> None:
+def _add_flags(parser: Any, usage: str) -> None:  # the common ones may precede a command or follow it
     parser.error = partial(_fail, parser.prog)
-    # The common ones may precede a command or follow it.
     parser.usage = f'{parser.prog} {usage} [--config FILE] [--url URL] [--home DIR] [-q] [-v]'
     rows = re.findall(r'(\[\S+ ?(.*?)\]) +(.*?)  +(.*)', _FLAGS)
     for shown, value, names, what in rows:
         if shown in parser.usage:
-            more = _ARGUMENTS.get(value, {'metavar': value})
-            parser.add_argument(
-                *names.split(), help=what, **more)
+            parser.add_argument(*names.split(), help=what, **_ARGUMENTS.get(value, {'metavar': value}))
 
 
 def _fail(prog: str, message: str) -> None:
@@ -4832,22 +4814,19 @@ def _run(argv: Sequence[str]) -> int:
     if name == 'register' and words[1:-1] == ['as']:
         del words[1]
     places = usage.partition(' [-')[0].split()
-    least = sum(place[0] != '[' for place in places)
+    least = sum('[' not in place for place in places)
     most = len(words if '...' in usage else places)
-    is_wrong = any(word.startswith('-') for word in rest)
-    if is_wrong or not least <= len(words) <= most:
+    if any(word.startswith('-') for word in rest) or not least <= len(words) <= most:
         _fail(f'etc {name}', f'usage: etc {name} {usage}')
     _console.level = _DEBUG if verbose else _WARNING if quiet else _INFO
     config: _MaybeConfig = None
     status = 0
-    runs = [[word] for word in words] if places == ['NAME...'] else [words]
-    for each in runs:
+    for each in ([[word] for word in words] if places == ['NAME...'] else [words]):
         if name not in ('ls', 'create', 'purge'):
             options['progress'] = _meter(' '.join([name, *each]))
         try:
             config = config or Config.load(path, url=url, home=home)
-            if run(*each, config=config, **options) is False:
-                status = 1
+            status |= run(*each, config=config, **options) is False
         except Error as e:
             if verbose:
                 import traceback
@@ -4871,18 +4850,16 @@ def main(argv: _Names = None) -> int:
     handled: Dict[int, Any] = {}  # signals that are neither ignored, as by nohup, nor handled by a program around us
 
     def end(number: int, _: Any) -> None:  # as Ctrl-C does, so that nothing is left behind that is billed
-        for other in handled.keys() - {signal.SIGINT}:  # a terminal that closes may send several
+        for other in set(handled) - {signal.SIGINT}:  # a terminal that closes may send several
             signal.signal(other, signal.SIG_IGN)
         raise KeyboardInterrupt(number)
 
     try:
         with suppress(ValueError):  # only the main thread may do so
-            hang_up = getattr(signal, 'SIGHUP', signal.SIGTERM)  # which Windows has not
-            for number in (signal.SIGINT, signal.SIGTERM, hang_up):
+            for number in signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM):  # not on Windows
                 if signal.getsignal(number) in usual:
                     handled[number] = signal.signal(number, end)
-        words = sys.argv[1:] if argv is None else argv
-        return _run(words)
+        return _run(sys.argv[1:] if argv is None else argv)
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
