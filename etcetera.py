@@ -4313,7 +4313,9 @@ def diff(a: str, b: str, remote: Union[bool, Tuple[bool, bool]] = False, config:
                 known[segment.path][side] = segment
         for path, sides in sorted(known.items()):
             one, other = map(sides.get, 'ab')
-            status = 'new' if not one else 'gone' if not other else 'same' if one.digest == other.digest else 'differs'
+            status = 'new' if not one else 'gone' if not other else 'differs'
+            if one and other and one.digest == other.digest:
+                status = 'same'
             found['segments'][path] = {'status': status, 'a': one and _total(one), 'b': other and _total(other)}
         found['equal'] = found['a']['digest'] == found['b']['digest']
         return found
@@ -4560,7 +4562,8 @@ def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> No
         place = _Place(name, config)
         with place.lock(job), place.installing():
             if place.pin or not _is_dataset(place.path):
-                place.check(place.open()._read(job))
+                segments = place.open()._read(job)
+                place.check(segments)
             place.vacate('new')
             place.forget()
         _say(f"purged '{place.name}'")
@@ -4823,7 +4826,8 @@ def _run(argv: Sequence[str]) -> int:
     status = 0
     for each in ([[word] for word in words] if places == ['NAME...'] else [words]):
         if name not in ('ls', 'create', 'purge'):
-            options['progress'] = _meter(' '.join([name, *each]))
+            what = ' '.join([name, *each])
+            options['progress'] = _meter(what)
         try:
             config = config or Config.load(path, url=url, home=home)
             status |= run(*each, config=config, **options) is False
