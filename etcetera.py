@@ -2303,7 +2303,8 @@ class _Aws(_Renewed):
         return keys, max(keys.expires, time.time() + 300)
 
     def from_environment(self) -> _MaybeKeys:
-        return _aws_static({key: _env(key.upper()) for key in _AWS_KEYS}, 'the environment')
+        return _aws_static({key: _env(key.upper())
+                            for key in _AWS_KEYS}, 'the environment')
 
     def from_profile(self, name: str, users: Tuple[str, ...] = ()) -> _MaybeKeys:
         """The first of: a role, a web identity, SSO or `aws login`, credential_process, keys; for roles of `users`."""
@@ -2334,7 +2335,8 @@ class _Aws(_Renewed):
         if path:
             token = _read_secret(path, 'the file with a token that web_identity_token_file or '
                                        '$AWS_WEB_IDENTITY_TOKEN_FILE names')
-            return self.from_sts('web identity', find, None, WebIdentityToken=token)
+            return self.from_sts('web identity', find, None,
+                                 WebIdentityToken=token)
         if 'sso_account_id' in values or values.get('login_session'):
             return self.from_tools(name)
         if values.get('credential_process'):
@@ -2343,8 +2345,8 @@ class _Aws(_Renewed):
 
     def from_sts(self, source: str, find: Callable[[str], Any], keys: _MaybeKeys, **form: str) -> _AwsKeys:
         """https://docs.aws.amazon.com/STS/latest/APIReference/API_AssumeRole.html"""
-        action = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
-        form.update(Action=action, Version='2011-06-15', RoleSessionName='etcetera')
+        form['Action'] = 'AssumeRole' if keys else 'AssumeRoleWithWebIdentity'
+        form.update(Version='2011-06-15', RoleSessionName='etcetera')
         for key in 'role_arn', 'role_session_name', 'external_id', 'duration_seconds':
             if find(key):
                 parameter = key.title().replace('_', '')
@@ -2403,7 +2405,8 @@ class _Aws(_Renewed):
         """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-metadata-security-credentials.html"""
         if self.flag('ec2_metadata_disabled'):
             return None
-        site = self.setting('ec2_metadata_service_endpoint').rstrip('/') or 'http://169.254.169.254'
+        site = (self.setting('ec2_metadata_service_endpoint').rstrip('/')
+                or 'http://169.254.169.254')
         reply = _ask_metadata(self.http, _Request('PUT', f'{site}/latest/api/token',
                                                   {'X-aws-ec2-metadata-token-ttl-seconds': '21600'}, tries=1))
         token = reply.body.decode('latin-1').strip()
@@ -2433,7 +2436,8 @@ def _aws_keys(values: _Row, source: str) -> _AwsKeys:
     """Keys from settings, or as STS, a process or a metadata service gives them, which use other spellings."""
     plain = {re.sub('aws_|session|_', '', key.lower()): str(value or '').strip()
              for key, value in values.items()}
-    parts = [plain.get(name, '') for name in ('accesskeyid', 'secretaccesskey', 'token')]
+    parts = [plain.get(name, '')
+             for name in ('accesskeyid', 'secretaccesskey', 'token')]
     for name, part in zip(_AWS_KEYS, parts[:2]):
         if not re.match(r'[!-~]+\Z', part):
             raise ConfigError(f'{source}: {name} is missing, or holds characters that it cannot have', 'get it again')
@@ -2599,7 +2603,8 @@ class _GoogleCredentials(_Renewed):
         host = _env('GCE_METADATA_HOST', 'GCE_METADATA_ROOT') or 'metadata.google.internal'
         path = 'computeMetadata/v1/instance/service-accounts/default/token'
         url = f"http://{host}/{path}?scopes={quote(_GOOGLE_SCOPE, '')}"
-        reply = _ask_metadata(self.http, _Request('GET', url, {'Metadata-Flavor': 'Google'}, tries=1))
+        reply = _ask_metadata(self.http, _Request('GET', url,
+                                                  {'Metadata-Flavor': 'Google'}, tries=1))
         return reply.json() if reply.headers.get('Metadata-Flavor') == 'Google' and reply.status == 200 else None
 
     def from_tools(self) -> _Row:
