@@ -3523,7 +3523,6 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #
 # The local store. At any instant ~/.etc/NAME is absent, the complete old dataset, or the complete new one: all work
 # happens in a directory beside it, and installing is one rename.
-#
 #     ~/.etc/NAME                     a directory (pulled, created, copied) or a link (registered)
 #     ~/.etc/NAME/.etcetera.json      its receipt: what was installed, and from where
 #     ~/.etc/.etcetera/locks/NAME     locked while a pull or purge works
@@ -3535,17 +3534,15 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #     ~/.etc/.etcetera/NAME@host@pid@random@0   the same, when the process has ended its work, but something is to stay
 #
 # The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
-# the name that it holds, and never through a link. Locks only save work, as they do nothing on some disks: then both
-# of two pulls fill a directory of their own, one rename wins, and the other accepts what is there if it is the same.
-# If a pull is killed, the next one takes its directory over, reads, hashes and compares what its journal lists
-# (_replay() in Archives), links that, and fetches the rest. It begins anew with archives of other tools, and for a day
-# where nobody can tell whether the other process is alive: on Windows, and if it ran on another machine.
+# the name that it holds, never through a link. Locks only save work, as some disks ignore them: then two pulls fill a
+# directory each, one rename wins, and the other accepts what is there if it is the same. If a pull is killed, the next
+# one takes over what hashes as its journal says (see _replay()), and fetches the rest. It begins anew with archives of
+# other tools, and for a day where nobody can tell if that one is alive: on Windows and other machines.
 # ---------------------------------------------------------------------------------------
 
 _STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
 _RESUMABLE = 7 * 86400  # seconds for which what an interrupted pull has left is kept
 _GRACE = 900  # seconds for which a replaced dataset is kept for those who are reading it
-
 _OURS = os.urandom(4).hex()  # tells this process from an earlier one that had the same number, as in a container
 
 
@@ -3582,7 +3579,6 @@ def _put_back(work: Path) -> None:
 
 class _Place:
     """Where a dataset is in the local store, or is to come; and the contents that the caller insists on."""
-
     def __init__(self, text: str,
                  config: Optional[Config]) -> None:
         """text: NAME, or NAME@sha256:... Raises InvalidDataset."""
@@ -3706,14 +3702,13 @@ class _Place:
         return Exists(f"another '{self.name}' is installed already", '-f (force) replaces it')
 
     def vacate(self, name: str) -> None:
-        """Let the dataset have this name in `work`; or remove it, if it is part of a container image."""
+        """Let the dataset have this name in `work`; or remove it, as none in a container image can be renamed."""
         try:
             os.rename(self.path, self.work / name)
         except OSError as e:
             if e.errno != errno.EXDEV or self.path.is_symlink():
                 raise
-            # An image's directories cannot be renamed. So first of all this one stops counting as a dataset.
-            _write_receipt(self.work, _Receipt(self.name, source=''))
+            _write_receipt(self.work, _Receipt(self.name, source=''))  # first it stops counting as a dataset
             os.rename(self.work / _RECEIPT, self.path / _RECEIPT)
             self.clear()
             if os.path.lexists(self.path):
@@ -3887,14 +3882,12 @@ def _remove(path: Path) -> None:
 #
 # An archive in a remote, bound to one version of an object. One with an index has known segments, any of which can be
 # fetched and verified by itself. One that another tool made is pulled as a whole, and its digest is known afterwards.
-#
 # No directory is moved that is in its place already: a pull links what any installed dataset has (reuse() in Home), and
 # a push lets S3 copy what other archives hold. Names prove nothing: all files are read, and must hash alike.
 # ---------------------------------------------------------------------------------------
 
 class _Archive:
     """segments: empty if another tool made the archive, until it has been extracted; nothing is known of them then."""
-
     def __init__(self, remote: _Remote,
                  obj: _Object, tail: bytes) -> None:
         self.remote = remote
@@ -3924,10 +3917,8 @@ class _Archive:
 
     def read_ahead(self, spans: Sequence[Sequence[int]]
                    ) -> Generator[bytes, None, None]:
-        """The bytes of some spans, in order, read over several connections at once. What is under way is bounded.
-
-        Ranges grow while they come fast: long ones on a slow link would show little progress, and lose much at a break.
-        """
+        """The bytes of some spans, in order, read over several connections at once; what is under way is bounded.
+        Ranges grow while they come fast: on a slow link, long ones show little progress, and lose much at a break."""
         total = sum(stop - start for start, stop in spans)
         self.job.begin(total)
         length = _MIN_RANGE  # of the next range
@@ -4015,7 +4006,6 @@ class _Archive:
                     span[0] = before[1] = before[0]
             with closing(self.read_ahead(spans)) as chunks:
                 yield from _inflate_blocks(self.job, chunks, rest)
-
         with self.labelled(), closing(blocks()) as found:
             _extract(found, promised, work / 'new', work / 'journal', head)
 
@@ -4047,15 +4037,13 @@ def _paths_of(name: str, segments: _Segments,
 
 _MIN_SHARED = 32 << 20  # bytes of a dataset above which it pays to look for what other archives share with it
 _MAX_SOURCES = 24  # archives that are looked at
-
 _Source = Tuple[_Archive, _Segment]  # where a segment stands
 _Copies = Dict[str, _Source]  # segments that S3 copies, by path
 
 
 def _find_copies(remote: _Remote, name: str,
                  survey: _Survey) -> _Copies:
-    """Segments that need not be sent, as their files, which are read, and both ends of what is to be copied hash alike.
-    """
+    """Segments that need not be sent: their files, which are read, and both ends of what is to be copied hash alike."""
     def look(obj: _Object) -> List[_Source]:
         with suppress(Error):
             archive = _find(remote, obj.name)
@@ -4074,7 +4062,6 @@ def _find_copies(remote: _Remote, name: str,
             last = archive.read(segment.stop - longest, segment.stop)
             return _end_digests(first, last) == [digests[:32], digests[-32:]]
         return False
-
     if survey.size < _MIN_SHARED or not remote.can_copy:
         return {}
     try:
