@@ -3775,13 +3775,12 @@ def _read_receipt(directory: Path) -> _Receipt:
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
         if directory.is_symlink() or path.is_symlink():
             return _NO_RECEIPT
-        row = json.loads(path.read_bytes().decode('utf-8'))
-        segments = list(map(_Segment.from_json, row['segments']))
-        *texts, installed = [row[key] for key in (
-            'source', 'version', 'when', 'installed')]
+        row = json.loads(path.read_text('utf-8'))
+        values = [row[key] for key in _Receipt._fields]
+        name, rows, installed, *texts = values
         ''.join(texts + installed)  # TypeError if they are no texts
-        receipt = _Receipt(row['name'], segments,
-                           frozenset(installed), *texts)
+        segments = list(map(_Segment.from_json, rows))
+        receipt = _Receipt(name, segments, frozenset(installed), *texts)
         if receipt.name == directory.name and receipt.digest == row['digest']:
             return receipt
     return _NO_RECEIPT
