@@ -3756,7 +3756,7 @@ class _Place:
         return set(sound)
 
 
-def _digests(segments: _Segments) -> _Texts:
+def _digests(segments: Iterable[_Segment]) -> _Texts:
     """The digests of segments, by their paths."""
     return {segment.path: segment.digest for segment in segments}
 
@@ -3963,20 +3963,18 @@ class _Archive:
                 wanted: Set[str]) -> Set[str]:
         """Fill a place with the segments that have these paths; return the paths of those that were here already."""
         place.new.mkdir()
-        reused: Set[str] = set()
-        if self.segments:
-            # Not of the first, the files beside all directories, as they are few, and hard to tell from others there.
-            lacking = [segment for segment in self.segments[1:]
-                       if segment.path in wanted]
-            reused = place.reuse(self.job, _digests(lacking))
-            self.fetch(wanted - reused, place.work)
-        else:
+        if not self.segments:
             whole = self.read_ahead([(0, self.obj.size)])
             with self.labelled(), closing(whole) as chunks:
                 _extract_foreign(self.job, chunks, place.new)
+            _validate(place.new, self.label)
+            self.segments = _digest_segments(self.job, place.new)
+            return set()
+        # Not of the first, the files beside all directories, as they are few, and hard to tell from others there.
+        lacking = _digests(segment for segment in self.segments[1:] if segment.path in wanted)
+        reused = place.reuse(self.job, lacking)
+        self.fetch(wanted - reused, place.work)
         _validate(place.new, self.label)
-        self.segments = self.segments or _digest_segments(
-            self.job, place.new)
         return reused
 
     def fetch(self, paths: Set[str], work: Path) -> None:
