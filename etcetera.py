@@ -4044,19 +4044,16 @@ def _find_copies(remote: _Remote, name: str,
     def look(obj: _Object) -> List[_Source]:
         with suppress(Error):
             archive = _find(remote, obj.name)
-            return [
-                (archive, segment) for segment in archive.segments
-                if segment._replace(offset=0, length=0, digest='')
-                == survey.segments.get(segment.path)]
+            return [(archive, segment) for segment in archive.segments
+                    if segment._replace(offset=0, length=0, digest='') == survey.segments.get(segment.path)]
         return []
 
     def is_sound(source: _Source) -> bool:
         archive, segment = source
         digests = read[segment.path]
-        longest = min(segment.length, _LONGEST_BLOCK)
         with suppress(Error):
-            first = archive.read(segment.offset, segment.offset + longest)
-            last = archive.read(segment.stop - longest, segment.stop)
+            first = archive.read(segment.offset, min(segment.offset + _LONGEST_BLOCK, segment.stop))
+            last = archive.read(max(segment.stop - _LONGEST_BLOCK, segment.offset), segment.stop)
             return _end_digests(first, last) == [digests[:32], digests[-32:]]
         return False
     if survey.size < _MIN_SHARED or not remote.can_copy:
@@ -4067,11 +4064,9 @@ def _find_copies(remote: _Remote, name: str,
         _say(f'nothing is copied: {e.message}', _DEBUG)
         return {}
     objects.sort(key=lambda obj: (obj.name == name, obj.modified))
-    in_parallel: Any = partial(_ordered, remote.job, remote.connections)
-    held: List[_Source] = sum(
-        in_parallel(look, objects[-_MAX_SOURCES:]), [])
-    paths = {segment.path for _, segment in held}
-    read = _hash(remote.job, survey.listing(paths))
+    in_parallel = partial(_ordered, remote.job, remote.connections)
+    held: List[_Source] = sum(in_parallel(look, objects[-_MAX_SOURCES:]), [])
+    read = _hash(remote.job, survey.listing({segment.path for _, segment in held}))
     found: _Copies = {}
     replaced = []
     for archive, segment in held:
@@ -4082,12 +4077,10 @@ def _find_copies(remote: _Remote, name: str,
                 found[segment.path] = archive, segment
     if len(survey.segments) == len(replaced) == len(replaced[0].segments):
         return {}  # as what is the same already may be damaged where nobody looks
-    sound = in_parallel(is_sound, found.values())
-    return dict(itertools.compress(found.items(), sound))
+    return dict(itertools.compress(found.items(), in_parallel(is_sound, found.values())))
 
 
-def _pack(job: _Job, local: Dataset, survey: _Survey,
-          copies: _Copies, level: int, segments: List[_Segment]
+def _pack(job: _Job, local: Dataset, survey: _Survey, copies: _Copies, level: int, segments: List[_Segment]
           ) -> Generator[_Chunk, None, None]:
     """The archive of a dataset, whose segments are appended to those that are given."""
     listing = survey.listing(
