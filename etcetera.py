@@ -3550,8 +3550,7 @@ def _names(home: Path) -> List[str]:
     """The names of the datasets that are here, sorted."""
     _abandoned(home)  # so that what had been set aside is back
     with suppress(FileNotFoundError):
-        names = filter(_is_name, os.listdir(home))
-        return sorted(name for name in names if _is_dataset(home / name))
+        return sorted(name for name in os.listdir(home) if _is_name(name) and _is_dataset(home / name))
     return []
 
 
@@ -3568,13 +3567,12 @@ def _abandoned(home: Path) -> List[Path]:
 
 def _put_back(work: Path) -> None:
     """Put back what was set aside; or if another dataset took its place, keep it for those who are reading it."""
-    old = work / 'old'
     place = work.parents[1] / work.name.split('@')[0]
-    if os.path.lexists(old):
+    if os.path.lexists(work / 'old'):
         if os.path.lexists(place):
             place = work / 'gone'
             _remove(place)  # set aside by a try before
-        os.rename(old, place)
+        os.rename(work / 'old', place)
 
 
 class _Place:
@@ -3641,10 +3639,9 @@ class _Place:
             _make_movable(self.path)
             self.sweep()
             yield
-        except (RemoteError, _NoRoom):
-            raise
-        except Exception:
-            self.forget()
+        except Exception as e:
+            if not isinstance(e, (RemoteError, _NoRoom)):
+                self.forget()
             raise
         finally:
             if _journals(self.work) or os.path.lexists(self.work / 'gone'):
@@ -3661,11 +3658,9 @@ class _Place:
         """Remove what was abandoned, but for what may be resumed or read; `earlier` is what pulls of this one left."""
         for work in _abandoned(self.root):
             is_same = work.name.startswith(self.name + '@')
-            keep = 0
+            keep = _RESUMABLE if _journals(work) and not is_same else 0
             if os.path.lexists(work / 'gone'):
                 keep = _GRACE
-            elif not is_same and _journals(work):
-                keep = _RESUMABLE
             with suppress(OSError):  # another process was faster
                 if time.time() - work.stat().st_mtime < keep:
                     continue
@@ -3686,8 +3681,7 @@ class _Place:
                 if replace:
                     self.vacate('old')
             try:
-                os.rename(self.new, self.path)
-                return
+                return os.rename(self.new, self.path)
             except OSError:
                 if not os.path.lexists(self.path):
                     raise
@@ -3736,8 +3730,7 @@ class _Place:
                 & wanted.items() - linked.items())
             linked.update(same)
             with suppress(InvalidDataset, OSError):  # as where it is being removed
-                listing = _Survey(self.root / name, same).listing(same) if same else ()
-                for _, entries in listing:
+                for _, entries in _Survey(self.root / name, same).listing(same) if same else ():
                     for entry in entries:
                         job.add(0)
                         target = _join(self.new, entry.name)
@@ -3750,10 +3743,10 @@ class _Place:
         found: _Segments = ()
         with suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
-        sound = dict(_digests(found).items() & linked.items())
-        for path in linked.keys() - sound.keys():
+        sound = {segment.path for segment in found if segment.digest == linked.get(segment.path)}
+        for path in linked.keys() - sound:
             _remove(self.new / _to_os(path))
-        return set(sound)
+        return sound
 
 
 def _digests(segments: Iterable[_Segment]) -> _Texts:
@@ -3789,11 +3782,9 @@ def _read_receipt(directory: Path) -> _Receipt:
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     """Write it, and let the disk hold all of the directory: before it gets its name, or is removed."""
     row = receipt._asdict()
-    row.update(digest=receipt.digest,
-               when=_utc(time.time()),
-               segments=[segment._asdict() for segment in receipt.segments])
-    text = json.dumps(row, default=sorted)
-    _write_file(directory / _RECEIPT, 0o444, [text.encode()])
+    row.update(digest=receipt.digest, when=_utc(time.time()), segments=[
+        segment._asdict() for segment in receipt.segments])
+    _write_file(directory / _RECEIPT, 0o444, [json.dumps(row, default=sorted).encode()])
     _flush(directory)
 
 
@@ -3836,8 +3827,7 @@ def _flush(directory: Path) -> None:
         import ctypes
         syncfs = ctypes.CDLL(None, use_errno=True).syncfs  # Linux: only this file system
     except (ImportError, OSError, AttributeError):
-        os.sync()
-        return
+        return os.sync()
     file = os.open(directory, os.O_RDONLY)
     code = syncfs(file) and ctypes.get_errno()
     os.close(file)
@@ -3845,12 +3835,11 @@ def _flush(directory: Path) -> None:
         raise OSError(code, os.strerror(code), directory)
 
 
-def _make_movable(path: _Path) -> None:
+def _make_movable(path: Path) -> None:
     """Let a read-only directory be renamed, which otherwise only root can."""
     with suppress(OSError):
-        if not os.path.islink(path):
-            mode = os.stat(path).st_mode
-            os.chmod(path, mode | 0o700)
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | 0o700)
 
 
 def _check_room(directory: Path, size: int) -> None:
@@ -3872,7 +3861,7 @@ def _remove(path: Path) -> None:
         _make_movable(path)
         for top, directories, files in os.walk(path):
             for name in directories + (files if os.name == 'nt' else []):
-                _make_movable(os.path.join(top, name))
+                _make_movable(Path(top, name))
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -3942,10 +3931,8 @@ class _Archive:
             else:
                 most = 2 * self.remote.connections
             return data
-
-        with closing(_ordered(
-                self.job, self.remote.connections, fetch, ranges(),
-                lambda count: count < most and ahead < _AHEAD)) as chunks:
+        with closing(_ordered(self.job, self.remote.connections, fetch, ranges(),
+                              lambda count: count < most and ahead < _AHEAD)) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data
@@ -3994,9 +3981,8 @@ class _Archive:
                 yield block
             _check_room(work, sum(segment.size for segment in lacking.values()))
             _remove(work / 'earlier/journal')  # all of it is in place
-            rest = sorted(  # what has begun goes on first
-                lacking.values(),
-                key=lambda segment: segment == promised[segment.path])
+            rest = sorted(lacking.values(),  # what has begun goes on first
+                          key=lambda segment: segment == promised[segment.path])
             spans = [[segment.offset, segment.stop] for segment in rest]
             for before, span in zip(spans, spans[1:]):
                 if before[1] == span[0]:  # one request may read both
@@ -4083,9 +4069,8 @@ def _find_copies(remote: _Remote, name: str,
 def _pack(job: _Job, local: Dataset, survey: _Survey, copies: _Copies, level: int, segments: List[_Segment]
           ) -> Generator[_Chunk, None, None]:
     """The archive of a dataset, whose segments are appended to those that are given."""
-    listing = survey.listing(
-        survey.segments.keys() - copies.keys())
-    with closing(_process(job, listing, partial(_compress, level))) as blocks:
+    lacking = survey.segments.keys() - copies.keys()
+    with closing(_process(job, survey.listing(lacking), partial(_compress, level))) as blocks:
         packed = itertools.groupby(blocks, operator.attrgetter('path'))
         for path, segment in survey.segments.items():
             offset = segments[-1].stop if segments else 0
@@ -4116,20 +4101,17 @@ def _write_archive(remote: _Remote, local: Dataset,
                    ) -> Tuple[List[_Segment], _Copies]:
     """Pack a dataset into the remote, as write() does; return its segments, and those of them that were copied."""
     name = local.name
-    job = remote.job
     survey = _Survey(local.root)
     survey.warn(name)
-    paths = json.dumps(list(survey.segments))
-    if len(paths) + 200 * len(survey.segments) > _INDEX_LIMIT:
+    if len(json.dumps(list(survey.segments))) + 200 * len(survey.segments) > _INDEX_LIMIT:
         raise InvalidDataset('it has too many partitions for one archive', 'gather them in fewer directories')
     copies = _find_copies(remote, name, survey)
     while True:
         segments: List[_Segment] = []
         doubt: Optional[Error] = None
-        job.begin(survey.size - sum(
-            segment.size for _, segment in copies.values()))
+        remote.job.begin(survey.size - sum(segment.size for _, segment in copies.values()))
         try:
-            with closing(_pack(job, local, survey, copies, level, segments)) as chunks:
+            with closing(_pack(remote.job, local, survey, copies, level, segments)) as chunks:
                 remote.write(name, chunks, survey.limit, exclusive)
         except _WriteAgain:
             continue
