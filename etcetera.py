@@ -3550,7 +3550,8 @@ def _names(home: Path) -> List[str]:
     """The names of the datasets that are here, sorted."""
     _abandoned(home)  # so that what had been set aside is back
     with suppress(FileNotFoundError):
-        return sorted(name for name in os.listdir(home) if _is_name(name) and _is_dataset(home / name))
+        return sorted(name for name in os.listdir(home)
+                      if _is_name(name) and _is_dataset(home / name))
     return []
 
 
@@ -3725,9 +3726,7 @@ class _Place:
         os.mkdir(self.new / 'data')
         for name in _names(self.root):
             receipt = _read_receipt(self.root / name)
-            same = dict(
-                _digests(receipt.here()).items()
-                & wanted.items() - linked.items())
+            same = dict(_digests(receipt.here()).items() & wanted.items() - linked.items())
             linked.update(same)
             with suppress(InvalidDataset, OSError):  # as where it is being removed
                 for _, entries in _Survey(self.root / name, same).listing(same) if same else ():
@@ -3743,7 +3742,8 @@ class _Place:
         found: _Segments = ()
         with suppress(Error, OSError):
             found = _digest_segments(job, self.new)  # which nobody can exchange any more
-        sound = {segment.path for segment in found if segment.digest == linked.get(segment.path)}
+        sound = {segment.path for segment in found
+                 if segment.digest == linked.get(segment.path)}
         for path in linked.keys() - sound:
             _remove(self.new / _to_os(path))
         return sound
