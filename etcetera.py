@@ -1349,6 +1349,10 @@ def _write_file(path: _Path, mode: int, pieces: Iterable[Any], size: int = 0) ->
         for piece in pieces:
             while piece:
                 piece = piece[os.write(file, piece):]
+    except OSError as e:
+        if e.errno in _NoRoom.codes:
+            e.filename = path  # which write() does not tell
+        raise
     finally:
         os.close(file)
 
@@ -1918,12 +1922,14 @@ class _Http:
                 if verdict == 'at once':
                     continue
                 problem = f'{site} answers {reply.status}'
-                with suppress(TypeError, ValueError):
+                now = reply.time('Date') or time.time()
+                asked = reply.time('Retry-After') - now
+                with suppress(TypeError, ValueError):  # a date (RFC 9110, 10.2.3)
                     asked = float(reply.headers['Retry-After'])
             _say(f'{request.method}: {problem}; trying again', _INFO if failures == 2 else _DEBUG)
             pause = min(8, 0.25 * 2 ** failures)
             pause *= random.uniform(0.75, 1)
-            job.sleep(pause + min(asked, longest))
+            job.sleep(pause + max(0.0, min(asked, longest)))
 
     def exchange(self, request: _Request, job: _Job, patience: float) -> _Reply:
         """Make a request once, or again if the server has closed the connection that was kept."""
@@ -1933,6 +1939,7 @@ class _Http:
         place = _site(request.url), request.is_near
         connection = self.connection(*place)
         was_kept, is_reusable = connection.sock, False
+        connection.moved = 0  # bytes that are counted in vain if it fails
         self.busy[connection] = request
         try:
             with closing(self.send(connection, request, job, patience)) as response:  # or it keeps the socket open
@@ -1940,6 +1947,7 @@ class _Http:
                 is_reusable = response.isclosed()
             return _Reply(response.status, response.headers, body, request)
         except (OSError, HTTPException) as e:
+            job.add(-connection.moved)
             self.close()  # as whatever has ended or forgotten this connection has done so to those that are kept
             if connection not in self.busy:
                 raise _Ended from None
@@ -1978,6 +1986,7 @@ class _Http:
              job: _Job, patience: float) -> Any:
         """Send a request, and return the response, whose body is still to be read."""
         import socket
+        from http.client import HTTPException
         parts = urlsplit(request.url)
         target = f"{connection.base}{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
         headers = {**request.headers, **connection.headers}
@@ -2004,12 +2013,15 @@ class _Http:
                 for start in range(0, len(chunk), _SLICE):  # as the time-out of a socket applies to each
                     piece = memoryview(chunk)[start:start + _SLICE]
                     connection.send(piece)
+                    connection.moved += len(piece)
                     job.add(len(piece))
         response = connection.getresponse()
-        while 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
+        for _ in range(100):
+            if not 101 < response.status < 200:  # http.client itself skips only 100 (RFC 9110, 15.2)
+                return response
             response.headers = None  # so that begin() reads the next one
             response.begin()
-        return response
+        raise HTTPException('more than 100 interim answers')
 
     def receive(self, connection: Any, response: Any,
                 request: _Request, job: _Job) -> bytes:
@@ -2025,6 +2037,7 @@ class _Http:
             # More at once of long ranges, as threads that read a little each mostly wait for each other.
             for data in iter(lambda: response.read(min(4 * _SLICE, max(_SLICE, body.tell()))), b''):
                 body.write(data)
+                connection.moved += len(data)
                 job.add(len(data))
                 if body.tell() > request.limit:
                     raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
@@ -2702,7 +2715,7 @@ _REMEDIES = (  # by patterns for what _BucketStore.error() puts together
     ('.*(object.?lock|worm protected|is immutable|retention policy|active \\S+ hold)',
      'a rule of the bucket protects it; ask whoever made the rule'),
     ('429|503', "the storage is overloaded; try again later, or with 'connections: 1'"),
-    (r'2.. \w+ ...:|308', _WHO_ANSWERS))
+    (r'2.. \w+ \w+ ...:|308', _WHO_ANSWERS))
 
 
 class _Object(NamedTuple):
@@ -2893,7 +2906,8 @@ class _BucketStore(_HttpStore):
     def error(self, reply: _Reply) -> RemoteError:
         keys = reply.request.keys
         status = _status(reply)
-        text = f"{reply.status} {'account' if keys else 'nobody'} {status}"
+        verb = 'LIST' if 'delimiter=' in reply.request.url else reply.request.method
+        text = f"{reply.status} {'account' if keys else 'nobody'} {verb} {status}"
         remedy = next(remedy for pattern, remedy in (*_REMEDIES, *self.remedies)
                       if re.match('(?is)' + pattern, text))
         source = getattr(keys, 'source', 'nowhere')
@@ -3047,6 +3061,9 @@ class _FileRemote(_Remote):
                 os.fsync(file.fileno())
             self.publish(new, 0o444)
             self.place(new, name, exclusive)
+        except OSError as e:
+            e.filename = e.filename or self.root  # which write() does not tell
+            raise
         finally:
             with suppress(OSError):
                 os.unlink(new)
@@ -3105,6 +3122,7 @@ _S3_NO_COPIES = r'.*\.r2\.cloudflarestorage\.com|\S+ .*%'  # R2 wants equal part
 # As with `aws`, the bucket is part of the path where no host can have its name (an address has no subdomains; with TLS,
 # a dot does not match the certificate): https://docs.aws.amazon.com/cli/latest/topic/s3-config.html#addressing-style
 _S3_IN_HOST = r'(?!https?://([\d.]+|\[.*\])[:/\s])(http:.*\s[a-z0-9.-]+|.*\s[a-z0-9-]+)\Z'
+_S3_NEEDS = 'the credentials, which come from {source}, need %s here'
 
 
 class _S3Remote(_BucketStore):
@@ -3125,9 +3143,10 @@ class _S3Remote(_BucketStore):
          "set 'addressing_style = virtual' below 's3 =' of the profile '{store.aws.name}' in ~/.aws/config"),
         ('.* NoSuchUpload:', 'the storage, or a rule of the bucket, has removed the upload meanwhile; push again'),
         ('.* InvalidObjectState:', 'it was moved to an archive class; restore it there first'),
-        ('40[13] account|.* AccessDenied:',
-         'the credentials, which come from {source}, need s3:GetObject and s3:ListBucket to read (and to tell what is '
-         'missing), s3:PutObject to push, s3:DeleteObject to purge'),
+        ('40[13] account LIST', _S3_NEEDS % 's3:ListBucket'),
+        ('40[13] account GET', _S3_NEEDS % 's3:GetObject, and s3:ListBucket to tell what is missing'),
+        ('40[13] account DELETE', _S3_NEEDS % 's3:DeleteObject'),
+        ('40[13] account|.* AccessDenied:', _S3_NEEDS % 's3:PutObject'),
         ('', 'check the bucket in the url, the endpoint_url and the region'))
     next_page = 'continuation-token'
     must_check = False  # whether the bucket has been found to want MD5 sums
@@ -3966,7 +3985,7 @@ class _Archive:
 
     def fetch(self, paths: Set[str], work: Path) -> None:
         """Fetch segments, verify them and write them to work/new. What work/earlier has is not fetched again."""
-        head = f'{self.label!r} {self.obj.version!r}'
+        head = f'{self.label!a} {self.obj.version!a}'  # of any locale
         promised = {segment.path: segment
                     for segment in self.segments if segment.path in paths}
 
@@ -4369,8 +4388,10 @@ def _tally(place: _Place, segments: _Segments, reused: Container[str] = ()) -> s
     """How much was done, how long it took, and how much was in its place already: the segments with these paths."""
     had = sum(
         segment.size for segment in segments if segment.path in reused)
-    done = f'{_amount(_total(*segments))} in {time.monotonic() - place.started:,.2f} s'
-    return f'{done}; {_size(had)} were there already' if had else done
+    total = _total(*segments)
+    seconds = time.monotonic() - place.started or 0.001  # where the clock is coarse
+    more = f'; {_size(had)} were there already' if had else f" ({_size(total['size'] / seconds)}/s)"
+    return f'{_amount(total)} in {seconds:,.2f} s{more}'
 
 
 def _amount(counted: Optional[_Row]) -> str:
@@ -4589,7 +4610,6 @@ def _meter(what: str) -> _Progress:
     is_quiet = _console.level == _WARNING
     if is_dumb or is_quiet or not _is_terminal(sys.stderr):
         return None
-    import shutil
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
     begin = time.monotonic()
@@ -4602,7 +4622,9 @@ def _meter(what: str) -> _Progress:
         line = f'{what}  {100 * done // total}%  {_size(done)} of {_size(total)}'
         if done and seconds > 2:  # enough to tell how long the rest will take
             line += f'  {(total - done) * seconds / done:,.0f} s left  {_size(done / seconds)}/s'
-        columns = shutil.get_terminal_size().columns
+        columns = 80
+        with suppress(OSError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
         if done < total:  # afterwards, a message tells of the end
             _console.show_progress(line[:columns - 1])
     return show
