@@ -3926,32 +3926,31 @@ class _Archive:
                    ) -> Generator[bytes, None, None]:
         """The bytes of some spans, in order, read over several connections at once; what is under way is bounded.
         Ranges grow while they come fast: on a slow link, long ones show little progress, and lose much at a break."""
-        total = sum(stop - start for start, stop in spans)
-        self.job.begin(total)
+        left = sum(stop - start for start, stop in spans)
+        self.job.begin(left)
         length = _MIN_RANGE  # of the next range
-        most = 12  # ranges at once, until one comes slowly: more connections would slow a fast link down
         ahead = 0  # bytes that are being read or wait to be yielded
 
         def ranges() -> Iterator[Sequence[int]]:
-            nonlocal ahead
+            nonlocal ahead, left
             for start, end in spans:
                 while start < end:
-                    step = min(length, end - start)
+                    fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
+                    step = min(length, fair, end - start)
+                    left -= step
                     ahead += step
                     start += step
                     yield start - step, start
 
         def fetch(span: Sequence[int]) -> bytes:
-            nonlocal length, most
+            nonlocal length
             begin = time.monotonic()
             data = self.read(*span)
             if time.monotonic() - begin < _FAST_RANGE:
                 length = min(max(length, 2 * len(data)), _MAX_RANGE)
-            else:
-                most = 2 * self.remote.connections
             return data
         with closing(_ordered(self.job, self.remote.connections, fetch, ranges(),
-                              lambda count: count < most and ahead < _AHEAD)) as chunks:
+                              lambda _: ahead < _AHEAD)) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data
