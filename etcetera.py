@@ -2033,12 +2033,13 @@ class _Http:
         size = min(response.length or 0, request.limit)  # at once, as allocators keep what a body leaves as it grows
         body = request.into if is_file else io.BytesIO(bytes(size))
         body.seek(0)
+        room = memoryview(bytearray(4 * _SLICE))
         try:
             # More at once of long ranges, as threads that read a little each mostly wait for each other.
-            for data in iter(lambda: response.read(min(4 * _SLICE, max(_SLICE, body.tell()))), b''):
-                body.write(data)
-                connection.moved += len(data)
-                job.add(len(data))
+            for count in iter(lambda: response.readinto(room[:max(_SLICE, body.tell())]), 0):
+                body.write(room[:count])
+                connection.moved += count
+                job.add(count)
                 if body.tell() > request.limit:
                     raise RemoteError(f'{_site(request.url)} answers with more than was asked for',
                                       'a proxy or the endpoint_url is at fault', response.status)
@@ -2697,9 +2698,9 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 60 << 20  # bytes that may be sent at once
-_AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_MAX_RANGE = 3 << 20  # bytes that one request reads at most
+_MAX_RANGE = 2 << 20  # bytes that one request reads at most
 _FAST_RANGE = 0.5  # seconds that a range may take if the next one is to be twice as long
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed from a directory
@@ -2844,10 +2845,10 @@ class _HttpStore(_Remote):
         if not obj.size:
             return obj, b''
         start, stop, _ = slice(start, stop or None).indices(obj.size)
-        expected = rf'(?i)bytes {start}-{stop - 1}/({obj.size}|\*)\Z'
-        told = reply.headers.get('Content-Range') or ''
+        span = f'bytes {start}-{stop - 1}'
+        told = reply.headers.get('Content-Range', '').lower()
         fits = min(stop - start, _SLICE) <= len(reply.body) <= stop - start  # see _Http.receive()
-        if not re.match(expected, told) or not fits:
+        if told not in (f'{span}/{obj.size}', f'{span}/*') or not fits:
             raise RemoteError(f'{self.url} does not answer with the range that was asked for',
                               'a proxy or the endpoint_url is at fault', reply.status)
         return obj, reply.body
