@@ -1945,6 +1945,8 @@ class _Http:
             with closing(self.send(connection, request, job, patience)) as response:  # or it keeps the socket open
                 body = self.receive(connection, response, request, job)
                 is_reusable = response.isclosed()
+            if response.status >= 400:
+                job.add(-connection.moved)
             return _Reply(response.status, response.headers, body, request)
         except (OSError, HTTPException) as e:
             job.add(-connection.moved)
