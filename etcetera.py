@@ -269,7 +269,8 @@ def _system_errors() -> Iterator[None]:
     except OSError as e:
         message = e.strerror or str(e)
         if e.filename is not None:
-            e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
+            path = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else str(e.filename)
+            e.filename = _existing_part(path)  # a traceback shows both names, too
             e.filename2 = None
             message += f': {e.filename}'
         remedy = 'free some space' if e.errno in _NoRoom.codes else ''
@@ -394,7 +395,7 @@ class Config:
 
     def __repr__(self) -> str:
         is_url = re.match('(https?|s3|gs|file)://', self.url or '')
-        shown = _masked(self.url or '') if is_url else '***'
+        shown = _masked(self.url or '') if is_url else '***' * bool(self.url)
         return f'Config({shown!r}, {_existing_part(str(self.home))!r}, ...)'
 
 
@@ -788,8 +789,12 @@ class _Survey:
             except OSError as e:  # as for a link to nothing, or back to itself
                 raise InvalidDataset(f"'{name[:300]}' cannot be read: {e.strerror}", 'repair or remove it') from None
             link = _kept_link(self.root, name, segment) if is_link and name != 'data' else ''
-            if is_link and not os.path.realpath(path).startswith(self.root + os.sep):
-                self.surprises['links that lead out of it'].append(f'{name} -> {os.path.realpath(path)}')
+            real = os.path.realpath(path) if is_link else ''
+            if real and not real.startswith(self.root + os.sep):
+                self.surprises['links that lead out of it'].append(f'{name} -> {real}')
+            around = os.path.realpath(os.path.dirname(path)) if real and not link else ''
+            if around and (around + os.sep).startswith(real + os.sep):
+                raise InvalidDataset(f"'{name}' is a link to a directory above it", 'remove it')
             if name.startswith(_ODD if name == segment else '.', name.rfind('/') + 1):
                 self.surprises['hidden or odd names'].append(name)
             if link:
@@ -1557,7 +1562,9 @@ class _SegmentReader(_Stream):
             size = int(pax.get(b'size', size))
             is_executable = name.endswith('/') or mode == b'0000755' and not link
             entry = _Entry(name, size, is_executable, link)
-            if (size == 0 or size > 0 and kind == b'0') and header == _tar_header(entry):
+            is_possible = size == 0 or size > 0 and kind == b'0'
+            is_possible &= not (link and kind == b'5')  # as nothing would remain of the link of a directory
+            if is_possible and header == _tar_header(entry):
                 return entry
         except ValueError:
             pass
@@ -1578,7 +1585,7 @@ def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _
         return [_SegmentReader(path, own, sink, notes).extract(promised.get(path)) for path, own in groups]
 
 
-def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Iterator[_Block]:
+def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Generator[_Block, None, None]:
     """The first blocks of some segments, from an interrupted extraction, as far as they hash as its journal says."""
     root = work / 'new'
     with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal') as file:
@@ -1828,7 +1835,7 @@ class _Reply(NamedTuple):
     def xml(self, name: str) -> List[_Texts]:
         """The texts in each XML element of that name by their tags; [] if there is none, or if entities could grow."""
         from xml.etree import ElementTree
-        if b'<!' in self.body.replace(b'<![CDATA[', b''):
+        if b'<!' in self.body.replace(b'\0', b'').replace(b'<![CDATA[', b''):  # in UTF-16, too
             return []
         with suppress(ElementTree.ParseError, LookupError, ValueError):  # LookupError: an unknown encoding
             root = ElementTree.fromstring(self.body.strip())  # S3 sends spaces to keep a connection open meanwhile
@@ -2032,7 +2039,8 @@ class _Http:
         from http.client import HTTPException, IncompleteRead
         is_file = request.into and response.status == 200
         is_range = 'Content-Range' in response.headers
-        size = min(response.length or 0, request.limit)  # at once, as allocators keep what a body leaves as it grows
+        # Allocated at once, as allocators keep what a body leaves behind as it grows
+        size = min(response.length or 0, request.limit, _REPLY_LIMIT)
         body = request.into if is_file else io.BytesIO(bytes(size))
         body.seek(0)
         room = memoryview(bytearray(4 * _SLICE))
@@ -2208,7 +2216,7 @@ class _Aws(_Renewed):
         self.http = _Http(job, ca_bundle)
         self.region = (
             config.region or _env('AWS_REGION', 'AWS_DEFAULT_REGION')
-            or self.values.get('region', 'us-east-1'))
+            or self.values.get('region') or 'us-east-1')
         if not re.match(_AWS_REGION, self.region):
             raise ConfigError('the region is not valid', "check 'region', $AWS_REGION and the AWS profile")
 
@@ -3022,7 +3030,13 @@ class _FileRemote(_Remote):
             names = [self.name_of(item.path) for item in os.scandir(self.root)]
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
-        return [obj for obj in map(self.stat, filter(None, names)) if obj]
+        found = []
+        for name in filter(None, names):
+            try:
+                found.append(self.stat(name))
+            except OSError as e:  # one that cannot be read must not hide the others
+                _say(f'{self.key(name)}: {e.strerror}', _WARNING)
+        return [obj for obj in found if obj]
 
     def stat(self, name: str, file: Union[str, int] = '') -> _MaybeObject:
         """As above; or the object in this file, which may be open. None if it is no regular one."""
@@ -3425,16 +3439,17 @@ class _GsRemote(_BucketStore):
             at = int(received.group(1)) + 1 if received else 0
             return 'final' if at > start else 'later'
 
-        reply = self.http.request(prepare, judge)
-        if reply.status == 412:
-            raise FileExistsError  # perhaps by ourselves, if an answer was lost
-        if reply.status < 300 and total != '*':
-            return reply
-        if reply.status != 308 or not start < at <= stop:
-            raise self.error(reply)
-        if at == stop and total == '*':
-            return reply
-        return self.send_part(session, (at, memoryview(part)[at - start:], total))
+        while True:
+            reply = self.http.request(prepare, judge)
+            if reply.status == 412:
+                raise FileExistsError  # perhaps by ourselves, if an answer was lost
+            if reply.status < 300 and total != '*':
+                return reply
+            if reply.status != 308 or not start < at <= stop:
+                raise self.error(reply)
+            if at == stop and total == '*':
+                return reply
+            start, part = at, memoryview(part)[at - start:]
 
 
 # http(s):// ----------------------------------------------------------------------------
@@ -3706,7 +3721,7 @@ class _Place:
             try:
                 return os.rename(self.new, self.path)
             except OSError:
-                if not os.path.lexists(self.path):
+                if not (os.path.lexists(self.path) and os.path.lexists(self.new)):
                     raise
             finally:
                 _put_back(self.work)
@@ -3716,7 +3731,7 @@ class _Place:
             raise self.taken_error()
 
     def taken_error(self) -> Exists:
-        return Exists(f"another '{self.name}' is installed already", '-f (force) replaces it')
+        return Exists(f"another '{self.name}' is installed already", 'choose another name, or -f (force) to replace it')
 
     def vacate(self, name: str) -> None:
         """Let the dataset have this name in `work`; or remove it, as none in a container image can be renamed."""
@@ -3993,13 +4008,14 @@ class _Archive:
 
         def blocks() -> Generator[_Block, None, None]:
             lacking = dict(promised)
-            for block in _replay(self.job, work / 'earlier', head, promised):
-                segment = lacking[block.path]
-                lacking[block.path] = segment._replace(
-                    offset=segment.offset + block.length,
-                    length=segment.length - block.length,
-                    size=segment.size - block.size)
-                yield block
+            with closing(_replay(self.job, work / 'earlier', head, promised)) as replayed:
+                for block in replayed:
+                    segment = lacking[block.path]
+                    lacking[block.path] = segment._replace(
+                        offset=segment.offset + block.length,
+                        length=segment.length - block.length,
+                        size=segment.size - block.size)
+                    yield block
             _check_room(work, sum(segment.size for segment in lacking.values()))
             _remove(work / 'earlier/journal')  # all of it is in place
             rest = sorted(lacking.values(),  # what has begun goes on first
@@ -4024,13 +4040,17 @@ def _existing(remote: _Remote, name: str,
     """The object that was found. Raises NotFound if none was."""
     if obj:
         return obj
+    with suppress(RemoteError):
+        remote.list()  # as there may be no such directory
     raise NotFound(f"no dataset '{name}' in {remote.url}", "'etc ls -r' lists what is there")
 
 
 def _paths_of(name: str, segments: _Segments,
               partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
-    if not partitions or not segments:  # if they are not known, all that is there
+    if isinstance(partitions, str) or partitions is not None and not partitions:
+        raise ConfigError("'partitions' must be a list of one or more names")
+    if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
     known = [segment.partition for segment in segments if segment.partition]
     for partition in partitions:
@@ -4196,9 +4216,9 @@ def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False)
         def describe(obj: _Object) -> _Row:
             segments: _Segments = ()
             try:
-                if in_full:
-                    segments = _find(store, obj.name).segments
-            except (Error, OSError) as e:  # one that cannot be read must not hide the others
+                with _system_errors():
+                    segments = _find(store, obj.name).segments if in_full else ()
+            except Error as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
             return _describe(obj, segments)
 
@@ -4437,9 +4457,10 @@ def push(name: str, force: bool = False, config: _MaybeConfig = None, progress: 
 def _is_stored(store: _Remote, local: Dataset) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name."""
     try:
-        archive = _find(store, local.name)
-    except NotFound:
-        return False
+        obj, tail = store.find(local.name)
+        if not obj:
+            return False
+        archive = _Archive(store, obj, tail)
     except RemoteError as e:
         if e.status != 403 or not store.has_exclusive_write:
             raise
@@ -4525,8 +4546,9 @@ def verify(name: str, config: _MaybeConfig = None, progress: _Progress = None) -
         found = _digest_segments(job, place.path)
         wrong = dict(_digests(receipt.here() or found).items() ^ _digests(found).items())
         if wrong:
+            remedy = f"'etc pull -f {place.name}' repairs it" if receipt.version else 'register it again'
             raise Corrupt(f"'{place.name}' is not what was installed: {', '.join(sorted(wrong))}",
-                          f"'etc pull -f {place.name}' repairs it, unless this disk keeps no executable bits")
+                          f'{remedy}, unless this disk keeps no executable bits')
         whole = receipt.segments or found
         place.check(whole)
         digest = _dataset_digest(whole)
@@ -4585,6 +4607,8 @@ def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
 
 def _print(*lines: str) -> None:
     """To stdout, whatever its encoding."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, 'it is closed')
     encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
     for line in lines:
         escaped = _printable(line).encode(encoding, 'backslashreplace')
@@ -4702,7 +4726,7 @@ def _purge(name: str, config: Config, remote: bool = False, force: bool = False)
 
 
 _FLAGS = '''
-[-f]            -f --force      replace a different dataset of that name; with purge -r: do not ask
+[-f]            -f --force      replace what has that name; with purge -r: do not ask
 [--copy]        --copy          install a read-only copy instead of a link
 [-r]            -r --remote     in the remote storage
 [-r NAME]       -r --remote     a remote dataset in place of A or B, for which nothing but its index is read
@@ -4752,14 +4776,14 @@ exit status: 0; 1 after an error, or if diff finds a difference; 2 after wrong u
 
 
 def _parser(argv: Sequence[str] = ()) -> Any:
-    """The parser of a command line: of all commands, unless this one names some, since to make all takes its time."""
+    """The parser of a command line: of all commands, unless it begins with one, since to make all takes its time."""
     from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
     new_parser: Any = partial(
         ArgumentParser, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS)
     parser = new_parser('etc', description='Share immutable datasets through cloud storage.', epilog=_NOTES)
     _add_flags(parser, '[--version] COMMAND')
     commands = parser.add_subparsers(prog='etc', parser_class=new_parser, dest='command', metavar='COMMAND')
-    for name in _COMMANDS.keys() & argv or _COMMANDS:
+    for name in _COMMANDS.keys() & argv[:1] or _COMMANDS:
         _, usage, text = _COMMANDS[name]
         command = commands.add_parser(name, description=text, help=text.split('\n')[0])
         command.add_argument(
@@ -4802,7 +4826,7 @@ def _run(argv: Sequence[str]) -> int:
     words: List[str] = sum(groups or [], [])
     more = options.get('partitions', words)  # as in `etc pull NAME -p ONE TWO`
     more.extend(map(_text, rest))
-    if name == 'register' and words[1:-1] == ['as']:
+    if name == 'register' and words[1:2] == ['as']:
         del words[1]
     places = usage.partition(' [-')[0].split()
     least = sum('[' not in place for place in places)
@@ -4822,7 +4846,8 @@ def _run(argv: Sequence[str]) -> int:
         except Error as e:
             if verbose:
                 import traceback
-                traceback.print_exc()
+                for line in traceback.format_exc().splitlines():
+                    _console.write(f'{_printable(line)}\n')
             _console.show(str(e))
             status = 1
             if not config:
@@ -4855,11 +4880,11 @@ def main(argv: _Names = None) -> int:
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        if sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as e:
-        _console.show('interrupted; the same command again: a pull goes on, a push begins anew')
+        _console.show('interrupted; run the same command again: a pull goes on, a push begins anew')
         number, = e.args or [2]
         return 128 + int(number)
     finally:

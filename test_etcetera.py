@@ -69,7 +69,7 @@ START = 'import sys; sys.path.insert(0, %r); import etcetera; vars(etcetera).upd
         'sys.exit(etcetera.main())' % str(HERE)
 
 parser_of = functools.lru_cache(maxsize=None)(etc._parser)  # as to make one takes longer than many a command
-etc._parser = lambda argv=(): parser_of(frozenset(etc._COMMANDS).intersection(argv))
+etc._parser = lambda argv=(): parser_of(tuple(argv[:1]))
 
 with contextlib.suppress(AttributeError, OSError):
     memory = os.statvfs('/dev/shm')  # is faster than many a disk
@@ -185,7 +185,7 @@ def use_libdeflate(value):
     etc._libdeflate.cache_clear()
 
 
-INTERRUPTED = b'etc: interrupted; the same command again: a pull goes on, a push begins anew\n'
+INTERRUPTED = b'etc: interrupted; run the same command again: a pull goes on, a push begins anew\n'
 
 
 class Case(unittest.TestCase):
@@ -1118,8 +1118,9 @@ class Format(Case):
         train = self.tmp / 'ds/data/train'
         for problem, make in (
                 ("'data/train/x' cannot be read: No such file", lambda: write(train, {'x': ('->', 'gone')})),
-                ("'data/train/x' cannot be read: Too many levels", lambda: write(train, {'x': ('->', 'y'), 'y': ('->', 'x')})),
-                ('data/train/up/.* cannot be read: Too many levels', lambda: write(train, {'up': ('->', '../../..')})),
+                ("'data/train/x' cannot be read: Too many", lambda: write(train, {'x': ('->', 'y'), 'y': ('->', 'x')})),
+                ('is a link to a directory above it', lambda: write(train, {'up': ('->', '../../..')})),
+                ("'data/train/up' is a link to a directory above it", lambda: write(train, {'up': ('->', '../..')})),
                 ("'data/train/pipe' is neither a file nor a directory", lambda: os.mkfifo(str(train / 'pipe'))),
                 (r'caf\\xe9.* is not valid UTF-8', lambda: os.mkdir(os.fsencode(str(train)) + b'/caf\xe9'))):
             with self.subTest(problem):
@@ -1495,6 +1496,7 @@ class Hostile(Pulls):
             'more than the index tells': file(data=b'hello'), 'beyond the block': file(_124=b'00000010002'),
             'a negative size': file(_124=b'-0000000002'), 'a size with spaces': file(_124=b'         2\0 '),
             'a size with _': file(_124=b'0000000_002'), 'a target': file(link='a'), 'a link to nothing': link('gone'),
+            'a directory with a target': file('m/', b'', link='a'),
             'a link out of the dataset': link('../../../victim'), 'an absolute link': link('/etc/passwd'),
             'a link to data': link('../../data'), 'a link with a detour': link('./a'),
             'a longer detour': link('b/../a'), 'NUL in a link': link('a\0b'),
@@ -1834,7 +1836,7 @@ class RemoteSuite:
             self.assertIn('installed already', self.etc('pull X', home=home)[1])
         write(root, {'data/train/new': 'new'})
         new = etc.push('X', force=True, config=self.config())
-        self.fails_with('(force) replaces it', 'pull X', home='two')
+        self.fails_with('(force) to replace it', 'pull X', home='two')
         self.fails_with('; those contents are not there, or not any more', 'pull -f X@' + old, home='two')
         self.assertEqual(etc.dataset('X@' + old, config=two).digest, old)
         assert_pulls(self, root, 'X@' + new, force=True)
@@ -3591,7 +3593,7 @@ class Web(WebSuite, Case):
                 self.server.fault = lambda h: h.answer(302, headers={'Location': location})
                 for words in ('ls -r', 'pull X'):
                     self.assertRegex(self.etc(words, home='three', status=1)[1],
-                                     'answers 302;|does not have the form https://host|cannot reach')  # as Python reads it
+                                     'answers 302;|not have the form https://host|cannot reach')  # as Python reads it
 
     def test_head_that_tells_nothing(self):
         """Where GET with a range works."""
@@ -4438,7 +4440,7 @@ class AwsLife(AwsCase):
     def test_roles_that_cannot_be(self):
         role = '[default]\n' + ROLE + 'forbidden\n'
         base = '\n[profile base]\n' + static('STATIC')
-        needs = "the AWS profile '%s' needs, besides role_arn, either a source_profile that has credentials and does not"
+        needs = "the AWS profile '%s' needs, besides role_arn, either a source_profile that has credentials and"
         self.refused("the AWS profile 'default': AWS STS answers 403 AccessDenied: about AccessDenied; check the "
                      'role_arn', role + 'source_profile = base' + base)
         self.refused(needs % 'default', role)
@@ -7290,7 +7292,7 @@ class Mistakes(Shell, Case):
 '.', '_' and '-', the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits
         push Other             another 'Other' is in SHARE already; push it under another name, or \
 'etc push -f Other' replaces it
-        pull Other             another 'Other' is installed already; -f (force) replaces it
+        pull Other             another 'Other' is installed already; choose another name, or -f (force) to replace it
         register MNIST ./digits  no directory HERE/MNIST; check the path; an archive must be unpacked first
         register ./digits/data as X  HERE/digits/data is no dataset: it needs a directory 'data' with a directory \
 for each partition
@@ -7299,7 +7301,7 @@ partition
         register digits.tgz    no directory HERE/digits.tgz; check the path; an archive must be unpacked first
         register ./my~data     'my~data' cannot be a dataset's name; it takes at most 128 letters, digits, '.', '_' \
 and '-', the first a letter or digit; after that, only @sha256: and 64 hexadecimal digits
-        register ./my~data MNIST  another 'MNIST' is installed already; -f (force) replaces it
+        register ./my~data MNIST  another 'MNIST' is installed already; choose another name, or -f (force) to replace it
         push Flowers           no local dataset 'Flowers'; \
 'etc pull Flowers' would fetch it, 'etc register DIR Flowers' add it
         purge Flowers          no local dataset 'Flowers'; \
@@ -7531,7 +7533,7 @@ class Python(Shell, Case):
         said = []
         with contextlib.redirect_stderr(types.SimpleNamespace(write=said.append)):
             self.assertEqual(etc.main(['--home', 'home', '--url', self.url, 'pull', 'X']), 1)
-        self.assertIn("no dataset 'X'", ''.join(said))
+        self.assertIn('no directory', ''.join(said))
 
     def test_worker_processes(self):
         import multiprocessing
@@ -7573,7 +7575,7 @@ class Refusals(Shell, Case):
             with self.subTest(url):
                 code, out = self.run_('sys.modules["ssl"] = None\n', 0, 'ls -r --url ' + url)
                 self.assertEqual(code, 1)
-                self.assertRegex(out, r'\Aetc: https:// cannot be used: [^\n]*, or use a Python with the module ssl\n\Z')
+                self.assertRegex(out, r'\Aetc: https:// cannot be used: [^\n]*, or use a Python with .* ssl\n\Z')
 
     @LINUX
     def test_few_threads(self):
@@ -7876,7 +7878,7 @@ class Program(Shell, Case):
         write('.', {'.etc/D%0120d/data' % number: None for number in range(700)})
         command = '"%s" "%s" ls' % (sys.executable, SCRIPT)
         for then, said in ((' | head -n 1', ''), (' >/dev/full', 'etc: cannot write to standard output: .*\n'),
-                           (' >&-', '')):
+                           (' >&-', 'etc: cannot write to standard output: it is closed\n')):
             if '/dev' not in then or os.path.exists('/dev/full'):
                 done = subprocess.run(['sh', '-c', command + then], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                 self.assertRegex(done.stderr.decode(), r'\A%s\Z' % said)
