@@ -2707,7 +2707,7 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 60 << 20  # bytes that may be sent at once
+_IN_FLIGHT = 40 << 20  # bytes that may be sent at once
 _AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 2 << 20  # bytes that one request reads at most
@@ -3241,6 +3241,7 @@ class _S3Remote(_BucketStore):
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
+        import threading
         # Amazon takes many parts, others often only few: so there are few while they are moderate.
         is_few = self.takes_few_parts or self.endpoint and limit < _FEW_PARTS * _LONG_PART
         size = max(_MIN_PART, limit // (_FEW_PARTS if is_few else _MAX_PARTS) + 1)  # bytes of a part
@@ -3260,9 +3261,19 @@ class _S3Remote(_BucketStore):
         connections = min(self.connections, -(-_IN_FLIGHT // size))
         parts = itertools.chain([first], filter(None, parts))
         del first  # or memory would hold it to the end
+        slots = threading.Semaphore(connections)
+
+        def send(item: Tuple[int, Any]) -> str:
+            try:
+                return self.send_part(url, query, item)
+            finally:
+                slots.release()
+
+        # No more parts are in memory than are being sent.
+        numbered = filter(lambda _: slots.acquire(),
+                          enumerate(parts, 1))
         try:
-            rows = _ordered(self.job, connections, partial(self.send_part, url, query), enumerate(parts, 1),
-                            connections.__gt__)  # so that no more parts are in memory
+            rows = _ordered(self.job, connections, send, numbered)
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers={'Content-Type': 'application/xml'}, body=[manifest])
