@@ -1395,6 +1395,8 @@ class Hostile(Pulls):
             for attack in (entry(name, b'evil'), entry(name + '/'), entry('data/train/x', b'evil', pax={'path': name})):
                 self.attack(unsafe % name, attack)
         self.attack(unsafe % r'data/train/a\x00b', entry('data/train/x', pax={'path': 'data/train/a\0b'}))
+        write(self.tmp, {'share/X.tgz': gzip.compress(entry('../\x1b]0;x\x07/b', b'x') + bytes(1024))})
+        self.assertNotIn(b'\x1b', self.spawn('-v pull X').communicate()[1])
         for name in ('d/' * 1900 + 'x', 'd/' * 300):
             self.attack("the unsafe name 'data/train/d/d/d/", entry('data/train/' + name))
 
@@ -2571,6 +2573,9 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 ('no such encoding', lambda: b'<?xml version="1.0" encoding="foo"?><ListBucketResult/>', told),
                 ('no text encoding', lambda: b'<?xml version="1.0" encoding="hex"?><ListBucketResult/>', told),
                 ('deep', lambda: b'<ListBucketResult>' + b'<a>' * 100000, told),
+                ('entities', lambda: (
+                    '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE x [<!ENTITY a "false">]><ListBucketResult>'
+                    '<IsTruncated>&a;</IsTruncated></ListBucketResult>').encode('utf-16'), told),
                 ('nothing', lambda: b'', told), ('a page', lambda: PORTAL, told)):
             with self.subTest(what):
                 self.server.log.clear()
@@ -3092,7 +3097,7 @@ class GsHandler(Handler):
         if start is not None:
             if int(stop) + 1 - int(start) != len(body) or (total == '*' and (int(stop) + 1) % (256 << 10)):
                 return self.error(400, 'wrong chunk')
-            self.receive(int(start), body)
+            self.receive(int(start), body[:getattr(server, 'step', None)])
         query, data = server.uploads[upload]
         name = query['name']
         if total == '*' or int(total) != len(data):
@@ -3202,6 +3207,13 @@ class GsRemote(Scaled, BucketSuite, GsCase):
                 self.etc('push -f X')  # the server asserts that no byte came twice
                 self.assertEqual(self.server.cuts, [])
                 assert_pulls(self, 'ds', force=True)
+
+    def test_many_small_steps(self):
+        """As with a server, or a proxy, that takes little at once."""
+        self.register(self.large(70000))
+        self.server.step = 64
+        self.etc('push X')
+        assert_pulls(self, 'ds')
 
     def test_uploads_that_fail(self):
         """Nothing is left."""
