@@ -4795,7 +4795,8 @@ class Flaky:
             return self.error(int(kind[:3]), kind[4:], headers)
         if kind == 'replaced':
             with server.lock:
-                case.replace()
+                if case.is_armed:  # still, as this request may have been given up
+                    case.replace()
             kind = ''
         self.damage = kind
         before = set(server.uploads)
