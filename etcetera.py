@@ -1954,6 +1954,7 @@ class _Http:
                 is_reusable = response.isclosed()
             if response.status >= 400:
                 job.add(-connection.moved)
+                is_reusable &= not request.body  # of which the server may not have read all
             return _Reply(response.status, response.headers, body, request)
         except (OSError, HTTPException) as e:
             job.add(-connection.moved)
