@@ -492,10 +492,14 @@ class _Job:
         """Count anew, up to `total`. The caller hears of it first, as this may be the last moment to end the job."""
         self.moved, self.total = 0, total  # bytes that were read, sent or received; that progress is to reach
         self.packed = self.produced = 1  # bytes that a push has packed, and made of them; progress is the share sent
-        with suppress(RuntimeError):  # there are news already
-            self.news.release()
+        self.wake()
         while self.progress and self.reported != total:
             self.sleep(_TICK / 100)
+
+    def wake(self) -> None:
+        """Let the caller look at once."""
+        with suppress(RuntimeError):  # there are news already
+            self.news.release()
 
     def add(self, count: int) -> None:
         """Count bytes. Raises _Ended."""
@@ -530,8 +534,8 @@ def _perform(progress: _Progress, function: Callable[[_Job], _R]) -> _R:
             results.append(function(job))
         except BaseException as e:
             errors.append(e)
-        with suppress(RuntimeError):  # there are news already
-            job.news.release()
+        job.wake()
+
     thread = threading.Thread(target=work, daemon=True)
     try:
         try:
