@@ -4061,11 +4061,15 @@ def _existing(remote: _Remote, name: str,
     raise NotFound(f"no dataset '{name}' in {remote.url}", "'etc ls -r' lists what is there")
 
 
+def _check_partitions(partitions: _Names) -> None:
+    if isinstance(partitions, str) or partitions is not None and not partitions:
+        raise ConfigError("'partitions' must be a list of one or more names")
+
+
 def _paths_of(name: str, segments: _Segments,
               partitions: _Names) -> Set[str]:
     """The paths of the segments that make up some partitions: the root's files and their own. None means all."""
-    if isinstance(partitions, str) or partitions is not None and not partitions:
-        raise ConfigError("'partitions' must be a list of one or more names")
+    _check_partitions(partitions)
     if partitions is None or not segments:  # if they are not known, all that is there
         return {segment.path for segment in segments}
     known = [segment.partition for segment in segments if segment.partition]
@@ -4534,8 +4538,7 @@ def create(name: str, partitions: Sequence[str] = ('train', 'test'), force: bool
            config: _MaybeConfig = None) -> Dataset:
     """Make a local dataset with empty partitions, to be filled. Raises InvalidDataset, Exists and other Errors."""
     def work(job: _Job) -> Dataset:
-        if not partitions or isinstance(partitions, str):
-            raise ConfigError("'partitions' must be a list of one or more names")
+        _check_partitions(partitions or ())
         place = _Place(name, config)
         for partition in partitions:
             if not _is_safe(partition) or re.search('[/\ud800-\udfff]', partition):  # UTF-8 cannot encode these halves
