@@ -2792,6 +2792,9 @@ class _Remote:
         name = key[len(self.prefix):-4]
         return name if key == self.key(name) and _is_name(name) else ''
 
+    def check(self) -> None:
+        """Raises NotFound if there is no such place, as far as that can be told without a request."""
+
     def find(self, name: str) -> _Found:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
@@ -3030,11 +3033,15 @@ class _FileRemote(_Remote):
         self.prefix = os.path.join(self.root, '')  # so that keys are paths
         self.is_public = config.public
 
-    def list(self) -> List[_Object]:
+    def check(self) -> None:
         try:
-            names = [self.name_of(item.path) for item in os.scandir(self.root)]
+            os.stat(self.root)
         except FileNotFoundError:
             raise NotFound(f'no directory {self.root}', 'check the url, or make it with the first push') from None
+
+    def list(self) -> List[_Object]:
+        self.check()
+        names = [self.name_of(item.path) for item in os.scandir(self.root)]
         found = []
         for name in filter(None, names):
             try:
@@ -4056,8 +4063,7 @@ def _existing(remote: _Remote, name: str,
     """The object that was found. Raises NotFound if none was."""
     if obj:
         return obj
-    with suppress(RemoteError):
-        remote.list()  # as there may be no such directory
+    remote.check()
     raise NotFound(f"no dataset '{name}' in {remote.url}", "'etc ls -r' lists what is there")
 
 
