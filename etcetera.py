@@ -337,7 +337,6 @@ def _parse_yaml(line: str) -> Tuple[_MaybeText, Any]:
     return key, value
 
 
-
 class Config:
     """Where datasets live and how to reach them. Every function takes one as `config=`.
 
@@ -4243,7 +4242,7 @@ def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False)
             segments: _Segments = ()
             try:
                 with _system_errors():
-                    segments = _find(store, obj.name).segments if in_full else ()
+                    segments = _find(store, obj.name).segments
             except Error as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
             return _describe(obj, segments)
@@ -4252,8 +4251,9 @@ def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False)
             return [_describe(config.home / name) for name in filter(is_wanted, _names(config.home))]
         with _open_remote(config, job) as store:
             found = sorted(obj for obj in store.list() if is_wanted(obj.name))
-            rows = _ordered(job, config.connections, describe, found)
-            return list(rows)
+            if not in_full:
+                return list(map(_describe, found))
+            return list(_ordered(job, config.connections, describe, found))
     return _perform(None, work)
 
 
