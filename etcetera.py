@@ -3284,7 +3284,8 @@ class _S3Remote(_BucketStore):
         numbered = filter(lambda _: slots.acquire(),
                           enumerate(parts, 1))
         try:
-            rows = _ordered(self.job, connections, send, numbered)
+            rows = _ordered(self.job, connections, send, numbered,
+                            _MAX_PARTS.__ge__)  # so a slow part holds up no others
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers={'Content-Type': 'application/xml'}, body=[manifest])

@@ -2633,6 +2633,21 @@ class S3Remote(Scaled, BucketSuite, S3Case):
                 self.assertEqual(self.server.uploads, {})
                 assert_pulls(self, 'ds', force=True)
 
+    def test_slow_part(self):
+        """It holds up no others."""
+        self.settings['connections'] = 2
+        met, last = [], threading.Event()
+
+        def fault(handler):
+            if 'partNumber=1&' in handler.path:
+                met.append(last.wait(30))
+            elif 'partNumber=9&' in handler.path:
+                last.set()
+        self.register(self.large(50 * UNIT))
+        self.server.fault = fault
+        self.etc('push X')
+        self.assertEqual(met, [True])
+
     def test_conflicts(self):
         """Amazon says of both that one may try again."""
         skip_pauses(self)
