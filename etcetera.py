@@ -570,7 +570,7 @@ def _cores() -> int:
     return min(os.cpu_count() or 1, 16)
 
 
-def _work(tasks: Any, function: Callable[[Any], Any]) -> None:
+def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
     """Let each future in a queue have what the function makes of the item beside it, until None comes."""
     for future, item in iter(tasks.get, None):
         try:
@@ -579,18 +579,23 @@ def _work(tasks: Any, function: Callable[[Any], Any]) -> None:
         except BaseException as e:
             future.set_exception(e)
         del future, item  # or memory would hold them until the next ones come
+        slots.release()
 
 
 def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
-             has_room: Optional[Callable[[int], bool]] = None) -> Generator[_R, None, None]:
+             has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
-    # has_room() says whether another item may be begun while so many are under way or wait to be yielded; by default,
-    # two for each thread. What is done is yielded early, but for what keeps the threads busy while the caller uses it.
+    # slots, a semaphore, counts what more may be under way, besides one item that waits for the next thread; by default
+    # one for each thread. has_room() says whether another item may be begun while so many are under way or wait to be
+    # yielded; by default, two for each thread. What is done is yielded early, but for what keeps the threads busy while
+    # the caller uses it.
     import queue
     import threading
     from concurrent.futures import Future
     has_room = has_room or (2 * count).__gt__
+    slots = slots or threading.Semaphore(count)
     tasks: Any = queue.Queue()
+    work = partial(_work, tasks, slots, function)
     pending: Any = deque()
     threads: List[Any] = []
     try:
@@ -605,7 +610,6 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
             del item
             try:
                 if len(threads) < count:
-                    work = partial(_work, tasks, function)
                     thread = threading.Thread(target=work, daemon=True)
                     thread.start()
                     threads.append(thread)
@@ -613,7 +617,8 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
                 count = len(threads)
             if not threads:
                 tasks.put(None)
-                _work(tasks, function)
+                work()
+            slots.acquire()
         while pending:
             yield pending.popleft().result()
     finally:
@@ -2712,10 +2717,12 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 40 << 20  # bytes that may be sent at once
-_AHEAD = 24 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 18 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_MAX_RANGE = 2 << 20  # bytes that one request reads at most
-_FAST_RANGE = 0.5  # seconds that a range may take if the next one is to be twice as long
+_MAX_RANGE = 4 << 20  # bytes that one request reads at most
+_FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
+_FEW_CONNECTIONS = 5  # that read at first, and suffice on a fast link, where more of them would only lose packets
+_FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed from a directory
 
@@ -3252,7 +3259,6 @@ class _S3Remote(_BucketStore):
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/mpuoverview.html"""
-        import threading
         # Amazon takes many parts, others often only few: so there are few while they are moderate.
         is_few = self.takes_few_parts or self.endpoint and limit < _FEW_PARTS * _LONG_PART
         size = max(_MIN_PART, limit // (_FEW_PARTS if is_few else _MAX_PARTS) + 1)  # bytes of a part
@@ -3272,19 +3278,9 @@ class _S3Remote(_BucketStore):
         connections = min(self.connections, -(-_IN_FLIGHT // size))
         parts = itertools.chain([first], filter(None, parts))
         del first  # or memory would hold it to the end
-        slots = threading.Semaphore(connections)
-
-        def send(item: Tuple[int, Any]) -> str:
-            try:
-                return self.send_part(url, query, item)
-            finally:
-                slots.release()
-
-        # No more parts are in memory than are being sent.
-        numbered = filter(lambda _: slots.acquire(),
-                          enumerate(parts, 1))
+        send = partial(self.send_part, url, query)
         try:
-            rows = _ordered(self.job, connections, send, numbered,
+            rows = _ordered(self.job, connections, send, enumerate(parts, 1),
                             _MAX_PARTS.__ge__)  # so a slow part holds up no others
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
@@ -3967,8 +3963,13 @@ class _Archive:
                    ) -> Generator[bytes, None, None]:
         """The bytes of some spans, in order, read over several connections at once; what is under way is bounded.
         Ranges grow while they come fast: on a slow link, long ones show little progress, and lose much at a break."""
+        import threading
         left = sum(stop - start for start, stop in spans)
         self.job.begin(left)
+        begun = time.monotonic()
+        connections = self.remote.connections
+        active = min(_FEW_CONNECTIONS, connections)
+        slots = threading.Semaphore(active)
         length = _MIN_RANGE  # of the next range
         ahead = 0  # bytes that are being read or wait to be yielded
 
@@ -3976,7 +3977,9 @@ class _Archive:
             nonlocal ahead, left
             for start, end in spans:
                 while start < end:
-                    fair = max(_MIN_RANGE, left // 16)  # so that all connections end together
+                    # So that a slow range holds up few others, and all connections end together
+                    rest = min(left, _AHEAD // 2)
+                    fair = max(_MIN_RANGE, rest // active)
                     step = min(length, fair, end - start)
                     left -= step
                     ahead += step
@@ -3984,14 +3987,20 @@ class _Archive:
                     yield start - step, start
 
         def fetch(span: Sequence[int]) -> bytes:
-            nonlocal length
+            nonlocal active, length
             begin = time.monotonic()
             data = self.read(*span)
-            if time.monotonic() - begin < _FAST_RANGE:
+            end = time.monotonic()
+            if end - begin < _FAST_RANGE:
                 length = min(max(length, 2 * len(data)), _MAX_RANGE)
+            is_slow = self.job.moved < _FAST_LINK * (end - begun)
+            if is_slow and end - begun > _FAST_RANGE:
+                for _ in range(active, connections):
+                    slots.release()
+                active = connections
             return data
-        with closing(_ordered(self.job, self.remote.connections, fetch, ranges(),
-                              lambda _: ahead < _AHEAD)) as chunks:
+        with closing(_ordered(self.job, connections, fetch, ranges(),
+                              lambda _: ahead < _AHEAD, slots)) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data
@@ -4055,14 +4064,8 @@ class _Archive:
 
 def _find(remote: _Remote, name: str) -> _Archive:
     obj, tail = remote.find(name)
-    return _Archive(remote, _existing(remote, name, obj), tail)
-
-
-def _existing(remote: _Remote, name: str,
-              obj: Optional[_Object]) -> _Object:
-    """The object that was found. Raises NotFound if none was."""
     if obj:
-        return obj
+        return _Archive(remote, obj, tail)
     remote.check()
     raise NotFound(f"no dataset '{name}' in {remote.url}", "'etc ls -r' lists what is there")
 
@@ -4610,7 +4613,7 @@ def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
             obj = store.stat(place.name)  # which finds damaged archives and archived ones, too
-            obj = _existing(store, place.name, obj)
+            obj = obj or _find(store, place.name).obj
             if place.pin:
                 archive = _find(store, place.name)
                 place.check(archive.segments)
