@@ -2648,6 +2648,23 @@ class S3Remote(Scaled, BucketSuite, S3Case):
         self.etc('push X')
         self.assertEqual(met, [True])
 
+    def test_slow_link(self):
+        """Where the first ranges come slowly, all connections are used."""
+        self.settings['connections'] = 12
+        self.share(self.large(20 * UNIT))
+        number, gate, met = itertools.count(), threading.Barrier(12), []
+
+        def fault(handler):
+            if 'bytes=-' not in handler.headers['Range']:
+                if next(number) < 5:
+                    time.sleep(0.5)
+                elif len(met) < 12:
+                    gate.wait(10)
+                    met.append(1)
+        self.server.fault = fault
+        self.etc('pull X', home='two')
+        self.assertEqual(len(met), 12)
+
     def test_conflicts(self):
         """Amazon says of both that one may try again."""
         skip_pauses(self)
