@@ -409,7 +409,8 @@ def bench_link(bench):
     for verb, ours in (('push', 'push link'), ('pull', '--home %s/out pull link' % bench.work)):
         contestants = etcetera(ours)
         for peer, copy in (('aws', 's3 cp --quiet'), ('s5cmd', 'cp'), ('rclone', 'copyto --ignore-times')):
-            remote = '%s/%s.tgz' % ('s3:bucket' if peer == 'rclone' else 's3://bucket', peer)
+            # Not beside ours, which would be copied from them
+            remote = '%s/peers/%s.tgz' % ('s3:bucket' if peer == 'rclone' else 's3://bucket', peer)
             ends = (archive, remote) if verb == 'push' else (remote, bench.work + '/out/' + peer)
             if find(peer):
                 contestants['%s %s' % (peer, copy.split(' --')[0])] = ' '.join((find(peer), copy) + ends)
