@@ -585,19 +585,19 @@ def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
 def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
              has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
-    # slots, a semaphore, counts what more may be under way, besides one item that waits for the next thread; by default
-    # one for each thread. has_room() says whether another item may be begun while so many are under way or wait to be
-    # yielded; by default, two for each thread. What is done is yielded early, but for what keeps the threads busy while
-    # the caller uses it.
+    # has_room() says whether another item may be begun while so many are under way or wait to be yielded; by default,
+    # two for each thread. With it, no more are under way than there are threads, or a semaphore has slots, but for one
+    # that waits. What is done is yielded early, but for what keeps the threads busy while the caller uses it.
     import queue
     import threading
     from concurrent.futures import Future
+    slots = slots or threading.Semaphore(
+        count if has_room else 2 * count)
     has_room = has_room or (2 * count).__gt__
-    slots = slots or threading.Semaphore(count)
     tasks: Any = queue.Queue()
     work = partial(_work, tasks, slots, function)
     pending: Any = deque()
-    threads: List[Any] = []
+    threads: Any = []
     try:
         for item in items:
             while pending and (not has_room(len(pending)) or len(pending) > count and pending[0].done()):
@@ -2717,7 +2717,7 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 40 << 20  # bytes that may be sent at once
-_AHEAD = 18 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 20 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _MAX_RANGE = 4 << 20  # bytes that one request reads at most
 _FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
@@ -4612,8 +4612,8 @@ def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
     """Remove the version of a remote dataset that is there now, unless confirm(description of it) raises an Error."""
     def find(job: _Job) -> Tuple[_Object, str]:
         with _open_remote(place.config, job) as store:
-            obj = store.stat(place.name)  # which finds damaged archives and archived ones, too
-            obj = obj or _find(store, place.name).obj
+            obj = (store.stat(place.name)  # which finds damaged archives and archived ones, too
+                   or _find(store, place.name).obj)
             if place.pin:
                 archive = _find(store, place.name)
                 place.check(archive.segments)
@@ -4915,7 +4915,7 @@ def main(argv: _Names = None) -> int:
     except KeyboardInterrupt as e:
         _console.show('interrupted; run the same command again: a pull goes on, a push begins anew')
         number, = e.args or [2]
-        return 128 + int(number)
+        return 128 + number
     finally:
         _console.show_progress('')
         _console.level = None
