@@ -585,14 +585,13 @@ def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
 def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
              has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
-    # has_room() says whether another item may be begun while so many are under way or wait to be yielded; by default,
-    # two for each thread. With it, no more are under way than there are threads, or a semaphore has slots, but for one
-    # that waits. What is done is yielded early, but for what keeps the threads busy while the caller uses it.
+    # As many items are under way as a semaphore has slots, by default one for each thread, and one more waits. What is
+    # done is yielded as soon as all threads are busy. has_room() says whether another item may be begun while so many
+    # are under way or wait to be yielded; by default, two for each thread.
     import queue
     import threading
     from concurrent.futures import Future
-    slots = slots or threading.Semaphore(
-        count if has_room else 2 * count)
+    slots = slots or threading.Semaphore(count)
     has_room = has_room or (2 * count).__gt__
     tasks: Any = queue.Queue()
     work = partial(_work, tasks, slots, function)
@@ -600,7 +599,7 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
     threads: Any = []
     try:
         for item in items:
-            while pending and (not has_room(len(pending)) or len(pending) > count and pending[0].done()):
+            while pending and not has_room(len(pending)):
                 yield pending.popleft().result()
             try:
                 pending.append(Future())
@@ -618,7 +617,11 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
             if not threads:
                 tasks.put(None)
                 work()
-            slots.acquire()
+            while not slots.acquire(blocking=False):  # all threads are busy
+                if not (pending and pending[0].done()):
+                    slots.acquire()
+                    break
+                yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
@@ -2719,7 +2722,6 @@ _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits 
 _IN_FLIGHT = 40 << 20  # bytes that may be sent at once
 _AHEAD = 20 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_MAX_RANGE = 4 << 20  # bytes that one request reads at most
 _FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
 _FEW_CONNECTIONS = 5  # that read at first, and suffice on a fast link, where more of them would only lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
@@ -3278,10 +3280,9 @@ class _S3Remote(_BucketStore):
         connections = min(self.connections, -(-_IN_FLIGHT // size))
         parts = itertools.chain([first], filter(None, parts))
         del first  # or memory would hold it to the end
-        send = partial(self.send_part, url, query)
         try:
-            rows = _ordered(self.job, connections, send, enumerate(parts, 1),
-                            _MAX_PARTS.__ge__)  # so a slow part holds up no others
+            rows = _ordered(self.job, connections, partial(self.send_part, url, query),
+                            enumerate(parts, 1), _MAX_PARTS.__ge__)  # so a slow part holds up no others
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers={'Content-Type': 'application/xml'}, body=[manifest])
@@ -3992,7 +3993,7 @@ class _Archive:
             data = self.read(*span)
             end = time.monotonic()
             if end - begin < _FAST_RANGE:
-                length = min(max(length, 2 * len(data)), _MAX_RANGE)
+                length = max(length, 2 * len(data))
             is_slow = self.job.moved < _FAST_LINK * (end - begun)
             if is_slow and end - begun > _FAST_RANGE:
                 for _ in range(active, connections):

@@ -279,7 +279,7 @@ class Scaled:
 
     def setUp(self):
         super().setUp()
-        names = '_BLOCK _MIN_PART _LONG_PART _GS_PART _IN_FLIGHT _AHEAD _MIN_RANGE _MAX_RANGE _MIN_SHARED'.split()
+        names = '_BLOCK _MIN_PART _LONG_PART _GS_PART _IN_FLIGHT _AHEAD _MIN_RANGE _MIN_SHARED'.split()
         self.sizes = {name: getattr(etc, name) * UNIT // MIB for name in names}
         self.sizes['_LONGEST_BLOCK'] = UNIT + 4096
         for name, size in self.sizes.items():
