@@ -51,20 +51,20 @@ HOW THIS FILE IS LAID OUT. Each section uses only the sections above it.
     Command line    the command `etc`
 
 Who uses only S3 can skip Google, and in Remotes the parts gs:// and http(s)://; who uses only a shared directory can
-skip HTTP (but for times), AWS, Google, and in Remotes what lies between _Remote and file://, and after that.
+skip HTTP (but for times), AWS, Google, and in Remotes all but _Remote, file:// and the end.
 
 AUDIT MAP. What this file touches, and when.
 
 Hosts. Importing contacts none. Commands that need a remote contact:
     - the host in `url` or `endpoint_url`, in AWS's variables or profile ($AWS_ENDPOINT_URL, ...) or in
-      $STORAGE_EMULATOR_HOST; for s3:// without an endpoint, hosts below amazonaws.com or the domain of another AWS
-      partition; for gs://, storage.googleapis.com, and the host that it names for an upload (it gets the data, no
-      credentials);
+      $STORAGE_EMULATOR_HOST, or, if AWS's profile says so, BUCKET.HOST; for s3:// without an endpoint, hosts below
+      amazonaws.com or the domain of another AWS partition; for gs://, storage.googleapis.com, and the host that it
+      names for an upload (it gets the data, no credentials);
     - for http(s):// URLs, any host that the server redirects to; no credentials are sent, and redirects from https://
       to http:// are refused;
     - for AWS credentials, if the profile or AWS's variables ask for them: the sts host of AWS, or an endpoint that is
-      set for it; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if no keys are found
-      anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
+      set for it; the container's credential service ($AWS_CONTAINER_CREDENTIALS_...); and if a role asks for it, or
+      no keys are found anywhere else, the metadata service of EC2 (169.254.169.254, or the address that is set);
     - for Google credentials: the URL in the credentials file, by default oauth2.googleapis.com; without a file, the
       metadata service of the machine (metadata.google.internal, $GCE_METADATA_HOST or $GCE_METADATA_ROOT);
     - a proxy that the environment or the system names. Requests to a container's or machine's credential service never
@@ -81,23 +81,25 @@ Files. It reads:
     - directories that are registered, copied or pushed. Links in them are followed to any file that can be read,
       unless they stay inside their partition.
   It writes below the local store (~/.etc by default), and besides:
-    - a `file://` remote, which the first push makes. `purge -r` removes an archive there, and a push removes what
-      killed commands have left behind a day ago or more;
+    - a `file://` remote, which the first push makes, with the directories around it. `purge -r` removes an archive
+      there, and a push removes what killed commands have left behind a day ago or more;
     - temporary files, for `etc info -r`, and if a web server does not support range requests;
-    - ~/.aws/cli/cache, by botocore; and if $SSLKEYLOGFILE is set, TLS keys, by Python's ssl module.
-  In S3 and Google Cloud Storage it deletes uploads of its own that failed, and the archives that `purge -r` names. In
-  S3, a push reads other archives in the bucket, and lets the storage copy what it shares with them; if the storage
-  copies something else, the new archive is deleted again.
+    - ~/.aws/cli/cache, by botocore; what the programs below write; and if $SSLKEYLOGFILE is set, TLS keys, by Python's
+      ssl module.
+  In S3 and Google Cloud Storage it deletes uploads of its own that failed (but not if it was killed), the archives that
+  `purge -r` names, and a new archive that did not arrive as it was sent. In S3, a push reads other archives in the
+  bucket, and lets the storage copy what it shares with them; if that copies something else, the new archive is deleted.
   `purge -r` reads an answer from the terminal.
 Programs: the `credential_process` of an AWS profile, without a shell; for credentials that need more than the standard
-library, `aws` or `gcloud`; on Windows, cmd.exe with an empty command, so that the console understands escape sequences.
+library, `aws` or `gcloud`, as PATH finds them; on Windows, cmd.exe with an empty command, so that the console
+understands escape sequences.
 Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, which kills the programs that it has
 started. Signal 0 tests whether a process lives.
 Optional libraries: botocore (SSO, `aws login`, MFA) and google-auth (credential types that need more than the standard
 library) are imported only where the configured credentials need them. They have hosts, files (~/.aws/sso, ~/.aws/cli)
 and programs of their own. argcomplete is imported if a shell asks it for completions.
-ctypes: syncfs of Linux's libc, to flush what was installed; and libdeflate, if it is beside Python's standard library
-or among the system's libraries, unless ETC_LIBDEFLATE is 0.
+ctypes: syncfs of Linux's libc, to flush what was installed; and libdeflate, which also inflates archives, if it is
+beside Python's standard library or below /usr, /usr/local, /opt/local or /opt/homebrew, unless ETC_LIBDEFLATE is 0.
 TLS: certificates and names are always verified. With `ca_bundle` (for s3:// also $AWS_CA_BUNDLE and the profile's),
 that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, since many private CAs leave out
 extensions that it demands.
@@ -1128,7 +1130,8 @@ def _is_name(text: str) -> bool:
 # gzip (RFC 1951 and 1952) by this machine's libdeflate, which takes about half of zlib's time, and fewer bytes; by
 # Python's zlib if there is none, or if $ETC_LIBDEFLATE is 0. Each reads what the other writes, and what libdeflate
 # cannot read, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path, from beside the standard
-# library or among the system's libraries: some systems would look for a bare name in the current directory, too.
+# library or where systems and their package managers keep libraries: some systems would look for a bare name in the
+# current directory, too.
 # ---------------------------------------------------------------------------------------
 
 _RUNS = -1  # a level that is fast, as only runs of a byte shrink; to zlib the default, to libdeflate its absolute value
@@ -1787,7 +1790,7 @@ def _extract_member(tar: Any, member: Any, sink: _Sink) -> None:
 #
 # One client for all, which follows no redirect. What is retried: a request whose connection breaks or stays silent, and
 # one that is answered with a status in _TRANSIENT, or as the caller's judge() says; five times in all, with pauses of
-# about 0.4, 0.9, 1.8 and 3.5 seconds, and as Retry-After asks, up to a minute. Once one has succeeded there are two
+# about 0.4, 0.9, 1.8 and 3.5 seconds, and as Retry-After asks, up to a minute. Once one has been answered there are two
 # more, 7 seconds apart: the server may be restarting. A kept connection that was closed does not count as a try, nor
 # does a refusal for overload while other requests succeed: fewer are then made at once. Besides, remotes go on with a
 # range where it broke, and with an upload to Google as long as it advances. A metadata service that is silent gets one.
@@ -1798,9 +1801,9 @@ _READ_TIMEOUT = 20.0  # the same for the first try of a request that only reads
 _NEAR_TIMEOUT, _LAST_TIMEOUT = 2.0, 1.0  # for a metadata service; for what is tidied up after an interruption
 _CONNECT = 15.0  # seconds that connecting may take
 _IDLE = 60.0  # seconds after which a kept connection is not used again, as a NAT may have forgotten it
-_TRIES, _MORE_TRIES = 5, 2  # at first; and once a request has succeeded
-_LAST_TRIES = 2  # of what is tidied up after an interruption or failure
-_SLICE = 1 << 17  # bytes that are sent or received at once
+_TRIES, _MORE_TRIES = 5, 2  # at first; and once a request has been answered, but for overload
+_LAST_TRIES = 2  # of the request that ends an upload to S3 after an interruption or failure
+_SLICE = 1 << 17  # bytes that are sent at once, or received, or up to four times as many of a long range
 _TRANSIENT = 408, 429, 500, 502, 503, 504  # statuses after which another try may help
 _REPLY_LIMIT = 32 << 20  # bytes of an answer, if the caller sets no limit
 _PORT = '(?:0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))'  # to 65535
@@ -2397,7 +2400,7 @@ class _Aws(_Renewed):
                           'check the role_arn or $AWS_ROLE_ARN and who may assume it, or try again later', reply.status)
 
     def from_tools(self, name: str) -> _AwsKeys:
-        """Keys that take a prompt, or more than the standard library: from boto3, else from the command `aws`."""
+        """Keys that take a prompt, or more than the standard library: from botocore, else from the command `aws`."""
         source = f"the AWS profile '{name}'"
         remedy = (f"install boto3 or the command aws, and run 'aws sso login --profile {name}' or 'aws login --profile "
                   f"{name}'")
@@ -2710,8 +2713,9 @@ def _der_integers(data: bytes) -> Iterator[int]:
 # Remotes
 #
 # Where archives are stored: each kind of storage is a subclass of _Remote. Remotes know nothing of what the archives
-# hold. Every read after the first is bound to the version of the object that was seen first: if the object is replaced
-# meanwhile, the read fails; versions are never mixed.
+# hold. Every read after the first is bound to the version of the object that was seen first, its ETag, generation or
+# time: if the object is replaced meanwhile, the read fails; versions are never mixed. Whether a name is taken is known
+# for sure where the storage compares (Amazon, Google, directories); some other S3 stores are asked before.
 # ---------------------------------------------------------------------------------------
 
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
@@ -2719,7 +2723,7 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 40 << 20  # bytes that may be sent at once
+_IN_FLIGHT = 40 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
 _AHEAD = 20 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
@@ -3579,7 +3583,8 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 # Home
 #
 # The local store. At any instant ~/.etc/NAME is absent, the complete old dataset, or the complete new one: all work
-# happens in a directory beside it, and installing is one rename.
+# happens in a directory beside it, and installing is one rename. Only in a container's image, where directories cannot
+# be renamed, an old one is emptied in its place; its receipt says first that it is none any more.
 #     ~/.etc/NAME                     a directory (pulled, created, copied) or a link (registered)
 #     ~/.etc/NAME/.etcetera.json      its receipt: what was installed, and from where
 #     ~/.etc/.etcetera/locks/NAME     locked while a pull or purge works
@@ -3592,9 +3597,10 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #
 # The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
 # the name that it holds, never through a link. Locks only save work, as some disks ignore them: then two pulls fill a
-# directory each, one rename wins, and the other accepts what is there if it is the same. If a pull is killed, the next
-# one takes over what hashes as its journal says (see _replay()), and fetches the rest. It begins anew with archives of
-# other tools, and for a day where nobody can tell if that one is alive: on Windows and other machines.
+# directory each, one rename wins, and the other accepts what is there if it is the same (with -f, the last one wins).
+# If a pull is killed, the next one takes over what hashes as its journal says (see _replay()), and fetches the rest. It
+# begins anew with archives of other tools, and for a day where nobody can tell if that one is alive: on Windows and
+# other machines.
 # ---------------------------------------------------------------------------------------
 
 _STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
@@ -3690,7 +3696,7 @@ class _Place:
 
     @contextmanager
     def installing(self) -> Iterator[None]:
-        """Let `new` be filled for commit(). If the network, Ctrl-C or a lack of room interrupts that, it is kept."""
+        """Let `new` be filled for commit(). If the network, Ctrl-C or a foreseen lack of room interrupts that, it is kept."""
         self.work.mkdir(parents=True)
         try:
             self.clear()
