@@ -587,9 +587,9 @@ def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
 def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
              has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
-    # As many items are under way as a semaphore has slots, by default one for each thread, and one more waits. What is
-    # done is yielded as soon as all threads are busy. has_room() says whether another item may be begun while so many
-    # are under way or wait to be yielded; by default, two for each thread.
+    # As many items are under way as a semaphore has slots, by default one for each thread, and one more waits, or goes
+    # to a thread if there are more. What is done is yielded as soon as all slots are taken. has_room() says whether
+    # another item may be begun while so many are under way or wait to be yielded; by default, two for each thread.
     import queue
     import threading
     from concurrent.futures import Future
@@ -619,7 +619,7 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
             if not threads:
                 tasks.put(None)
                 work()
-            while not slots.acquire(blocking=False):  # all threads are busy
+            while not slots.acquire(blocking=False):  # all are taken
                 if not (pending and pending[0].done()):
                     slots.acquire()
                     break
@@ -2727,7 +2727,7 @@ _IN_FLIGHT = 40 << 20  # bytes that may be sent at once, rounded up to whole par
 _AHEAD = 20 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
-_FEW_CONNECTIONS = 5  # that read at first, and suffice on a fast link, where more of them would only lose packets
+_FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
 _FILE_REMNANTS = 86400  # seconds after which leftovers of a killed command are removed from a directory
@@ -3696,7 +3696,7 @@ class _Place:
 
     @contextmanager
     def installing(self) -> Iterator[None]:
-        """Let `new` be filled for commit(). If the network, Ctrl-C or a foreseen lack of room interrupts that, it is kept."""
+        """Let `new` be filled for commit(). If the network, Ctrl-C or foreseen lack of room interrupts, it is kept."""
         self.work.mkdir(parents=True)
         try:
             self.clear()
@@ -3986,7 +3986,7 @@ class _Archive:
                 while start < end:
                     # So that a slow range holds up few others, and all connections end together
                     rest = min(left, _AHEAD // 2)
-                    fair = max(_MIN_RANGE, rest // active)
+                    fair = max(_MIN_RANGE, rest // max(active, 2))
                     step = min(length, fair, end - start)
                     left -= step
                     ahead += step
@@ -4000,8 +4000,7 @@ class _Archive:
             end = time.monotonic()
             if end - begin < _FAST_RANGE:
                 length = max(length, 2 * len(data))
-            is_slow = self.job.moved < _FAST_LINK * (end - begun)
-            if is_slow and end - begun > _FAST_RANGE:
+            if end - begun > _FAST_RANGE and self.job.moved < _FAST_LINK * (end - begun):
                 for _ in range(active, connections):
                     slots.release()
                 active = connections
