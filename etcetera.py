@@ -103,6 +103,19 @@ beside Python's standard library or below /usr, /usr/local, /opt/local or /opt/h
 TLS: certificates and names are always verified. With `ca_bundle` (for s3:// also $AWS_CA_BUNDLE and the profile's),
 that file replaces the system's CAs, and VERIFY_X509_STRICT is switched off, since many private CAs leave out
 extensions that it demands.
+Order of credentials. AWS: keys in the settings; keys in variables, unless the settings name a profile; the profile: its
+role; web identity (also of variables); SSO; `aws login` or credential_process, unless ~/.aws/credentials has keys for
+it; keys; then the container; the machine. Google: the file that `google_credentials` or, else, the variable names; the
+one that gcloud has made; the machine.
+Archives are unpacked only below a new directory. Names must be relative and without '..', every file is created anew,
+links are made last and refused if they lead out, and anything but files, directories and links is refused (_is_safe,
+_Sink, _extract_member). Our own archives must be, header by header, what a push would write (_SegmentReader.parse).
+Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have the name (a hard link or a claim file in a
+directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
+some of them ignore conditions, and then the last push wins, as with -f.
+Sizes. S3: parts of 5 MiB or, of large archives, more; some 40 MiB are sent at once. Google: 16 MiB, one after another.
+Reading: ranges of 256 KiB to 2 MiB (5 MiB if `connections` is 1), at most 18 MiB that are not used yet. See Remotes.
+Retries: see HTTP. What killed pulls leave, and how the next one goes on: see Home.
 """
 
 # Modules that are slow to import (ssl, argparse and the like) wait in the functions that need them: completion is fast.
