@@ -114,7 +114,7 @@ Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have th
 directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
 some of them ignore conditions, and then the last push wins, as with -f.
 Sizes. S3: parts of 5 MiB or, of large archives, more; some 40 MiB are sent at once. Google: 16 MiB, one after another.
-Reading: ranges of 256 KiB to 2 MiB (5 MiB if `connections` is 1), at most 18 MiB that are not used yet. See Remotes.
+Reading: ranges of 256 KiB to 2 MiB (4.5 if `connections` is 1), at most 18 MiB that are not used yet. See Remotes.
 Retries: see HTTP. What killed pulls leave, and how the next one goes on: see Home.
 """
 
@@ -611,7 +611,7 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
     tasks: Any = queue.Queue()
     work = partial(_work, tasks, slots, function)
     pending: Any = deque()
-    threads: Any = []
+    threads: List[Any] = []
     try:
         for item in items:
             while pending and not has_room(len(pending)):
@@ -632,10 +632,8 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
             if not threads:
                 tasks.put(None)
                 work()
-            while not slots.acquire(blocking=False):  # all are taken
-                if not (pending and pending[0].done()):
-                    slots.acquire()
-                    break
+            while not slots.acquire(blocking=not pending
+                                    or not pending[0].done()):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -2727,8 +2725,7 @@ def _der_integers(data: bytes) -> Iterator[int]:
 #
 # Where archives are stored: each kind of storage is a subclass of _Remote. Remotes know nothing of what the archives
 # hold. Every read after the first is bound to the version of the object that was seen first, its ETag, generation or
-# time: if the object is replaced meanwhile, the read fails; versions are never mixed. Whether a name is taken is known
-# for sure where the storage compares (Amazon, Google, directories); some other S3 stores are asked before.
+# time: if the object is replaced meanwhile, the read fails; versions are never mixed.
 # ---------------------------------------------------------------------------------------
 
 _MIN_PART = 5 << 20  # bytes of a part of an upload: the least that S3 takes
@@ -3997,7 +3994,8 @@ class _Archive:
             nonlocal ahead, left
             for start, end in spans:
                 while start < end:
-                    # So that a slow range holds up few others, and all connections end together
+                    # So that a slow range holds up few others, and all connections end together; one connection
+                    # reads half of it, as the next range is to come while the last one is used
                     rest = min(left, _AHEAD // 2)
                     fair = max(_MIN_RANGE, rest // max(active, 2))
                     step = min(length, fair, end - start)
@@ -4506,10 +4504,9 @@ def push(name: str, force: bool = False, config: _MaybeConfig = None, progress: 
 def _is_stored(store: _Remote, local: Dataset) -> bool:
     """Whether the remote has this very dataset. Raises Exists if it has another one of that name."""
     try:
-        obj, tail = store.find(local.name)
-        if not obj:
-            return False
-        archive = _Archive(store, obj, tail)
+        archive = _find(store, local.name)
+    except NotFound:
+        return False
     except RemoteError as e:
         if e.status != 403 or not store.has_exclusive_write:
             raise
