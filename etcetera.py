@@ -4150,7 +4150,8 @@ def _find_copies(remote: _Remote, name: str,
                 found[segment.path] = archive, segment
     if len(survey.segments) == len(replaced) == len(replaced[0].segments):
         return {}  # as what is the same already may be damaged where nobody looks
-    return dict(itertools.compress(found.items(), in_parallel(is_sound, found.values())))
+    sound = list(in_parallel(is_sound, found.values()))  # to its end, which compress() does not ask for
+    return dict(itertools.compress(found.items(), sound))
 
 
 def _pack(job: _Job, local: Dataset, survey: _Survey, copies: _Copies, level: int, segments: List[_Segment]

@@ -11,6 +11,7 @@ import calendar
 import contextlib
 import email.utils
 import errno
+import faulthandler
 import functools
 import glob
 import gzip
@@ -19,6 +20,7 @@ import hmac
 import http.client
 import http.server
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -70,6 +72,9 @@ START = 'import sys; sys.path.insert(0, %r); import etcetera; vars(etcetera).upd
 
 parser_of = functools.lru_cache(maxsize=None)(etc._parser)  # as to make one takes longer than many a command
 etc._parser = lambda argv=(): parser_of(tuple(argv[:1]))
+
+ordered, pools = etc._ordered, []  # of which each must come to its end, see clean()
+etc._ordered = lambda *args: pools.append(ordered(*args)) or pools[-1]
 
 with contextlib.suppress(AttributeError, OSError):
     memory = os.statvfs('/dev/shm')  # is faster than many a disk
@@ -211,6 +216,9 @@ class Case(unittest.TestCase):
     def clean(self):
         remove(self.tmp)
         self.assertFalse(self.tmp.exists())
+        left = [pool for pool in pools if inspect.getgeneratorstate(pool) == 'GEN_SUSPENDED']
+        pools.clear()
+        self.assertEqual(left, [], 'PyPy would end these and their threads at any time, as in the child of a fork')
 
     def config(self, home='home', **more):
         return etc.Config(**dict(dict(self.settings, url=self.url, home=self.tmp / home), **more))
@@ -8242,6 +8250,7 @@ def run_class(name, path):
     with open(path, 'wb') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(1, 2)
+    faulthandler.dump_traceback_later(60 * (9 + RUNS), exit=True)  # rather than hang
     run([name])
 
 
