@@ -114,7 +114,7 @@ Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have th
 directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
 some of them ignore conditions, and then the last push wins, as with -f.
 Sizes. S3: parts of 5 MiB or, of large archives, more; some 40 MiB are sent at once. Google: 16 MiB, one after another.
-Reading: ranges of 256 KiB to 2 MiB (4.5 if `connections` is 1), at most 18 MiB that are not used yet. See Remotes.
+Reading: ranges of 256 KiB to 3.2 MiB (more if `connections` is below 5), at most 32 MiB ahead. See Remotes.
 Retries: see HTTP. What killed pulls leave, and how the next one goes on: see Home.
 """
 
@@ -284,8 +284,7 @@ def _system_errors() -> Iterator[None]:
     except OSError as e:
         message = e.strerror or str(e)
         if e.filename is not None:
-            path = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else str(e.filename)
-            e.filename = _existing_part(path)  # a traceback shows both names, too
+            e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
             e.filename2 = None
             message += f': {e.filename}'
         remedy = 'free some space' if e.errno in _NoRoom.codes else ''
@@ -601,8 +600,8 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
              has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
     # As many items are under way as a semaphore has slots, by default one for each thread, and one more waits, or goes
-    # to a thread if there are more. What is done is yielded as soon as all slots are taken. has_room() says whether
-    # another item may be begun while so many are under way or wait to be yielded; by default, two for each thread.
+    # to another thread. Threads start as they are needed, as each keeps memory. What is done is yielded once all slots
+    # are taken. has_room() says whether another item may begin while so many are not yielded yet, by default two each.
     import queue
     import threading
     from concurrent.futures import Future
@@ -623,7 +622,8 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
             tasks.put((pending[-1], item))
             del item
             try:
-                if len(threads) < count:
+                if len(threads) < min(count, sum(
+                        not future.done() for future in pending)):
                     thread = threading.Thread(target=work, daemon=True)
                     thread.start()
                     threads.append(thread)
@@ -1362,16 +1362,23 @@ def _is_safe(name: str) -> bool:
     return os.sep == '/' or not re.search(_NOT_ON_WINDOWS, name, re.I)
 
 
-def _write_file(path: _Path, mode: int, pieces: Iterable[Any], size: int = 0) -> None:
+def _write_file(path: str, mode: int,
+                pieces: Iterable[Any], size: int = 0, known: int = 0,
+                directory: Optional[int] = None) -> None:
     """Create a read-only file, with the x bit at once, as some disks have no chmod; with `size`, so large at once."""
+    # The system need not look for the `known` first characters of the path if they lead to a directory that is open.
     try:
-        file = os.open(path, _CREATE, mode)
+        file = os.open(path[known:], _CREATE, mode,
+                       dir_fd=directory)
     except PermissionError:  # some network file systems do not open a new read-only file for writing
         with suppress(FileNotFoundError):
             os.unlink(path)
         file = os.open(path, _CREATE, mode | 0o200)
         with suppress(OSError):
             os.chmod(path, mode)
+    except OSError as e:
+        e.filename = path
+        raise
     try:
         if size:
             with suppress(OSError):
@@ -1414,6 +1421,7 @@ class _Sink:
     def __init__(self, root: _Path) -> None:
         self.root = f'{os.path.realpath(root)}{os.sep}'
         self.links: _Texts = {}  # targets of links, made at the end, so that nothing is written through one
+        self.near: Any = ()  # what _write_file() may know of the root
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
@@ -1424,6 +1432,9 @@ class _Sink:
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
         """Explain refusals; at the end make the links, which may not lead out; if confined, each as a push has it."""
+        if os.name == 'posix':
+            self.near = (len(self.root),
+                         os.open(self.root, os.O_RDONLY))
         try:
             yield
             for name, target in self.links.items():
@@ -1436,6 +1447,9 @@ class _Sink:
             if not os.path.isdir(self.root):
                 raise  # somebody has removed it
             raise Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it") from None
+        finally:
+            if self.near:
+                os.close(self.near[1])
         for name, target in self.links.items():
             path = self.path(name)
             is_sound = os.path.exists(path)  # first, as realpath() may follow chains of links for ever
@@ -1499,21 +1513,16 @@ class _SegmentReader(_Stream):
     def __init__(self, path: str, blocks: Iterable[_Block], sink: _Sink, notes: Any) -> None:
         super().__init__(self.payloads(blocks, notes))
         self.path, self.sink = path, sink
-        # Files that the last block holds as a whole. To write them all at once takes a tenth less time.
-        self.ready: List[Tuple[str, int, Any]] = []  # path, mode and contents
         self.source, self.digests = '', bytearray()  # of the last block; of all blocks
 
     def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
-        """The tar stream. Once all of a block has been taken, write what is ready, and note that in the journal."""
+        """The tar stream. Once all of a block has been taken, and so written, note that in the journal."""
         for block in blocks:
             if len(self.data) % _BLOCK:  # only the last block may be shorter
                 raise self.error('block length')
             self.source = block.source
             self.digests += block.digest
             yield block.payload
-            for path, mode, data in self.ready:
-                _write_file(path, mode, [data])
-            self.ready = []
             print(json.dumps([self.path, block.length, block.digest.hex()]), file=notes)
             os.utime(self.sink.root + os.pardir)  # a sign of life, or this would soon count as abandoned
 
@@ -1523,7 +1532,7 @@ class _SegmentReader(_Stream):
         has_directory = False
         last = 'data\0' if self.path.startswith('data/') else ''  # by what the last entry is sorted
         for header in iter(partial(self.read, 512), b''):
-            name, length, is_executable, link, _ = self.parse(header)
+            name, length, is_executable, link = self.parse(header)
             # Which entries a segment holds, and in which order
             belongs = name.startswith(self.path + '/')
             if self.path == '.':
@@ -1536,8 +1545,7 @@ class _SegmentReader(_Stream):
             path = self.sink.path(name.rstrip('/'))
             if name.endswith('/'):
                 has_directory = True
-                if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
-                    os.mkdir(path)
+                os.makedirs(path, exist_ok=name == 'data/')  # which reused partitions have made
                 continue
             files += 1
             size += length
@@ -1555,7 +1563,7 @@ class _SegmentReader(_Stream):
                     _link_or_copy(_join(self.source, name), path)
                 else:
                     data = memoryview(self.data) if length > 4096 else self.data  # views copy nothing, but take time
-                    self.ready.append((path, mode, data[self.at:stop]))
+                    _write_file(path, mode, [data[self.at:stop]], 0, *self.sink.near)
                 self.at = stop
             # It ends in the block in which the file does, if that does not end too early.
             if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
@@ -1566,8 +1574,8 @@ class _SegmentReader(_Stream):
             raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
         return segment
 
-    def parse(self, header: bytes) -> _Entry:
-        """The next entry. Raises Corrupt if another header would be written for it."""
+    def parse(self, header: bytes) -> Sequence[Any]:
+        """The name, size, x bit and link target of the next entry. Raises Corrupt if its header is not canonical."""
         pax = {}
         try:
             if header[_KIND_AT] == ord('x'):
@@ -1581,7 +1589,7 @@ class _SegmentReader(_Stream):
             size = int(digits, 8)
             if kind == b'0' and mode == b'0000644' and size >= 0:  # the most frequent case, made fast
                 if header == _ustar(bare, kind, mode, size) and bare[-1:] != b'/':
-                    return _Entry(bare.decode('ascii'), size)
+                    return bare.decode('ascii'), size, False, ''
             name = pax.get(b'path', bare).decode()
             link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode()
             size = int(pax.get(b'size', size))
@@ -1590,7 +1598,7 @@ class _SegmentReader(_Stream):
             is_possible = size == 0 or size > 0 and kind == b'0'
             is_possible &= not (link and kind == b'5')  # as nothing would remain of the link of a directory
             if is_possible and header == _tar_header(entry):
-                return entry
+                return entry[:4]
         except ValueError:
             pass
         raise self.error('header')
@@ -2401,9 +2409,10 @@ class _Aws(_Renewed):
             if find(key):
                 parameter = key.title().replace('_', '')
                 form[parameter] = find(key)
-        data = urlencode(form).encode()
         request = _Request('POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
-                           {'Content-Type': 'application/x-www-form-urlencoded'}, [data], keys=keys)
+                           {'Content-Type': 'application/x-www-form-urlencoded'},
+                           [urlencode(form).encode()],
+                           keys=keys)
         reply = self.http.request(lambda: self.sign(request, f'{self.region}/sts'), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
@@ -2639,8 +2648,8 @@ class _GoogleCredentials(_Renewed):
         else:
             return self.from_tools()
         headers = {'Content-Type': 'application/x-www-form-urlencoded'}
-        body = [urlencode(form).encode()]
-        request = _Request('POST', url, headers, body)
+        request = _Request('POST', url, headers,
+                           [urlencode(form).encode()])
         reply = self.http.request(lambda: request)
         if reply.status == 200:
             return reply.json()
@@ -2734,7 +2743,7 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 40 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
-_AHEAD = 18 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
 _FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
@@ -2856,8 +2865,10 @@ class _HttpStore(_Remote):
     judge = staticmethod(_judge)  # for _Http.request()
 
     def error(self, reply: _Reply) -> RemoteError:
-        remedy = "check the url, and whether everyone can read it without a login; 'ls -r' needs an index page"
-        return RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
+        return RemoteError(
+            f'{self.url} answers {reply.status}',
+            "check the url, and whether everyone can read it without a login; 'ls -r' needs an index page",
+            reply.status)
 
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
@@ -2984,8 +2995,10 @@ class _BucketStore(_HttpStore):
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         is_etag = obj.version.startswith('"')
         condition = {'If-Match': obj.version} if is_etag else {}
-        url = self.address(obj.name, obj.version)
-        request = _Request('DELETE', url, condition=condition)
+        request = _Request(
+            'DELETE',
+            self.address(obj.name, obj.version),
+            condition=condition)
 
         def prepare() -> _Request:  # it looks first, as a lost answer may have been a yes
             if not self.is_current(obj):
@@ -3689,7 +3702,7 @@ class _Place:
     @contextmanager
     def lock(self, job: _Job) -> Iterator[None]:
         """Let one process at a time work on this dataset, if the system can. It only saves work."""
-        path = self.root / '.etcetera/locks' / self.name
+        path = self.root / f'.etcetera/locks/{self.name}'
         with ExitStack() as stack:
             with suppress(ImportError, OSError):  # as on Windows, and in a store that can only be read
                 import fcntl
@@ -3842,8 +3855,8 @@ def _read_receipt(directory: Path) -> _Receipt:
         if directory.is_symlink() or path.is_symlink():
             return _NO_RECEIPT
         row = json.loads(path.read_text('utf-8'))
-        values = [row[key] for key in _Receipt._fields]
-        name, rows, installed, *texts = values
+        name, rows, installed, *texts = [
+            row[key] for key in _Receipt._fields]
         ''.join(texts + installed)  # TypeError if they are no texts
         segments = list(map(_Segment.from_json, rows))
         receipt = _Receipt(name, segments, frozenset(installed), *texts)
@@ -3857,7 +3870,7 @@ def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     row = receipt._asdict()
     row.update(digest=receipt.digest, when=_utc(time.time()), segments=[
         segment._asdict() for segment in receipt.segments])
-    _write_file(directory / _RECEIPT, 0o444, [json.dumps(row, default=sorted).encode()])
+    _write_file(str(directory / _RECEIPT), 0o444, [json.dumps(row, default=sorted).encode()])
     _flush(directory)
 
 
@@ -4617,8 +4630,8 @@ def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> No
         place = _Place(name, config)
         with place.lock(job), place.installing():
             if place.pin or not _is_dataset(place.path):
-                segments = place.open()._read(job)
-                place.check(segments)
+                place.check(
+                    place.open()._read(job))
             place.vacate('new')
             place.forget()
         _say(f"purged '{place.name}'")
@@ -4632,8 +4645,8 @@ def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
             obj = (store.stat(place.name)  # which finds damaged archives and archived ones, too
                    or _find(store, place.name).obj)
             if place.pin:
-                archive = _find(store, place.name)
-                place.check(archive.segments)
+                place.check(
+                    _find(store, place.name).segments)
             return obj, store.url
 
     def remove(job: _Job) -> None:
@@ -4664,8 +4677,8 @@ def _print(*lines: str) -> None:
 def _output(found: object, as_json: bool, rows: Sequence[Sequence[str]]) -> None:
     """Print what was found: as JSON, or in columns."""
     if as_json:
-        text = json.dumps(found, indent=1)
-        return _print(*text.splitlines())
+        return _print(
+            *json.dumps(found, indent=1).splitlines())
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = map(str.ljust, row, widths)
@@ -4678,9 +4691,9 @@ def _is_terminal(stream: Any) -> bool:
 
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
-    is_dumb = os.environ.get('TERM') == 'dumb'
-    is_quiet = _console.level == _WARNING
-    if is_dumb or is_quiet or not _is_terminal(sys.stderr):
+    if (os.environ.get('TERM') == 'dumb'
+            or _console.level == _WARNING
+            or not _is_terminal(sys.stderr)):
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
@@ -4884,8 +4897,8 @@ def _run(argv: Sequence[str]) -> int:
     status = 0
     for each in ([[word] for word in words] if places == ['NAME...'] else [words]):
         if name not in ('ls', 'create', 'purge'):
-            what = ' '.join([name, *each])
-            options['progress'] = _meter(what)
+            options['progress'] = _meter(
+                ' '.join([name, *each]))
         try:
             config = config or Config.load(path, url=url, home=home)
             status |= run(*each, config=config, **options) is False
