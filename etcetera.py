@@ -599,9 +599,9 @@ def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
 def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
              has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
-    # As many items are under way as a semaphore has slots, by default one for each thread, and one more waits, or goes
-    # to another thread. Threads start as they are needed, as each keeps memory. What is done is yielded once all slots
-    # are taken. has_room() says whether another item may begin while so many are not yielded yet, by default two each.
+    # As many items are under way as a semaphore has slots, by default one for each thread; one more waits, or goes to
+    # another thread. Threads start when they are needed, as each keeps memory. What is done is yielded once all slots
+    # are taken. has_room(n): whether another item may begin while n are not yielded; by default, two for each thread.
     import queue
     import threading
     from concurrent.futures import Future
