@@ -291,7 +291,10 @@ def _system_errors() -> Iterator[None]:
         if isinstance(e, PermissionError):
             remedy = 'ask who owns it, or its directory, for access, or use another place'
         raise Error(message, remedy) from e
-    except MemoryError as e:
+    except (MemoryError, RuntimeError) as e:
+        if (type(e) is RuntimeError
+                and "can't allocate" not in str(e)):  # as Python says of locks
+            raise
         raise Error('there is not enough memory', "set 'connections: 1', or raise the limit (ulimit -v)") from e
 
 
@@ -615,10 +618,7 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
         for item in items:
             while pending and not has_room(len(pending)):
                 yield pending.popleft().result()
-            try:
-                pending.append(Future())
-            except RuntimeError:  # "can't allocate lock"
-                raise MemoryError from None
+            pending.append(Future())
             tasks.put((pending[-1], item))
             del item
             try:
@@ -3076,9 +3076,9 @@ class _FileRemote(_Remote):
 
     def list(self) -> List[_Object]:
         self.check()
-        names = [self.name_of(item.path) for item in os.scandir(self.root)]
         found = []
-        for name in filter(None, names):
+        for name in filter(None, [
+                self.name_of(item.path) for item in os.scandir(self.root)]):
             try:
                 found.append(self.stat(name))
             except OSError as e:  # one that cannot be read must not hide the others
@@ -3539,8 +3539,8 @@ class _WebRemote(_HttpStore):
         links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
         for link in re.findall(links, page):
             with suppress(ValueError):
-                address = unescape(link.strip('"\''))
-                target = unquote(urljoin(self.base, address))
+                target = unquote(urljoin(
+                    self.base, unescape(link.strip('"\''))))
                 names.add(self.name_of(target))
         found = _ordered(self.job, self.connections, self.stat, sorted(names - {''}))
         return [obj for obj in found if obj]
@@ -3867,9 +3867,9 @@ def _read_receipt(directory: Path) -> _Receipt:
 
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     """Write it, and let the disk hold all of the directory: before it gets its name, or is removed."""
-    row = receipt._asdict()
-    row.update(digest=receipt.digest, when=_utc(time.time()), segments=[
-        segment._asdict() for segment in receipt.segments])
+    row = dict(receipt._asdict(),
+               digest=receipt.digest, when=_utc(time.time()), segments=[
+                   segment._asdict() for segment in receipt.segments])
     _write_file(str(directory / _RECEIPT), 0o444, [json.dumps(row, default=sorted).encode()])
     _flush(directory)
 
@@ -4743,8 +4743,8 @@ def _info(name: str, **options: Any) -> None:
     shown['meta'] = found['meta'] and json.dumps(found['meta'], ensure_ascii=False)
     _output(found, as_json, [row for row in shown.items() if row[1]])
     if found['readme'] and not as_json:
-        lines = found['readme'].splitlines()
-        _print('', *map(str.expandtabs, lines))
+        _print('', *map(
+            str.expandtabs, found['readme'].splitlines()))
 
 
 class _RemoteName(str):
@@ -4754,8 +4754,9 @@ class _RemoteName(str):
 def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     """Whether they are the same."""
     found = diff(a, b, (isinstance(a, _RemoteName), isinstance(b, _RemoteName)), **options)
-    rows = found['segments'].items()
-    _output(found, json, [(row['status'], _amount(row['a']), _amount(row['b']), path) for path, row in rows])
+    _output(found, json, [
+        (row['status'], _amount(row['a']), _amount(row['b']), path)
+        for path, row in found['segments'].items()])
     return found['equal']
 
 
