@@ -2382,7 +2382,8 @@ class _Aws(_Renewed):
             if kind in sources:
                 keys = sources[kind]()
             elif profile and profile not in users:
-                keys = self.from_profile(profile, users + (name,))
+                keys = self.from_profile(
+                    profile, users + (name,))
             if not keys:
                 raise ConfigError(f'{where} needs, besides role_arn, either a source_profile that has credentials and '
                                   'does not lead back to it, or a credential_source of Environment, EcsContainer or '
