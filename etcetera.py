@@ -284,7 +284,8 @@ def _system_errors() -> Iterator[None]:
     except OSError as e:
         message = e.strerror or str(e)
         if e.filename is not None:
-            e.filename = _existing_part(str(e.filename))  # a traceback shows both names, too
+            path = os.fsdecode(e.filename) if isinstance(e.filename, bytes) else str(e.filename)  # PyPy tells bytes
+            e.filename = _existing_part(path)  # a traceback shows both names, too
             e.filename2 = None
             message += f': {e.filename}'
         remedy = 'free some space' if e.errno in _NoRoom.codes else ''
@@ -989,7 +990,8 @@ def _digest_segments(job: _Job, root: Path) -> List[_Segment]:
     """The segments of a dataset, after reading all its files."""
     survey = _Survey(root)
     job.begin(survey.size)
-    blocks = _hash(job, survey.listing(survey.segments))
+    blocks = _hash(
+        job, survey.listing(survey.segments))
     return [segment._replace(digest=_digest(blocks[path])) for path, segment in survey.segments.items()]
 
 
