@@ -1547,7 +1547,8 @@ class _SegmentReader(_Stream):
             path = self.sink.path(name.rstrip('/'))
             if name.endswith('/'):
                 has_directory = True
-                os.makedirs(path, exist_ok=name == 'data/')  # which reused partitions have made
+                if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
+                    os.mkdir(path)
                 continue
             files += 1
             size += length
@@ -3871,7 +3872,8 @@ def _read_receipt(directory: Path) -> _Receipt:
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     """Write it, and let the disk hold all of the directory: before it gets its name, or is removed."""
     row = dict(receipt._asdict(),
-               digest=receipt.digest, when=_utc(time.time()), segments=[
+               digest=receipt.digest,
+               when=_utc(time.time()), segments=[
                    segment._asdict() for segment in receipt.segments])
     _write_file(str(directory / _RECEIPT), 0o444, [json.dumps(row, default=sorted).encode()])
     _flush(directory)
