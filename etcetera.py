@@ -4012,10 +4012,8 @@ class _Archive:
             nonlocal ahead, left
             for start, end in spans:
                 while start < end:
-                    # So that a slow range holds up few others, and all connections end together; one connection
-                    # reads half of it, as the next range is to come while the last one is used
-                    rest = min(left, _AHEAD // 2)
-                    fair = max(_MIN_RANGE, rest // max(active, 2))
+                    # So that a slow range holds up few others, and all connections end together
+                    fair = max(_MIN_RANGE, min(left, _AHEAD // 3) // active)
                     step = min(length, fair, end - start)
                     left -= step
                     ahead += step
