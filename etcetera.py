@@ -1423,10 +1423,10 @@ class _Sink:
     def __init__(self, root: _Path) -> None:
         self.root = f'{os.path.realpath(root)}{os.sep}'
         self.links: _Texts = {}  # targets of links, made at the end, so that nothing is written through one
-        self.near: Any = ()  # what _write_file() may know of the root
 
     def path(self, name: str) -> str:
         """Where an entry goes. Raises Corrupt if that is not below the root."""
+        name = name.rstrip('/')
         if not _is_safe(name) or name.count('/') >= _DEPTH:
             raise Corrupt(f"the archive holds the unsafe name '{name[:300]}'", 'do not trust it')
         return self.root + _to_os(name)
@@ -1434,9 +1434,6 @@ class _Sink:
     @contextmanager
     def filling(self, confined: bool) -> Iterator[None]:
         """Explain refusals; at the end make the links, which may not lead out; if confined, each as a push has it."""
-        if os.name == 'posix':
-            self.near = (len(self.root),
-                         os.open(self.root, os.O_RDONLY))
         try:
             yield
             for name, target in self.links.items():
@@ -1449,9 +1446,6 @@ class _Sink:
             if not os.path.isdir(self.root):
                 raise  # somebody has removed it
             raise Corrupt(f"the archive is damaged: it holds '{name}', but not the directory around it") from None
-        finally:
-            if self.near:
-                os.close(self.near[1])
         for name, target in self.links.items():
             path = self.path(name)
             is_sound = os.path.exists(path)  # first, as realpath() may follow chains of links for ever
@@ -1516,6 +1510,11 @@ class _SegmentReader(_Stream):
         super().__init__(self.payloads(blocks, notes))
         self.path, self.sink = path, sink
         self.source, self.digests = '', bytearray()  # of the last block; of all blocks
+        self.near: Any = ()  # what _write_file() may know of the segment's directory
+
+    def close(self) -> None:
+        if self.near:
+            os.close(self.near[1])
 
     def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
         """The tar stream. Once all of a block has been taken, and so written, note that in the journal."""
@@ -1544,11 +1543,10 @@ class _SegmentReader(_Stream):
             if not (belongs and last.startswith(around) and last < order):
                 raise self.error('place')
             last = order
-            path = self.sink.path(name.rstrip('/'))
+            path = self.sink.path(name)
             if name.endswith('/'):
                 has_directory = True
-                if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
-                    os.mkdir(path)
+                self.add_directory(name, path)
                 continue
             files += 1
             size += length
@@ -1566,7 +1564,7 @@ class _SegmentReader(_Stream):
                     _link_or_copy(_join(self.source, name), path)
                 else:
                     data = memoryview(self.data) if length > 4096 else self.data  # views copy nothing, but take time
-                    _write_file(path, mode, [data[self.at:stop]], 0, *self.sink.near)
+                    _write_file(path, mode, [data[self.at:stop]], 0, *self.near)
                 self.at = stop
             # It ends in the block in which the file does, if that does not end too early.
             if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
@@ -1576,6 +1574,14 @@ class _SegmentReader(_Stream):
         if not has_directory or promised and segment != promised._replace(offset=0, length=0):
             raise Corrupt(f"the archive is damaged: '{self.path}' does not have the digest that the index promises")
         return segment
+
+    def add_directory(self, name: str, path: str) -> None:
+        """Make a directory, and keep that of the segment open, as most files go there."""
+        if name != 'data/' or not os.path.isdir(path):  # which reused partitions have made
+            os.mkdir(path)
+        if os.name == 'posix' and name == f'{self.path}/':
+            directory = os.open(path, os.O_RDONLY)
+            self.near = len(path) + 1, directory
 
     def parse(self, header: bytes) -> Sequence[Any]:
         """The name, size, x bit and link target of the next entry. Raises Corrupt if its header is not canonical."""
@@ -1618,7 +1624,12 @@ def _extract(blocks: Iterable[_Block], promised: Mapping[str, _Segment], root: _
     groups = itertools.groupby(blocks, operator.attrgetter('path'))
     with open(journal or os.devnull, 'w', buffering=1) as notes, sink.filling(confined=True):
         print(head, file=notes)
-        return [_SegmentReader(path, own, sink, notes).extract(promised.get(path)) for path, own in groups]
+        segments = []
+        for path, own in groups:
+            reader = _SegmentReader(path, own, sink, notes)
+            with closing(reader):
+                segments.append(reader.extract(promised.get(path)))
+        return segments
 
 
 def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Generator[_Block, None, None]:
