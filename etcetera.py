@@ -1365,13 +1365,12 @@ def _is_safe(name: str) -> bool:
 
 
 def _write_file(path: str, mode: int,
-                pieces: Iterable[Any], size: int = 0, known: int = 0,
-                directory: Optional[int] = None) -> None:
+                pieces: Iterable[Any], size: int = 0, near: Any = (0, None)) -> None:
     """Create a read-only file, with the x bit at once, as some disks have no chmod; with `size`, so large at once."""
-    # The system need not look for the `known` first characters of the path if they lead to a directory that is open.
+    # near: how much of the path leads to a directory that is open, and its descriptor; so nobody has to look for it.
+    known, directory = near
     try:
-        file = os.open(path[known:], _CREATE, mode,
-                       dir_fd=directory)
+        file = os.open(path[known:], _CREATE, mode, dir_fd=directory)
     except PermissionError:  # some network file systems do not open a new read-only file for writing
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -1510,10 +1509,10 @@ class _SegmentReader(_Stream):
         super().__init__(self.payloads(blocks, notes))
         self.path, self.sink = path, sink
         self.source, self.digests = '', bytearray()  # of the last block; of all blocks
-        self.near: Any = ()  # what _write_file() may know of the segment's directory
+        self.near: Any = (0, None)  # what _write_file() may know of the segment's directory
 
     def close(self) -> None:
-        if self.near:
+        if self.near[0]:
             os.close(self.near[1])
 
     def payloads(self, blocks: Iterable[_Block], notes: Any) -> Iterator[bytes]:
@@ -1532,8 +1531,7 @@ class _SegmentReader(_Stream):
         files = size = 0
         has_directory = False
         last = 'data\0' if self.path.startswith('data/') else ''  # by what the last entry is sorted
-        for header in iter(partial(self.read, 512), b''):
-            name, length, is_executable, link = self.parse(header)
+        for name, length, is_executable, link in iter(self.entry, ()):
             # Which entries a segment holds, and in which order
             belongs = name.startswith(self.path + '/')
             if self.path == '.':
@@ -1564,7 +1562,7 @@ class _SegmentReader(_Stream):
                     _link_or_copy(_join(self.source, name), path)
                 else:
                     data = memoryview(self.data) if length > 4096 else self.data  # views copy nothing, but take time
-                    _write_file(path, mode, [data[self.at:stop]], 0, *self.near)
+                    _write_file(path, mode, [data[self.at:stop]], 0, self.near)
                 self.at = stop
             # It ends in the block in which the file does, if that does not end too early.
             if not (self.data and self.data.startswith(_ZEROS[:padding], self.at)):
@@ -1583,12 +1581,18 @@ class _SegmentReader(_Stream):
             directory = os.open(path, os.O_RDONLY)
             self.near = len(path) + 1, directory
 
-    def parse(self, header: bytes) -> Sequence[Any]:
-        """The name, size, x bit and link target of the next entry. Raises Corrupt if its header is not canonical."""
+    def entry(self) -> Sequence[Any]:
+        """The name, size, x bit and link target of the next entry, or (). Raises Corrupt if it is not canonical."""
+        header = self.read(512)
+        if not header:
+            return ()
         pax = {}
         try:
+            # The most frequent case, made fast
+            bare, size = header[:100].rstrip(b'\0'), int(header[124:135], 8)
+            if header == _ustar(bare, b'0', b'0000644', size) and size >= 0 and bare[-1:] != b'/':
+                return bare.decode('ascii'), size, False, ''
             if header[_KIND_AT] == ord('x'):
-                size = int(header[124:135], 8)
                 if not 0 < size <= 32768:
                     raise ValueError
                 header += self.read(size + -size % 512 + 512)
@@ -1596,9 +1600,6 @@ class _SegmentReader(_Stream):
             raw_name, mode, digits, kind, raw_link = _USTAR_FIELDS.unpack(header[-512:])
             bare = raw_name.rstrip(b'\0')
             size = int(digits, 8)
-            if kind == b'0' and mode == b'0000644' and size >= 0:  # the most frequent case, made fast
-                if header == _ustar(bare, kind, mode, size) and bare[-1:] != b'/':
-                    return bare.decode('ascii'), size, False, ''
             name = pax.get(b'path', bare).decode()
             link = pax.get(b'linkpath', raw_link.rstrip(b'\0')).decode()
             size = int(pax.get(b'size', size))
