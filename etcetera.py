@@ -2845,9 +2845,11 @@ class _Remote:
     def find(self, name: str) -> _Found:
         """The object that has this name now, and its last bytes, at most _TAIL; None if there is none."""
         obj = self.stat(name)
-        if not obj:
-            return None, b''
-        return obj, self.read(obj, max(0, obj.size - _TAIL), obj.size)
+        return obj, self.tail(obj) if obj else b''
+
+    def tail(self, obj: _Object) -> bytes:
+        """The last bytes of an object, at most _TAIL."""
+        return self.read(obj, max(0, obj.size - _TAIL), obj.size)
 
     def write(self, name: str, chunks: _Chunks,
               limit: int, exclusive: bool) -> None:
@@ -4292,7 +4294,8 @@ def _list(remote: bool, config: Config, patterns: _Names, in_full: bool = False)
             segments: _Segments = ()
             try:
                 with _system_errors():
-                    segments = _find(store, obj.name).segments
+                    tail = store.tail(obj)
+                    segments = _Archive(store, obj, tail).segments
             except Error as e:  # one that cannot be read must not hide the others
                 _say(str(e), _WARNING)
             return _describe(obj, segments)

@@ -5383,6 +5383,13 @@ class Links(S3Case):
                 self.etc(words)
                 self.assertLessEqual(len(self.server.log), int(most))
 
+    def test_listing_in_full_needs_no_range_from_the_end(self):
+        self.share(small(self.tmp / 'ds'))
+        self.server.log.clear()
+        self.server.fault = lambda h: '=-' in h.headers.get('Range', '') and h.error(416, 'InvalidRange')
+        self.assertIn('sha256:', self.etc('ls -r -l')[0])
+        self.assertEqual(len(self.server.log), 2)
+
     def test_ranges_from_the_end(self):
         """Servers that refuse or misread them are asked otherwise."""
         self.share(self.large(100000))
