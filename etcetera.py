@@ -2761,7 +2761,7 @@ _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits 
 _IN_FLIGHT = 40 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
 _AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_FAST_RANGE = 0.4  # seconds that a range may take if the next one is to be twice as long
+_FAST_RANGE = 0.4  # seconds that a range may take, or twice the least so far, if the next is to be twice as long
 _FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
@@ -4020,6 +4020,7 @@ class _Archive:
         active = min(_FEW_CONNECTIONS, connections)
         slots = threading.Semaphore(active)
         length = _MIN_RANGE  # of the next range
+        least = float('inf')  # seconds that a range took
         ahead = 0  # bytes that are being read or wait to be yielded
 
         def ranges() -> Iterator[Sequence[int]]:
@@ -4035,11 +4036,12 @@ class _Archive:
                     yield start - step, start
 
         def fetch(span: Sequence[int]) -> bytes:
-            nonlocal active, length
+            nonlocal active, length, least
             begin = time.monotonic()
             data = self.read(*span)
             end = time.monotonic()
-            if end - begin < _FAST_RANGE:
+            least = min(least, end - begin)
+            if end - begin < max(_FAST_RANGE, 2 * least):
                 length = max(length, 2 * len(data))
             if end - begun > _FAST_RANGE and self.job.moved < _FAST_LINK * (end - begun):
                 for _ in range(active, connections):

@@ -5390,6 +5390,15 @@ class Links(S3Case):
         self.assertIn('sha256:', self.etc('ls -r -l')[0])
         self.assertEqual(len(self.server.log), 2)
 
+    def test_ranges_grow_where_all_answers_are_late(self):
+        stand_in(self, etc, '_FAST_RANGE', 0)
+        self.settings['connections'] = 1
+        self.share(self.large(12 * MIB))
+        self.server.log.clear()
+        self.server.fault = lambda handler: time.sleep(0.05)
+        self.etc('pull X', home='two')
+        self.assertLess(len(self.server.log), 20)
+
     def test_ranges_from_the_end(self):
         """Servers that refuse or misread them are asked otherwise."""
         self.share(self.large(100000))
