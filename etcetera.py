@@ -2758,10 +2758,11 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 40 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
+_IN_FLIGHT = 50 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
 _AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_FAST_RANGE = 0.4  # seconds that a range may take, or twice the least so far, if the next is to be twice as long
+_FAIR_RANGE = 1 << 20  # bytes that one may read if it comes fast, however many connections there are
+_FAST_RANGE = 0.4  # seconds, or twice the least so far: a range is fast, and the next twice as long, or half as long
 _FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
@@ -4011,7 +4012,7 @@ class _Archive:
     def read_ahead(self, spans: Sequence[Sequence[int]]
                    ) -> Generator[bytes, None, None]:
         """The bytes of some spans, in order, read over several connections at once; what is under way is bounded.
-        Ranges grow while they come fast: on a slow link, long ones show little progress, and lose much at a break."""
+        Ranges grow while they come fast, or shrink: on a slow link, long ones tell little, and lose much at a break."""
         import threading
         left = sum(stop - start for start, stop in spans)
         self.job.begin(left)
@@ -4028,7 +4029,7 @@ class _Archive:
             for start, end in spans:
                 while start < end:
                     # So that a slow range holds up few others, and all connections end together
-                    fair = max(_MIN_RANGE, min(left, _AHEAD // 3) // active)
+                    fair = max(_FAIR_RANGE, min(left, _AHEAD // 3) // active)
                     step = min(length, fair, end - start)
                     left -= step
                     ahead += step
@@ -4043,6 +4044,8 @@ class _Archive:
             least = min(least, end - begin)
             if end - begin < max(_FAST_RANGE, 2 * least):
                 length = max(length, 2 * len(data))
+            else:
+                length = max(_MIN_RANGE, len(data) // 2)
             if end - begun > _FAST_RANGE and self.job.moved < _FAST_LINK * (end - begun):
                 for _ in range(active, connections):
                     slots.release()
