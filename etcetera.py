@@ -113,8 +113,8 @@ _Sink, _extract_member). Our own archives must be, header by header, what a push
 Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have the name (a hard link or a claim file in a
 directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
 some of them ignore conditions, and then the last push wins, as with -f.
-Sizes. S3: parts of 5 MiB or, of large archives, more; some 40 MiB are sent at once. Google: 16 MiB, one after another.
-Reading: ranges of 256 KiB to 3.2 MiB (more if `connections` is below 5), at most 32 MiB ahead. See Remotes.
+Sizes. S3: parts of 5 MiB or, of large archives, more; some 50 MiB are sent at once. Google: 16 MiB, one after another.
+Reading: ranges of 256 KiB to 2.1 MiB (more if `connections` is below 5), at most 32 MiB ahead. See Remotes.
 Retries: see HTTP. What killed pulls leave, and how the next one goes on: see Home.
 """
 
@@ -2425,10 +2425,9 @@ class _Aws(_Renewed):
             if find(key):
                 parameter = key.title().replace('_', '')
                 form[parameter] = find(key)
+        data = urlencode(form).encode()
         request = _Request('POST', f"{self.endpoint('sts') or self.host('sts', self.region)}/",
-                           {'Content-Type': 'application/x-www-form-urlencoded'},
-                           [urlencode(form).encode()],
-                           keys=keys)
+                           {'Content-Type': 'application/x-www-form-urlencoded'}, [data], keys=keys)
         reply = self.http.request(lambda: self.sign(request, f'{self.region}/sts'), self.judge)
         if reply.status == 200:
             return _aws_keys(_xml_items(reply, 'Credentials'), source)
@@ -2664,8 +2663,8 @@ class _GoogleCredentials(_Renewed):
         else:
             return self.from_tools()
         headers = {'Content-Type': 'application/x-www-form-urlencoded'}
-        request = _Request('POST', url, headers,
-                           [urlencode(form).encode()])
+        body = [urlencode(form).encode()]
+        request = _Request('POST', url, headers, body)
         reply = self.http.request(lambda: request)
         if reply.status == 200:
             return reply.json()
@@ -2762,7 +2761,7 @@ _IN_FLIGHT = 50 << 20  # bytes that may be sent at once, rounded up to whole par
 _AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _FAIR_RANGE = 1 << 20  # bytes that one may read if it comes fast, however many connections there are
-_FAST_RANGE = 0.4  # seconds, or twice the least so far: a range is fast, and the next twice as long, or half as long
+_FAST_RANGE = 0.4  # seconds, or twice the least so far: what comes within is fast
 _FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
@@ -2884,10 +2883,8 @@ class _HttpStore(_Remote):
     judge = staticmethod(_judge)  # for _Http.request()
 
     def error(self, reply: _Reply) -> RemoteError:
-        return RemoteError(
-            f'{self.url} answers {reply.status}',
-            "check the url, and whether everyone can read it without a login; 'ls -r' needs an index page",
-            reply.status)
+        remedy = "check the url, and whether everyone can read it without a login; 'ls -r' needs an index page"
+        return RemoteError(f'{self.url} answers {reply.status}', remedy, reply.status)
 
     def ask(self, method: str, url: str, *accept: int, **more: Any) -> _Reply:
         """Make a request; more: what else _Request has. Raises RemoteError for any answer but 2xx and in `accept`."""
@@ -3014,10 +3011,8 @@ class _BucketStore(_HttpStore):
         """As above: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-deletes.html"""
         is_etag = obj.version.startswith('"')
         condition = {'If-Match': obj.version} if is_etag else {}
-        request = _Request(
-            'DELETE',
-            self.address(obj.name, obj.version),
-            condition=condition)
+        url = self.address(obj.name, obj.version)
+        request = _Request('DELETE', url, condition=condition)
 
         def prepare() -> _Request:  # it looks first, as a lost answer may have been a yes
             if not self.is_current(obj):
@@ -3095,9 +3090,9 @@ class _FileRemote(_Remote):
 
     def list(self) -> List[_Object]:
         self.check()
+        names = [self.name_of(item.path) for item in os.scandir(self.root)]
         found = []
-        for name in filter(None, [
-                self.name_of(item.path) for item in os.scandir(self.root)]):
+        for name in filter(None, names):
             try:
                 found.append(self.stat(name))
             except OSError as e:  # one that cannot be read must not hide the others
@@ -3558,8 +3553,8 @@ class _WebRemote(_HttpStore):
         links = r'(?i)<a\s(?:[^<>]*\s)?href\s*=\s*("[^"]*"|\'[^\']*\'|[^\s<>]*)'
         for link in re.findall(links, page):
             with suppress(ValueError):
-                target = unquote(urljoin(
-                    self.base, unescape(link.strip('"\''))))
+                address = unescape(link.strip('"\''))
+                target = unquote(urljoin(self.base, address))
                 names.add(self.name_of(target))
         found = _ordered(self.job, self.connections, self.stat, sorted(names - {''}))
         return [obj for obj in found if obj]
@@ -3874,8 +3869,8 @@ def _read_receipt(directory: Path) -> _Receipt:
         if directory.is_symlink() or path.is_symlink():
             return _NO_RECEIPT
         row = json.loads(path.read_text('utf-8'))
-        name, rows, installed, *texts = [
-            row[key] for key in _Receipt._fields]
+        values = [row[key] for key in _Receipt._fields]
+        name, rows, installed, *texts = values
         ''.join(texts + installed)  # TypeError if they are no texts
         segments = list(map(_Segment.from_json, rows))
         receipt = _Receipt(name, segments, frozenset(installed), *texts)
@@ -3886,10 +3881,9 @@ def _read_receipt(directory: Path) -> _Receipt:
 
 def _write_receipt(directory: Path, receipt: _Receipt) -> None:
     """Write it, and let the disk hold all of the directory: before it gets its name, or is removed."""
-    row = dict(receipt._asdict(),
-               digest=receipt.digest,
-               when=_utc(time.time()), segments=[
-                   segment._asdict() for segment in receipt.segments])
+    row = receipt._asdict()
+    row.update(digest=receipt.digest, when=_utc(time.time()), segments=[
+        segment._asdict() for segment in receipt.segments])
     _write_file(str(directory / _RECEIPT), 0o444, [json.dumps(row, default=sorted).encode()])
     _flush(directory)
 
@@ -4653,8 +4647,8 @@ def purge(name: str, config: _MaybeConfig = None, *, remote: bool = False) -> No
         place = _Place(name, config)
         with place.lock(job), place.installing():
             if place.pin or not _is_dataset(place.path):
-                place.check(
-                    place.open()._read(job))
+                segments = place.open()._read(job)
+                place.check(segments)
             place.vacate('new')
             place.forget()
         _say(f"purged '{place.name}'")
@@ -4668,8 +4662,8 @@ def _purge_remote(place: _Place, confirm: Callable[..., Any] = bool) -> None:
             obj = (store.stat(place.name)  # which finds damaged archives and archived ones, too
                    or _find(store, place.name).obj)
             if place.pin:
-                place.check(
-                    _find(store, place.name).segments)
+                archive = _find(store, place.name)
+                place.check(archive.segments)
             return obj, store.url
 
     def remove(job: _Job) -> None:
@@ -4700,8 +4694,8 @@ def _print(*lines: str) -> None:
 def _output(found: object, as_json: bool, rows: Sequence[Sequence[str]]) -> None:
     """Print what was found: as JSON, or in columns."""
     if as_json:
-        return _print(
-            *json.dumps(found, indent=1).splitlines())
+        text = json.dumps(found, indent=1)
+        return _print(*text.splitlines())
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = map(str.ljust, row, widths)
@@ -4714,9 +4708,9 @@ def _is_terminal(stream: Any) -> bool:
 
 def _meter(what: str) -> _Progress:
     """Shows on the terminal how far a piece of work is; None where that would disturb."""
-    if (os.environ.get('TERM') == 'dumb'
-            or _console.level == _WARNING
-            or not _is_terminal(sys.stderr)):
+    is_dumb = os.environ.get('TERM') == 'dumb'
+    is_quiet = _console.level == _WARNING
+    if is_dumb or is_quiet or not _is_terminal(sys.stderr):
         return None
     if os.name == 'nt':
         os.system('')  # lets the console understand escape sequences
@@ -4766,8 +4760,8 @@ def _info(name: str, **options: Any) -> None:
     shown['meta'] = found['meta'] and json.dumps(found['meta'], ensure_ascii=False)
     _output(found, as_json, [row for row in shown.items() if row[1]])
     if found['readme'] and not as_json:
-        _print('', *map(
-            str.expandtabs, found['readme'].splitlines()))
+        lines = found['readme'].splitlines()
+        _print('', *map(str.expandtabs, lines))
 
 
 class _RemoteName(str):
@@ -4777,9 +4771,8 @@ class _RemoteName(str):
 def _diff(a: str, b: str, json: bool = False, **options: Any) -> Any:
     """Whether they are the same."""
     found = diff(a, b, (isinstance(a, _RemoteName), isinstance(b, _RemoteName)), **options)
-    _output(found, json, [
-        (row['status'], _amount(row['a']), _amount(row['b']), path)
-        for path, row in found['segments'].items()])
+    rows = found['segments'].items()
+    _output(found, json, [(row['status'], _amount(row['a']), _amount(row['b']), path) for path, row in rows])
     return found['equal']
 
 
@@ -4921,8 +4914,8 @@ def _run(argv: Sequence[str]) -> int:
     status = 0
     for each in ([[word] for word in words] if places == ['NAME...'] else [words]):
         if name not in ('ls', 'create', 'purge'):
-            options['progress'] = _meter(
-                ' '.join([name, *each]))
+            what = ' '.join([name, *each])
+            options['progress'] = _meter(what)
         try:
             config = config or Config.load(path, url=url, home=home)
             status |= run(*each, config=config, **options) is False

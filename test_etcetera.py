@@ -6051,6 +6051,14 @@ class Receipts(Shell, Case):
                 ds[name]
 
 
+OPENS = r"""
+#define AT int at,
+#define PASS at,
+OPEN(open, , )
+OPEN(open64, , )
+OPEN(openat, AT, PASS)
+OPEN(openat64, AT, PASS)
+"""
 PICKY = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -6060,18 +6068,13 @@ PICKY = r"""
 #include <sys/stat.h>
 #include <unistd.h>
 #define REFUSE(code) { errno = code; return -1; }
-#define AT int at,
-#define PASS at,
 #define OPEN(name, before, pass) int name(before const char *path, int flags, ...) { \
     static int (*next)(before const char *, int, ...); \
     va_list list; va_start(list, flags); mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0; va_end(list); \
     if (!next) next = dlsym(RTLD_NEXT, #name); \
     if ((flags & O_CREAT) && (flags & O_ACCMODE) != O_RDONLY && !(mode & 0200)) REFUSE(EACCES) \
     return next(pass path, flags, mode); }
-OPEN(open, , )
-OPEN(open64, , )
-OPEN(openat, AT, PASS)
-OPEN(openat64, AT, PASS)
+""" + OPENS + r"""
 int link(const char *a, const char *b) REFUSE(EPERM)
 int linkat(int a, const char *b, int c, const char *d, int e) REFUSE(EPERM)
 int chmod(const char *a, mode_t b) REFUSE(EPERM)
@@ -6083,16 +6086,11 @@ NO_MODES = r"""
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
-#define AT int at,
-#define PASS at,
 #define OPEN(name, before, pass) int name(before const char *path, int flags, ...) { \
     static int (*next)(before const char *, int, ...); \
     if (!next) next = dlsym(RTLD_NEXT, #name); \
     return next(pass path, flags, 0777); }
-OPEN(open, , )
-OPEN(open64, , )
-OPEN(openat, AT, PASS)
-OPEN(openat64, AT, PASS)
+""" + OPENS + r"""
 int symlink(const char *a, const char *b) { errno = EPERM; return -1; }
 int symlinkat(const char *a, int b, const char *c) { errno = EPERM; return -1; }
 """
