@@ -5044,7 +5044,9 @@ class Faults:
         def check(op, home, out, err):
             command, _, target, before, _ = op
             is_replaced = self.kind in ('replaced', 'rewritten')
-            versions = [part_one, part_two] if '-p' in command else [tree_one, tree_two]
+            versions = [tree_one, tree_two]
+            if '-p' in command:
+                versions = [before or part_one, part_two]  # no partition of the same version goes
             possible = [before] if err else versions if is_replaced else [target]
             if err and is_replaced:
                 self.assertRegex(err, "was replaced|no dataset|another 'X' is installed")
