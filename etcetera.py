@@ -588,7 +588,7 @@ def _cores() -> int:
     return min(os.cpu_count() or 1, 16)
 
 
-def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
+def _work(tasks: Any, function: Callable[[Any], Any]) -> None:
     """Let each future in a queue have what the function makes of the item beside it, until None comes."""
     for future, item in iter(tasks.get, None):
         try:
@@ -597,28 +597,44 @@ def _work(tasks: Any, slots: Any, function: Callable[[Any], Any]) -> None:
         except BaseException as e:
             future.set_exception(e)
         del future, item  # or memory would hold them until the next ones come
-        slots.release()
+
+
+_HasRoom = Callable[[int, int], bool]  # of items that run, and that have not been yielded: may another one begin?
+
+
+def _results(pending: Any, has_room: _HasRoom) -> Iterator[Any]:
+    """Take results from a queue of futures, in order, until there is room, or none is left. A failure comes first."""
+    from concurrent.futures import FIRST_COMPLETED, wait
+    while pending:
+        running = []
+        for future in pending:
+            if future.done():
+                future.result()
+            else:
+                running.append(future)
+        if has_room(len(running), len(pending)):
+            break
+        if pending[0].done():
+            yield pending.popleft().result()
+        else:
+            wait(running, return_when=FIRST_COMPLETED)
 
 
 def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterable[_T],
-             has_room: Optional[Callable[[int], bool]] = None, slots: Any = None) -> Generator[_R, None, None]:
+             has_room: Optional[_HasRoom] = None) -> Generator[_R, None, None]:
     """Yield function(item) for all items, in order, by up to `count` threads. Close it where it may be left earlier."""
-    # As many items are under way as a semaphore has slots, by default one for each thread; one more waits, or goes to
-    # another thread. Threads start when they are needed, as each keeps memory. What is done is yielded once all slots
-    # are taken. has_room(n): whether another item may begin while n are not yielded; by default, two for each thread.
+    # Threads start when they are needed, as each keeps memory. What is done is yielded once there is no room. By
+    # default, one item may wait for the threads, and as many as there are threads for the caller.
     import queue
     import threading
     from concurrent.futures import Future
-    slots = slots or threading.Semaphore(count)
-    has_room = has_room or (2 * count).__gt__
+    has_room = has_room or (lambda running, pending: running <= count and pending < 2 * count)
     tasks: Any = queue.Queue()
-    work = partial(_work, tasks, slots, function)
+    work = partial(_work, tasks, function)
     pending: Any = deque()
     threads: List[Any] = []
     try:
         for item in items:
-            while pending and not has_room(len(pending)):
-                yield pending.popleft().result()
             pending.append(Future())
             tasks.put((pending[-1], item))
             del item
@@ -633,16 +649,13 @@ def _ordered(job: _Job, count: int, function: Callable[[_T], _R], items: Iterabl
             if not threads:
                 tasks.put(None)
                 work()
-            while not slots.acquire(blocking=not pending
-                                    or not pending[0].done()):
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            yield from _results(pending, has_room)
+        yield from _results(pending, lambda *_: False)
     finally:
-        if pending:  # after an error
-            job.interrupt()
         for future in pending:
             future.cancel()
+        if pending:  # after an error
+            job.interrupt()
         for _ in threads:
             tasks.put(None)
         for thread in threads:
@@ -3322,8 +3335,8 @@ class _S3Remote(_BucketStore):
         parts = itertools.chain([first], filter(None, parts))
         del first  # or memory would hold it to the end
         try:
-            rows = _ordered(self.job, connections, partial(self.send_part, url, query),
-                            enumerate(parts, 1), _MAX_PARTS.__ge__)  # so a slow part holds up no others
+            rows = _ordered(self.job, connections, partial(self.send_part, url, query), enumerate(parts, 1),
+                            lambda running, _: running <= connections)  # so a slow part holds up no others
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers={'Content-Type': 'application/xml'}, body=[manifest])
@@ -3344,9 +3357,9 @@ class _S3Remote(_BucketStore):
             headers = {'x-amz-copy-source': f'{self.bucket}{self.address(source.name)}',
                        'x-amz-copy-source-range': f'bytes={start}-{stop - 1}'}
             reply = self.ask('PUT', url, headers=headers)
-            if not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
-                raise self.replaced_error(source)
             etag = _xml_items(reply, 'CopyPartResult').get('ETag')
+            if etag and not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
+                raise self.replaced_error(source)
         else:
             try:
                 reply = self.ask('PUT', url, body=[part])
@@ -4007,13 +4020,11 @@ class _Archive:
                    ) -> Generator[bytes, None, None]:
         """The bytes of some spans, in order, read over several connections at once; what is under way is bounded.
         Ranges grow while they come fast, or shrink: on a slow link, long ones tell little, and lose much at a break."""
-        import threading
         left = sum(stop - start for start, stop in spans)
         self.job.begin(left)
         begun = time.monotonic()
         connections = self.remote.connections
         active = min(_FEW_CONNECTIONS, connections)
-        slots = threading.Semaphore(active)
         length = _MIN_RANGE  # of the next range
         least = float('inf')  # seconds that a range took
         ahead = 0  # bytes that are being read or wait to be yielded
@@ -4041,12 +4052,14 @@ class _Archive:
             else:
                 length = max(_MIN_RANGE, len(data) // 2)
             if end - begun > _FAST_RANGE and self.job.moved < _FAST_LINK * (end - begun):
-                for _ in range(active, connections):
-                    slots.release()
                 active = connections
             return data
-        with closing(_ordered(self.job, connections, fetch, ranges(),
-                              lambda _: ahead < _AHEAD, slots)) as chunks:
+
+        def has_room(running: int, _: int) -> bool:
+            return running <= active and ahead < _AHEAD
+
+        found = _ordered(self.job, connections, fetch, ranges(), has_room)
+        with closing(found) as chunks:
             for data in chunks:
                 ahead -= len(data)
                 yield data

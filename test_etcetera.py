@@ -5343,6 +5343,21 @@ class Links(S3Case):
                 self.assertEqual(max(most), connections)
                 self.assertLess(self.server.sent, 22.5 * MIB)
 
+    def test_refusal_while_another_part_hangs(self):
+        self.register(self.large(22 * MIB))
+        over, late = threading.Event(), []
+
+        def fault(handler):
+            if 'partNumber=1&' in handler.path:
+                late.append(over.wait(20))
+            elif 'partNumber=3&' in handler.path:
+                handler.error(403, 'AccessDenied')
+                return True
+        self.server.fault = fault
+        self.fails_with('AccessDenied', 'push X')
+        self.assertEqual(late, [])
+        over.set()
+
     def test_silence(self):
         """A connection that says nothing is given up early, if the request only reads."""
         self.share(small(self.tmp / 'ds'))
