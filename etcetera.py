@@ -114,7 +114,7 @@ Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have th
 directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
 some of them ignore conditions, and then the last push wins, as with -f.
 Sizes. S3: parts of 5 MiB or, of large archives, more; some 50 MiB are sent at once. Google: 16 MiB, one after another.
-Reading: ranges of 256 KiB to 2.1 MiB (more if `connections` is below 5), at most 32 MiB ahead. See Remotes.
+Reading: ranges of 256 KiB to 2.7 MiB (more if `connections` is below 5), at most 40 MiB ahead. See Remotes.
 Retries: see HTTP. What killed pulls leave, and how the next one goes on: see Home.
 """
 
@@ -501,6 +501,7 @@ class _Job:
         import threading
         self.progress = progress
         self.lock = threading.Lock()
+        self.answer = threading.local()  # began: when that one came which this thread has read last
         self.news = threading.Lock()  # held while there are none for the caller
         self.at_end: List[Callable[[], Any]] = []  # what shuts down the connections that threads wait for
         self.begin(0)
@@ -1690,7 +1691,8 @@ def _inflate_blocks(job: _Job, chunks: Iterable[bytes], segments: Iterable[_Segm
                     raise Corrupt('the archive is damaged: a block does not start or end where it should')
                 yield segment.path, [header, *stream.pieces(length - _BLOCK_HEADER_SIZE)]
                 left -= length
-    return _ordered(job, _cores(), _inflate_block, members())
+    threads = min(_cores(), 8)  # that is fast enough, and what waits would be fetched again after a kill
+    return _ordered(job, threads, _inflate_block, members())
 
 
 def _end_digests(first: bytes, last: bytes) -> List[bytes]:
@@ -2107,6 +2109,7 @@ class _Http:
         body.seek(0)
         room = memoryview(bytearray(4 * _SLICE))
         try:
+            job.answer.began = time.monotonic()
             # More at once of long ranges, as threads that read a little each mostly wait for each other.
             for count in iter(lambda: response.readinto(room[:max(_SLICE, body.tell())]), 0):
                 body.write(room[:count])
@@ -2771,10 +2774,10 @@ _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
 _IN_FLIGHT = 50 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
-_AHEAD = 32 << 20  # bytes that may be read at once, or wait until those before them have come
+_AHEAD = 40 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
-_FAIR_RANGE = 1 << 20  # bytes that one may read if it comes fast, however many connections there are
-_FAST_RANGE = 0.4  # seconds, or twice the least so far: what comes within is fast
+_FAIR_RANGE = 2 << 20  # bytes that one may read if it comes fast, however many connections there are
+_FAST_RANGE = 0.4  # seconds from its first byte on, or as many as that one took: what comes within is fast
 _FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
@@ -4026,7 +4029,6 @@ class _Archive:
         connections = self.remote.connections
         active = min(_FEW_CONNECTIONS, connections)
         length = _MIN_RANGE  # of the next range
-        least = float('inf')  # seconds that a range took
         ahead = 0  # bytes that are being read or wait to be yielded
 
         def ranges() -> Iterator[Sequence[int]]:
@@ -4042,12 +4044,12 @@ class _Archive:
                     yield start - step, start
 
         def fetch(span: Sequence[int]) -> bytes:
-            nonlocal active, length, least
-            begin = time.monotonic()
+            nonlocal active, length
+            asked = self.job.answer.began = time.monotonic()
             data = self.read(*span)
             end = time.monotonic()
-            least = min(least, end - begin)
-            if end - begin < max(_FAST_RANGE, 2 * least):
+            came = self.job.answer.began
+            if end - came < max(_FAST_RANGE, came - asked):
                 length = max(length, 2 * len(data))
             else:
                 length = max(_MIN_RANGE, len(data) // 2)
