@@ -3042,25 +3042,27 @@ class _BucketStore(_HttpStore):
                 raise self.error(reply)
 
     def split(self, chunks: _Chunks, size: int) -> Iterator[Any]:
-        """Gather chunks to parts of just `size` bytes, as some stores want equal ones; the last is shorter or empty."""
+        """Gather chunks to parts of just `size` bytes, as some stores want equal ones; the last is shorter or empty.
+        Long ranges are parts of their own, but for what the part before lacks: that one comes as a list of both."""
         part = bytearray()
         for chunk in chunks:
-            ranges: List[_Range] = []  # parts of their own, but for what the part before lacks; that is read
             if isinstance(chunk, _Range):
                 obj, start, stop = chunk
                 middle = start + -len(part) % size
-                if stop - middle < _MIN_PART:
-                    middle = stop
-                chunk = self.read(obj, start, middle)
-                count = (stop - middle) // max(size, _LONG_PART) + 1
-                step = (stop - middle) // count + 1
-                ranges = [_Range(obj, at, min(at + step, stop))
-                          for at in range(middle, stop, step)]
+                if stop - middle >= _MIN_PART:
+                    if part:
+                        yield [part, _Range(obj, start, middle)]
+                        part = bytearray()
+                    count = (stop - middle) // max(size, _LONG_PART) + 1
+                    step = (stop - middle) // count + 1
+                    for at in range(middle, stop, step):
+                        yield _Range(obj, at, min(at + step, stop))
+                    continue
+                chunk = self.read(*chunk)
             part += chunk
             while len(part) >= size:
                 yield part[:size]
                 del part[:size]
-            yield from ranges
         yield part
 
 
@@ -3324,7 +3326,7 @@ class _S3Remote(_BucketStore):
         url = self.address(name)
         parts = self.split(chunks, size)
         first = next(parts)
-        if not isinstance(first, _Range) and len(first) < size:
+        if isinstance(first, bytearray) and len(first) < size:
             return self.finish(name, exclusive, 'PUT', url,
                                headers=self.object_headers, body=[first])
         # An interruption waits for the answer, or nobody would know which upload to abort.
@@ -3364,8 +3366,9 @@ class _S3Remote(_BucketStore):
             if etag and not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
                 raise self.replaced_error(source)
         else:
+            body = [part[0], self.read(*part[1])] if isinstance(part, list) else [part]
             try:
-                reply = self.ask('PUT', url, body=[part])
+                reply = self.ask('PUT', url, body=body)
             except RemoteError as e:
                 if self.takes_few_parts or number <= _FEW_PARTS or not 400 <= e.status < 500:
                     raise
