@@ -604,19 +604,21 @@ _HasRoom = Callable[[int, int], bool]  # of items that run, and that have not be
 
 
 def _results(pending: Any, has_room: _HasRoom) -> Iterator[Any]:
-    """Take results from a queue of futures, in order, until there is room, or none is left. A failure comes first."""
+    """Take results from a queue of futures, in order, until there is room or none is left. A failure waits for none."""
     from concurrent.futures import FIRST_COMPLETED, wait
     while pending:
-        running = []
+        failed, running = [], []
         for future in pending:
-            if future.done():
-                future.result()
-            else:
+            if not future.done():
                 running.append(future)
-        if has_room(len(running), len(pending)):
+            elif future.exception():
+                failed.append(future)
+        if not failed and has_room(len(running), len(pending)):
             break
         if pending[0].done():
             yield pending.popleft().result()
+        elif failed:
+            failed[0].result()
         else:
             wait(running, return_when=FIRST_COMPLETED)
 
@@ -3366,7 +3368,10 @@ class _S3Remote(_BucketStore):
             if etag and not self.is_current(source):  # some stores misjudge conditions of the source, or ignore them
                 raise self.replaced_error(source)
         else:
-            body = [part[0], self.read(*part[1])] if isinstance(part, list) else [part]
+            body = [part]
+            if isinstance(part, list):
+                begin, rest = part
+                body = [begin, self.read(*rest)]
             try:
                 reply = self.ask('PUT', url, body=body)
             except RemoteError as e:
