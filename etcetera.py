@@ -608,17 +608,18 @@ def _results(pending: Any, has_room: _HasRoom) -> Iterator[Any]:
     from concurrent.futures import FIRST_COMPLETED, wait
     while pending:
         failed, running = [], []
-        for future in pending:
+        for place, future in enumerate(pending):
             if not future.done():
                 running.append(future)
             elif future.exception():
-                failed.append(future)
+                failed.append(place)
+        del future  # or an error, and all that was under way, would stay in memory
         if not failed and has_room(len(running), len(pending)):
             break
         if pending[0].done():
             yield pending.popleft().result()
         elif failed:
-            failed[0].result()
+            pending.rotate(-failed[0])
         else:
             wait(running, return_when=FIRST_COMPLETED)
 
