@@ -604,7 +604,7 @@ _HasRoom = Callable[[int, int], bool]  # of items that run, and that have not be
 
 
 def _results(pending: Any, has_room: _HasRoom) -> Iterator[Any]:
-    """Take results from a queue of futures, in order, until there is room or none is left. A failure waits for none."""
+    """Take results from a queue of futures, in order, until there is room or none is left. Failures come early."""
     from concurrent.futures import FIRST_COMPLETED, wait
     while pending:
         failed, running = [], []
@@ -619,7 +619,7 @@ def _results(pending: Any, has_room: _HasRoom) -> Iterator[Any]:
         if pending[0].done():
             yield pending.popleft().result()
         elif failed:
-            pending.rotate(-failed[0])
+            pending.rotate(-failed[0])  # so that it is raised next
         else:
             wait(running, return_when=FIRST_COMPLETED)
 
@@ -4069,8 +4069,8 @@ class _Archive:
         def has_room(running: int, _: int) -> bool:
             return running <= active and ahead < _AHEAD
 
-        found = _ordered(self.job, connections, fetch, ranges(), has_room)
-        with closing(found) as chunks:
+        chunks = _ordered(self.job, connections, fetch, ranges(), has_room)
+        with closing(chunks):
             for data in chunks:
                 ahead -= len(data)
                 yield data
