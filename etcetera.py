@@ -109,7 +109,7 @@ it; keys; then the container; the machine. Google: the file that `google_credent
 one that gcloud has made; the machine.
 Archives are unpacked only below a new directory. Names must be relative and without '..', every file is created anew,
 links are made last and refused if they lead out, and anything but files, directories and links is refused (_is_safe,
-_Sink, _extract_member). Our own archives must be, header by header, what a push would write (_SegmentReader.parse).
+_Sink, _extract_member). Our own archives must be, header by header, what a push would write (_SegmentReader.entry).
 Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have the name (a hard link or a claim file in a
 directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
 some of them ignore conditions, and then the last push wins, as with -f.
@@ -607,13 +607,10 @@ def _results(pending: Any, has_room: _HasRoom) -> Iterator[Any]:
     """Take results from a queue of futures, in order, until there is room or none is left. Failures come early."""
     from concurrent.futures import FIRST_COMPLETED, wait
     while pending:
-        failed, running = [], []
-        for place, future in enumerate(pending):
-            if not future.done():
-                running.append(future)
-            elif future.exception():
-                failed.append(place)
-        del future  # or an error, and all that was under way, would stay in memory
+        running = [future for future in pending
+                   if not future.done()]
+        failed = [place for place, future in enumerate(pending)
+                  if future.done() and future.exception()]
         if not failed and has_room(len(running), len(pending)):
             break
         if pending[0].done():
@@ -4972,11 +4969,19 @@ def main(argv: _Names = None) -> int:
         raise KeyboardInterrupt(number)
 
     try:
-        with suppress(ValueError):  # only the main thread may do so
-            for number in signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM):  # not on Windows
-                if signal.getsignal(number) in usual:
-                    handled[number] = signal.signal(number, end)
-        return _run(sys.argv[1:] if argv is None else argv)
+        try:
+            with suppress(ValueError):  # only the main thread may do so
+                for number in signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM):  # not on Windows
+                    if signal.getsignal(number) in usual:
+                        handled[number] = signal.signal(number, end)
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            _console.show_progress('')
+            _console.level = None
+            for number, handler in handled.items():
+                if argv is None:  # the program ends now, and a signal should not show a traceback
+                    handler = signal.SIG_DFL
+                signal.signal(number, handler)
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
@@ -4987,11 +4992,6 @@ def main(argv: _Names = None) -> int:
         _console.show('interrupted; run the same command again: a pull goes on, a push begins anew')
         number, = e.args or [2]
         return 128 + number
-    finally:
-        _console.show_progress('')
-        _console.level = None
-        for number, handler in handled.items():
-            signal.signal(number, handler)
 
 
 if __name__ == '__main__':
