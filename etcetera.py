@@ -1156,9 +1156,8 @@ def _is_name(text: str) -> bool:
 #
 # gzip (RFC 1951 and 1952) by this machine's libdeflate, which takes about half of zlib's time, and fewer bytes; by
 # Python's zlib if there is none, or if $ETC_LIBDEFLATE is 0. Each reads what the other writes, and what libdeflate
-# cannot read, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path, from beside the standard
-# library or where systems and their package managers keep libraries: some systems would look for a bare name in the
-# current directory, too.
+# cannot read, zlib gets to judge, so errors are the same. libdeflate is loaded by a full path, as some systems would
+# look for a bare name in the current directory, too.
 # ---------------------------------------------------------------------------------------
 
 _RUNS = -1  # a level that is fast, as only runs of a byte shrink; to zlib the default, to libdeflate its absolute value
@@ -2773,7 +2772,7 @@ _MAX_PARTS = 10000  # parts that S3 takes at most
 _FEW_PARTS = 1000  # parts that some other stores take at most
 _LONG_PART = 64 << 20  # bytes of a part that are still moderate
 _GS_PART = 16 << 20  # bytes of a part of an upload to Google, where each waits for the one before
-_IN_FLIGHT = 50 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
+_IN_FLIGHT = 48 << 20  # bytes that may be sent at once, rounded up to whole parts; one part more waits
 _AHEAD = 40 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _FAIR_RANGE = 2 << 20  # bytes that one may read if it comes fast, however many connections there are
@@ -3044,26 +3043,30 @@ class _BucketStore(_HttpStore):
     def split(self, chunks: _Chunks, size: int) -> Iterator[Any]:
         """Gather chunks to parts of just `size` bytes, as some stores want equal ones; the last is shorter or empty.
         Long ranges are parts of their own, but for what the part before lacks: that one comes as a list of both."""
-        part = bytearray()
+        part: List[bytes] = []
+        room = size
         for chunk in chunks:
             if isinstance(chunk, _Range):
                 obj, start, stop = chunk
-                middle = start + -len(part) % size
+                middle = start + room % size
                 if stop - middle >= _MIN_PART:
-                    if part:
-                        yield [part, _Range(obj, start, middle)]
-                        part = bytearray()
+                    if room < size:
+                        yield [b''.join(part), _Range(obj, start, middle)]
+                        part, room = [], size
                     count = (stop - middle) // max(size, _LONG_PART) + 1
                     step = (stop - middle) // count + 1
                     for at in range(middle, stop, step):
                         yield _Range(obj, at, min(at + step, stop))
                     continue
                 chunk = self.read(*chunk)
-            part += chunk
-            while len(part) >= size:
-                yield part[:size]
-                del part[:size]
-        yield part
+            while len(chunk) >= room:
+                part.append(chunk[:room])
+                yield b''.join(part)
+                chunk = chunk[room:]
+                part, room = [], size
+            part.append(chunk)
+            room -= len(chunk)
+        yield b''.join(part)
 
 
 def _version(etag: _MaybeText, modified: float) -> str:
@@ -3326,7 +3329,7 @@ class _S3Remote(_BucketStore):
         url = self.address(name)
         parts = self.split(chunks, size)
         first = next(parts)
-        if isinstance(first, bytearray) and len(first) < size:
+        if isinstance(first, bytes) and len(first) < size:
             return self.finish(name, exclusive, 'PUT', url,
                                headers=self.object_headers, body=[first])
         # An interruption waits for the answer, or nobody would know which upload to abort.
@@ -3336,7 +3339,7 @@ class _S3Remote(_BucketStore):
         if not upload:
             raise self.error(reply)
         query = _query({'uploadId': upload})
-        connections = min(self.connections, -(-_IN_FLIGHT // size))
+        connections = min(self.connections, _IN_FLIGHT // size + 1)
         parts = itertools.chain([first], filter(None, parts))
         del first  # or memory would hold it to the end
         try:
@@ -4063,10 +4066,8 @@ class _Archive:
                 active = connections
             return data
 
-        def has_room(running: int, _: int) -> bool:
-            return running <= active and ahead < _AHEAD
-
-        chunks = _ordered(self.job, connections, fetch, ranges(), has_room)
+        chunks = _ordered(self.job, connections, fetch, ranges(),
+                          lambda running, _: running <= active and ahead < _AHEAD)
         with closing(chunks):
             for data in chunks:
                 ahead -= len(data)
@@ -4970,8 +4971,8 @@ def main(argv: _Names = None) -> int:
 
     try:
         try:
-            with suppress(ValueError):  # only the main thread may do so
-                for number in signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM):  # not on Windows
+            with suppress(ValueError):  # only the main thread may do so; and Windows has no SIGHUP
+                for number in signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM):
                     if signal.getsignal(number) in usual:
                         handled[number] = signal.signal(number, end)
             return _run(sys.argv[1:] if argv is None else argv)
