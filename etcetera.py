@@ -2776,7 +2776,7 @@ _IN_FLIGHT = 48 << 20  # bytes that may be sent at once, rounded up to whole par
 _AHEAD = 40 << 20  # bytes that may be read at once, or wait until those before them have come
 _MIN_RANGE = 256 << 10  # bytes that one request reads at first
 _FAIR_RANGE = 2 << 20  # bytes that one may read if it comes fast, however many connections there are
-_FAST_RANGE = 0.4  # seconds from its first byte on, or as many as that one took: what comes within is fast
+_FAST_RANGE = 0.4  # seconds from its first byte on, or as many as that one took; ranges grow to twice that
 _FEW_CONNECTIONS = 5  # that read at first, with one more, and suffice on a fast link, where more would lose packets
 _FAST_LINK = 50e6  # bytes a second that these have to read
 _TAIL = 8192  # bytes at an archive's end that nearly always hold the whole index, and come in one flight of packets
@@ -4058,11 +4058,11 @@ class _Archive:
             data = self.read(*span)
             end = time.monotonic()
             came = self.job.answer.began
-            if end - came < max(_FAST_RANGE, came - asked):
-                length = max(length, 2 * len(data))
-            else:
-                length = max(_MIN_RANGE, len(data) // 2)
-            if end - begun > _FAST_RANGE and self.job.moved < _FAST_LINK * (end - begun):
+            fast = max(_FAST_RANGE, came - asked)
+            growth = 2 * fast / max(0.01, end - came)
+            length = max(_MIN_RANGE, int(len(data) * min(4, growth)))  # 4, as one may be fast by luck
+            moved, passed = self.job.moved, end - begun
+            if passed > _FAST_RANGE and moved < _FAST_LINK * passed:
                 active = connections
             return data
 
