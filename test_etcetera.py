@@ -5647,6 +5647,13 @@ class Install(Installing):
                 self.assertEqual(during.pop() == own, own != signal.SIG_DFL)
                 during.clear()
 
+    @POSIX
+    def test_signal_after_the_end(self):
+        """It ends the program, without a traceback."""
+        program = 'from etcetera import main\nmain()\nos.kill(os.getpid(), signal.SIGINT)'
+        code, out = run_python(program, '--version', preexec_fn=default_signals)
+        self.assertEqual((code, out.count('\n')), (-signal.SIGINT, 1), out)
+
     def test_work_of_the_living_stays(self):
         """However old it is; that of the dead goes, and that of other hosts after a day."""
         self.publish()
@@ -7308,7 +7315,7 @@ class Progress(Shell, Case):
                     code, shown = on_terminal('--url', self.url, words, columns=columns,
                                               stdout=subprocess.DEVNULL)
                     lines = filter(None, shown.split('\r\033[J'))
-                    *drawn, last = sorted(lines, key=lambda line: 'etc: ' in line)  # progress may still be shown after it
+                    *drawn, last = sorted(lines, key=lambda line: 'etc: ' in line)  # progress may be shown after it
                     self.assertEqual((code, bool(drawn)), (0, True), shown)
                     for line in drawn:
                         self.assertTrue(line.endswith('\r') and '\n' not in line and len(line) <= columns, drawn)
@@ -7657,6 +7664,12 @@ class Python(Shell, Case):
                 self.assertRegex(text, r'\b(def |class )?%s\(' % name)
                 self.assertTrue(getattr(etc, name).__doc__)
         self.assertNotRegex(text, r'(?m)^    (class )?_[a-z]')
+
+    def test_names_in_the_audit_map(self):
+        names = re.findall(r'\b_[A-Z_a-z.]*\w', etc.__doc__)
+        self.assertTrue(names)
+        for name in names:
+            self.assertTrue(functools.reduce(getattr, name.split('.'), etc), name)
 
 
 class Refusals(Shell, Case):
