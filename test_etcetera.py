@@ -5332,7 +5332,7 @@ class Links(S3Case):
             time.sleep(random.random() / 20)
             now.discard(handler)
         self.server.fault = fault
-        for connections in (1, 4):
+        for connections, possible in ((1, {1}), (4, {2, 3, 4})):
             with self.subTest(connections):
                 self.settings['connections'] = connections
                 self.server.objects.clear()
@@ -5341,7 +5341,7 @@ class Links(S3Case):
                 self.server.sent = 0
                 self.etc('pull X', home=str(connections))
                 self.assertEqual(tree(self.tmp / str(connections) / 'X'), tree(root))
-                self.assertEqual(max(most), connections)
+                self.assertIn(max(most), possible)
                 self.assertLess(self.server.sent, 22.5 * MIB)
 
     def test_refusal_while_another_part_hangs(self):
