@@ -213,9 +213,9 @@ class _Console:
             self.write(f'\r\033[J{line}\r')  # erases the line, and below it what a narrow terminal has folded
 
     def show(self, message: str) -> None:
-        self.show_progress('')
         text = _printable(message).replace("'etc ", f"'{self.program} ")
-        self.write(f'etc: {text}\n')
+        erase = '\r\033[J' * bool(self.progress)  # in one piece with the message, as another thread may draw meanwhile
+        self.write(f'{erase}etc: {text}\n')
 
 
 _console = _Console()

@@ -7316,7 +7316,7 @@ class Progress(Shell, Case):
                 with self.subTest(words, columns=columns):
                     code, shown = on_terminal('--url', self.url, words, columns=columns,
                                               stdout=subprocess.DEVNULL)
-                    lines = filter(None, shown.split('\r\033[J'))
+                    lines = filter(str.strip, shown.split('\r\033[J'))
                     *drawn, last = sorted(lines, key=lambda line: 'etc: ' in line)  # progress may be shown after it
                     self.assertEqual((code, bool(drawn)), (0, True), shown)
                     for line in drawn:
