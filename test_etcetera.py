@@ -4826,7 +4826,9 @@ class Flaky:
         if kind in ('refused', 'reset', 'silence'):
             self.rfile.read(rng.choice([0, length, rng.randrange(length + 1)]))
             if kind == 'refused':
-                server.shut()
+                with server.lock:
+                    if case.is_armed:  # still, as this request may have been given up
+                        server.shut()
             if kind == 'silence':
                 self.wait()
             return self.slam()
@@ -4839,7 +4841,7 @@ class Flaky:
             return self.error(int(kind[:3]), kind[4:], headers)
         if kind == 'replaced':
             with server.lock:
-                if case.is_armed:  # still, as this request may have been given up
+                if case.is_armed:  # see above
                     case.replace()
             kind = ''
         self.damage = kind
