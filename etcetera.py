@@ -1935,14 +1935,15 @@ class _Http:
         """Let all requests fail that are under way."""
         import socket
         for _ in range(100):
-            requests = list(self.busy.values())
-            if not any(request.is_vital for request in requests):
+            busy = dict(self.busy)
+            if not any(request.is_vital for request in busy.values()):
                 break
             time.sleep(_LAST_TIMEOUT / 100)
-        for connection in list(self.busy):
-            self.busy.pop(connection, None)
-            with suppress(OSError, TypeError):  # SSLSocket.shutdown() would let threads send on without encryption
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+        for connection, request in busy.items():
+            if self.busy.get(connection) is request:  # and not a vital one that has begun since
+                self.busy.pop(connection, None)
+                with suppress(OSError, TypeError):  # SSLSocket.shutdown() would let threads send on without encryption
+                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -2977,8 +2978,7 @@ class _BucketStore(_HttpStore):
     list_page: Callable[[_Texts], _Page]  # in which what is no archive has no name
 
     def set_up(self, config: Config) -> None:
-        match = re.match(
-            r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/+(.*?))?/*\Z', config.url or '')
+        match = re.match(r'[a-z0-9]+://([A-Za-z0-9][A-Za-z0-9._-]{1,221}[A-Za-z0-9])(?:/+(.*?))?/*\Z', config.url or '')
         if not match:
             raise ConfigError('the url is not of the form s3://bucket, gs://bucket, s3://bucket/prefix or the like',
                               "a bucket's name has at least 3 letters, digits, '.', '_' or '-'; of an access point, "
