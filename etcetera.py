@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
 # PYTHON_ARGCOMPLETE_OK
-# etcetera: share immutable datasets through cloud storage, with one file.
 #
 # Copyright (c) 2026 the etcetera maintainers
 #
@@ -1652,12 +1651,13 @@ def _replay(job: _Job, work: Path, head: str, paths: Container[str]) -> Generato
     with suppress(OSError, Error, ValueError, TypeError), open(work / 'journal') as file:
         if file.readline() != head + '\n':
             return
-        notes = (note for note in map(json.loads, file) if note[0] in paths)
-        with closing(_process(job, _Survey(root, paths).listing(paths), bytes)) as blocks:
-            for (path, length, digest), block in zip(notes, blocks):
-                if (block.path, block.digest.hex()) != (path, digest):
-                    break
-                yield block._replace(length=int(length), source=str(root))
+        survey = _Survey(root, paths)
+        for path, notes in itertools.groupby(map(json.loads, file), operator.itemgetter(0)):
+            with closing(_process(job, survey.listing([path]), bytes)) as blocks:
+                for (_, length, digest), block in zip(notes, blocks):
+                    if block.digest.hex() != digest:
+                        return
+                    yield block._replace(length=int(length), source=str(root))
 
 
 def _block_length(data: bytes) -> int:

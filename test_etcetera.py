@@ -5895,13 +5895,18 @@ class Resume(Installing):
         def is_late(handler):
             start, stop = self.start_of(handler)
             return start and (start >= share * self.size or stop > self.size - 16384)
-        process, go_on = self.start(is_late, '--config settings.yaml pull X')
-        until, written = time.time() + 30, 0
-        while written < share * self.size - 8 * UNIT:
+        def is_written(lines):
+            return sum(map(int, re.findall(rb'^\[".*?", (\d+), ', lines, re.M))) >= share * self.size - 8 * UNIT
+        self.broken_off_when(is_late, is_written, number, 'pull X')
+
+    def broken_off_when(self, is_late, is_written, number, words):
+        """Break a pull off at such a request, as soon as the journal tells so."""
+        process, go_on = self.start(is_late, '--config settings.yaml', words)
+        until, lines = time.time() + 30, b''
+        while not is_written(lines):
             self.assertLess(time.time(), until)
             time.sleep(0.02)
             lines = b''.join(path.read_bytes() for path in Path('home/.etcetera').rglob('journal'))
-            written = sum(map(int, re.findall(rb'^\[".*?", (\d+), ', lines, re.M)))
         process.send_signal(number)
         process.communicate()
         self.server.fault = None
@@ -5915,6 +5920,16 @@ class Resume(Installing):
                     self.broken_off(share, number)
                 self.assertLess(self.pulled(), (1.5 - max(shares)) * self.size)  # what is under way is lost
                 self.etc('purge X')
+
+    def test_in_the_order_in_which_it_came(self):
+        """What had begun first may stand behind the rest."""
+        write(self.root, {'data/test/big': noise(10 * UNIT, 5)})
+        self.etc('push -f X', home='pub')
+        self.size = len(self.server.objects['some/prefix/X.tgz'][0])
+        for words, start, name in (('pull -p train X', 30, b'"data/train"'), ('pull X', 6, b'"data/test"')):
+            self.broken_off_when(lambda handler: start * UNIT < self.start_of(handler)[0] < (start + 5) * UNIT,
+                                 lambda lines: name in lines, signal.SIGKILL, words)
+        self.assertLess(self.pulled(), 0.5 * self.size)
 
     def test_nothing_is_trusted(self):
         self.broken_off(0.9)
