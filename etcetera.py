@@ -83,15 +83,15 @@ Files. It reads:
     - a `file://` remote, which the first push makes, with the directories around it. `purge -r` removes an archive
       there, and a push removes what killed commands have left behind a day ago or more;
     - temporary files, for `etc info -r`, and if a web server does not support range requests;
-    - ~/.aws/cli/cache, by botocore; what the programs below write; and if $SSLKEYLOGFILE is set, TLS keys, by Python's
-      ssl module.
+    - ~/.aws/cli, sso and login, by botocore; what the programs below write; and if $SSLKEYLOGFILE is set, TLS keys, by
+      Python's ssl module.
   In S3 and Google Cloud Storage it deletes uploads of its own that failed (but not if it was killed), the archives that
   `purge -r` names, and a new archive that did not arrive as it was sent. In S3, a push reads other archives in the
   bucket, and lets the storage copy what it shares with them; if that copies something else, the new archive is deleted.
   `purge -r` reads an answer from the terminal.
 Programs: the `credential_process` of an AWS profile, without a shell; for credentials that need more than the standard
-library, `aws` or `gcloud`, as PATH finds them; on Windows, cmd.exe with an empty command, so that the console
-understands escape sequences.
+library, `aws` or `gcloud`, as the system finds them (Windows looks in the current directory, too, and runs gcloud.cmd
+by cmd.exe); on Windows, cmd.exe with an empty command, so that the console understands escape sequences.
 Signals: while the command `etc` runs, SIGTERM and SIGHUP end it as Ctrl-C does, which kills the programs that it has
 started. Signal 0 tests whether a process lives.
 Optional libraries: botocore (SSO, `aws login`, MFA) and google-auth (credential types that need more than the standard
@@ -113,7 +113,7 @@ Races. Pulls: see Home. Pushes take no lock: the storage lets one of two have th
 directory, If-None-Match, ifGenerationMatch), and the other compares. S3 stores other than Amazon's are asked before;
 some of them ignore conditions, and then the last push wins, as with -f.
 Sizes. S3: parts of 5 MiB or, of large archives, more; some 50 MiB are sent at once. Google: 16 MiB, one after another.
-Reading: ranges of 256 KiB to 2.7 MiB (more if `connections` is below 5), at most 40 MiB ahead. See Remotes.
+Reading: ranges of 256 KiB to 2.7 MiB (more if `connections` is below 5), at most 40 MiB ahead. See read_ahead().
 Retries: see HTTP. What killed pulls leave, and how the next one goes on: see Home.
 """
 
@@ -2957,7 +2957,7 @@ class _HttpStore(_Remote):
         return _Object(name, int(size.group(1)), version, reply.time('Last-Modified'))
 
     def version(self, reply: _Reply) -> str:
-        """The version of the object that an answer is of; '' if the answer does not say."""
+        """The version of the object that an answer is of; '' or '0' if the answer does not say."""
         return _version(reply.headers.get('ETag'),
                         reply.time('Last-Modified'))
 
@@ -3344,7 +3344,7 @@ class _S3Remote(_BucketStore):
         del first  # or memory would hold it to the end
         try:
             rows = _ordered(self.job, connections, partial(self.send_part, url, query), enumerate(parts, 1),
-                            lambda running, _: running <= connections)  # so a slow part holds up no others
+                            lambda running, pending: running <= connections and pending < 256)  # one holds up few
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers={'Content-Type': 'application/xml'}, body=[manifest])
@@ -3627,7 +3627,7 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
             starts = ' or '.join(f'{kind}://' for kind in kinds)
             raise ConfigError(
                 f'cannot use the url; it must start with {starts}' if url else 'no url',
-                f"did you mean 'file://{url}'?" if url[:1] == '/' else
+                f"did you mean 'file://{_existing_part(url)}'?" if url[:1] == '/' else
                 "set where datasets are shared with a line such as 'url: s3://my-bucket' in ~/.etc.yaml, with $ETC_URL "
                 'or with --url')
         remote = kind(config, job)
@@ -3659,10 +3659,10 @@ def _open_remote(config: Config, job: _Job) -> Iterator[_Remote]:
 #
 # The receipt goes where its dataset goes: into a copy of the store, or an image. It is believed only in a directory of
 # the name that it holds, never through a link. Locks only save work, as some disks ignore them: then two pulls fill a
-# directory each, one rename wins, and the other accepts what is there if it is the same (with -f, the last one wins).
+# directory each, one rename wins, and the other accepts it if it is the same (with -f, or if both add partitions to
+# what is there, the last one wins).
 # If a pull is killed, the next one takes over what hashes as its journal says (see _replay()), and fetches the rest. It
-# begins anew with archives of other tools, and for a day where nobody can tell if that one is alive: on Windows and
-# other machines.
+# begins anew with archives of other tools, and for a day where it may be alive: on Windows and other machines.
 # ---------------------------------------------------------------------------------------
 
 _STALE = 86400  # seconds without a sign of life after which the work of another host counts as abandoned
@@ -4977,12 +4977,12 @@ def main(argv: _Names = None) -> int:
                         handled[number] = signal.signal(number, end)
             return _run(sys.argv[1:] if argv is None else argv)
         finally:
-            _console.show_progress('')
-            _console.level = None
             for number, handler in handled.items():
                 if argv is None:  # the program ends now, and a signal should not show a traceback
                     handler = signal.SIG_DFL
                 signal.signal(number, handler)
+            _console.show_progress('')
+            _console.level = None
     except OSError as e:  # stdout cannot be written to
         if not isinstance(e, BrokenPipeError):  # as in `etc ls | head -1`
             _console.show(f'cannot write to standard output: {e.strerror}')
