@@ -3344,7 +3344,7 @@ class _S3Remote(_BucketStore):
         del first  # or memory would hold it to the end
         try:
             rows = _ordered(self.job, connections, partial(self.send_part, url, query), enumerate(parts, 1),
-                            lambda running, pending: running <= connections and pending < 256)  # one holds up few
+                            lambda running, pending: running <= connections and pending < 256)  # if one is slow
             manifest = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
             self.finish(name, exclusive, 'POST', f'{url}?{query}',
                         headers={'Content-Type': 'application/xml'}, body=[manifest])
